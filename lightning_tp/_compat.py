@@ -1,0 +1,75 @@
+"""The only file that names versions, or private parts of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+
+def queue_after_backward(callback: Callable[[], None]) -> None:
+    """Call back once the backward pass that is running now is done, after what FSDP2 has queued before."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds, without a copy and without autograd: of FSDP2's DTensor its shard, of a plain tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def strided_shard(dim: int, split_factor: int) -> Placement:
+    """The placement of an axis that cuts what a later axis has cut already (FSDP2 over a column-wise weight)."""
+    return _StridedShard(dim, split_factor=split_factor)
+
+
+def dtensor_of_pieces(
+    pieces: list[Tensor],
+    offsets: list[tuple[int, ...]],
+    mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
+    shape: torch.Size,
+) -> DTensor:
+    """A DTensor whose local value is several boxes of the global tensor, each at its offset; for distributed checkpoint."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+    meta = TensorMeta(shape, _strides(shape), pieces[0].dtype)
+    return DTensor(
+        LocalShardsWrapper(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False
+    )
+
+
+def _strides(shape: Iterable[int]) -> tuple[int, ...]:
+    return torch.empty(tuple(shape), device="meta").stride()
+
+
+def is_in_pieces(tensor: DTensor) -> bool:
+    """Whether this was made by `dtensor_of_pieces`."""
+    return hasattr(tensor._local_tensor, "local_shards")
+
+
+def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
+    """(offset, box) of what this rank holds of a DTensor."""
+    local: Any = tensor._local_tensor
+    if is_in_pieces(tensor):
+        return [(tuple(o), t) for o, t in zip(local.local_offsets(), local.local_shards(), strict=True)]
+    chunk = tensor.__create_chunk_list__()[0]
+    return [(tuple(chunk.offsets), local)]
+
+
+def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+    """Let the gradient norm that `torch.nn.utils.clip_grad_norm_` takes be that of `make(torch's own)`; once."""
+    from torch.nn import utils
+    from torch.nn.utils import clip_grad
+
+    if hasattr(clip_grad._get_total_norm, "_lightning_tp"):
+        return
+    wrapped: Any = make(clip_grad._get_total_norm)
+    wrapped._lightning_tp = True
+    clip_grad._get_total_norm = wrapped  # what clip_grad_norm_ calls, however that was imported
+    utils.get_total_norm = wrapped

@@ -1,0 +1,50 @@
+"""One kind of error, seen once."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+import lightning_tp as ltp
+from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.testing import RankError, run_ranks
+
+
+def test_it_is_a_value_error_that_pickles() -> None:
+    """So that `except ValueError` finds it, and that it comes back from another process as it is."""
+    assert ltp.TPError is TPError and issubclass(TPError, ValueError)
+    again = pickle.loads(pickle.dumps(TPError("`tp=3`: ..")))
+    assert type(again) is TPError and str(again) == "`tp=3`: .."
+
+
+def test_rank_0_shows_it_and_the_others_leave() -> None:
+    with pytest.raises(TPError, match=r"^here$"), on_one_screen(rank=0):
+        raise TPError("here")
+    for rank in (1, 7):
+        with pytest.raises(SystemExit) as leaves, on_one_screen(rank):
+            raise TPError("here")
+        assert leaves.value.code == 1 and leaves.value.__suppress_context__
+
+
+def test_what_is_no_mistake_of_the_user_is_shown_by_all() -> None:
+    for rank in (0, 1):
+        with pytest.raises(RuntimeError, match=r"ours"), on_one_screen(rank):
+            raise RuntimeError("ours")
+        with on_one_screen(rank):
+            done = True
+        assert done
+
+
+def test_on_real_ranks() -> None:
+    def body() -> None:
+        import torch.distributed as dist
+
+        with on_one_screen(dist.get_rank()):
+            raise TPError("the same on all ranks")
+
+    with pytest.raises(RankError) as error:
+        run_ranks(body, 2)
+    kinds = {rank: failure.type_name for rank, failure in error.value.errors.items()}
+    assert kinds == {0: "TPError", 1: "SystemExit"}
+    assert "the same on all ranks" not in error.value.output[1]
