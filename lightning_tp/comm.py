@@ -1,0 +1,371 @@
+"""What crosses the ranks of the tensor-parallel axis: one conjugate pair of collectives per transition.
+
+An activation is in one of five states on the axis (of `tp` ranks):
+
+| state | a rank holds | its gradient is |
+|---|---|---|
+| `replicate` | the whole tensor | the whole gradient, equal on all ranks |
+| `gathered` | the whole tensor | a partial sum: the shares of all ranks add up |
+| `sequence` | its shard of the tokens (dim 1, padded to equal shards) | the same shard |
+| `width` | its shard of the last dim | the same shard |
+| `partial` | a term of a sum over ranks | the whole gradient, equal on all ranks |
+
+and `transition(arrives, wanted)` gives the one function that takes it from one to the next:
+
+| arrives | wanted | forward | backward |
+|---|---|---|---|
+| replicate | gathered | nothing | all-reduce |
+| sequence | gathered | all-gather | reduce-scatter |
+| partial | replicate | all-reduce | nothing |
+| partial | sequence | reduce-scatter | all-gather |
+| replicate | sequence | slice | all-gather |
+| sequence | replicate | all-gather | slice |
+| width | replicate | all-gather | slice |
+| replicate | width | slice | all-gather |
+
+The first four are the operators f, g and their sequence-parallel pair of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053;
+Korthikanti et al. 2022, arXiv 2205.05198). Collectives are called on the process group itself: the wrappers of
+`torch.distributed` cost as much as the small collectives they wrap. Gradients of *parameters* are not handled here but in
+`grad.py`; a backward pass that comes through here tells it so through `Axis.on_backward`. Second derivatives raise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_tp.errors import TPError
+
+State = Literal["replicate", "gathered", "sequence", "width", "partial"]
+SEQUENCE_DIM = 1
+
+
+class Axis:
+    """The tensor-parallel axis as one rank sees it: its process group, the rank's place, and the length of the sequence.
+
+    Args:
+        group: the process group of the axis.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = group.rank()
+        self.size = group.size()
+        self.seq_len: int | None = None  # of the sequence that is in shards now
+        self.on_backward: Callable[[], None] | None = None  # see grad.PartialGradients
+        self._shared: tuple[Tensor, tuple[int, bool, bool], Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        memo[id(self)] = twin = Axis(self.group)  # a process group can't be copied; a copied model talks over the same one
+        return twin
+
+    def share(self, x: Tensor, enter: Callable[[Tensor, Axis], Tensor]) -> Tensor:
+        """`enter(x)`, computed once for all the modules that are handed the very same `x` (q, k and v; gate and up).
+
+        One collective forward instead of three, and one backward: autograd adds the three gradients before it.
+        """
+        if x.is_inference():
+            return enter(x, self)  # counts no versions: it could have been written to
+        state = (x._version, x.requires_grad, torch.is_grad_enabled())
+        shared = self._shared
+        if shared is not None and shared[0] is x and shared[1] == state:
+            return shared[2]
+        y = enter(x, self)
+        self._shared = (x, state, y)
+        return y
+
+    def forget(self) -> None:
+        """Let go of the activation that `share` keeps, when its readers have read it."""
+        self._shared = None
+
+
+# ---------------------------------------------------------------------------------------------------- on plain tensors
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the ranks, in place: `x` has to be this rank's own."""
+    axis.group.allreduce([x]).wait()
+    return x
+
+
+def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
+    """Shards (.., ceil(length / tp), ..) -> the whole (.., length, ..), the padding of the last shards cut off."""
+    x = x.contiguous()
+    tp = axis.size
+    out = x.new_empty((tp * x.shape[0], *x.shape[1:]))
+    axis.group._allgather_base(out, x).wait()
+    if dim == 0 or (dim == 1 and x.shape[0] == 1):  # the shards lie behind each other already
+        whole = out if dim == 0 else out.view(1, tp * x.shape[1], *x.shape[2:])
+        return whole if whole.shape[dim] == length else whole.narrow(dim, 0, length)
+    shards = out.chunk(tp)
+    if tp * x.shape[dim] != length:  # cut before they are joined: code that calls `view` counts on a contiguous whole
+        shards = tuple(s.narrow(dim, 0, len(even_shard(length, rank, tp))) for rank, s in enumerate(shards))
+    return torch.cat(shards, dim)
+
+
+def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Terms (.., length, ..) -> this rank's shard (.., ceil(length / tp), ..) of their sum, zeros in the padding."""
+    tp = axis.size
+    if x.shape[dim] % tp:
+        x = _pad(x, dim, tp)
+    shard = x.shape[dim] // tp
+    if dim == 1 and x.shape[0] == 1:
+        rows = x.contiguous().view(tp, shard, *x.shape[2:])
+        out = x.new_empty((1, shard, *x.shape[2:]))
+    else:
+        rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(tp, dim), 0)
+        out = x.new_empty((rows.shape[0] // tp, *rows.shape[1:]))
+    axis.group._reduce_scatter_base(out, rows).wait()  # type: ignore[call-arg]  # its options have a default
+    return out
+
+
+def cut(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """The whole (.., length, ..) -> this rank's shard (.., ceil(length / tp), ..), zeros in the padding."""
+    if x.shape[dim] % axis.size:
+        x = _pad(x, dim, axis.size)
+    shard = x.shape[dim] // axis.size
+    # a copy of its own: a view would keep the whole alive
+    return x.narrow(dim, axis.rank * shard, shard).clone(memory_format=torch.contiguous_format)
+
+
+def _columns(x: Tensor, axis: Axis) -> Tensor:
+    """The whole (.., width) -> (.., this rank's columns), of which the last ranks may have less."""
+    mine = even_shard(x.shape[-1], axis.rank, axis.size)
+    return x.narrow(-1, mine.start, len(mine)).clone(memory_format=torch.contiguous_format)
+
+
+def _pad(x: Tensor, dim: int, tp: int) -> Tensor:
+    """Zeros behind `dim` up to the next multiple of tp: every rank has to send the same size."""
+    missing = -x.shape[dim] % tp
+    return torch.cat((x, x.new_zeros((*x.shape[:dim], missing, *x.shape[dim + 1 :]))), dim)
+
+
+# ------------------------------------------------------------------------------------------------------ conjugate pairs
+
+
+def _backward_began(axis: Axis) -> None:
+    if axis.on_backward is not None:
+        axis.on_backward()
+
+
+class _ReplicateToGathered(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _backward_began(ctx.axis)
+        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _PartialToReplicate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _backward_began(ctx.axis)
+        return grad, None
+
+
+class _SequenceToGathered(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, SEQUENCE_DIM, _seq_len(x, axis), axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _backward_began(ctx.axis)
+        return reduce_scatter(grad, SEQUENCE_DIM, ctx.axis), None
+
+
+class _PartialToSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        ctx.seq_len = _cut_sequence(x, axis)
+        return reduce_scatter(x, SEQUENCE_DIM, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _backward_began(ctx.axis)
+        return all_gather(grad, SEQUENCE_DIM, ctx.seq_len, ctx.axis), None
+
+
+class _ReplicateToSequence(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        ctx.seq_len = _cut_sequence(x, axis)
+        return cut(x, SEQUENCE_DIM, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _backward_began(ctx.axis)
+        return all_gather(grad, SEQUENCE_DIM, ctx.seq_len, ctx.axis), None
+
+
+class _SequenceToReplicate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather(x, SEQUENCE_DIM, _seq_len(x, axis), axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _backward_began(ctx.axis)
+        return cut(grad, SEQUENCE_DIM, ctx.axis), None
+
+
+class _WidthToReplicate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, width: int) -> Tensor:
+        ctx.axis = axis
+        shard = math.ceil(width / axis.size)
+        if x.shape[-1] != shard:  # the last ranks of an uneven split hold less
+            x = torch.cat((x, x.new_zeros((*x.shape[:-1], shard - x.shape[-1]))), -1)
+        return all_gather(x, x.ndim - 1, width, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _backward_began(ctx.axis)
+        return _columns(grad, ctx.axis), None, None
+
+
+class _ReplicateToWidth(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis, ctx.width = axis, x.shape[-1]
+        return _columns(x, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _backward_began(ctx.axis)
+        shard = math.ceil(ctx.width / ctx.axis.size)
+        if grad.shape[-1] != shard:
+            grad = torch.cat((grad, grad.new_zeros((*grad.shape[:-1], shard - grad.shape[-1]))), -1)
+        return all_gather(grad, grad.ndim - 1, ctx.width, ctx.axis), None
+
+
+def replicate_to_gathered(x: Tensor, axis: Axis) -> Tensor:
+    """Nothing; backward all-reduce (f of Megatron-LM). `x` of any shape."""
+    return _ReplicateToGathered.apply(x, axis)
+
+
+def partial_to_replicate(x: Tensor, axis: Axis) -> Tensor:
+    """All-reduce; backward nothing (g of Megatron-LM). `x` of any shape."""
+    return _PartialToReplicate.apply(x, axis)
+
+
+def sequence_to_gathered(x: Tensor, axis: Axis) -> Tensor:
+    """(B, ceil(S / tp), ..) -> (B, S, ..): all-gather; backward reduce-scatter."""
+    return _SequenceToGathered.apply(x, axis)
+
+
+def partial_to_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """(B, S, ..) -> (B, ceil(S / tp), ..): reduce-scatter; backward all-gather."""
+    return _PartialToSequence.apply(x, axis)
+
+
+def replicate_to_sequence(x: Tensor, axis: Axis) -> Tensor:
+    """(B, S, ..) -> (B, ceil(S / tp), ..): slice; backward all-gather."""
+    return _ReplicateToSequence.apply(x, axis)
+
+
+def sequence_to_replicate(x: Tensor, axis: Axis) -> Tensor:
+    """(B, ceil(S / tp), ..) -> (B, S, ..): all-gather; backward slice."""
+    return _SequenceToReplicate.apply(x, axis)
+
+
+def width_to_replicate(x: Tensor, axis: Axis, width: int) -> Tensor:
+    """(.., this rank's columns) -> (.., width): all-gather; backward slice."""
+    return _WidthToReplicate.apply(x, axis, width)
+
+
+def replicate_to_width(x: Tensor, axis: Axis) -> Tensor:
+    """(.., width) -> (.., this rank's columns): slice; backward all-gather."""
+    return _ReplicateToWidth.apply(x, axis)
+
+
+Transition = Callable[[Tensor, Axis], Tensor]
+_TRANSITIONS: dict[tuple[str, str], Transition] = {
+    ("replicate", "gathered"): replicate_to_gathered,
+    ("partial", "replicate"): partial_to_replicate,
+    ("sequence", "gathered"): sequence_to_gathered,
+    ("partial", "sequence"): partial_to_sequence,
+    ("replicate", "sequence"): replicate_to_sequence,
+    ("sequence", "replicate"): sequence_to_replicate,
+    ("replicate", "width"): replicate_to_width,
+}
+
+
+def transition(arrives: str, wanted: str) -> Transition | None:
+    """The function (x, axis) -> x that takes an activation from one state to another; None where nothing has to happen.
+
+    Raises:
+        TPError: where no single collective does it (say it in two steps: through `replicate`).
+
+    Example:
+        >>> transition("sequence", "gathered").__name__
+        'sequence_to_gathered'
+    """
+    if arrives == wanted:
+        return None
+    try:
+        return _TRANSITIONS[arrives, wanted]
+    except KeyError:
+        raise TPError(
+            f"No transition takes an activation from {arrives!r} to {wanted!r}. There are: "
+            + ", ".join(f"{a} -> {w}" for a, w in _TRANSITIONS)
+            + ". Go through 'replicate'."
+        ) from None
+
+
+def even_shard(length: int, rank: int, tp: int) -> range:
+    """The indices that `rank` holds of a dim of this length: ceil(length / tp) each, as `torch.chunk`, the last ones less.
+
+    Example:
+        >>> [len(even_shard(341, r, 2)) for r in range(2)]
+        [171, 170]
+    """
+    shard = math.ceil(length / tp)
+    return range(min(rank * shard, length), min((rank + 1) * shard, length))
+
+
+def _cut_sequence(x: Tensor, axis: Axis) -> int:
+    axis.seq_len = x.shape[SEQUENCE_DIM]
+    return axis.seq_len
+
+
+def _seq_len(shard: Tensor, axis: Axis) -> int:
+    """The length that shards like this one add up to: their own where nothing was padded, else what was last cut."""
+    seq_len, tokens = axis.seq_len, shard.shape[SEQUENCE_DIM]
+    if seq_len is None or math.ceil(seq_len / axis.size) != tokens:
+        raise TPError(
+            f"A tensor of shape {tuple(shard.shape)} arrives where a shard of the sequence is expected, but the sequence that "
+            f"was last cut over tp={axis.size} ranks has "
+            + ("not been seen" if seq_len is None else f"{seq_len} tokens, {math.ceil(seq_len / axis.size)} a rank")
+            + ". Something between the two changed or never cut the sequence (dim 1): give the module in between the style "
+            "`replicate`, or turn sequence parallelism off (`sequence_parallel=False`)."
+        )
+    return seq_len
