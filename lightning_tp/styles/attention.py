@@ -1,0 +1,133 @@
+"""`nn.MultiheadAttention`, written out: its own forward is one call of a fused function, which can't be looked into or run on some heads.
+
+The same numbers as `torch.nn.functional.multi_head_attention_forward`, in plain operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_tp.comm import Axis, partial_to_replicate
+from lightning_tp.styles.base import become
+
+
+class _Attention(nn.MultiheadAttention):
+    _axis: Axis | None
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`; (L, N, E) or (N, L, E) with batch_first, or without N."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        N, L, _ = query.shape
+        q, k, v = self._projected(query, key, value)
+        q = q.view(N, L, self.num_heads, self.head_dim).transpose(1, 2)  # (N, H, L, F)
+        k = k.view(N, k.shape[1], self.num_heads, self.head_dim).transpose(1, 2)  # (N, H, S, F)
+        v = v.view(N, v.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
+        mask = _mask(attn_mask, key_padding_mask, N, self.num_heads, q.dtype)
+        p = self.dropout if self.training else 0.0
+        if need_weights:
+            weights = torch.softmax(_masked((q * self.head_dim**-0.5) @ k.transpose(-2, -1), mask), dim=-1)
+            weights = F.dropout(weights, p)
+            y = weights @ v
+        else:
+            weights = None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal and mask is None)
+        y = y.transpose(1, 2).reshape(N, L, self.embed_dim)
+        out = F.linear(y, self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return out, None if weights is None else self._shown(weights, average_attn_weights, batched)
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self._qkv_same_embed_dim:
+            wq, wk, wv = self.in_proj_weight.chunk(3)
+        else:
+            wq, wk, wv = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        bq, bk, bv = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+
+    def _shown(self, weights: Tensor, average: bool, batched: bool) -> Tensor:
+        """The attention weights that are returned: of all heads, though a rank has some."""
+        if average:
+            with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+                mean = weights.sum(1) / self.num_heads  # heads of this rank
+            weights = mean if self._axis is None else partial_to_replicate(mean, self._axis)
+        return weights if batched else weights.squeeze(0)
+
+
+def _mask(attn_mask: Tensor | None, padding: Tensor | None, batch: int, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """One additive mask (N or 1, H or 1, L or 1, S)."""
+    masks = []
+    if attn_mask is not None:
+        attn_mask = attn_mask.view(batch, heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask[None, None]
+        masks.append(_additive(attn_mask, dtype))
+    if padding is not None:
+        masks.append(_additive(padding[:, None, None, :], dtype))
+    return None if not masks else masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return scores if mask is None else scores + mask
+
+
+def can_be_written_out(module: nn.Module) -> bool:
+    """Whether this is an `nn.MultiheadAttention` that runs its own class's forward, without extra keys."""
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and getattr(type(module).forward, "__code__", None) is nn.MultiheadAttention.forward.__code__
+        and module.bias_k is None
+        and not module.add_zero_attn
+    )
+
+
+def bind_attention(module: nn.Module, axis: Axis) -> None:
+    """Write the attention out, for good."""
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused layer of nn.TransformerEncoder reads whole weights
+    become(module, _Attention, _axis=axis)
+
+
+@contextmanager
+def readable_attention(model: nn.Module) -> Iterator[None]:
+    """Write every attention of the model out, for as long as this runs."""
+    changed: list[tuple[Any, type]] = []
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for module in model.modules():
+            if can_be_written_out(module):
+                changed.append((module, type(module)))
+                become(module, _Attention, _axis=None)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, cls in changed:
+            module.__class__ = cls
+            del module.__dict__["_axis"]

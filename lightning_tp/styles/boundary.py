@@ -1,0 +1,170 @@
+"""What crosses the ranks at the edge of a module that holds several split layers: an attention, an MLP, a whole model.
+
+The input is gathered once, at the module's own door, and not at each of its layers: code in between may read the length of
+the sequence from it. torch's counterparts are `PrepareModuleInput` and `PrepareModuleOutput`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_tp.comm import Axis, State, Transition, transition
+from lightning_tp.errors import TPError
+from lightning_tp.styles.base import Site, Split, Style, become
+
+
+@dataclass(frozen=True)
+class PrepareInput(Style):
+    """Take a module's input from one state to another before its forward runs.
+
+    Args:
+        arrives: the state in which the caller hands it over; default: what the plan's model runs on.
+        wanted: the state in which the module reads it.
+        arg: which argument: its position, or its name. None: the first floating-point tensor.
+        attributes: what the module's own attributes are on one rank, as (name, value) pairs; e.g. how often a rank repeats
+            its key/value heads, where they are shared.
+    """
+
+    name: ClassVar[str] = "prepare_input"
+    splits_parameters: ClassVar[bool] = False
+    arrives: State | None = None
+    wanted: State = "gathered"
+    arg: int | str | None = None
+    attributes: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attributes", tuple((name, value) for name, value in self.attributes))
+
+    def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
+        _refuse_without_transition(self.arrives or "replicate", self.wanted, where)
+        return {}
+
+    def bind(self, module: nn.Module, site: Site) -> None:
+        for name, value in self.attributes:
+            setattr(module, name, value)
+        enter = transition(self.arrives or "replicate", self.wanted)
+        if enter is not None:
+            if not isinstance(module, _PrepareInput):  # another rule may prepare another argument
+                become(module, _PrepareInput, _door=site.axis, _arriving=[])
+            module.__dict__["_arriving"].append((self.arg, enter))
+
+    def to_torch(self, module: nn.Module) -> Any:
+        import inspect
+
+        from torch.distributed.tensor.parallel import PrepareModuleInput
+
+        arrives, wanted = _layout(self.arrives or "replicate"), _layout(self.wanted)
+        if isinstance(self.arg, str):
+            return PrepareModuleInput(input_kwarg_layouts={self.arg: arrives}, desired_input_kwarg_layouts={self.arg: wanted})
+        required = [
+            p
+            for p in inspect.signature(module.forward).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        at = self.arg or 0
+        one = [None] * max(len(required), at + 1)
+        return PrepareModuleInput(
+            input_layouts=tuple([*one[:at], arrives, *one[at + 1 :]]),
+            desired_input_layouts=tuple([*one[:at], wanted, *one[at + 1 :]]),
+        )
+
+
+@dataclass(frozen=True)
+class PrepareOutput(Style):
+    """Take a module's output from one state to another after its forward ran.
+
+    Args:
+        arrives: the state in which the module leaves it.
+        wanted: the state in which the caller reads it.
+        index: which one, of a tuple or list of outputs.
+    """
+
+    name: ClassVar[str] = "prepare_output"
+    splits_parameters: ClassVar[bool] = False
+    arrives: State = "sequence"
+    wanted: State = "replicate"
+    index: int = 0
+
+    def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
+        _refuse_without_transition(self.arrives, self.wanted, where)
+        return {}
+
+    def bind(self, module: nn.Module, site: Site) -> None:
+        leave = transition(self.arrives, self.wanted)
+        if leave is not None:
+            if not isinstance(module, _PrepareOutput):
+                become(module, _PrepareOutput, _way_out=site.axis, _leaving={})
+            module.__dict__["_leaving"][self.index] = leave
+
+    def to_torch(self, module: nn.Module) -> Any:
+        from torch.distributed.tensor.parallel import PrepareModuleOutput
+
+        return PrepareModuleOutput(output_layouts=_layout(self.arrives), desired_output_layouts=_layout(self.wanted))
+
+
+def _refuse_without_transition(arrives: str, wanted: str, where: str) -> None:
+    """While the plan is checked: when it is bound, the model is split already."""
+    try:
+        transition(arrives, wanted)
+    except TPError as e:
+        raise TPError(f"`{where}`: {e}") from None
+
+
+def _layout(state: str) -> Any:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    return {
+        "replicate": Replicate(),
+        "gathered": Replicate(),
+        "sequence": Shard(1),
+        "width": Shard(-1),
+        "partial": Partial(),
+    }[state]
+
+
+class _PrepareInput(nn.Module):
+    _door: Axis  # names of its own: the module may be a split layer, with a style's `_enter` and `_leave`
+    _arriving: list[tuple[int | str | None, Transition]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (arg, enter), *more = self._arriving
+        if not more and args and (arg == 0 or (arg is None and isinstance(args[0], Tensor) and args[0].is_floating_point())):
+            return super().forward(enter(args[0], self._door), *args[1:], **kwargs)  # by far the most usual
+        named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        for arg, enter in self._arriving:
+            found = arg
+            if arg is None:
+                found = next((k for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
+            if not isinstance(named.get(found), Tensor):
+                raise TPError(
+                    f"{type(self).__name__}: the plan prepares "
+                    + ("a floating-point tensor" if arg is None else f"the argument {arg!r}")
+                    + f" of this module, and it was called with {[k for k in named]}. Name another one with `arg=`."
+                )
+            named[found] = enter(named[found], self._door)
+        return super().forward(*(named[i] for i in range(len(args))), **{k: named[k] for k in kwargs})
+
+
+class _PrepareOutput(nn.Module):
+    _way_out: Axis
+    _leaving: dict[int, Transition]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out, leaving = super().forward(*args, **kwargs), self._leaving
+        one = isinstance(out, Tensor)
+        if not one and type(out) not in (tuple, list):
+            raise TPError(
+                f"{type(self).__name__}: the plan prepares its output, a tensor or a tuple, and it is a {type(out).__name__}."
+            )
+        outs = [out] if one else list(out)
+        if not all(i < len(outs) and isinstance(outs[i], Tensor) for i in leaving):
+            raise TPError(
+                f"{type(self).__name__}: the plan prepares the outputs {list(leaving)}, and they are "
+                f"{[type(o).__name__ for o in outs]}. Name another one with `index=`."
+            )
+        for i, leave in leaving.items():
+            outs[i] = leave(outs[i], self._way_out)
+        return outs[0] if one else type(out)(outs)

@@ -1,0 +1,234 @@
+"""Linear layers split by their output features (column-wise) or their input features (row-wise).
+
+After Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053): column-wise then row-wise needs one collective at each end of the pair.
+torch's counterparts are `ColwiseParallel` and `RowwiseParallel`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_tp.comm import Axis, State, Transition, partial_to_replicate, partial_to_sequence, transition, width_to_replicate
+from lightning_tp.errors import TPError
+from lightning_tp.styles.base import (
+    Ranges,
+    Site,
+    Split,
+    Style,
+    become,
+    check_heads,
+    check_state,
+    even_split,
+    head_split,
+    linear_dims,
+    set_sizes,
+    split_of_ranges,
+)
+
+
+@dataclass(frozen=True)
+class Colwise(Style):
+    """Split a linear layer by its output features: weight (out, in) -> (out / tp, in), bias (out,) -> (out / tp,).
+
+    Also an `nn.Embedding`, by its width: (n, d) -> (n, d / tp), the rows gathered again.
+
+    Args:
+        heads: the output is this many heads, whole heads go to a rank; fewer (key/value) heads than tp are shared by ranks.
+        query_heads: with `heads`, the heads that attend: tp has to divide them. Default: `heads`.
+        input: what arrives: "gathered" (an enclosing module saw to it), "replicate" or "sequence".
+        output: what leaves: "width" (stays split), or "replicate" (gathered).
+        ranges: for each rank the (start, stop) ranges of the output features that it has, where they are not cut evenly.
+
+    Example:
+        >>> from torch import nn
+        >>> Colwise().splits(nn.Linear(64, 341), "up", tp=2)["weight"].local_shape((341, 64), rank=1)
+        (170, 64)
+    """
+
+    name: ClassVar[str] = "colwise"
+    heads: int | None = None
+    query_heads: int | None = None
+    input: State | None = None
+    output: State = "width"
+    ranges: tuple[Ranges, ...] | None = None
+
+    def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
+        if isinstance(module, nn.Embedding):
+            refuse_embedding_options(module, where)
+            check_state(self, "output", ("width", "replicate", "sequence"), where)  # gathered in each case
+            return {"weight": even_split(module.embedding_dim, 1, tp)}
+        out_dim, _, shape = linear_dims(module, where, self.name)
+        check_state(self, "input", ("gathered", "replicate", "sequence"), where)
+        check_state(self, "output", ("width", "replicate"), where)
+        length = shape[out_dim]
+        heads = self.heads if self.output == "width" else None  # who gathers the output sees whole heads anyway
+        if heads is not None:
+            check_heads(where, heads, self.query_heads or heads, length, tp)
+        split = _by_ranges(self.ranges) if self.ranges else even_split if heads is None else _by_heads(heads)
+        names = {"weight": split(length, out_dim, tp)}
+        if getattr(module, "bias", None) is not None:
+            names["bias"] = split(length, 0, tp)
+        return names
+
+    def bind(self, module: nn.Module, site: Site) -> None:
+        if isinstance(module, nn.Embedding):
+            become(module, _WidthEmbedding, _axis=site.axis, _width=module.embedding_dim, _leaves=self.output)
+            module.embedding_dim = module.weight.shape[1]
+            return
+        out_dim, _, shape = linear_dims(module, site.where, self.name)
+        width = set_sizes(module, out_features=shape[out_dim], nf=shape[out_dim])
+        enter = transition(self.input or "gathered", "gathered")
+        if enter is None and self.output == "width":
+            return  # a plain linear layer on its own columns: nothing to add
+        gathered = width if self.output == "replicate" else None
+        become(module, _Colwise, _axis=site.axis, _enter=enter, _gather=gathered)
+
+    def to_torch(self, module: nn.Module) -> Any:
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.parallel import ColwiseParallel
+
+        return ColwiseParallel(
+            input_layouts=Shard(1) if self.input == "sequence" else Replicate(),
+            output_layouts={"replicate": Replicate(), "sequence": Shard(1)}.get(self.output, Shard(-1)),
+        )
+
+
+@dataclass(frozen=True)
+class Rowwise(Style):
+    """Split a linear layer by its input features: weight (out, in) -> (out, in / tp); the bias is whole and added once.
+
+    Args:
+        input: what arrives: "width" (the shard that a column-wise layer left), or "replicate" (its columns are cut out).
+        output: what leaves: "replicate" (all-reduce) or "sequence" (reduce-scatter). Default: what the plan's model runs on.
+        ranges: for each rank the (start, stop) ranges of the input features that it has, where they are not cut evenly.
+
+    Example:
+        >>> from torch import nn
+        >>> Rowwise().splits(nn.Linear(341, 64), "down", tp=2)["weight"].local_shape((64, 341), rank=0)
+        (64, 171)
+    """
+
+    name: ClassVar[str] = "rowwise"
+    input: State = "width"
+    output: State | None = None
+    ranges: tuple[Ranges, ...] | None = None
+
+    def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
+        _, in_dim, shape = linear_dims(module, where, self.name)
+        check_state(self, "input", ("width", "replicate"), where)
+        check_state(self, "output", ("replicate", "sequence"), where)
+        split = even_split if self.ranges is None else _by_ranges(self.ranges)
+        names = {"weight": split(shape[in_dim], in_dim, tp)}
+        if getattr(module, "bias", None) is not None:
+            # added to this rank's tokens only where the sequence is in shards: its gradient is this rank's share
+            names["bias"] = Split(sum_over=tp if self.output == "sequence" else 1)
+        return names
+
+    def bind(self, module: nn.Module, site: Site) -> None:
+        _, in_dim, shape = linear_dims(module, site.where, self.name)
+        set_sizes(module, in_features=shape[in_dim], nx=shape[in_dim])
+        leave = partial_to_sequence if self.output == "sequence" else partial_to_replicate
+        has_bias = module._parameters.get("bias") is not None
+        if has_bias and hasattr(module, "nf"):
+            become(module, _Conv1DProduct)
+        become(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, "width"), _leave=leave, _has_bias=has_bias)
+
+    def to_torch(self, module: nn.Module) -> Any:
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.parallel import RowwiseParallel
+
+        return RowwiseParallel(
+            input_layouts=Replicate() if self.input == "replicate" else Shard(-1),
+            output_layouts=Shard(1) if self.output == "sequence" else Replicate(),
+        )
+
+
+class _Colwise(nn.Module):
+    """Runs a linear layer on its own columns, with a collective before or after."""
+
+    _axis: Axis
+    _enter: Transition | None
+    _gather: int | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        axis, enter, gather = self._axis, self._enter, self._gather
+        if enter is not None:
+            x = axis.share(x, enter)
+        y = super().forward(x)  # (.., out / tp)
+        return y if gather is None else width_to_replicate(y, axis, gather)
+
+
+class _Rowwise(nn.Module):
+    """Runs a linear layer on its own rows, sums over the ranks, then adds the bias once."""
+
+    _axis: Axis
+    _enter: Transition | None
+    _leave: Transition
+    _has_bias: bool
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        axis = self._axis
+        axis.forget()
+        if self._enter is not None:
+            x = self._enter(x, axis)
+        if not self._has_bias:
+            return self._leave(super().forward(x), axis)  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
+        self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank; not from FSDP2
+        try:
+            y = super().forward(x)
+        finally:
+            del self.__dict__["bias"]
+        return self._leave(y, axis) + self.bias
+
+
+class _Conv1DProduct(nn.Module):
+    """The product of transformers' `Conv1D` without its bias (its own forward can't do without)."""
+
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class _WidthEmbedding(nn.Module):
+    """An embedding whose rows are split by their width, and gathered."""
+
+    _axis: Axis
+    _width: int
+    _leaves: State
+
+    def forward(self, ids: Tensor) -> Tensor:
+        whole = width_to_replicate(super().forward(ids), self._axis, self._width)
+        if self._leaves == "sequence":
+            leave = transition("replicate", "sequence")
+            assert leave is not None
+            return leave(whole, self._axis)
+        return whole
+
+
+def _by_heads(heads: int) -> Any:
+    def split(length: int, dim: int, tp: int) -> Split:
+        return head_split(length, dim, tp, heads)
+
+    return split
+
+
+def _by_ranges(ranges: tuple[Ranges, ...]) -> Any:
+    def split(length: int, dim: int, tp: int) -> Split:
+        return split_of_ranges(ranges, dim)
+
+    return split
+
+
+def refuse_embedding_options(module: nn.Embedding, where: str) -> None:
+    """Options of `nn.Embedding` that look at the whole table, or at which rows a batch used."""
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option):
+            raise TPError(
+                f"`{where}`: an embedding with `{option}={getattr(module, option)}` can't be split. Give it the style "
+                "`replicate`, or build it without that option."
+            )

@@ -1,0 +1,375 @@
+"""A module whose own code has whole sizes in it, run on a rank's shards: single calls are given this rank's sizes.
+
+`x.view(B, T, n_head, C // n_head)` says how many heads there are in all; a rank has some of them. Inference has followed every dim
+through the code and knows for each call what has to change: a size, the bounds of a slice, an operand that every rank has whole and of
+which it needs its part, a gradient or a result that is summed over ranks. While the module runs, a `TorchFunctionMode` looks up each call by
+the place in the code that it comes from. It costs a microsecond or two for each call of a torch function inside the module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_tp.comm import Axis, partial_to_replicate, replicate_to_gathered
+from lightning_tp.errors import TPError
+from lightning_tp.styles.attention import bind_attention
+from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
+
+SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
+READS = frozenset({"__get__", "size"})
+FACTORIES = frozenset({"zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full"})
+FIRST_SIZE = {"unflatten": 2, "zeros": 0, "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0}  # else 1: behind the tensor
+SPLIT_CALLS = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which rank has which index of a dim: runs of (rank, length), -1 for all ranks, repeated over the dim.
+
+    Example:
+        >>> Pattern(((0, 2), (1, 2))).index(rank=1, length=8).tolist()
+        [2, 3, 6, 7]
+    """
+
+    runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple((r, n) for r, n in self.runs))
+
+    @classmethod
+    def of(cls, owner: Tensor) -> Pattern:
+        """From the rank of each index."""
+        n = owner.numel()
+        period = next(p for p in range(1, n + 1) if n % p == 0 and torch.equal(owner[p:], owner[:-p] if p < n else owner[n:]))
+        ranks, lengths = torch.unique_consecutive(owner[:period], return_counts=True)
+        return cls(tuple(zip(ranks.tolist(), lengths.tolist(), strict=True)))
+
+    @property
+    def period(self) -> int:
+        """The length that is repeated."""
+        return sum(n for _, n in self.runs)
+
+    def count(self, rank: int) -> int:
+        """How many of a period this rank has."""
+        return sum(n for r, n in self.runs if r in (rank, -1))
+
+    def local(self, length: int, rank: int) -> int:
+        """How many of `length` this rank has."""
+        return length // self.period * self.count(rank)
+
+    def index(self, rank: int, length: int) -> Tensor:
+        """The indices of a dim of this length that the rank has."""
+        one = torch.cat([torch.full((n,), r in (rank, -1)) for r, n in self.runs])
+        return one.repeat(length // self.period).nonzero().squeeze(1)
+
+    def ranges(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """The (start, stop) ranges of one period that the rank has, neighbours joined."""
+        spans: list[list[int]] = []
+        at = 0
+        for r, n in self.runs:
+            if r in (rank, -1):
+                if spans and spans[-1][1] == at:
+                    spans[-1][1] = at + n
+                else:
+                    spans.append([at, at + n])
+            at += n
+        return tuple((a, b) for a, b in spans)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What becomes of one tensor that a call is given.
+
+    Args:
+        path: where it stands: a position, or a name, then a position inside a list.
+        part: (dim counted from the last, pattern) of which a rank needs its part.
+        enter: its gradient is summed over the ranks, which work on their shares from here.
+        beside: a split operand of the same call; code may have made this one in the size of its shard already.
+    """
+
+    path: tuple[int | str, ...]
+    part: tuple[int, Pattern] | None = None
+    enter: bool = False
+    beside: tuple[int | str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What becomes of one call.
+
+    Args:
+        name: of the torch function.
+        at: the place in the code; see `place`.
+        operands: tensors that are changed before it.
+        sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it.
+        pieces: for each rank, the sizes that a split makes.
+        items: for each rank, the (position, start, stop, step) of a slice in an index.
+        leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
+        logits: its result stays split for the loss: the length of the vocabulary.
+    """
+
+    name: str
+    at: tuple[Any, ...]
+    operands: tuple[Operand, ...] = ()
+    sizes: tuple[tuple[tuple[int, int, int], ...], ...] = ()
+    pieces: tuple[tuple[int, ...], ...] = ()
+    items: tuple[tuple[int, int, int | None, int], ...] = ()
+    leave: bool = False
+    logits: int | None = None
+
+
+@dataclass(frozen=True)
+class LocalOps(Style):
+    """Give single calls in a module's own forward this rank's sizes.
+
+    Args:
+        calls: what changes, in the order of the calls. Two at one place in the code are taken in turn.
+    """
+
+    name: ClassVar[str] = "local_ops"
+    splits_parameters: ClassVar[bool] = False
+    calls: tuple[Call, ...] = ()
+
+    def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
+        return {}
+
+    def bind(self, module: nn.Module, site: Site) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            bind_attention(module, site.axis)
+        if self.calls:
+            become(module, _LocalOps, _mode=_Mode(self.calls, site.axis))
+
+    def __str__(self) -> str:
+        names = dict.fromkeys(c.name for c in self.calls)
+        return f"local_ops({len(self.calls)} calls: {', '.join(names)})"
+
+
+@dataclass(frozen=True)
+class ShardParameter(Style):
+    """Split one parameter by itself, as the code of its module needs it.
+
+    Args:
+        dim: the dim that is split.
+        ranges: for each rank the (start, stop) ranges of it.
+    """
+
+    name: ClassVar[str] = "shard"
+    dim: int = 0
+    ranges: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    def split(self, tp: int) -> Split:
+        """The same as a `Split`."""
+        return split_of_ranges(self.ranges, self.dim)
+
+    def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
+        return {name: self.split(tp) for name, _ in module.named_parameters()}
+
+
+class _LocalOps(nn.Module):
+    _mode: _Mode
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self._mode
+        mode.begin()
+        try:
+            with mode:
+                return super().forward(*args, **kwargs)
+        finally:
+            mode.end()
+
+
+class _Mode(TorchFunctionMode):
+    """Looks up each call of a torch function while its module runs."""
+
+    _running: ClassVar[list[_Mode]] = []  # the module whose own code runs is the last
+
+    def __init__(self, calls: tuple[Call, ...], axis: Axis) -> None:
+        super().__init__()
+        self.axis = axis
+        self.table: dict[Any, list[Call]] = {}
+        for call in calls:
+            self.table.setdefault((call.name, call.at), []).append(call)
+        self.names = frozenset(c.name for c in calls)
+        self.seen: dict[Any, int] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mode:
+        return self
+
+    def begin(self) -> None:
+        """The module's forward begins."""
+        self._running.append(self)
+        self.seen.clear()
+
+    def end(self) -> None:
+        """It ended."""
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in self.names or self._running[-1] is not self:
+            return func(*args, **(kwargs or {}))
+        key = (name, place(sys._getframe(1)))
+        calls = self.table.get(key)
+        if calls is None or (name == "__get__" and func.__self__ is not Tensor.shape):
+            return func(*args, **(kwargs or {}))
+        if len(calls) == 1:
+            call = calls[0]
+        else:  # one place in a loop, or in a helper that is called several times
+            turn = self.seen.get(key, 0)
+            self.seen[key] = turn + 1
+            call = calls[turn % len(calls)]
+        return run_call(call, func, args, kwargs or {}, self.axis)
+
+
+def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> Any:
+    """Make the call with what changes on this rank."""
+    rank = axis.rank
+    if call.name in READS:
+        return _whole_read(call, func, args, kwargs, rank)
+    if call.operands:
+        args, kwargs = _with_operands(call, args, kwargs, axis)
+    if call.sizes:
+        args = _with_sizes(call, args, rank)
+    if call.pieces:
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        return torch.split(args[0], list(call.pieces[rank]), dim)
+    if call.items:
+        args = (args[0], _with_item(args[1], call.items[rank]))
+    if call.leave:
+        bias = None
+        if func is torch.nn.functional.linear:
+            bias = kwargs.pop("bias", None) if "bias" in kwargs else (args[2] if len(args) > 2 else None)
+            args = args[:2]
+        out = partial_to_replicate(func(*args, **kwargs), axis)
+        return out if bias is None else out + bias
+    out = func(*args, **kwargs)
+    if call.logits is not None:
+        from lightning_tp.loss import split_logits
+
+        return split_logits(out, axis, call.logits)
+    return out
+
+
+def _whole_read(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> Any:
+    """The size that the code would read from the whole tensor."""
+    sizes = list(args[0].size())
+    for at, num, den in call.sizes[rank] if call.sizes else ():
+        sizes[at] = sizes[at] * num // den if den else num
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return torch.Size(sizes) if dim is None or call.name != "size" else sizes[dim]
+
+
+def _with_operands(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = tuple(list(a) if isinstance(a, (list, tuple)) and not isinstance(a, torch.Size) else a for a in args), dict(kwargs)
+    new = list(args)
+    for operand in call.operands:
+        holder = _holder(operand.path, new, kwargs)
+        x = holder[operand.path[-1]]
+        if operand.enter and x.requires_grad:
+            x = replicate_to_gathered(x, axis)
+        if operand.part is not None and not _made_local(x, operand, new, kwargs):
+            x = part_of(x, operand.part, axis.rank)
+        holder[operand.path[-1]] = x
+    return tuple(new), kwargs
+
+
+def _holder(path: tuple[int | str, ...], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """What the last step of a path looks into."""
+    holder: Any = args if isinstance(path[0], int) else kwargs
+    for step in path[:-1]:
+        holder = holder[step]
+    return holder
+
+
+def _made_local(x: Tensor, operand: Operand, args: list[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether it has the size of the shard beside it already."""
+    if operand.beside is None or operand.part is None:
+        return False
+    other = _holder(operand.beside, args, kwargs)[operand.beside[-1]]
+    from_last = operand.part[0]
+    return bool(x.ndim >= from_last and x.shape[-from_last] == other.shape[-from_last])
+
+
+def part_of(x: Tensor, part: tuple[int, Pattern], rank: int) -> Tensor:
+    """This rank's part of an operand that every rank has whole."""
+    from_last, pattern = part
+    dim = x.ndim - from_last
+    if dim < 0 or x.shape[dim] == 1:
+        return x
+    ranges = pattern.ranges(rank)
+    if x.shape[dim] == pattern.period and len(ranges) == 1:
+        return x.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])
+    if x.shape[dim] % pattern.period:
+        return x  # it was made from this rank's sizes: nothing to take
+    return x.index_select(dim, _index(pattern, rank, x.shape[dim], x.device))
+
+
+@lru_cache(maxsize=256)
+def _index(pattern: Pattern, rank: int, length: int, device: torch.device) -> Tensor:
+    return pattern.index(rank, length).to(device)
+
+
+def _with_sizes(call: Call, args: tuple[Any, ...], rank: int) -> tuple[Any, ...]:
+    first = FIRST_SIZE.get(call.name, 1)
+    packed = len(args) == first + 1 and isinstance(args[first], (tuple, list, torch.Size))
+    sizes = list(args[first] if packed else args[first:])
+    for at, num, den in call.sizes[rank]:
+        if den == 0:
+            sizes[at] = num
+            continue
+        if sizes[at] * num % den:
+            raise TPError(
+                f"`{call.name}{tuple(sizes)}`: size {sizes[at]} at {at} is not a multiple of {den}, as it was when the plan was made. Make the "
+                "plan from inputs like these."
+            )
+        sizes[at] = sizes[at] * num // den
+    return (*args[:first], tuple(sizes))
+
+
+def _with_item(item: Any, change: tuple[int, int, int | None, int]) -> Any:
+    position, start, stop, step = change
+    if not isinstance(item, tuple):
+        return slice(start, stop, step)
+    return (*item[:position], slice(start, stop, step), *item[position + 1 :])
+
+
+# ------------------------------------------------------------------------------------------------- places in the code
+
+_MODULE_CALL: CodeType = nn.Module._call_impl.__code__
+_TORCH = str(torch.__path__[0])
+_HERE = str(Path(__file__).parents[1])
+
+
+def place(frame: FrameType | None) -> tuple[Any, ...]:
+    """The chain of (function, instruction) from a call of a torch function up to the forward of the module that runs.
+
+    Two calls from one helper that come from different places are told apart.
+    """
+    chain = []
+    while frame is not None:
+        code = frame.f_code
+        if code is _MODULE_CALL:
+            break
+        if not _is_inner(code):
+            chain.append((code.co_name, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(chain)
+
+
+@lru_cache(maxsize=4096)
+def _is_inner(code: CodeType) -> bool:
+    """Frames of torch's and of this package's machinery, which are not the same when a plan is made and when it runs."""
+    file = code.co_filename
+    if file.startswith(_TORCH):
+        return "/nn/modules/" not in file or file.endswith("/module.py")
+    return file.startswith(_HERE) and not file.endswith("/styles/attention.py")
