@@ -1,0 +1,82 @@
+"""A plan as a table to read: blocks that are alike folded into one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_tp.plan import Entry, Plan
+
+
+def rules_table(plan: Plan) -> str:
+    """The rules of a plan that has not met a model yet."""
+    rows = [(r.pattern, str(r.style), r.reason) for r in plan.rules]
+    return "\n".join([f"Plan, {plan.source}: {len(rows)} rules", *_columns([("modules", "style", "reason"), *rows])])
+
+
+def shapes_table(plan: Plan) -> str:
+    """What each rank holds: one line for each kind of module, the numbers of the blocks folded (`layers.{0-3}.wq`)."""
+    assert plan.tp is not None
+    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
+    for entry in plan.entries:
+        key = (re.sub(r"\d+", "*", entry.where), str(entry.style), _shapes(entry, plan.tp), entry.reason)
+        groups.setdefault(key, []).append(entry)
+    rows = [
+        (_fold([e.where for e in entries]) or "(the model)", style, shapes, reason)
+        for (_, style, shapes, reason), entries in groups.items()
+    ]
+    total, held = numels(plan)
+    head = (
+        f"Plan, {plan.source}, tp={plan.tp}: {total:,} parameters, a rank holds {held:,} ({held / max(total, 1):.1%}); "
+        f"sequence parallel {'on' if plan.sequence_parallel else 'off'}"
+    )
+    return "\n".join([head, *_columns([("modules", "style", "whole -> on a rank", "reason"), *rows])])
+
+
+def numels(plan: Plan) -> tuple[int, int]:
+    """(elements of all parameters, elements that the first rank holds); tied weights once."""
+    import math
+
+    total = held = 0
+    for name, split in plan.splits.items():
+        if name not in plan.tied:
+            total += math.prod(plan.shapes[name])
+            held += math.prod(split.local_shape(plan.shapes[name], 0))
+    return total, held
+
+
+def _shapes(entry: Entry, tp: int) -> str:
+    lines = []
+    for name, split in entry.splits.items():
+        whole = entry.shapes[name]
+        local = dict.fromkeys(split.local_shape(whole, r) for r in range(tp))
+        what = str(whole) if split.dim is None else f"{whole} -> {' | '.join(map(str, local))}"
+        lines.append(what + (f" grad summed over {split.sum_over}" if split.sum_over > 1 else ""))
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _fold(names: list[str]) -> str:
+    """`layers.0.wq`, `layers.1.wq` -> `layers.{0-1}.wq`."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    folded = []
+    for column in zip(*parts, strict=True):
+        values = list(dict.fromkeys(column))
+        folded.append(values[0] if len(values) == 1 else "{" + _spans(int(v) for v in values) + "}")
+    return "".join(folded)
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    spans: list[list[int]] = []
+    for n in sorted(numbers):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ",".join(f"{a}-{b}" if a != b else f"{a}" for a, b in spans)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
