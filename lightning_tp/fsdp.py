@@ -1,0 +1,72 @@
+"""FSDP2 over the data-parallel axis: which modules are units, in what precision, when shards are let go again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of a model: children of one container that have the same class and the same parameter shapes.
+
+    The outermost such containers count: the experts inside a block are not blocks.
+
+    Example:
+        >>> from torch import nn
+        >>> [name for name, _ in find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()))]
+        ['0', '1']
+    """
+    return list(_blocks(model, ""))
+
+
+def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    kinds: dict[tuple[object, ...], list[str]] = {}
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        for name, child in module.named_children():
+            shapes = tuple((n, tuple(p.shape)) for n, p in child.named_parameters())
+            if shapes:
+                kinds.setdefault((type(child), shapes), []).append(name)
+    repeated = {name for names in kinds.values() if len(names) > 1 for name in names}
+    for name, child in module.named_children():
+        where = f"{prefix}.{name}" if prefix else name
+        if name in repeated:
+            yield where, child
+        else:
+            yield from _blocks(child, where)
+
+
+def apply_fsdp(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    dp_mesh: DeviceMesh,
+    *,
+    precision: MixedPrecisionPolicy | None = None,
+) -> None:
+    """Shard every parameter over the data-parallel axis: one unit a block, the root holds the rest (embedding, norm, head).
+
+    Blocks are let go after their forward and gathered again in the backward (`reshard_after_forward`); the root's own
+    parameters stay, since the backward begins with them. A block that shares a parameter with something outside is no unit.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = precision or MixedPrecisionPolicy()
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                uses[id(p)] = uses.get(id(p), 0) + 1
+    for block in blocks:
+        inside: dict[int, int] = {}
+        for module in block.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    inside[id(p)] = inside.get(id(p), 0) + 1
+        if all(uses[i] == n for i, n in inside.items()):
+            fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=dp_mesh, mp_policy=policy)
