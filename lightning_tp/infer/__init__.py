@@ -1,0 +1,3 @@
+"""A plan for a model that nobody declared: run it once, follow every feature, split what can be split."""
+
+from lightning_tp.infer.solve import infer_plan as infer_plan

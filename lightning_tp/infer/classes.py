@@ -1,0 +1,76 @@
+"""Which features have to lie on the same rank: a union-find over feature numbers, on whole tensors of labels at once.
+
+A label is an integer for each element of an activation: 0 where every rank has the element, else the number of the feature that
+it was made from. Two features are joined where code needs both in one place (a product of q and k sums over a head; a gate meets its
+up). What is never joined may lie on different ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Classes:
+    """Disjoint sets of features 1, 2, ..; 0 is no feature.
+
+    Example:
+        >>> classes = Classes()
+        >>> a = classes.new(4)
+        >>> _ = classes.join(a[:2], a[2:])
+        >>> classes.find(a).tolist()
+        [1, 2, 1, 2]
+    """
+
+    def __init__(self) -> None:
+        self.parent = torch.arange(1024)
+        self.count = 1
+
+    def new(self, n: int) -> Tensor:
+        """`n` features that nothing is joined to yet."""
+        first, self.count = self.count, self.count + n
+        if self.count > self.parent.numel():  # grow by doubling
+            self.parent = torch.cat((self.parent, torch.arange(self.parent.numel(), 2 * self.count)))
+        return torch.arange(first, self.count)
+
+    def find(self, labels: Tensor) -> Tensor:
+        """The representative of each label: the smallest of its set."""
+        return self.parent[labels]
+
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """Join the features of two label tensors element by element (they broadcast); zeros join nothing.
+
+        Returns:
+            The labels of the result: those of `a`, and where these are 0, of `b`.
+        """
+        self._join_pairs(self.find(a), self.find(b))
+        return torch.where(a > 0, a, b)
+
+    def join_along(self, labels: Tensor, dims: tuple[int, ...], *, keepdim: bool = False) -> Tensor:
+        """Join what differs only along `dims` (zeros apart); returns the labels without these dims (or with length 1)."""
+        top = labels.amax(dims, keepdim=True) if labels.numel() else labels.sum(dims, keepdim=True)
+        self._join_pairs(self.find(labels), self.find(top))
+        return top if keepdim else top.squeeze(dims)
+
+    def _join_pairs(self, a: Tensor, b: Tensor) -> None:
+        a, b = _shrink(*torch.broadcast_tensors(a, b))
+        differ = (a != b) & (a > 0) & (b > 0)
+        if not bool(differ.any()):
+            return
+        pairs = torch.unique(torch.stack((a[differ], b[differ])), dim=1)
+        parent = self.parent
+        while True:  # hook each larger root to the smallest it meets, then shorten all paths, until nothing is left to do
+            low, high = torch.aminmax(parent[pairs], dim=0)
+            todo = low != high
+            if not bool(todo.any()):
+                return
+            parent.scatter_reduce_(0, high[todo], low[todo], "amin")
+            while not torch.equal(shorter := parent[parent], parent):
+                parent = shorter
+            self.parent = parent
+
+
+def _shrink(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same pairs without the dims along which both are constant by construction (stride 0)."""
+    index = tuple(slice(0, 1) if sa == 0 and sb == 0 else slice(None) for sa, sb in zip(a.stride(), b.stride(), strict=True))
+    return a[index], b[index]

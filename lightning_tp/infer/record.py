@@ -1,0 +1,514 @@
+"""Run a model once more, with an owner for each feature, and see what has to change in its calls on one rank.
+
+Every dim of every activation has a layout by now: whole, or split over the ranks by a pattern. A call of a torch function is right on a
+rank's shards as it stands, or one of a few things has to change: a size that the code knows as a whole, the bounds of a slice, an operand
+that is whole. Sizes that code reads from shards are followed as pairs of whole and local numbers, so that only real differences count.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lightning_tp.infer.trace import Tracer, _untraced
+from lightning_tp.styles.local_ops import FACTORIES, FIRST_SIZE, SIZE_CALLS, SPLIT_CALLS, Call, Operand, Pattern, place
+
+NO_SLICE = {"linear", "embedding", "layer_norm", "rms_norm", "conv1d", "conv2d", "expand", "view", "reshape", "__getitem__", "index_select"}
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm"}
+
+
+class LocalInt(int):
+    """A size that is another one on a rank: the whole number, in `local` that of each rank, in `reads` where it was read."""
+
+    local: tuple[int, ...]
+    reads: frozenset[Any]
+    diverging: set[Any] = set()  # noqa: RUF012  reads on which code decides otherwise on a rank; of the recording that runs
+
+    @classmethod
+    def of(cls, value: int, local: tuple[int, ...], reads: frozenset[Any] = frozenset()) -> int:
+        """A plain int where there is no difference."""
+        if all(x == value for x in local):
+            return value
+        made = cls(value)
+        made.local, made.reads = tuple(local), reads
+        return made
+
+    def _with(self, other: Any, op: Any) -> Any:
+        if not isinstance(other, int):
+            return op(int(self), other)
+        mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
+        reads = self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
+        local = tuple(op(a, b) for a, b in zip(self.local, mine, strict=True))
+        return LocalInt.of(op(int(self), int(other)), local, reads)
+
+    def _compare(self, other: Any, op: Any) -> bool:
+        out = bool(op(int(self), other if not isinstance(other, int) else int(other)))
+        if isinstance(other, int):
+            mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
+            if any(op(a, b) != out for a, b in zip(self.local, mine, strict=True)):
+                LocalInt.diverging |= self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
+        return out
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a * b)
+
+    def __add__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a + b)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a - b)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: b - a)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a // b if b else 0)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: b // a if a else 0)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a % b if b else 0)
+
+    def __neg__(self) -> Any:
+        return LocalInt.of(-int(self), tuple(-a for a in self.local), self.reads)
+
+    __rmul__, __radd__ = __mul__, __add__
+
+    def __lt__(self, other: Any) -> bool:
+        return self._compare(other, lambda a, b: a < b)
+
+    def __le__(self, other: Any) -> bool:
+        return self._compare(other, lambda a, b: a <= b)
+
+    def __gt__(self, other: Any) -> bool:
+        return self._compare(other, lambda a, b: a > b)
+
+    def __ge__(self, other: Any) -> bool:
+        return self._compare(other, lambda a, b: a >= b)
+
+    def __eq__(self, other: object) -> bool:
+        return self._compare(other, lambda a, b: a == b)
+
+    def __ne__(self, other: object) -> bool:
+        return self._compare(other, lambda a, b: a != b)
+
+    def __truediv__(self, other: Any) -> Any:
+        LocalInt.diverging |= self.reads  # a number that the code computes with, not a size
+        return int(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        LocalInt.diverging |= self.reads
+        return other / int(self)
+
+    def __pow__(self, other: Any, mod: Any = None) -> Any:
+        LocalInt.diverging |= self.reads
+        return int(self) ** other
+
+    def __float__(self) -> float:
+        LocalInt.diverging |= self.reads
+        return float(int(self))
+
+    def __hash__(self) -> int:
+        return hash((int(self), self.local))  # not that of the int: caches of code that computes with sizes must not mix them up
+
+
+class LocalShape(tuple[int, ...]):
+    """What stands in for `x.shape` of a shard."""
+
+    def numel(self) -> int:
+        out: int = 1
+        for n in self:
+            out = out * n
+        return out
+
+
+def local_of(n: Any, tp: int) -> tuple[int, ...]:
+    """What each rank's code would have where this run has `n`."""
+    return n.local if isinstance(n, LocalInt) else (int(n),) * tp
+
+
+@dataclass
+class Found:
+    """What a recording found.
+
+    Args:
+        calls: module name -> the calls that change in its forward.
+        broken: labels whose features a call can't have split, and why.
+        enters: parameters of split layers whose standard modules see to their own input and output.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    broken: list[tuple[Tensor, str]] = field(default_factory=list)
+
+
+class Recorder(TorchFunctionMode):
+    """Sees every call of a torch function, with the layouts of what goes in and out.
+
+    Args:
+        tracer: of the run.
+        owner: for each feature its rank, -1 for 0 (all ranks); of an earlier run, which numbered features alike.
+        tp: how many ranks.
+        standard: names of modules whose style runs them: their calls are not looked at.
+        heads: parameters, used outside a standard module, whose result stays split for the loss, and the vocabulary.
+        split: (parameter, dim) of all that are split.
+        whole_reads: places where a size is read that has to be the whole one.
+    """
+
+    def __init__(self, tracer: Tracer, owner: Tensor, tp: int, standard: set[str], heads: dict[str, int], split: Any, whole_reads: Any) -> None:
+        super().__init__()
+        self.tracer, self.owner, self.tp = tracer, owner, tp
+        self.split = {n for n, _ in split}
+        self.whole_reads = whole_reads
+        LocalInt.diverging = set()
+        self.sinks: list[Tensor] = []
+        self.standard, self.heads = standard, heads
+        self.found = Found()
+
+    # ------------------------------------------------------------------------------------------------------- layouts
+
+    def ranks(self, t: Tensor) -> Tensor | None:
+        """The rank of each element, constant dims with length 1; None where every rank has all."""
+        label = self.tracer.shadow(t).label
+        if label is None:
+            return None
+        index = tuple(slice(0, 1) if s == 0 else slice(None) for s in label.stride())
+        small = label[index] if label.ndim else label
+        ranks = self.owner[small]
+        return ranks if bool((ranks >= 0).any()) else None
+
+    def layout(self, t: Tensor) -> tuple[int, Pattern] | None | str:
+        """(dim, pattern); None where it is whole; a reason where it is neither."""
+        ranks = self.ranks(t)
+        if ranks is None:
+            return None
+        split = [d for d in range(ranks.ndim) if ranks.shape[d] > 1 and bool((ranks != ranks.narrow(d, 0, 1)).any())]
+        if len(split) != 1:
+            return f"split along {len(split)} dims"
+        dim = split[0]
+        return dim, Pattern.of(ranks.movedim(dim, 0).reshape(ranks.shape[dim], -1)[:, 0])
+
+    def local_sizes(self, t: Tensor) -> list[tuple[int, ...]]:
+        """For each dim, the size on each rank."""
+        layout = self.layout(t)
+        sizes = [(n,) * self.tp for n in t.shape]
+        if isinstance(layout, tuple):
+            dim, pattern = layout
+            sizes[dim] = tuple(pattern.local(t.shape[dim], r) for r in range(self.tp))
+        return sizes
+
+    def shape(self, t: Tensor, read: Any) -> LocalShape:
+        """The shape, with the local sizes behind the whole ones."""
+        reads = frozenset([read])
+        return LocalShape(LocalInt.of(n, local, reads) for n, local in zip(t.shape, self.local_sizes(t), strict=True))
+
+    def _read(self, func: Any, name: str, args: Any, kwargs: Any, frame: Any) -> Any:
+        """`x.shape`, `x.size()`: pairs of whole and local sizes; whole ones where code decides or computes by them."""
+        module = self.tracer.stack[-1]
+        read = (module, name, place(frame))
+        x = args[0]
+        if read in self.whole_reads:
+            local = self.local_sizes(x)
+            sizes = tuple(
+                tuple((d, *_fraction(n, of[r])) for d, (n, of) in enumerate(zip(x.shape, local, strict=True)) if of[r] != n)
+                for r in range(self.tp)
+            )
+            self.found.calls.setdefault(module, []).append(Call(name, read[2], sizes=sizes if any(sizes) else ()))
+            return func(*args, **kwargs)
+        shape = self.shape(x, read)
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return shape if dim is None or name != "size" else shape[dim]
+
+    # --------------------------------------------------------------------------------------------------------- calls
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            if func.__self__ is Tensor.shape and self.tracer.shadow(args[0]).label is not None:
+                with _untraced():
+                    return self._read(func, name, args, kwargs, sys._getframe(1))
+            return func(*args, **kwargs)
+        if name == "size" and self.tracer.shadow(args[0]).label is not None:
+            with _untraced():
+                return self._read(func, name, args, kwargs, sys._getframe(1))
+        given_args, given_kwargs = args, kwargs
+        args, kwargs = _plain(args), _plain(kwargs)
+        if func is torch.nn.functional.cross_entropy:
+            return self._cross_entropy(func, args, kwargs)
+        self.tracer.events = []
+        module = self.tracer.stack[-1]
+        out = func(*args, **kwargs)
+        if module == self.tracer.stack[-1] and module not in self.standard:
+            with _untraced():
+                self._look(name, func, given_args, given_kwargs, out, module, sys._getframe(1))
+        return out
+
+    def _cross_entropy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        logits = args[0] if args else kwargs["input"]
+        if self.tracer.shadow(logits).label is None:
+            return func(*args, **kwargs)
+        with _untraced():
+            plain = logits.detach()
+            self.sinks.append(self.tracer.label(logits))
+        return func(plain, *args[1:], **kwargs) if args else func(**{**kwargs, "input": plain})
+
+    def _look(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
+        outs = [t for t in _tensors(out)]
+        operands = [(path, t) for path, t in _with_paths(args, kwargs)]
+        events = dict((kind, p) for kind, p in self.tracer.events)
+        layouts = [self.layout(t) for _, t in operands]
+        out_layouts = [self.layout(t) for t in outs]
+        to_logits = self.heads.get(events.get("out", ""))
+        if all(x is None for x in (*layouts, *out_layouts)) and "in" not in events and to_logits is None:
+            if name in SIZE_CALLS | FACTORIES and outs:
+                self._whole_sizes(name, args, outs[0], module, frame)
+            return
+        for t, layout in [*zip((t for _, t in operands), layouts, strict=True), *zip(outs, out_layouts, strict=True)]:
+            if isinstance(layout, str):
+                self.found.broken.append((self.tracer.label(t), f"{name} in `{module}`: {layout}"))
+                return
+        change: dict[str, Any] = {}
+        try:
+            if name in SIZE_CALLS:
+                change["sizes"] = self._sizes(name, args, kwargs, operands[0][1], outs[0])
+            elif name in SPLIT_CALLS:
+                change["pieces"] = self._pieces(name, args, kwargs, operands[0][1], outs)
+            elif name == "__getitem__":
+                change["items"] = self._item(args, operands[0][1], outs[0], layouts)
+            elif name in ("narrow", "select", "index_select", "unbind", "narrow_copy", "movedim") and isinstance(layouts[0], tuple):
+                self._keeps_dim(name, args, kwargs, operands[0][1], layouts[0])
+            else:
+                change["operands"] = self._operands(name, operands, layouts, outs, out_layouts, events)
+        except _Unknown as e:
+            labels = [self.tracer.label(t) for _, t in operands if self.tracer.shadow(t).label is not None]
+            self.found.broken.append((labels[0] if labels else self.tracer.label(outs[0]), f"{name} in `{module}`: {e}"))
+            return
+        if "in" in events:
+            change["leave"] = True
+        if to_logits is not None:
+            change["logits"] = to_logits
+            change["operands"] = tuple(
+                Operand(path, None, True) for path, t in operands if (s := self.tracer.shadow(t)).param is None and s.grad
+            )
+        change = {k: v for k, v in change.items() if v}
+        if change:
+            self.found.calls.setdefault(module, []).append(Call(name, place(frame), **change))
+        elif name in SIZE_CALLS | SPLIT_CALLS | {"__getitem__"}:
+            self.found.calls.setdefault(module, []).append(Call(name, place(frame)))  # holds its turn
+
+    def _operands(self, name: str, operands: Any, layouts: Any, outs: Any, out_layouts: Any, events: Any) -> tuple[Operand, ...]:
+        split_outs = [(t, x) for t, x in zip(outs, out_layouts, strict=True) if isinstance(x, tuple)]
+        split_ins = [(t, x) for (_, t), x in zip(operands, layouts, strict=True) if isinstance(x, tuple)]
+        reference = split_outs[0] if split_outs else split_ins[0] if split_ins else None
+        if "in" in events:
+            reference = None  # a product with a split weight: what lies beside the summed dim is not in it
+        changed = []
+        for (path, t), layout in zip(operands, layouts, strict=True):
+            if layout is not None:
+                continue
+            shadow = self.tracer.shadow(t)
+            if shadow.param is not None and shadow.param[0] in self.split:
+                continue  # this rank's shard already
+            part = None
+            if reference is not None and (name not in NO_SLICE or (name == "linear" and path in ((2,), ("bias",)))):
+                part = _aligned(name, path, t, reference)
+            beside = next((p for (p, _), x in zip(operands, layouts, strict=True) if isinstance(x, tuple)), None)
+            if part is not None and beside is not None:
+                other, (dim, _) = next((o, x) for (p, o), x in zip(operands, layouts, strict=True) if p == beside)
+                beside = beside if other.ndim - dim == part[0] else None
+            outside = shadow.label is None  # inside, each rank has its share of the gradient anyway
+            enter = bool(split_outs) and outside and shadow.grad and shadow.param is None and (t.is_floating_point() or t.is_complex())
+            if part is not None or enter:
+                changed.append(Operand(path, part, enter, beside if part else None))
+        return tuple(changed)
+
+    def _sizes(self, name: str, args: Any, kwargs: Any, x: Tensor, out: Tensor) -> Any:
+        first = FIRST_SIZE.get(name, 1)
+        packed = len(args) == first + 1 and isinstance(args[first], (tuple, list))
+        given = list(args[first]) if packed else list(args[first:])
+        if not given:
+            given = list(kwargs.get("shape", kwargs.get("size", ())))
+            if self.layout(out) is None and self.layout(x) is None:
+                return ()
+            if given:
+                raise _Unknown("sizes by keyword")
+        if given and not isinstance(given[0], int):
+            return ()  # view(dtype)
+        needed = self.local_sizes(out)
+        if name == "unflatten":
+            start = args[1] % x.ndim
+            needed = needed[start : start + len(given)]
+        elif name == "repeat":
+            before = [(1,) * self.tp] * (len(given) - x.ndim) + self.local_sizes(x)
+            needed = [tuple(n // b for n, b in zip(ns, bs, strict=True)) for ns, bs in zip(needed, before, strict=True)]
+        changes: list[list[tuple[int, int, int]]] = [[] for _ in range(self.tp)]
+        for i, (g, want) in enumerate(zip(given, needed, strict=True)):
+            if int(g) == -1:
+                continue
+            have = local_of(g, self.tp)
+            for rank in range(self.tp):
+                if have[rank] != want[rank]:
+                    changes[rank].append((i, *_fraction(want[rank], have[rank])))  # x / 0: the size itself
+        return tuple(tuple(c) for c in changes) if any(changes) else ()
+
+    def _whole_sizes(self, name: str, args: Any, out: Tensor, module: str, frame: Any) -> None:
+        """A whole tensor that is made with sizes read from shards: with the whole sizes, then, as the plan knows it."""
+        first = FIRST_SIZE.get(name, 1)
+        packed = len(args) == first + 1 and isinstance(args[first], (tuple, list))
+        given = list(args[first] if packed else args[first:])
+        changes: list[list[tuple[int, int, int]]] = [[] for _ in range(self.tp)]
+        for i, g in enumerate(given):
+            if isinstance(g, LocalInt):
+                for rank in range(self.tp):
+                    if g.local[rank] != int(g):
+                        changes[rank].append((i, *_fraction(int(g), g.local[rank])))
+        if any(changes):
+            call = Call(name, place(frame), sizes=tuple(tuple(c) for c in changes))
+            self.found.calls.setdefault(module, []).append(call)
+
+    def _pieces(self, name: str, args: Any, kwargs: Any, x: Tensor, outs: list[Tensor]) -> Any:
+        layout = self.layout(x)
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) % x.ndim
+        if layout is None:
+            return ()
+        if layout[0] != dim:
+            return ()
+        needed = [[self.local_sizes(t)[dim][r] for t in outs] for r in range(self.tp)]
+        how = args[1] if len(args) > 1 else next(iter(v for k, v in kwargs.items() if k != "dim"))
+        for t, whole in zip(outs, (self.layout(t) for t in outs), strict=True):
+            if whole is None and self.tracer.shadow(t).label is not None and t.shape[dim] != x.shape[dim]:
+                pass
+        same = True
+        for rank in range(self.tp):
+            length = self.local_sizes(x)[dim][rank]
+            if name in ("chunk", "unsafe_chunk", "tensor_split"):
+                have = [len(c) for c in torch.arange(length).chunk(int(how))] if name != "tensor_split" else []
+            elif isinstance(how, int):
+                size = local_of(how, self.tp)[rank]
+                have = [min(size, length - i) for i in range(0, length, size)] if size else []
+            else:
+                have = [local_of(h, self.tp)[rank] for h in how]
+            same &= have == needed[rank]
+        return () if same else tuple(tuple(n) for n in needed)
+
+    def _item(self, args: Any, x: Tensor, out: Tensor, layouts: Any) -> Any:
+        layout = layouts[0]
+        if layout is None:
+            return ()
+        dim, pattern = layout
+        items = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
+        at = 0
+        position = None
+        known = sum(1 for i in items if i is not None and i is not Ellipsis and not isinstance(i, Tensor))
+        known += sum(i.ndim if i.dtype == torch.bool else 1 for i in items if isinstance(i, Tensor))
+        for n, item in enumerate(items):
+            if item is Ellipsis:
+                at += x.ndim - known
+            elif item is not None:
+                if at == dim:
+                    position = n
+                at += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+        if position is None:
+            return ()
+        item = items[position]
+        if not isinstance(item, slice):
+            raise _Unknown("an index into the split dim")
+        length = x.shape[dim]
+        changes = []
+        same = True
+        for rank in range(self.tp):
+            mine = pattern.index(rank, length)
+            bounds = [None if b is None else int(b) for b in (item.start, item.stop, item.step)]
+            wanted = torch.zeros(length, dtype=torch.bool)
+            wanted[slice(*bounds)] = True
+            places = wanted[mine].nonzero().squeeze(1)
+            have_bounds = [None if b is None else local_of(b, self.tp)[rank] for b in (item.start, item.stop, item.step)]
+            have = torch.arange(mine.numel())[slice(*have_bounds)]
+            if places.numel() == 0:
+                changes.append((position, 0, 0, 1))
+                same &= have.numel() == 0
+                continue
+            step = int(places[1] - places[0]) if places.numel() > 1 else 1
+            if not bool((places.diff() == step).all()):
+                raise _Unknown("a slice that is no slice on a rank")
+            same &= torch.equal(have, places)
+            changes.append((position, int(places[0]), int(places[-1]) + 1, step))
+        return () if same else tuple(changes)
+
+    def _keeps_dim(self, name: str, args: Any, kwargs: Any, x: Tensor, layout: Any) -> None:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 and isinstance(args[1], int) else 0)
+        if name != "movedim" and dim % x.ndim == layout[0]:
+            raise _Unknown("along the split dim")
+
+
+class _Unknown(Exception):
+    """A call that can't be changed into one on shards."""
+
+
+def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Pattern] | None:
+    """The dim, from the last, in which a whole operand lies beside the split dim of the others."""
+    other, (dim, pattern) = reference
+    from_last = other.ndim - dim
+    if name in PRODUCTS and from_last <= 2 and not (name == "baddbmm" and path == (0,)):
+        return None  # its rows or columns are its own
+    if name == "scaled_dot_product_attention" and from_last != 3:
+        return None
+    if name in ("cat", "stack", "concat", "concatenate") and t.ndim == other.ndim and t.shape[dim] != other.shape[dim]:
+        return None
+    if t.ndim < from_last:
+        return None
+    size = t.shape[t.ndim - from_last]
+    if size == 1 or size % pattern.period:
+        if name == "scaled_dot_product_attention" and size > 1:
+            raise _Unknown(f"{size} heads beside {other.shape[dim]}")
+        return None
+    return from_last, pattern
+
+
+def _fraction(num: int, den: int) -> tuple[int, int]:
+    import math
+
+    if den == 0:
+        return num, 0
+    g = math.gcd(num, den)
+    return num // g, den // g
+
+
+def _plain(x: Any) -> Any:
+    """Without the local sizes: what this run works with."""
+    if isinstance(x, LocalInt):
+        return int(x)
+    if isinstance(x, LocalShape):
+        return torch.Size(int(n) for n in x)
+    if type(x) in (tuple, list):
+        return type(x)(_plain(i) for i in x)
+    if type(x) is dict:
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, slice):
+        return slice(_plain(x.start), _plain(x.stop), _plain(x.step))
+    return x
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, (tuple, list)):
+        return [t for o in out for t in _tensors(o)]
+    return []
+
+
+def _with_paths(args: Any, kwargs: Any) -> list[tuple[tuple[int | str, ...], Tensor]]:
+    found: list[tuple[tuple[int | str, ...], Tensor]] = []
+    for items in (enumerate(args), kwargs.items()):
+        for key, value in items:
+            if isinstance(value, Tensor):
+                found.append(((key,), value))
+            elif isinstance(value, (tuple, list)):
+                found += [((key, i), v) for i, v in enumerate(value) if isinstance(v, Tensor)]
+    return found

@@ -1,0 +1,415 @@
+"""From traces to a plan: which weights are split, which rank has which feature, what else has to change."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from lightning_tp.comm import even_shard
+from lightning_tp.errors import TPError
+from lightning_tp.infer.record import Found, LocalInt, Recorder
+from lightning_tp.infer.trace import Trace, run
+from lightning_tp.plan import Plan, Rule
+from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
+from lightning_tp.styles.attention import readable_attention
+from lightning_tp.styles.local_ops import LocalOps, Pattern, ShardParameter
+
+MOST_RUNS = 24
+SMALL_VOCAB = 64  # rows a rank, below which an embedding or a head is kept whole
+
+Key = tuple[str, int]
+
+
+def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp: int) -> Plan:
+    """Find how a model splits over `tp` ranks by running it, whatever its modules are called.
+
+    Nothing is changed and nothing is sent: the forward runs in this process, on the model's own weights or on the meta device, and every
+    feature of every weight is followed to where it is used.
+
+    Args:
+        model: any transformer; unsplit.
+        inputs: what its forward is called with: a mapping of keyword arguments, or a tuple.
+        tp: the number of ranks that share it.
+
+    Returns:
+        The plan, not yet checked against the model (`parallelize` does it).
+
+    Raises:
+        TPError: if the model can't be run, or nothing in it can be split.
+
+    Example:
+        >>> from torch import nn
+        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> {rule.pattern: rule.style.name for rule in infer_plan(mlp, (torch.zeros(2, 4, 8),), tp=2).rules}
+        {'0': 'colwise', '2': 'rowwise', '**': 'replicate'}
+    """
+    if tp < 1:
+        raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
+    names = {n: p for n, p in model.named_parameters()}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    whole: dict[Key, str] = {(n, 1): "a table is split by its rows" for n, p in names.items() if id(p) in tables}
+    shared: dict[Key, Tensor] = {}
+    with _as_it_was(model), readable_attention(model):
+        for _ in range(MOST_RUNS):
+            trace, out, tracer = run(model, inputs, set(whole), shared)
+            bad = _too_few(trace, tp, names)
+            if bad and _share(bad, trace, shared, names):
+                continue
+            if bad:
+                _demote(bad, whole, names)
+                continue
+            owner = _owners(trace, tp)
+            heads = _heads(model, trace, owner, out, tracer, tp)
+            standard = _standard(model, trace, names)
+            found, sinks = _record(model, inputs, trace, set(whole), shared, owner, tp, standard, heads)
+            bad = _broken(found, trace, owner, sinks, heads, tp)
+            if not bad:
+                return _plan(model, trace, owner, found, heads, standard, whole, tp)
+            _demote(bad, whole, names)
+    raise TPError(
+        f"No plan for {type(model).__name__} was found in {MOST_RUNS} runs; the last weights that were given up: "
+        f"{', '.join(n for n, _ in list(whole)[-3:])}. Give a plan (`plan=`)."
+    )
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Leave buffers and random state as they were."""
+    buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                if n in buffers and b.shape == buffers[n].shape:
+                    b.copy_(buffers[n])
+
+
+# ------------------------------------------------------------------------------------------------------- what to split
+
+
+def _out_keys(trace: Trace) -> dict[Key, None]:
+    return {(u.name, u.dim): None for u in trace.uses if u.kind == "out"}
+
+
+def _kinds(trace: Trace, key: Key) -> list[Tensor]:
+    """The classes of a weight's features, in order, in groups of the same number of features each (heads; single features)."""
+    reps = trace.classes.find(trace.nodes[key])
+    reps = reps[reps > 0]
+    if not reps.numel():
+        return []
+    classes, counts = torch.unique(reps, return_counts=True)
+    first = torch.full((int(classes.max()) + 1,), reps.numel())
+    first.scatter_reduce_(0, reps, torch.arange(reps.numel()), "amin")
+    groups = []
+    for n in counts.unique().tolist():
+        of = classes[counts == n]
+        groups.append(of[first[of].argsort()])
+    return groups
+
+
+def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
+    """Weights to keep whole, because what they are joined to has fewer parts than ranks: of each such group the smallest."""
+    outs = _out_keys(trace)
+    dims: dict[str, set[int]] = defaultdict(set)
+    for name, dim in trace.nodes:
+        dims[name].add(dim)
+    for name, of in dims.items():
+        if len(of) > 1:
+            return {(name, d): "used by its rows here and by its columns there" for d in of}
+    group_of: dict[int, list[Key]] = defaultdict(list)
+    bad_classes: set[int] = set()
+    for key in trace.nodes:
+        for kind in _kinds(trace, key):
+            if kind.numel() < tp:
+                bad_classes.update(kind.tolist())
+                for c in kind.tolist():
+                    group_of[c].append(key)
+    bad: dict[Key, str] = {}
+    for c in bad_classes:
+        members = [k for k in group_of[c] if k in outs] or group_of[c]
+        smallest = min(names[n].shape[d] for n, d in members)
+        for n, d in members:
+            if names[n].shape[d] == smallest:
+                bad[n, d] = f"its features have to be together, in fewer than tp={tp} parts"
+    return bad
+
+
+def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: dict[str, Any]) -> bool:
+    """Of one fused weight, give every rank the part that all others are joined by: the keys and values of few heads.
+
+    Found as the smallest factor of a product of activations that is made by a part of the weight only.
+    """
+    outs = [k for k in bad if k in _out_keys(trace)]
+    changed = False
+    for key in outs:
+        nodes = trace.nodes[key]
+        if len({_star(k[0]) for k in outs}) > 1:
+            continue
+        parts = [torch.isin(nodes, of) & (nodes > 0) for of in trace.operands]
+        parts = [p for p in parts if bool(p.any()) and int(p.sum()) < int((nodes > 0).sum())]
+        if not parts:
+            continue
+        smallest = min(parts, key=lambda p: int(p.sum()))
+        if int(smallest.sum()) * 2 > int((nodes > 0).sum()):
+            continue  # most of it would be whole
+        for n in names:
+            if _star(n) == _star(key[0]) and names[n].shape[key[1]] == nodes.numel():
+                shared[n, key[1]] = shared.get((n, key[1]), torch.zeros_like(smallest)) | smallest
+        changed = True
+        break
+    return changed
+
+
+def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any]) -> None:
+    """Keep these weights whole, and those of the blocks alike."""
+    stars = {(_star(n), d): why for (n, d), why in bad.items()}
+    for n in names:
+        for d in range(names[n].ndim):
+            if (_star(n), d) in stars:
+                whole[n, d] = stars[_star(n), d]
+
+
+def _star(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _owners(trace: Trace, tp: int) -> Tensor:
+    """The rank of each feature: classes of one kind are dealt out evenly, in order."""
+    of_class = torch.full((trace.classes.parent.numel(),), -1)
+    for key in trace.nodes:
+        for kind in _kinds(trace, key):
+            new = kind[of_class[kind] < 0]
+            n = new.numel()
+            single = bool((trace.classes.find(trace.nodes[key]).bincount(minlength=of_class.numel())[new] == 1).all())
+            if single:
+                shards = [len(even_shard(n, r, tp)) for r in range(tp)]
+            else:
+                shards = [(r + 1) * n // tp - r * n // tp for r in range(tp)]
+            of_class[new] = torch.repeat_interleave(torch.arange(tp), torch.tensor(shards))
+    owner = of_class[trace.classes.parent]
+    owner[0] = -1
+    return owner
+
+
+def _heads(model: nn.Module, trace: Trace, owner: Tensor, out: Any, tracer: Any, tp: int) -> dict[str, int]:
+    """Weights whose features reach the model's output or its loss one by one: the logits. name -> vocabulary."""
+    labels = [tracer.shadow(t).label for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    reached = [label.reshape(-1).unique() for label in labels if label is not None]
+    reached += [label.reshape(-1).unique() for label in trace.logits]
+    seen = torch.cat(reached).unique() if reached else torch.zeros(0, dtype=torch.int64)
+    heads = {}
+    for (name, dim), nodes in trace.nodes.items():
+        if bool(torch.isin(nodes, seen).all()) and (name, dim) in _out_keys(trace):
+            heads[name] = nodes.numel()
+    return heads
+
+
+def _standard(model: nn.Module, trace: Trace, names: dict[str, Any]) -> dict[str, str]:
+    """Modules that a style runs: weight name -> module name, for linear layers that run their own class's forward."""
+    standard = {}
+    by_module: dict[str, set[str]] = defaultdict(set)
+    for use in trace.uses:
+        by_module[use.name].add(use.module)
+    for name, modules in by_module.items():
+        if len(modules) != 1:
+            continue
+        owner_name = next(iter(modules))
+        module = model.get_submodule(owner_name)
+        if getattr(module, "weight", None) is not names[name]:
+            continue
+        plain = isinstance(module, nn.Linear) and getattr(type(module).forward, "__code__", None) is nn.Linear.forward.__code__
+        conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+        if plain or conv1d:
+            standard[name] = owner_name
+    return standard
+
+
+def _record(model: nn.Module, inputs: Any, trace: Trace, whole: set[Key], shared: dict[Key, Tensor], owner: Tensor, tp: int, standard: dict[str, str], heads: dict[str, int]) -> tuple[Found, list[Tensor]]:
+    recorders: list[Recorder] = []
+    whole_reads: set[Any] = set()
+
+    owner = owner.clone()
+    for (name, _), nodes in trace.nodes.items():
+        if name in heads:
+            owner[nodes] = -1  # logits show their whole shape, and take care of themselves
+
+    def make(tracer: Any) -> Recorder:
+        by_call = {n: v for n, v in heads.items() if n not in standard}
+        recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
+        return recorders[-1]
+
+    while True:
+        _, out, tracer = run(model, inputs, whole, shared, make)
+        if not LocalInt.diverging - whole_reads:
+            break
+        whole_reads |= LocalInt.diverging
+    outputs = [tracer.shadow(t).label for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    return recorders[-1].found, [x for x in outputs if x is not None]
+
+
+def _broken(found: Found, trace: Trace, owner: Tensor, sinks: list[Tensor], heads: dict[str, int], tp: int) -> dict[Key, str]:
+    """Weights to keep whole, because a call can't work on their shards, or their features leave the model split."""
+    bad: dict[Key, str] = {}
+    for label, why in found.broken:
+        for key in _made_by(label, trace):
+            bad[key] = why
+    for name, vocab in heads.items():
+        if vocab < SMALL_VOCAB * tp:
+            bad.update({k: "a small output" for k in trace.nodes if k[0] == name})
+    for label in sinks:
+        for key in _made_by(label, trace):
+            if key[0] not in heads:
+                bad[key] = "its features leave the model"
+    return bad
+
+
+def _made_by(label: Tensor, trace: Trace) -> list[Key]:
+    present = label.reshape(-1).unique()
+    classes = trace.classes.find(present[present > 0]).unique()
+    return [k for k in _out_keys(trace) if bool(torch.isin(trace.classes.find(trace.nodes[k]), classes).any())]
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def _plan(model: nn.Module, trace: Trace, owner: Tensor, found: Found, heads: dict[str, int], standard: dict[str, str], whole: dict[Key, str], tp: int) -> Plan:
+    names = {n: p for n, p in model.named_parameters()}
+    readers = _readers(trace)
+    rules: list[Rule] = []
+    for (name, dim), nodes in trace.nodes.items():
+        ranges = _ranges(owner[nodes], tp)
+        kind = "out" if (name, dim) in _out_keys(trace) else "in"
+        why = readers.get((name, dim), "")
+        if name in standard:
+            where = standard[name]
+            if name in heads:
+                rules.append(Rule(where, VocabHead(input="replicate"), "its logits stay split for the loss"))
+            elif kind == "out":
+                rules.append(Rule(where, Colwise(input="replicate", ranges=ranges), why))
+            else:
+                rules.append(Rule(where, Rowwise(input="width", output="replicate", ranges=ranges), why))
+        elif not (name in heads and _table(model, names[name])):
+            rules.append(Rule(name, ShardParameter(dim, ranges), why or "split where it is used"))
+    split_modules = {r.pattern for r in rules}
+    rules += _embeddings(model, trace, heads, names, tp)
+    for module, calls in found.calls.items():
+        if any(c.operands or c.sizes or c.pieces or c.items or c.leave or c.logits for c in calls):
+            rules.append(Rule(module, LocalOps(_needed(calls)), "whole sizes in its code"))
+    taken = {r.pattern for r in rules}
+    done = {id(names[n]) for n, _ in trace.nodes} | {id(getattr(model.get_submodule(m), "bias", None)) for m in standard.values()}
+    for name in names:
+        if name in trace.local_uses and id(names[name]) not in done and not any(name == t or name.startswith(f"{t}.") for t in taken & split_modules):
+            rules.append(Rule(name, Replicate(partial_grad=True), "works on split activations"))
+    rules += _aliases(model, trace, rules, names, owner, heads, standard, tp)
+    rules = _folded(rules, [n for n, _ in model.named_modules()] + list(dict(model.named_parameters(remove_duplicate=False))))
+    rules.append(Rule("**", Replicate(partial_grad=False), _why_whole(whole)))
+    return Plan(rules, source="inferred")
+
+
+def _aliases(
+    model: nn.Module,
+    trace: Trace,
+    rules: list[Rule],
+    names: dict[str, Any],
+    owner: Tensor,
+    heads: dict[str, int],
+    standard: dict[str, str],
+    tp: int,
+) -> Iterator[Rule]:
+    """Other names of split parameters, of modules that no rule names because nothing calls them."""
+    split = {id(names[n]): (dim, _ranges(owner[nodes], tp)) for (n, dim), nodes in trace.nodes.items()}
+    for (n, dim), nodes in trace.nodes.items():
+        bias = getattr(model.get_submodule(standard[n]), "bias", None) if n in standard else None
+        if bias is not None and (n, dim) in _out_keys(trace):
+            split[id(bias)] = (0, _ranges(owner[nodes], tp))
+    named = [r.pattern for r in rules if r.style.splits_parameters]
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in split and not any(name == n or name.startswith(f"{n}.") for n in named):
+            yield Rule(name, ShardParameter(*split[id(p)]), "another name of a split parameter")
+
+
+def _folded(rules: list[Rule], everything: list[str]) -> list[Rule]:
+    """One rule for the modules of all blocks that are alike."""
+    groups: dict[str, list[Rule]] = defaultdict(list)
+    for rule in rules:
+        groups[_star(rule.pattern)].append(rule)
+    folded = []
+    for star, of in groups.items():
+        one = Rule(star, of[0].style, of[0].reason)
+        alike = len({(r.style, r.reason) for r in of}) == 1
+        if alike and len(of) > 1 and sum(one.matches(n) for n in everything) == len(of):
+            folded.append(one)
+        else:
+            folded += of
+    return folded
+
+
+def _needed(calls: list[Any]) -> tuple[Any, ...]:
+    """The calls that change, and those that stand at the same place and hold their turn."""
+    places = {(c.name, c.at) for c in calls if c.operands or c.sizes or c.pieces or c.items or c.leave or c.logits}
+    kept: dict[Any, list[Any]] = {}
+    for c in calls:
+        if (c.name, c.at) in places:
+            kept.setdefault((c.name, c.at), []).append(c)
+    return tuple(c for of in kept.values() for c in (of[:1] if all(c == of[0] for c in of) else of))
+
+
+def _ranges(owner: Tensor, tp: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    ranks, lengths = torch.unique_consecutive(owner, return_counts=True)
+    pattern = Pattern(tuple(zip(ranks.tolist(), lengths.tolist(), strict=True)))
+    return tuple(pattern.ranges(r) for r in range(tp))
+
+
+def _readers(trace: Trace) -> dict[Key, str]:
+    """For each weight, what reads its features: "read by layers.*.o_proj on its split dim"."""
+    ends: dict[int, list[str]] = defaultdict(list)
+    outs = _out_keys(trace)
+    for key, nodes in trace.nodes.items():
+        if key not in outs:
+            for c in trace.classes.find(nodes).unique().tolist():
+                ends[c].append(key[0])
+    reasons = {}
+    for key, nodes in trace.nodes.items():
+        if key in outs:
+            by = dict.fromkeys(n for c in trace.classes.find(nodes).unique().tolist()[:64] for n in ends[c])
+            if by:
+                reasons[key] = f"read by {', '.join(list(dict.fromkeys(_star(n) for n in by))[:2])} on its split dim"
+        else:
+            reasons[key] = "ends split features; ranks add up"
+    return reasons
+
+
+def _embeddings(model: nn.Module, trace: Trace, heads_by_name: dict[str, int], names: dict[str, Any], tp: int) -> list[Rule]:
+    """Embeddings of a large vocabulary are split by its rows; those tied to a head have to be."""
+    heads = {id(names[n]) for n in heads_by_name}
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or module.max_norm or module.scale_grad_by_freq or module.sparse:
+            continue
+        tied = id(module.weight) in heads
+        used = next((n for n, p in names.items() if p is module.weight), "")  # the first of its names
+        elsewhere = {u.module for u in trace.uses if u.name == used} if not tied else set()
+        if tied or (module.num_embeddings >= SMALL_VOCAB * tp and not elsewhere and trace.looked_up.get(used) == {name}):
+            found.append(Rule(name, VocabEmbedding(output="replicate"), "rows of the vocabulary"))
+    return found
+
+
+def _table(model: nn.Module, weight: Any) -> bool:
+    return any(isinstance(m, nn.Embedding) and m.weight is weight for m in model.modules())
+
+
+def _why_whole(whole: dict[Key, str]) -> str:
+    given_up = dict.fromkeys(f"{_star(n)}: {why}" for (n, _), why in whole.items())
+    return "; ".join(given_up) or "no split features reach it"
+

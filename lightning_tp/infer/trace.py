@@ -1,0 +1,439 @@
+"""Run a model once and write down which elements of each activation come from which features of which weight.
+
+A label tensor goes along with each activation that a linear layer's output features have reached (see `classes.py`). Data movement moves
+the labels by the very same operation; pointwise operations, reductions and products join features that meet. What the names of
+modules are does not matter, only what the forward does.
+
+A product with a weight is special: with a whole input it makes features (the weight may be split by its output, column-wise); with an
+input whose features differ along the summed dim it ends them (the weight is split by its input, row-wise, and ranks add up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from lightning_tp.infer.classes import Classes
+
+
+@dataclass
+class Shadow:
+    """What the trace knows of a tensor.
+
+    Args:
+        label: the feature each element comes from, 0 where every rank has it; None: 0 everywhere.
+        param: the parameter that it is a view of, and the flat index of each element in it.
+        grad: whether a gradient flows back through it.
+    """
+
+    label: Tensor | None = None
+    param: tuple[str, Tensor] | None = None
+    grad: bool = False
+
+
+@dataclass(frozen=True)
+class Use:
+    """A product of an activation with a weight."""
+
+    name: str  # of the parameter
+    dim: int  # of the parameter that is split
+    kind: str  # "out": it makes features, "in": it ends them
+    module: str  # whose forward ran
+
+
+@dataclass
+class Trace:
+    """What one run showed."""
+
+    classes: Classes
+    nodes: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (parameter, dim) -> its features
+    uses: dict[Use, None] = field(default_factory=dict)
+    local_uses: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules where it meets split activations
+    whole_uses: dict[str, set[str]] = field(default_factory=dict)
+    looked_up: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules that take rows of it
+    operands: list[Tensor] = field(default_factory=list)  # the features of each factor of a product of activations
+    logits: list[Tensor] = field(default_factory=list)  # labels of what the loss was given
+
+
+# Operations that only move data: what they do to an activation they do to its labels.
+MOVES = {
+    *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice"),
+    *("select", "split", "split_with_sizes", "chunk", "unbind", "clone", "contiguous", "alias", "detach", "roll", "flip", "repeat"),
+    *("unfold", "as_strided", "narrow", "diagonal", "movedim", "tril", "triu", "lift_fresh", "constant_pad_nd", "index_select"),
+    *("index", "gather", "cat", "stack", "repeat_interleave", "pixel_shuffle", "squeeze_", "unsqueeze_", "transpose_", "view_as_real"),
+    *("view_as_complex", "_conj", "swapaxes", "flatten", "unflatten"),
+}
+REDUCTIONS = {
+    *("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod", "logsumexp", "argmax", "argmin", "any", "all"),
+    *("linalg_vector_norm", "norm", "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "topk", "sort"),
+}
+SAME_SHAPE = {"_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod"}
+
+
+class Tracer(TorchDispatchMode):
+    """Follows features through the operations of one forward.
+
+    Args:
+        model: whose parameters are the weights.
+        whole: (parameter, dim) that make no features: found to be needed whole in an earlier run.
+        shared: which indices of a (parameter, dim) make features that every rank has.
+    """
+
+    def __init__(self, model: nn.Module, whole: set[tuple[str, int]], shared: dict[tuple[str, int], Tensor]) -> None:
+        super().__init__()
+        self.trace = Trace(Classes())
+        self.whole = whole
+        self.shadows: dict[int, tuple[Tensor, Shadow]] = {}
+        self.stack: list[str] = [""]
+        self.shared = shared
+        self.events: list[tuple[str, str]] = []  # ("out" | "in" | "local", parameter) of the call that runs now
+        self.names = {id(p): n for n, p in model.named_parameters()}
+        self.where = "the model"
+
+    # ------------------------------------------------------------------------------------------------------- shadows
+
+    def shadow(self, t: Any) -> Shadow:
+        """What is known of a tensor."""
+        found = self.shadows.get(id(t))
+        if found is not None:
+            return found[1]
+        name = self.names.get(id(t))
+        if name is not None:
+            index = torch.arange(t.numel()).view(t.shape)
+            made = Shadow(None, (name, index), t.requires_grad)
+            self.shadows[id(t)] = (t, made)
+            return made
+        return Shadow()
+
+    def put(self, t: Any, shadow: Shadow) -> None:
+        """Remember it, as long as the trace runs."""
+        if isinstance(t, Tensor):
+            self.shadows[id(t)] = (t, shadow)
+
+    def label(self, t: Tensor) -> Tensor:
+        """The labels of a tensor, zeros for none; constant dims without memory."""
+        label = self.shadow(t).label
+        return torch.zeros((), dtype=torch.int64).expand(t.shape) if label is None else label
+
+    # ------------------------------------------------------------------------------------------------------ dispatch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        shadows = [self.shadow(t) for t in tensors]
+        if not any(s.label is not None or s.param is not None or s.grad for s in shadows):
+            return out
+        self.op = func
+        grad = any(s.grad for s in shadows)
+        with _untraced():
+            self._follow(func, args, kwargs, out, tensors, shadows, grad)
+        return out
+
+    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[Shadow], grad: bool) -> None:
+        name = func.overloadpacket.__name__
+        handler = getattr(self, f"_op_{name}", None)
+        if handler is not None:
+            handler(func, args, kwargs, out, grad)
+            return
+        if name.startswith("_scaled_dot_product"):
+            self._attention(args, kwargs, out, grad)
+            return
+        if name in MOVES:
+            self._move(func, args, kwargs, out, grad)
+            return
+        labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None]
+        params = [s.param[0] for s in shadows if s.param is not None]
+        if name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
+            self.put(out, Shadow(self.shadow(args[0]).label, None, False))
+            return
+        if name in ("_to_copy", "to", "type_as") and isinstance(out, Tensor):
+            self.put(out, Shadow(shadows[0].label, shadows[0].param, grad))
+            return
+        if name == "embedding" and params:
+            self.trace.looked_up.setdefault(params[0], set()).add(self.stack[-1])
+        for p in params:
+            (self.trace.local_uses if labelled else self.trace.whole_uses).setdefault(p, set()).add(self.stack[-1])
+        if not labelled:
+            for t in tree_flatten(out)[0]:
+                self.put(t, Shadow(None, None, grad and isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())))
+            return
+        if name in REDUCTIONS:
+            self._reduce(name, args, kwargs, out, grad)
+        elif torch.Tag.pointwise in func.tags or name in ("dropout", "native_dropout", "masked_fill", "where", "copy_", "fill_"):
+            self._pointwise(tensors, out, grad)
+        else:
+            self._mixed(name, labelled, out, grad)
+
+    def _pointwise(self, tensors: list[Tensor], out: Any, grad: bool) -> None:
+        label: Tensor | None = None
+        for t in tensors:
+            mine = self.shadow(t).label
+            if mine is not None:
+                label = mine if label is None else self.trace.classes.join(label, mine)
+        for t in tree_flatten(out)[0]:
+            if isinstance(t, Tensor):
+                self.put(t, Shadow(None if label is None else label.expand(t.shape), None, grad))
+
+    def _reduce(self, name: str, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
+        x = args[0]
+        label = self.label(x)
+        dims = _reduced_dims(name, args, kwargs, x.ndim)
+        kept = self.trace.classes.join_along(label, dims, keepdim=True)
+        for t in tree_flatten(out)[0]:
+            if not isinstance(t, Tensor):
+                continue
+            if t.ndim == x.ndim:
+                shape_label = kept.expand(t.shape)
+            else:
+                shape_label = kept.squeeze(dims).expand(t.shape) if t.ndim else kept.reshape(-1)[0]
+            self.put(t, Shadow(shape_label, None, grad and t.is_floating_point()))
+
+    def _mixed(self, name: str, labelled: list[tuple[Tensor, Tensor]], out: Any, grad: bool) -> None:
+        """An operation that nothing is known about: all features that go in have to be in one place."""
+        top: Tensor | None = None
+        for _, label in labelled:
+            one = self.trace.classes.join_along(label.reshape(-1) if label.ndim else label.view(1), (0,))
+            top = one if top is None else self.trace.classes.join(top, one)
+        for t in tree_flatten(out)[0]:
+            if isinstance(t, Tensor):
+                self.put(t, Shadow(None if top is None else top.expand(t.shape), None, grad and t.is_floating_point()))
+
+    def _move(self, func: Any, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
+        data, _ = tree_flatten(args[0])
+        data = [t for t in data if isinstance(t, Tensor)]
+        outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if any(self.shadow(t).label is not None for t in data):
+            self._moved(func, args, kwargs, outs, lambda t: self.label(t), lambda m: Shadow(m, None, grad))
+        elif len(data) == 1 and (param := self.shadow(data[0]).param) is not None:
+            self._moved(func, args, kwargs, outs, lambda t: param[1], lambda m: Shadow(None, (param[0], m), grad))
+        else:
+            for t in outs:
+                self.put(t, Shadow(None, None, grad))
+
+    def _moved(self, func: Any, args: Any, kwargs: Any, outs: list[Tensor], of: Any, make: Any) -> None:
+        first = tree_map_only(Tensor, of, args[0])
+        name = func.overloadpacket.__name__
+        if name in ("view_as_complex", "view_as_real"):
+            moved: Any = first.amax(-1) if name == "view_as_complex" else first.unsqueeze(-1).expand(*first.shape, 2)
+        elif name in ("view", "_unsafe_view", "_reshape_alias"):
+            moved = first.reshape(outs[0].shape)
+        elif name == "constant_pad_nd":
+            moved = func(first, args[1], 0)
+        else:
+            rest = tree_map_only(torch.device, lambda d: d, args[1:])
+            rest = tree_map_only(Tensor, lambda t: t.cpu() if not t.is_meta else t, rest)
+            moved = func(first, *rest, **{k: v for k, v in kwargs.items() if k != "memory_format"})
+        for t, m in zip(outs, [m for m in tree_flatten(moved)[0] if isinstance(m, Tensor)], strict=True):
+            self.put(t, make(m))
+
+    # ------------------------------------------------------------------------------------------------------ products
+
+    def _op_mm(self, func: Any, args: Any, kwargs: Any, out: Tensor, grad: bool) -> None:
+        self._product(args[0].unsqueeze(0), args[1].unsqueeze(0), out, grad, self._up(args[0]), self._up(args[1]), squeeze=True)
+
+    def _op_addmm(self, func: Any, args: Any, kwargs: Any, out: Tensor, grad: bool) -> None:
+        self._op_mm(func, args[1:3], {}, out, grad)
+        self._add(args[0], out, grad)
+
+    def _op_bmm(self, func: Any, args: Any, kwargs: Any, out: Tensor, grad: bool) -> None:
+        self._product(args[0], args[1], out, grad, self.shadow(args[0]), self.shadow(args[1]))
+
+    def _op__grouped_mm(self, func: Any, args: Any, kwargs: Any, out: Tensor, grad: bool) -> None:
+        """Rows (n, k) in groups, each times its own (k, m) of a weight (E, k, m): all groups are split alike."""
+        x, w = self._up(args[0]), self.shadow(args[1])
+        if w.param is not None and args[0].ndim == 2 and args[1].ndim == 3:
+            label = self._with_weight(x.label, (w.param[0], w.param[1][:1]), args[0].unsqueeze(0).shape, out_dim=2)
+            self.put(out, Shadow(None if label is None else label.squeeze(0), None, grad))
+            return
+        self._mixed("_grouped_mm", [(t, s) for t in args[:2] if (s := self.shadow(t).label) is not None], out, grad)
+
+    def _op_baddbmm(self, func: Any, args: Any, kwargs: Any, out: Tensor, grad: bool) -> None:
+        self._op_bmm(func, args[1:3], {}, out, grad)
+        self._add(args[0], out, grad)
+
+    def _attention(self, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
+        """softmax(q k^T + mask) v: the features of one head of q (B, H, T, F), of its k and of its v meet."""
+        out, *rest = out if isinstance(out, tuple) else (out,)
+        classes = self.trace.classes
+        heads: Tensor | None = None
+        for t in args[:3]:
+            self._factor(self.label(t))
+        for t in args[:3]:
+            if self.shadow(t).label is not None:
+                label = classes.join_along(self.label(t), (-2, -1), keepdim=True)  # (B, H, 1, 1)
+                if label.shape[1] != out.shape[1]:
+                    label = label.repeat_interleave(out.shape[1] // label.shape[1], 1)
+                heads = label if heads is None else classes.join(heads, label)
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)
+        if heads is not None and mask is not None and self.shadow(mask).label is not None:
+            heads = classes.join(heads, classes.join_along(self.label(mask), (-2, -1), keepdim=True))
+        self.put(out, Shadow(None if heads is None else heads.expand(out.shape), None, grad))
+
+    def _add(self, bias: Tensor, out: Tensor, grad: bool) -> None:
+        """A bias behind a product: its elements go with the features that it is added to."""
+        shadow, label = self.shadow(bias), self.shadow(out).label
+        if shadow.label is not None:
+            self._pointwise([bias, out], out, grad)
+        elif shadow.param is not None and label is not None:
+            self.trace.local_uses.setdefault(shadow.param[0], set()).add(self.stack[-1])
+
+    def _up(self, t: Tensor) -> Shadow:
+        s = self.shadow(t)
+        label = None if s.label is None else s.label.unsqueeze(0)
+        return Shadow(label, None if s.param is None else (s.param[0], s.param[1].unsqueeze(0)), s.grad)
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor, grad: bool, sa: Shadow, sb: Shadow, squeeze: bool = False) -> None:
+        """(N, n, k) x (N, k, m) -> (N, n, m)."""
+        label: Tensor | None
+        if sb.param is not None and sa.param is None:
+            label = self._with_weight(sa.label, sb.param, a.shape, out_dim=2)
+        elif sa.param is not None and sb.param is None:
+            other = None if sb.label is None else sb.label.transpose(1, 2)
+            weight = (sa.param[0], sa.param[1].transpose(1, 2))
+            label = self._with_weight(other, weight, b.transpose(1, 2).shape, out_dim=2)
+            label = None if label is None else label.transpose(1, 2)
+        elif sa.label is None and sb.label is None:
+            label = None
+        else:
+            rows = torch.zeros((), dtype=torch.int64).expand(a.shape) if sa.label is None else sa.label
+            cols = torch.zeros((), dtype=torch.int64).expand(b.shape) if sb.label is None else sb.label
+            self._factor(rows)
+            self._factor(cols)
+            top_a = self.trace.classes.join_along(rows, (2,), keepdim=True)  # (N, n, 1)
+            top_b = self.trace.classes.join_along(cols, (1,), keepdim=True)  # (N, 1, m)
+            label = self.trace.classes.join(top_a, top_b)
+        if label is not None and squeeze:
+            label = label.squeeze(0)
+        self.put(out, Shadow(None if label is None else label.expand(out.shape), None, grad))
+
+    def _factor(self, label: Tensor) -> None:
+        """Note the features of a factor of a product of activations, unless they have met already."""
+        matrix = label[(0,) * (label.ndim - 2)]
+        if matrix.numel() and bool((matrix != matrix[:1, :1]).any()):
+            self.trace.operands.append(label.unique())
+
+    def _with_weight(self, x: Tensor | None, weight: tuple[str, Tensor], shape: Any, out_dim: int) -> Tensor | None:
+        """Labels (N, n, m) of an input (N, n, k) times a weight (N, k, m)."""
+        name, index = weight
+        full = self._shape_of(name)
+        n, k, m = shape[1], index.shape[1], index.shape[2]
+        if x is None or not bool(x.any()):
+            along = _param_dim(index[:, 0, :], full) if k else None
+            if along is None or (name, along[0]) in self.whole:
+                self.trace.whole_uses.setdefault(name, set()).add(self.stack[-1])
+                return None
+            dim, where = along
+            nodes = self._nodes(name, dim)
+            self.trace.uses[Use(name, dim, "out", self.stack[-1])] = None
+            self.events.append(("out", name))
+            labels = nodes[where]  # (N, m)
+            return labels.unsqueeze(1).expand(shape[0], n, m)
+        found = self.trace.classes.find(x)
+        same_rows = n == 1 or bool((found == found[:, :1]).all())
+        varies = k > 1 and bool((found != found[:, :, :1]).any())
+        along = _param_dim(index[:, :, 0], full) if m else None
+        if varies and same_rows and along is not None and (name, along[0]) not in self.whole:
+            dim, where = along
+            self.trace.uses[Use(name, dim, "in", self.stack[-1])] = None
+            self.events.append(("in", name))
+            self.trace.classes.join(x[:, 0, :], self._nodes(name, dim)[where])
+            return None  # a sum over ranks: whole again
+        self.trace.local_uses.setdefault(name, set()).add(self.stack[-1])
+        return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
+
+    def _nodes(self, name: str, dim: int) -> Tensor:
+        if (name, dim) not in self.trace.nodes:
+            nodes = self.trace.classes.new(self._shape_of(name)[dim])
+            self.trace.nodes[name, dim] = nodes.masked_fill(self.shared[name, dim], 0) if (name, dim) in self.shared else nodes
+        return self.trace.nodes[name, dim]
+
+    def _shape_of(self, name: str) -> torch.Size:
+        return self.shapes[name]
+
+
+def _param_dim(index: Tensor, shape: torch.Size) -> tuple[int, Tensor] | None:
+    """(dim of the parameter along which the last dim of `index` runs, the coordinate there), if it is one."""
+    found = None
+    rest = index
+    strides = torch.empty(shape, device="meta").stride()
+    for dim, (stride, size) in enumerate(zip(strides, shape, strict=True)):
+        coordinate = (rest // max(stride, 1)) % size
+        if index.shape[-1] == 1 and size == 1:
+            continue
+        if bool((coordinate != coordinate[..., :1]).any()) or (index.shape[-1] == 1 and found is None):
+            if found is not None:
+                return None
+            found = (dim, coordinate)
+    return found
+
+
+def _reduced_dims(name: str, args: Any, kwargs: Any, ndim: int) -> tuple[int, ...]:
+    dims = kwargs.get("dim")
+    if dims is None and len(args) > 1:
+        position = 2 if name in ("linalg_vector_norm", "norm", "topk") else 1
+        dims = args[position] if len(args) > position and not isinstance(args[position], (bool, Tensor)) else None
+    if name in ("topk", "sort") and dims is None:
+        dims = -1
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return tuple(range(ndim))
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    return tuple(d % ndim for d in dims) if ndim else ()
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+class _Losses(torch.overrides.TorchFunctionMode):
+    """The cross entropy takes logits that are split by the class: a sink for features, not a place where they meet."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.cross_entropy:
+            logits = args[0] if args else kwargs["input"]
+            shadow = self.tracer.shadow(logits)
+            if shadow.label is not None:
+                with _untraced():
+                    plain = logits.detach()
+                    self.tracer.trace.logits.append(shadow.label)
+                rest = {**kwargs, **({} if args else {"input": plain})}
+                return func(plain, *args[1:], **rest) if args else func(**rest)
+        return func(*args, **kwargs)
+
+
+def run(
+    model: nn.Module,
+    inputs: dict[str, Any] | tuple[Any, ...],
+    whole: set[tuple[str, int]],
+    shared: dict[tuple[str, int], Tensor],
+    recorder: Any = None,
+) -> tuple[Trace, Any, Tracer]:
+    """One forward of the model, traced; `recorder(tracer)` makes a mode that sees the calls of torch functions."""
+    tracer = Tracer(model, whole, shared)
+    tracer.shapes = {n: p.shape for n, p in model.named_parameters()}
+    names = {id(m): n for n, m in model.named_modules()}
+    handles = [
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: tracer.stack.append(names.get(id(m), tracer.stack[-1]))),
+        torch.nn.modules.module.register_module_forward_hook(lambda m, _, o: (tracer.stack.pop(), None)[1], always_call=True),
+    ]
+    try:
+        with torch.no_grad(), _Losses(tracer) if recorder is None else recorder(tracer), tracer:
+            out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    finally:
+        for h in handles:
+            h.remove()
+    return tracer.trace, out, tracer
