@@ -1,0 +1,18 @@
+"""Tensor parallelism for any PyTorch Lightning transformer.
+
+What is listed here is the API; anything else may change.
+"""
+
+from lightning_tp.apply import parallelize as parallelize
+from lightning_tp.border import full_gradients as full_gradients
+from lightning_tp.border import full_state_dict as full_state_dict
+from lightning_tp.callbacks.throughput import Throughput as Throughput
+from lightning_tp.data.random_tokens import RandomTokens as RandomTokens
+from lightning_tp.errors import TPError as TPError
+from lightning_tp.grad import clip_grad_norm_ as clip_grad_norm_
+from lightning_tp.infer import infer_plan as infer_plan
+from lightning_tp.materialize import init_on_meta as init_on_meta
+from lightning_tp.module import TensorParallel as TensorParallel
+from lightning_tp.plan import Plan as Plan
+from lightning_tp.plan import Rule as Rule
+from lightning_tp.strategy import TPStrategy as TPStrategy

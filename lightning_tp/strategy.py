@@ -1,0 +1,375 @@
+"""`TPStrategy`: Lightning's hooks, in the order in which a Trainer calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_tp import border, checkpoint, materialize
+from lightning_tp.apply import PlanLike, adopt, parallelize
+from lightning_tp.data.same import check_same_batch
+from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
+from lightning_tp.plan import Plan
+from lightning_tp.plan_table import numels
+from lightning_tp.rng import seed_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+CHECKED_BATCHES = 3
+
+
+class TPStrategy(ModelParallelStrategy):
+    """Train a transformer split over `tp` ranks, and sharded by FSDP2 over the others.
+
+    `Trainer(devices=4, strategy=TPStrategy(tp=2))` is a mesh of 2 x 2 ranks: data-parallel x tensor-parallel, the ranks of one
+    tensor-parallel group beside each other. The LightningModule may be any (see `lightning_tp.TensorParallel` for one that
+    wants to say more); losses, gradients and weights are those of one process. Also registered as `strategy="tp"`.
+
+    Args:
+        tp: how many ranks share one model. "auto": those of a node.
+        dp: over how many such groups data and FSDP2's shards are spread. "auto": what is left of the world.
+        plan: how the model is split: a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the module's own
+            `plan`, else what the model inside declares (`base_model_tp_plan` of Hugging Face).
+        sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
+        loss_parallel: False gathers logits where they are made.
+        activation_checkpointing: "block" keeps only the input of each repeated block for the backward.
+        backend: "local" (plain tensors, fast) or "dtensor" (the same plan by PyTorch's own styles).
+        save_distributed_checkpoint: False gathers a checkpoint in one file, on rank 0.
+        process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
+        timeout: of its collectives.
+
+    Raises:
+        TPError: when the Trainer is made, if tp and dp don't make up the world; when it starts, for a plan that does not fit; in the
+            first batches, if ranks of one group have different ones.
+
+    Example:
+        >>> import lightning as L
+        >>> L.Trainer(accelerator="cpu", devices=2, strategy=TPStrategy(tp=2), logger=False).strategy.sizes
+        (1, 2)
+        >>> L.Trainer(accelerator="cpu", devices=4, strategy=TPStrategy(tp=3), logger=False)
+        Traceback (most recent call last):
+        ...
+        lightning_tp.errors.TPError: `tp=3` does not divide a world of 4 ranks. Use tp=1, 2, 4, or another number of devices.
+    """
+
+    strategy_name = "tp"
+
+    def __init__(
+        self,
+        tp: int | Literal["auto"] = "auto",
+        dp: int | Literal["auto"] = "auto",
+        *,
+        plan: PlanLike | None = None,
+        sequence_parallel: bool = True,
+        loss_parallel: bool = True,
+        activation_checkpointing: Literal["block"] | None = None,
+        backend: Literal["local", "dtensor"] = "local",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size=dp,
+            tensor_parallel_size=tp,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        if backend not in ("local", "dtensor"):
+            raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
+        if activation_checkpointing not in (None, "block"):
+            raise TPError(f"`activation_checkpointing={activation_checkpointing!r}`: there is 'block', or None.")
+        self.plan = Plan.of(plan) if plan is not None else None
+        self.sequence_parallel = sequence_parallel
+        self.loss_parallel = loss_parallel
+        self.activation_checkpointing = activation_checkpointing
+        self.backend = backend
+        self._asked = (tp, dp)
+        self._redirect: nn.Module | None = None
+        self._checked: dict[str, int] = {}
+
+    # ------------------------------------------------------------------------------------------ the Trainer is made
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        rank = self.cluster_environment.global_rank() if self.cluster_environment.creates_processes_externally else 0
+        with on_one_screen(rank):
+            self.sizes  # noqa: B018  refuse sizes that don't fit here, before any other process is started
+        super()._configure_launcher()
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(dp, tp) in this world.
+
+        Raises:
+            TPError: if there are none.
+        """
+        tp, dp = self._asked
+        return mesh_sizes(tp, dp, self.num_nodes * self.num_processes, ranks_per_node=self.num_processes)
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if type(plugin) is MixedPrecision:
+            plugin = _MixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
+        self._precision_plugin = plugin
+
+    # ---------------------------------------------------------------------------------------------------- fit begins
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.sizes
+        super().setup_environment()
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        context = materialize.init_on_meta() if empty_init else nullcontext()
+        with self.precision_plugin.tensor_init_context(), context:
+            yield
+
+    def apply_plan(self, module: pl.LightningModule) -> None:
+        """Split `module` by its plan, once. Called by `configure_model` of the mixin, else by `setup`.
+
+        Raises:
+            TPError: on one rank's screen, if there is no plan, or it does not fit.
+        """
+        with on_one_screen(self.global_rank):
+            applied = _applied_to(module)
+            if applied is not None:
+                if applied.tp != self.sizes[1]:
+                    raise TPError(
+                        f"This module is split for tp={applied.tp} already, and the strategy has tp={self.sizes[1]}. Make a new one."
+                    )
+                return
+            if not any(p.is_meta for p in module.parameters()):
+                self.precision_plugin.convert_module(module)
+            root = _fsdp_root(module)
+            parallelize(
+                module,
+                self.device_mesh,
+                self.plan if self.plan is not None else getattr(module, "plan", None),
+                sequence_parallel=self.sequence_parallel,
+                loss_parallel=self.loss_parallel,
+                activation_checkpointing=self.activation_checkpointing,
+                precision=self._fsdp_policy(),
+                backend=self.backend,
+                device=self.root_device,
+                fsdp_root=root,
+            )
+        self._redirect = module if self.sizes[0] > 1 and root is module else None
+        rank_zero_info(str(_applied_to(module)))
+
+    def _fsdp_policy(self) -> MixedPrecisionPolicy:
+        """FSDP2's policy for the Trainer's precision: what it gathers and computes in is half, what it sums in is float32."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        precision = self.precision_plugin.precision
+        if precision in ("bf16-mixed", "16-mixed"):
+            half = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+            return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        if precision in ("bf16-true", "16-true"):
+            return MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None and self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.apply_plan(self.lightning_module)
+        self.model_to_device()
+        if hasattr(self.lightning_module, "_ltp_adopt"):
+            adopt(self.lightning_module)
+        self._checked.clear()
+        seed_mesh(self.device_mesh)
+        if self.sizes[0] == 1:  # every rank has all the data: the user's own sampler is right, and Lightning's would shuffle
+            trainer._accelerator_connector.use_distributed_sampler = False
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            self._look_at_optimizers()
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _look_at_optimizers(self) -> None:
+        with on_one_screen(self.global_rank):
+            for optimizer in self.optimizers:
+                strangers = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_ltp")]
+                if strangers and self.backend == "local":
+                    raise TPError(
+                        f"`configure_optimizers`: {len(strangers)} parameters of {type(optimizer).__name__} are not the module's any more "
+                        f"(the first has the shape {tuple(strangers[0].shape)}): they were collected before the module was split. Collect "
+                        "them inside `configure_optimizers`, from `self.parameters()`."
+                    )
+                if isinstance(optimizer, torch.optim.Adafactor) and self.sizes[0] > 1:
+                    raise TPError(
+                        f"torch's Adafactor can't step on FSDP2's shards (its in-place squares of partial norms), and dp={self.sizes[0]}. Use "
+                        f"tp={self.world_size}, or another optimizer."
+                    )
+                if type(optimizer).__name__ == "Adafactor" and self.sizes[1] > 1:
+                    rank_zero_warn(
+                        "Adafactor takes its row and column statistics of each rank's shard of a split weight, not of the whole: its steps "
+                        "differ a little from those of one process."
+                    )
+
+    @property
+    def num_global_parameters(self) -> int:
+        """The elements of all parameters of the whole model, tied ones once."""
+        plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
+        if plan is not None:
+            return numels(plan)[0]
+        return sum(p.numel() for p in self.model.parameters()) if self.model is not None else 0
+
+    # ---------------------------------------------------------------------------------------------------- every step
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("training_step", self.precision_plugin.train_step_context(), *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("validation_step", self.precision_plugin.val_step_context(), *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("test_step", self.precision_plugin.test_step_context(), *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("predict_step", self.precision_plugin.predict_step_context(), *args, **kwargs)
+
+    def _step(self, name: str, context: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        seen = self._checked.get(name, 0)
+        if seen < CHECKED_BATCHES and self.sizes[1] > 1:
+            self._checked[name] = seen + 1
+            with on_one_screen(self.global_rank):
+                group = self.device_mesh.get_group(TENSOR_PARALLEL)
+                check_same_batch((args, kwargs), group, self.root_device, f"`{name}`, batch {seen}")
+        with context:
+            if self._redirect is not None:  # FSDP2's hooks are on the LightningModule itself: go through its __call__
+                return self._forward_redirection(module, module, name, *args, **kwargs)
+            return getattr(module, name)(*args, **kwargs)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        # ranks of one tensor-parallel group have the same number: count it once
+        return _sync_ddp_if_available(tensor, group or self.device_mesh.get_group(DATA_PARALLEL), reduce_op=reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes)
+        return int(votes) == self.world_size if all else bool(votes)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        if self._save_distributed_checkpoint:
+            return self.lightning_module.state_dict()
+        whole = border.full_state_dict(self.lightning_module)
+        return whole if self.is_global_zero else {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        if self.backend == "dtensor":
+            return super().optimizer_state(optimizer)
+        if self._save_distributed_checkpoint:
+            return border.optimizer_state(optimizer)
+        whole = border.full_optimizer_state(optimizer)
+        return whole if self.is_global_zero else {}
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if self.backend == "dtensor":
+            return super().load_checkpoint(path, weights_only)
+        assert self.lightning_module is not None
+        if path.is_file():
+            loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+            self.lightning_module.load_state_dict(loaded.pop("state_dict"), strict=self.lightning_module.strict_loading)
+            for optimizer, state in zip(self.optimizers, loaded.get("optimizer_states", ()), strict=False):
+                border.load_optimizer_state(optimizer, state)
+            return loaded
+        if not (path / _METADATA_FILENAME).is_file():
+            raise TPError(f"`{path}` is no checkpoint: neither a file nor a folder with `{_METADATA_FILENAME}` in it.")
+        checkpoint.load_model(self.lightning_module, path, strict=self.lightning_module.strict_loading)
+        for i, optimizer in enumerate(self.optimizers):
+            checkpoint.load_optimizer(optimizer, path, f"optimizer_{i}")
+        metadata: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
+        return metadata
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        path = Path(self.broadcast(filepath))
+        plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
+        if self.is_global_zero and path.is_dir() and plan is not None:
+            (path / "plan.json").write_text(plan.to_json())
+
+
+class _MixedPrecision(MixedPrecision):
+    """Lightning's, which refuses to clip gradients of a fused optimizer even where there is no scaler to be undone first."""
+
+    @override
+    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        clip = super().clip_gradients if self.scaler is not None else super(MixedPrecision, self).clip_gradients
+        clip(optimizer, *args, **kwargs)
+
+
+def _applied_to(module: nn.Module) -> Plan | None:
+    """The plan that was applied to this module, or to one inside it."""
+    return next((m._ltp_plan for m in module.modules() if hasattr(m, "_ltp_plan")), None)  # type: ignore[return-value]
+
+
+def _fsdp_root(module: pl.LightningModule) -> nn.Module:
+    """The module that a step calls: the one child that has all the parameters, else the LightningModule itself."""
+    if next(module.parameters(recurse=False), None) is not None:
+        return module
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
+    return children[0] if len(children) == 1 else module
+
+
+def register(registry: Any) -> None:
+    """Make `Trainer(strategy="tp")` known; again is no harm."""
+    if TPStrategy.strategy_name not in registry:
+        registry.register(
+            TPStrategy.strategy_name,
+            TPStrategy,
+            description="Tensor parallelism over the devices of a node, FSDP2 over the nodes",
+        )
+
+
+register(StrategyRegistry)

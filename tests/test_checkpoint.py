@@ -1,0 +1,130 @@
+"""Sharded checkpoints: what one run wrote is read by another, on its mesh or on another one, and what does not fit is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_tp as ltp
+from examples.llama import PLAN, Llama, LlamaConfig
+from lightning_tp import border
+from lightning_tp.checkpoint import load_model, load_optimizer
+from lightning_tp.mesh import DATA_PARALLEL, make_mesh
+from lightning_tp.testing import randomize_, run_ranks
+
+CONFIG = dict(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=1, hidden_dim=90, bias=True)
+
+
+def split(mesh: Any, seed: int = 0, **other: Any) -> nn.Module:
+    return ltp.parallelize(randomize_(Llama(LlamaConfig(**{**CONFIG, **other})), seed), mesh, PLAN)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Any, seed: int) -> None:
+    tokens = torch.randint(0, 103, (4, 9), generator=torch.Generator().manual_seed(seed))
+    tokens = tokens.chunk(mesh[DATA_PARALLEL].size())[mesh.get_local_rank(DATA_PARALLEL)]
+    F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """In the layout that Lightning uses."""
+    dcp.save({"state_dict": model.state_dict(), "optimizer_0": border.optimizer_state(optimizer)}, checkpoint_id=path)
+
+
+def adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-3)
+
+
+def assert_equal(got: dict[str, Tensor], ref: dict[str, Tensor]) -> None:
+    assert set(got) == set(ref)
+    for name, t in ref.items():
+        assert torch.equal(got[name], t), name
+
+
+@pytest.mark.parametrize("source, target", [((1, 2), (2, 2)), ((2, 2), (1, 2)), ((2, 2), (1, 4))], ids=str)
+def test_a_run_goes_on(source: tuple[int, int], target: tuple[int, int], tmp_path: Path) -> None:
+    """Bitwise on the same mesh, with a fresh optimizer that has no state yet; with the same weights and state on another."""
+
+    def first() -> tuple[dict[str, Tensor], Any]:
+        mesh = make_mesh("cpu", *source)
+        model = split(mesh)
+        optimizer = adamw(model)
+        for i in range(2):
+            step(model, optimizer, mesh, i)
+        save(model, optimizer, tmp_path)
+        saved = ltp.full_state_dict(model), border.full_optimizer_state(optimizer)["state"]
+        step(model, optimizer, mesh, 2)
+        end = ltp.full_state_dict(model)
+
+        again = split(mesh, seed=1)
+        load_model(again, tmp_path)
+        other = adamw(again, lr=1.0)
+        load_optimizer(other, tmp_path, "optimizer_0")
+        assert other.param_groups[0]["lr"] == 1e-2 and other.param_groups[0]["eps"] == 1e-3
+        step(again, other, mesh, 2)
+        assert_equal(ltp.full_state_dict(again), end)
+        return saved
+
+    weights, states = run_ranks(first, source[0] * source[1])[0]
+
+    def second() -> None:
+        mesh = make_mesh("cpu", *target)
+        model = split(mesh, seed=1)
+        load_model(model, tmp_path)
+        assert_equal(ltp.full_state_dict(model), weights)
+        optimizer = adamw(model, lr=1.0)
+        load_optimizer(optimizer, tmp_path, "optimizer_0")
+        loaded = border.full_optimizer_state(optimizer)["state"]
+        assert set(loaded) == set(states)
+        for name, of in states.items():
+            assert_equal(loaded[name], of)
+        step(model, optimizer, mesh, 2)
+
+    run_ranks(second, target[0] * target[1])
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    def body() -> None:
+        mesh = make_mesh("cpu", 1, 2)
+        model = split(mesh)
+        save(model, adamw(model), tmp_path)
+
+        deeper = split(mesh, seed=1, num_layers=3)
+        with pytest.raises(ltp.TPError, match=r"has no `layers\.2\.attention_norm\.weight`.*strict_loading = False"):
+            load_model(deeper, tmp_path)
+        before = ltp.full_state_dict(deeper)["layers.2.attention.wq.weight"]
+        load_model(deeper, tmp_path, strict=False)
+        whole, ref = ltp.full_state_dict(deeper), ltp.full_state_dict(model)
+        assert_equal({n: t for n, t in whole.items() if "layers.2" not in n}, ref)
+        assert torch.equal(whole["layers.2.attention.wq.weight"], before)
+
+        shallower = split(mesh, num_layers=1)
+        with pytest.raises(ltp.TPError, match=r"has `layers\.1\.attention\.wq\.weight`.*the model has not"):
+            load_model(shallower, tmp_path)
+        load_model(shallower, tmp_path, strict=False)
+        with pytest.raises(ltp.TPError, match=r"`layers\.0\.feed_forward\.w1\.weight`.*shape \(90, 64\), the model \(92, 64\)"):
+            load_model(split(mesh, hidden_dim=92), tmp_path)
+
+    run_ranks(body, 2)
+
+
+def test_an_optimizer_without_state_yet(tmp_path: Path) -> None:
+    """Saved before the first step: nothing to read, and the first step is taken as ever."""
+
+    def body() -> None:
+        mesh = make_mesh("cpu", 1, 2)
+        model = split(mesh)
+        save(model, adamw(model), tmp_path)
+        optimizer = adamw(model, lr=1.0)
+        load_optimizer(optimizer, tmp_path, "optimizer_0")
+        assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-2
+        step(model, optimizer, mesh, 0)
+
+    run_ranks(body, 2)
