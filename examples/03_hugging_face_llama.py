@@ -1,0 +1,94 @@
+"""Train a Hugging Face Llama split over two processes. No plan is given: the model declares one, and it is used.
+
+    python examples/03_hugging_face_llama.py
+
+    Plan, declared by LlamaForCausalLM, tp=2: 857,216 parameters, a rank holds 429,184 (50.1%); sequence parallel off
+    ..
+    Loaded into the plain model: logits differ by 5.7e-06 at most
+    Loss 0.008 after 200 steps
+
+The LightningModule is an ordinary one that knows nothing of ranks. At the end the weights are put together again, loaded
+into the plain model, and both give the same logits.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread a rank; torch reads it when it is imported
+
+import argparse
+
+import lightning as L
+import torch
+from torch.utils.data import ConcatDataset, DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lightning_tp as ltp
+from lightning_tp.callbacks import ShardSummary
+
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=344,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+)
+
+
+class HuggingFaceModule(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = LlamaForCausalLM(CONFIG)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.model(input_ids=batch["tokens"], labels=batch["tokens"]).loss
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+class Export(L.Callback):
+    """Put the weights together and load them into the plain model: it has to say the same."""
+
+    def on_fit_end(self, trainer, module):
+        tokens = torch.arange(64, device=module.device)[None]
+        with torch.no_grad():
+            logits = module.model.eval()(input_ids=tokens).logits.full_tensor().cpu()  # every rank takes part,
+        weights = ltp.full_state_dict(module.model)  # and in this too
+        plain = LlamaForCausalLM(CONFIG).eval()
+        plain.load_state_dict(weights)
+        with torch.no_grad():
+            difference = (plain(input_ids=tokens.cpu()).logits - logits).abs().max()
+        trainer.print(f"Loaded into the plain model: logits differ by {difference:.1e} at most")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a Hugging Face Llama by the plan that it declares.")
+    parser.add_argument("--max-steps", type=int, default=200)
+    parser.add_argument("--fast", action="store_true", help="8 steps, to see that it runs")
+    args = parser.parse_args()
+    steps = 8 if args.fast else args.max_steps
+
+    L.seed_everything(1)
+    items = ltp.RandomTokens(num_items=32, seq_len=64, vocab_size=CONFIG.vocab_size)
+    data = DataLoader(ConcatDataset([items] * -(-steps * 8 // len(items))), batch_size=8)
+    module = HuggingFaceModule()
+    trainer = L.Trainer(
+        accelerator="cuda" if torch.cuda.device_count() >= 2 else "cpu",
+        devices=2,
+        strategy=ltp.TPStrategy(tp=2),
+        max_epochs=1,
+        max_steps=steps,
+        callbacks=[ltp.Throughput(), ShardSummary(), Export()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    trainer.print(f"Loss {trainer.callback_metrics['loss']:.3f} after {trainer.global_step} steps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Train a Llama through Lightning's own command line; needs the extra `cli` (`pip install -e ".[cli]"`).
+
+    python examples/04_lightning_cli.py fit --trainer.devices=2 --trainer.strategy=tp
+    python examples/04_lightning_cli.py fit --config config.yaml --model.config.dim=256
+
+`strategy=tp` is `TPStrategy` as it comes: one model over all devices. With options, in a file such as this config.yaml:
+
+    trainer:
+      devices: 2
+      max_steps: 100
+      strategy:
+        class_path: lightning_tp.TPStrategy
+        init_args:
+          tp: 2
+          activation_checkpointing: block
+    model:
+      config: {dim: 128, num_layers: 4}
+      lr: 0.001
+    data:
+      batch_size: 16
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread a rank; torch reads it when it is imported
+
+import sys
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningCLI
+from llama import PLAN, LlamaModule
+from torch.utils.data import DataLoader
+
+import lightning_tp as ltp  # makes strategy="tp" known, too
+
+
+class SplitLlama(ltp.TensorParallel, LlamaModule):
+    """The Llama of examples/llama.py, which brings its own plan: the command line need not name one."""
+
+    plan = PLAN
+
+
+class RandomTokensData(L.LightningDataModule):
+    def __init__(self, vocab_size: int = 512, seq_len: int = 64, num_items: int = 1024, batch_size: int = 8) -> None:
+        super().__init__()
+        self.items = ltp.RandomTokens(num_items, seq_len, vocab_size)
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.items, batch_size=self.batch_size)
+
+
+class CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser) -> None:
+        parser.link_arguments("data.vocab_size", "model.config.vocab_size")
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--fast"]:  # 8 steps, to see that it runs
+        sys.argv[1:] = ["fit", "--trainer.devices=2", "--trainer.strategy=tp", "--trainer.max_steps=8"]
+    CLI(
+        SplitLlama,
+        RandomTokensData,
+        trainer_defaults={
+            "accelerator": "auto" if torch.cuda.is_available() else "cpu",
+            "max_epochs": 1,
+            "callbacks": [ltp.Throughput()],
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+        },
+        save_config_callback=None,
+    )
+
+
+if __name__ == "__main__":
+    main()
