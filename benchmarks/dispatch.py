@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import lightning_tp as ltp  # noqa: E402
-from examples.llama import PLAN, Llama, LlamaConfig  # noqa: E402
-from lightning_tp.testing import fake_world  # noqa: E402
+import lightning_tp as ltp
+from examples.llama import PLAN, Llama, LlamaConfig
+from lightning_tp.testing import fake_world
 
 NAMES = ("data_parallel", "tensor_parallel")
 CONFIG = LlamaConfig(vocab_size=512, dim=64, num_layers=8, num_heads=4, num_kv_heads=2, hidden_dim=176)

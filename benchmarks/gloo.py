@@ -33,9 +33,9 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import lightning_tp as ltp  # noqa: E402
-from examples.llama import PLAN, LlamaConfig, LlamaModule  # noqa: E402
-from lightning_tp.testing import run_ranks  # noqa: E402
+import lightning_tp as ltp
+from examples.llama import PLAN, LlamaConfig, LlamaModule
+from lightning_tp.testing import run_ranks
 
 SHAPES = {256: (2, 128, 4), 1024: (2, 256, 2)}  # width: batch, sequence, blocks
 

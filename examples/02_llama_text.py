@@ -4,7 +4,7 @@
 
     On 1,211,865 validation bytes     nats/byte  bits/byte
     counting pairs of bytes               2.477      3.573
-    Llama after 614,400 bytes             1.907      2.752
+    Llama after 614,400 bytes             1.932      2.787
 
 It has to beat the model that counts which byte follows which (`bigram_loss`): it stops when its loss on part of the
 validation bytes is below 0.8 of that model's, then both are scored on all of them. Exit status 1 if it fails.

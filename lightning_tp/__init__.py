@@ -13,6 +13,8 @@ from lightning_tp.grad import clip_grad_norm_ as clip_grad_norm_
 from lightning_tp.infer import infer_plan as infer_plan
 from lightning_tp.materialize import init_on_meta as init_on_meta
 from lightning_tp.module import TensorParallel as TensorParallel
+from lightning_tp.parity import ParityReport as ParityReport
+from lightning_tp.parity import verify as verify
 from lightning_tp.plan import Plan as Plan
 from lightning_tp.plan import Rule as Rule
 from lightning_tp.strategy import TPStrategy as TPStrategy

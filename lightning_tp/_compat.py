@@ -39,9 +39,7 @@ def dtensor_of_pieces(
     from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
     meta = TensorMeta(shape, _strides(shape), pieces[0].dtype)
-    return DTensor(
-        LocalShardsWrapper(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False
-    )
+    return DTensor(LocalShardsWrapper(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
 
 
 def _strides(shape: Iterable[int]) -> tuple[int, ...]:

@@ -82,6 +82,8 @@ def parallelize(
     same_plan_everywhere(plan, mesh)
     blocks = [block for _, block in find_blocks(model)]
     whole_values = materialize.source_of(model)
+    if whole_values is not None and backend == "dtensor":
+        raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
     same_weights_everywhere(model, mesh)
     axis = Axis(tp_mesh.get_group())
     model._ltp_plan = plan  # type: ignore[assignment]
@@ -113,6 +115,8 @@ def resolve_plan(model: nn.Module, plan: PlanLike | None, tp: int, *, sequence_p
     """
     refuse_wrapped(model)
     found = Plan.of(plan) if plan is not None else declared_plan(model, tp)
+    if found is None and tp == 1:
+        found = Plan({"**": "replicate"}, source="nothing to split over tp=1")
     if found is None:
         raise TPError(
             f"There is no plan for {type(model).__name__}: none was given, and it declares none (as Hugging Face models do by "

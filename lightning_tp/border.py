@@ -216,8 +216,8 @@ class Shard:
         held = dict(pieces_of_dtensor(value))
         if not alike or any(offset not in held or tuple(held[offset].shape) != size for (offset, size), _ in boxes):
             raise TPError(
-                f"`{where}`: a DTensor in pieces of another plan or mesh. Load it through a distributed checkpoint, or from the whole "
-                "tensors of `full_state_dict`."
+                f"`{where}`: a DTensor in pieces of another plan or mesh. Load it through a distributed checkpoint, or from the "
+                "whole tensors of `full_state_dict`."
             )
         local = torch.empty(self.local_shape, dtype=value.dtype, device=value.device)
         for (offset, _), here in boxes:

@@ -38,7 +38,9 @@ def load_model(model: nn.Module, path: Path, *, strict: bool = True) -> None:
     extra = [k.removeprefix("state_dict.") for k in stored if k.startswith("state_dict.") and k not in names]
     if strict and extra:
         raise TPError(
-            f"`{path}` has `{extra[0]}`" + (f" and {len(extra) - 1} more" if len(extra) > 1 else "") + ", which the model has not. Load "
+            f"`{path}` has `{extra[0]}`"
+            + (f" and {len(extra) - 1} more" if len(extra) > 1 else "")
+            + ", which the model has not. Load "
             "with `strict_loading = False`, or use the model that wrote it."
         )
     dcp.load({"state_dict": state}, checkpoint_id=path)

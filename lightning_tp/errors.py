@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+HEAD_START = 5.0  # seconds that rank 0 has to speak: a launcher (torchrun) stops all ranks as soon as one has ended
 
 
 class TPError(ValueError):
@@ -20,11 +25,15 @@ class TPError(ValueError):
 
 
 @contextmanager
-def on_one_screen(rank: int) -> Iterator[None]:
+def on_one_screen(rank: int, head_start: float | None = None) -> Iterator[None]:
     """Let an error that every rank meets at the same place be seen once: rank 0 raises it, the others leave with status 1.
 
+    Args:
+        rank: this one's.
+        head_start: seconds until the others leave. Default: `HEAD_START`.
+
     Example:
-        >>> with on_one_screen(rank=1):
+        >>> with on_one_screen(rank=1, head_start=0):
         ...     raise TPError("the same on all ranks")
         Traceback (most recent call last):
         ...
@@ -35,4 +44,19 @@ def on_one_screen(rank: int) -> Iterator[None]:
     except TPError:
         if rank == 0:
             raise
+        with _stopped_in_silence():
+            time.sleep(HEAD_START if head_start is None else head_start)
         raise SystemExit(1) from None
+
+
+@contextmanager
+def _stopped_in_silence() -> Iterator[None]:
+    """Let a launcher's SIGTERM end this process as it is; Lightning's handler would talk to ranks that are gone, and say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -218,7 +218,10 @@ def _whole_norm(gradients: list[tuple[Shard, Tensor]], norm_type: float, error_i
         total, op = _norms(some, norm_type).max(), dist.ReduceOp(dist.ReduceOp.MAX)
     else:
         norms = _norms(parts, norm_type)
-        total, op = torch.dot(norms.pow(norm_type), _vector(tuple(shares), norms.device, norms.dtype)), dist.ReduceOp(dist.ReduceOp.SUM)
+        total, op = (
+            torch.dot(norms.pow(norm_type), _vector(tuple(shares), norms.device, norms.dtype)),
+            dist.ReduceOp(dist.ReduceOp.SUM),
+        )
     options = dist.AllreduceOptions()
     options.reduceOp = op
     for group in gradients[0][0].groups:

@@ -45,8 +45,8 @@ class Rule:
     """A pattern, the style of the modules that it matches, and why.
 
     Example:
-        >>> Rule("layers.*.mlp.up", "colwise", "read by down on its split dim").style
-        Colwise(heads=None, query_heads=None, input=None, output='width')
+        >>> print(Rule("layers.*.mlp.up", "colwise", "read by down on its split dim").style)
+        colwise
     """
 
     pattern: str
@@ -57,7 +57,8 @@ class Rule:
         styles = make_style(style, pattern)
         if len(styles) != 1:  # torch's PrepareModuleInput for several arguments, or for none
             raise TPError(
-                f"`{pattern}`: {type(style).__name__} is {len(styles)} styles here. Put it in a plan's dict, or write a rule for each."
+                f"`{pattern}`: {type(style).__name__} is {len(styles)} styles here. Put it in a plan's dict, or write a rule "
+                "for each."
             )
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "style", styles[0])
@@ -229,8 +230,8 @@ class Plan:
         """The same plan for `torch.distributed.tensor.parallel.parallelize_module(model, tp_mesh, plan)`.
 
         Raises:
-            TPError: for a style that torch has no counterpart of (`fused_colwise`, heads that ranks share, a gradient that is a share
-                outside `sequence`), or a plan that is not checked yet.
+            TPError: for what torch has no counterpart of (`fused_colwise`, heads that ranks share, a share of a gradient outside
+                `sequence`), or a plan that is not checked yet.
 
         Example:
             >>> from torch import nn

@@ -123,7 +123,8 @@ def _match(plan: Plan, names: Names) -> list[Match]:
             raise TPError(_nothing_matches(rule, anchor, names))
     for i, rule in rules:
         if isinstance(rule.style, (Replicate, Sequence)):  # these take all that lies below a module, so `head.**` is one match
-            found[i] = [n for n in found[i] if not _is_inside(n, set(found[i]))]
+            every = set(found[i])
+            found[i] = [n for n in found[i] if not _is_inside(n, every)]
     matches = [Match(where, plan.rules[i].style, plan.rules[i].reason, i) for i, wheres in found.items() for where in wheres]
     return matches + list(_caught(plan, matches, names))
 
@@ -225,7 +226,9 @@ def _filled_in(m: Match, matched: list[Match], names: Names, regions: dict[str, 
                 *(x.where for x in matched if isinstance(x.style, PrepareInput) and x.style.wanted == "gathered"),
             ]
             style = replace(style, input="gathered" if any(_below(m.where, d) for d in doors) else stream)
-        if isinstance(style, Colwise) and (style.heads, style.ranges, style.output) == (None, None, "width") and isinstance(module, nn.Linear):
+        if isinstance(style, Colwise) and isinstance(module, nn.Linear) and style.output == "width":  # who gathers may cut heads
+            if (style.heads, style.ranges) != (None, None):
+                return style
             heads, query_heads = _heads(m.where, module, matched, names)
             style = replace(style, heads=heads, query_heads=query_heads)
         return style
@@ -298,6 +301,8 @@ def _entry(m: Match, names: Names, tp: int) -> Entry:
             splits = {m.where: m.style.split(tp)}
         elif isinstance(m.style, Replicate):
             splits = {m.where: Split(sum_over=tp if m.style.partial_grad else 1)}
+        elif isinstance(m.style, Sequence):
+            splits = {m.where: Split(sum_over=tp)}
         else:
             raise TPError(
                 f"`{m.where}` is a parameter; the style `{m.style.name}` is for modules. Only `replicate` names parameters."
@@ -343,8 +348,9 @@ def _every_parameter_once(entries: list[Entry], matched: list[Match], names: Nam
         tied = by_id.get(id(names.parameters[name]))
         if tied and owner[tied].splits[tied].dim is not None:  # else it is whole under this name too
             raise TPError(
-                f"`{tied}` and `{name}` are one tied weight, but only the first is split (`{owner[tied].style.name}`), and `{name}` is in no "
-                "rule. Tied embedding and head go together as `vocab_embedding` and `vocab_head`, or both as `replicate`."
+                f"`{tied}` and `{name}` are one tied weight, but only the first is split (`{owner[tied].style.name}`), and "
+                f"`{name}` is in no rule. Tied embedding and head go together as `vocab_embedding` and `vocab_head`, or both as "
+                "`replicate`."
             )
     left = [n for n in left if id(names.parameters[n]) not in by_id]
     if left:

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -27,6 +27,7 @@ from lightning_tp import border, checkpoint, materialize
 from lightning_tp.apply import PlanLike, adopt, parallelize
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.example import find_plan
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
@@ -49,7 +50,8 @@ class TPStrategy(ModelParallelStrategy):
         tp: how many ranks share one model. "auto": those of a node.
         dp: over how many such groups data and FSDP2's shards are spread. "auto": what is left of the world.
         plan: how the model is split: a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the module's own
-            `plan`, else what the model inside declares (`base_model_tp_plan` of Hugging Face).
+            `plan`, else what the model inside declares (`base_model_tp_plan` of Hugging Face), else it is inferred: by running
+            `forward` on `example_input_array`, or the step on the first batch.
         sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
         loss_parallel: False gathers logits where they are made.
         activation_checkpointing: "block" keeps only the input of each repeated block for the backward.
@@ -95,11 +97,12 @@ class TPStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        if backend not in ("local", "dtensor"):
-            raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
-        if activation_checkpointing not in (None, "block"):
-            raise TPError(f"`activation_checkpointing={activation_checkpointing!r}`: there is 'block', or None.")
-        self.plan = Plan.of(plan) if plan is not None else None
+        with on_one_screen(rank_zero_only.rank):  # type: ignore[attr-defined]
+            if backend not in ("local", "dtensor"):
+                raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
+            if activation_checkpointing not in (None, "block"):
+                raise TPError(f"`activation_checkpointing={activation_checkpointing!r}`: there is 'block', or None.")
+            self.plan = Plan.of(plan) if plan is not None else None
         self.sequence_parallel = sequence_parallel
         self.loss_parallel = loss_parallel
         self.activation_checkpointing = activation_checkpointing
@@ -170,10 +173,13 @@ class TPStrategy(ModelParallelStrategy):
             if not any(p.is_meta for p in module.parameters()):
                 self.precision_plugin.convert_module(module)
             root = _fsdp_root(module)
+            plan = self.plan if self.plan is not None else getattr(module, "plan", None)
+            if plan is None and self.sizes[1] > 1:
+                plan = self._found_plan(module)
             parallelize(
                 module,
                 self.device_mesh,
-                self.plan if self.plan is not None else getattr(module, "plan", None),
+                plan,
                 sequence_parallel=self.sequence_parallel,
                 loss_parallel=self.loss_parallel,
                 activation_checkpointing=self.activation_checkpointing,
@@ -184,6 +190,19 @@ class TPStrategy(ModelParallelStrategy):
             )
         self._redirect = module if self.sizes[0] > 1 and root is module else None
         rank_zero_info(str(_applied_to(module)))
+
+    def _found_plan(self, module: pl.LightningModule) -> Plan:
+        """The plan that the first rank finds; the same on all."""
+        found: list[Plan | str | None] = [None]
+        if self.is_global_zero:
+            try:
+                found = [find_plan(module, module.trainer, self.sizes[1])]
+            except TPError as error:
+                found = [str(error)]
+        dist.broadcast_object_list(found, src=0)
+        if not isinstance(found[0], Plan):
+            raise TPError(str(found[0]))
+        return found[0]
 
     def _fsdp_policy(self) -> MixedPrecisionPolicy:
         """FSDP2's policy for the Trainer's precision: what it gathers and computes in is half, what it sums in is float32."""
@@ -229,8 +248,8 @@ class TPStrategy(ModelParallelStrategy):
                     )
                 if isinstance(optimizer, torch.optim.Adafactor) and self.sizes[0] > 1:
                     raise TPError(
-                        f"torch's Adafactor can't step on FSDP2's shards (its in-place squares of partial norms), and dp={self.sizes[0]}. Use "
-                        f"tp={self.world_size}, or another optimizer."
+                        "torch's Adafactor can't step on FSDP2's shards (its in-place squares of partial norms), and "
+                        f"dp={self.sizes[0]}. Use tp={self.world_size}, or another optimizer."
                     )
                 if type(optimizer).__name__ == "Adafactor" and self.sizes[1] > 1:
                     rank_zero_warn(
@@ -271,12 +290,27 @@ class TPStrategy(ModelParallelStrategy):
         if seen < CHECKED_BATCHES and self.sizes[1] > 1:
             self._checked[name] = seen + 1
             with on_one_screen(self.global_rank):
-                group = self.device_mesh.get_group(TENSOR_PARALLEL)
-                check_same_batch((args, kwargs), group, self.root_device, f"`{name}`, batch {seen}")
+                self._check_batch((args, kwargs), f"`{name}`, batch {seen}")
         with context:
             if self._redirect is not None:  # FSDP2's hooks are on the LightningModule itself: go through its __call__
                 return self._forward_redirection(module, module, name, *args, **kwargs)
             return getattr(module, name)(*args, **kwargs)
+
+    def _check_batch(self, batch: Any, where: str) -> None:
+        """Compare a batch inside each tensor-parallel group; what one of the groups finds, all ranks raise."""
+        found: list[str | None] = [None] * self.world_size
+        try:
+            check_same_batch(batch, self.device_mesh.get_group(TENSOR_PARALLEL), self.root_device, where)
+        except TPError as error:
+            found[self.global_rank] = str(error)
+        dist.all_gather_object(found, found[self.global_rank])
+        if message := next((m for m in found if m is not None), None):
+            raise TPError(message)
+
+    @override
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        with on_one_screen(self.global_rank % self.sizes[1]):  # all ranks of a group find the same about a gradient
+            return super().backward(*args, **kwargs)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -316,6 +350,10 @@ class TPStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if self.backend == "dtensor":
             return super().load_checkpoint(path, weights_only)
+        with on_one_screen(self.global_rank):
+            return self._load_checkpoint(path, weights_only)
+
+    def _load_checkpoint(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
         if path.is_file():
             loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)

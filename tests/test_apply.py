@@ -21,7 +21,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp._compat import local_tensor
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, make_mesh
-from lightning_tp.testing import RankError, assert_trees_close, randomize_, run_ranks
+from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 # Nothing here divides by 2 or 4 but the heads.
 ODD = dict(vocab_size=1003, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=341, bias=True)
@@ -103,6 +103,7 @@ def assert_same_run(got: Run, ref: Run, rtol: float) -> None:
     assert_trees_close(got.weights, ref.weights, rtol=rtol, name="weights")
 
 
+MESHES = {"tp2": (1, 2), "tp4": (1, 4), "2x2": (2, 2), "dp2": (2, 1)}
 NO_SP, NO_LP = dict(sequence_parallel=False), dict(loss_parallel=False)
 NEITHER, BLOCK = {**NO_SP, **NO_LP}, dict(activation_checkpointing="block")
 CASES = {
@@ -142,17 +143,30 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_three_steps_as_in_one_process(name: str) -> None:
-    case = CASES[name]
-    ref = reference(case)
+@contextmanager
+def case_named(name: str) -> Iterator[None]:
+    """Say which one it was, of the many cases that run in one launch."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
+def test_three_steps_as_in_one_process(mesh: tuple[int, int]) -> None:
+    cases = {name: case for name, case in CASES.items() if (case.dp, case.tp) == mesh}
+    for case in cases.values():
+        reference(case)
 
     def body() -> None:
-        mesh = make_mesh("cpu", case.dp, case.tp)
-        model = ltp.parallelize(case.build(), mesh, PLAN, **case.how)
-        assert_same_run(train(model, case.batches(), mesh), ref, 1e-10 if case.dtype == torch.float64 else 1e-4)
+        device_mesh = make_mesh("cpu", *mesh)
+        for name, case in cases.items():
+            with case_named(name):
+                model = ltp.parallelize(case.build(), device_mesh, PLAN, **case.how)
+                got = train(model, case.batches(), device_mesh)
+                assert_same_run(got, reference(case), 1e-10 if case.dtype == torch.float64 else 1e-4)
 
-    run_ranks(body, case.dp * case.tp)
+    run_ranks(body, mesh[0] * mesh[1])
 
 
 # ------------------------------------------------------------------------------------- other ways to call the same model
@@ -166,21 +180,23 @@ def gradients_of(model: nn.Module, *batches: Tensor) -> dict[str, Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize("how", [{}, BLOCK, NEITHER], ids=["", "checkpointed", "neither"])
-@pytest.mark.parametrize("dp", [1, 2])
-def test_two_forwards_before_one_backward(dp: int, how: dict[str, Any]) -> None:
-    """With sequences of two lengths; each of the shards has to be put together to its own."""
-    case = Case(dp, 2, how=how, dtype=torch.float64)
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
+def test_two_forwards_before_one_backward(mesh: tuple[int, int]) -> None:
+    """With sequences of several lengths; each of the shards has to be put together to its own."""
+    case = Case(*mesh, dtype=torch.float64)
     random = torch.Generator().manual_seed(3)
     batches = [torch.randint(0, 1003, (2, length), generator=random) for length in (18, 6, 11)]
     ref = gradients_of(case.build(), *batches)
 
     def body() -> None:
-        model = ltp.parallelize(case.build(), make_mesh("cpu", dp, 2), PLAN, **how)
-        for _ in range(2):
-            assert_trees_close(gradients_of(model, *batches), ref, rtol=1e-10)
+        device_mesh = make_mesh("cpu", *mesh)
+        for how in ({}, BLOCK, NEITHER):
+            with case_named(str(how)):
+                model = ltp.parallelize(case.build(), device_mesh, PLAN, **how)
+                for _ in range(2):
+                    assert_trees_close(gradients_of(model, *batches), ref, rtol=1e-10)
 
-    run_ranks(body, 2 * dp)
+    run_ranks(body, mesh[0] * mesh[1])
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])

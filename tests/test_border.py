@@ -383,7 +383,9 @@ def test_optimizer_state_there_and_back(mesh: tuple[int, int]) -> None:
         assert [g["lr"] for g in there["param_groups"]] == [1e-2, 1e-3]
         assert there["param_groups"][1]["params"][0] == "blocks.0.norm.weight"
         at_two = ltp.full_state_dict(model)
-        there["state"] = {n: {k: v.clone() for k, v in of.items()} for n, of in there["state"].items()}  # its memory is the optimizer's
+        there["state"] = {
+            n: {k: v.clone() for k, v in of.items()} for n, of in there["state"].items()
+        }  # its memory is the optimizer's
         train(model, optimizer, range(2, 4), device_mesh)
         end = ltp.full_state_dict(model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -74,9 +75,7 @@ def fused_plan(kv_heads: int, tp: int, **other: Any) -> dict[str, Any]:
         "embed": "vocab_embedding",
         "blocks.*": PrepareInput(arrives="replicate", wanted="replicate", attributes=(("kv_heads", local),)),
         "blocks.*.norm": "replicate",
-        "blocks.*.qkv": FusedColwise(
-            parts=(8 * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM), heads=(8, kv_heads, kv_heads)
-        ),
+        "blocks.*.qkv": FusedColwise(parts=(8 * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM), heads=(8, kv_heads, kv_heads)),
         "blocks.*.q_norm": Replicate(partial_grad=True),
         "blocks.*.out": "rowwise",
         "blocks.*.gate_up": FusedColwise(parts=2),
@@ -118,58 +117,81 @@ class Sent(TorchDispatchMode):
 # ------------------------------------------------------------------------------------------------------ norm and clipping
 
 Build = Callable[[], nn.Module]
-CLIPPED: dict[str, tuple[tuple[int, int], Build, Any]] = {
-    "tp2, llama, tied": ((1, 2), lambda: llama(4, tied=True), PLAN),
-    "tp4, llama, 3 words": ((1, 4), lambda: llama(vocab_size=3), PLAN),
-    "2x2, llama, tied": ((2, 2), lambda: llama(4, tied=True), PLAN),
-    "2x2, llama, 3 words": ((2, 2), lambda: llama(vocab_size=3), PLAN),
-    "tp2, fused, 1 kv head": ((1, 2), fused, fused_plan(1, 2)),
-    "tp4, fused, 1 kv head": ((1, 4), fused, fused_plan(1, 4)),
-    "tp4, fused, 2 kv heads": ((1, 4), lambda: fused(2), fused_plan(2, 4)),
-    "2x2, fused, 1 kv head": ((2, 2), fused, fused_plan(1, 2)),
+CLIPPED: dict[tuple[int, int], dict[str, tuple[Build, Any]]] = {
+    (1, 2): {
+        "llama, tied": (lambda: llama(4, tied=True), PLAN),
+        "fused, 1 kv head": (fused, fused_plan(1, 2)),
+    },
+    (1, 4): {
+        "llama, 3 words": (lambda: llama(vocab_size=3), PLAN),
+        "fused, 1 kv head": (fused, fused_plan(1, 4)),
+        "fused, 2 kv heads": (lambda: fused(2), fused_plan(2, 4)),
+    },
+    (2, 2): {
+        "llama, tied": (lambda: llama(4, tied=True), PLAN),
+        "llama, 3 words": (lambda: llama(vocab_size=3), PLAN),
+        "fused, 1 kv head": (fused, fused_plan(1, 2)),
+    },
 }
+ORDERS = (2.0, 1.0, float("inf"), 3.0)
+MOST = 1e-3  # so little that there is always something to clip
 
 
-@pytest.mark.parametrize("name", CLIPPED)
-def test_norm_and_clipping_as_in_one_process(name: str) -> None:
-    mesh, build, plan = CLIPPED[name]
-    tokens = batch() % 3 if "words" in name else batch()
-    orders = (2.0, 1.0, float("inf"), 3.0)
-    most = 1e-3  # so little that there is always something to clip
+@dataclass
+class Clipped:
+    """What a model has, clipped by each norm: the norms before, and the gradients after; and the norm of every third gradient."""
 
-    def clipped(model: nn.Module, clip: Callable[..., Tensor], order: float, device_mesh: Any = None) -> tuple[float, Any]:
-        model.zero_grad()
-        backward(model, tokens, device_mesh)
-        norm = clip(model.parameters(), most, norm_type=order)
-        return norm.item(), {n: g.clone() for n, g in ltp.full_gradients(model).items()}
+    tokens: Tensor
+    norms: dict[float, float]
+    gradients: dict[float, dict[str, Tensor]]
+    of_some: float
 
-    refs = {order: clipped(build(), torch.nn.utils.clip_grad_norm_, order) for order in orders}
-    assert all(norm > 2 * most for norm, _ in refs.values())
+
+def clipped(model: nn.Module, clip: Callable[..., Tensor], order: float, tokens: Tensor, mesh: Any = None) -> tuple[float, Any]:
+    model.zero_grad()
+    backward(model, tokens, mesh)
+    norm = clip(model.parameters(), MOST, norm_type=order)
+    return norm.item(), {n: g.clone() for n, g in ltp.full_gradients(model).items()}
+
+
+def some(model: nn.Module) -> list[nn.Parameter]:
+    return list(model.parameters())[::3]
+
+
+def clipped_in_one_process(build: Build, tokens: Tensor) -> Clipped:
+    found = {order: clipped(build(), torch.nn.utils.clip_grad_norm_, order, tokens) for order in ORDERS}
+    assert all(norm > 2 * MOST for norm, _ in found.values())
     whole = build()
     backward(whole, tokens)
-    some = [n for n, _ in whole.named_parameters()][::3]
-    of_some = torch.nn.utils.clip_grad_norm_([whole.get_parameter(n) for n in some], 1e9).item()
+    of_some = torch.nn.utils.clip_grad_norm_(some(whole), 1e9).item()
+    return Clipped(tokens, {o: norm for o, (norm, _) in found.items()}, {o: g for o, (_, g) in found.items()}, of_some)
+
+
+@each_mesh
+def test_norm_and_clipping_as_in_one_process(mesh: tuple[int, int]) -> None:
+    cases = CLIPPED[mesh]
+    refs = {name: clipped_in_one_process(build, batch() % 3 if "words" in name else batch()) for name, (build, _) in cases.items()}
 
     def body() -> None:
         device_mesh = make_mesh("cpu", *mesh)
-        model = ltp.parallelize(build(), device_mesh, plan)
-        from torch.nn.utils import clip_grad_norm_ as imported_after
+        for name, (build, plan) in cases.items():
+            model, ref = ltp.parallelize(build(), device_mesh, plan), refs[name]
+            from torch.nn.utils import clip_grad_norm_ as imported_after
 
-        for who, clip, tried in (
-            ("ours", ltp.clip_grad_norm_, orders),
-            ("before", imported_before, (2.0, float("inf"))),
-            ("after", imported_after, (1.0,)),
-        ):
-            for order in tried:
-                norm, gradients = refs[order]
-                got, clipped_gradients = clipped(model, clip, order, device_mesh)
-                assert got == pytest.approx(norm, rel=1e-9), f"{who}, order {order}"
-                assert_trees_close(clipped_gradients, gradients, rtol=1e-9, name=f"{who}, order {order}")
-        model.zero_grad()
-        backward(model, tokens, device_mesh)
-        got = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        assert got.item() == pytest.approx(refs[2.0][0], rel=1e-9)
-        assert ltp.clip_grad_norm_([model.get_parameter(n) for n in some], 1e9).item() == pytest.approx(of_some, rel=1e-9)
+            for who, clip, orders in (
+                ("ours", ltp.clip_grad_norm_, ORDERS),
+                ("before", imported_before, (2.0, float("inf"))),
+                ("after", imported_after, (1.0,)),
+            ):
+                for order in orders:
+                    norm, gradients = clipped(model, clip, order, ref.tokens, device_mesh)
+                    assert norm == pytest.approx(ref.norms[order], rel=1e-9), f"{name}, {who}, order {order}"
+                    assert_trees_close(gradients, ref.gradients[order], rtol=1e-9, name=f"{name}, {who}, order {order}")
+            model.zero_grad()
+            backward(model, ref.tokens, device_mesh)
+            got = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            assert got.item() == pytest.approx(ref.norms[2.0], rel=1e-9), name
+            assert ltp.clip_grad_norm_(some(model), 1e9).item() == pytest.approx(ref.of_some, rel=1e-9), name
 
     run_ranks(body, mesh[0] * mesh[1])
 
@@ -277,19 +299,21 @@ def test_other_models_are_clipped_as_ever() -> None:
 
 
 @each_mesh
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_gradients_of_fused_and_shared_heads(kv_heads: int, mesh: tuple[int, int]) -> None:
-    whole = fused(kv_heads)
-    backward(whole, batch())
-    ref = ltp.full_gradients(whole)
+def test_gradients_of_fused_and_shared_heads(mesh: tuple[int, int]) -> None:
+    refs = {}
+    for kv_heads in (1, 2):
+        whole = fused(kv_heads)
+        backward(whole, batch())
+        refs[kv_heads] = ltp.full_gradients(whole)
 
     def body() -> None:
         device_mesh = make_mesh("cpu", *mesh)
-        model = ltp.parallelize(fused(kv_heads), device_mesh, fused_plan(kv_heads, mesh[1]))
-        for _ in range(2):
-            backward(model, batch(), device_mesh)
-            assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
-            model.zero_grad()
+        for kv_heads, ref in refs.items():
+            model = ltp.parallelize(fused(kv_heads), device_mesh, fused_plan(kv_heads, mesh[1]))
+            for _ in range(2):
+                backward(model, batch(), device_mesh)
+                assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9, name=f"{kv_heads} key/value heads")
+                model.zero_grad()
 
     run_ranks(body, mesh[0] * mesh[1])
 

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "infer", "materialize"},  # what reads a plan
     {"apply", "checkpoint", "estimate", "data"},
-    {"testing", "callbacks", "module", "strategy", "parity"},
+    {"testing", "callbacks", "example", "module", "strategy", "parity"},
     {"cli", "__main__"},
     {"__init__"},
 ]

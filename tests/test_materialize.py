@@ -202,3 +202,13 @@ def test_modules_that_cannot_be_initialized_are_named() -> None:
     message = no_reset(lambda: nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8), Bare()))
     assert re.match(r"1 modules are on the meta device .* `2` \(Bare\) have no `reset_parameters`", message)
     assert "init_on_meta" in message
+
+
+def test_the_dtensor_backend_takes_no_model_on_meta() -> None:
+    def body() -> None:
+        with ltp.init_on_meta():
+            model = llama()
+        with pytest.raises(ltp.TPError, match="stays there"):
+            ltp.parallelize(model, make_mesh("cpu", 1, 2), PLAN, backend="dtensor")
+
+    run_ranks(body, 2)

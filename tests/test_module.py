@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -27,7 +28,7 @@ class Trainer:
 
 
 class Net(ltp.TensorParallel, L.LightningModule):
-    plan = {"up": "colwise"}
+    plan: ClassVar[dict[str, str]] = {"up": "colwise"}
 
     def __init__(self) -> None:
         super().__init__()

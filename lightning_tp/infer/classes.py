@@ -35,7 +35,10 @@ class Classes:
 
     def find(self, labels: Tensor) -> Tensor:
         """The representative of each label: the smallest of its set."""
-        return self.parent[labels]
+        found = self.parent[labels]
+        while not torch.equal(above := self.parent[found], found):
+            found = above
+        return found
 
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         """Join the features of two label tensors element by element (they broadcast); zeros join nothing.
@@ -43,13 +46,17 @@ class Classes:
         Returns:
             The labels of the result: those of `a`, and where these are 0, of `b`.
         """
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        a, b = shrunk(a), shrunk(b)
         self._join_pairs(self.find(a), self.find(b))
-        return torch.where(a > 0, a, b)
+        return torch.where(a > 0, a, b).expand(shape)
 
     def join_along(self, labels: Tensor, dims: tuple[int, ...], *, keepdim: bool = False) -> Tensor:
         """Join what differs only along `dims` (zeros apart); returns the labels without these dims (or with length 1)."""
-        top = labels.amax(dims, keepdim=True) if labels.numel() else labels.sum(dims, keepdim=True)
-        self._join_pairs(self.find(labels), self.find(top))
+        small, dims = shrunk(labels), tuple(d % labels.ndim for d in dims)
+        top = small.amax(dims, keepdim=True) if small.numel() else small.sum(dims, keepdim=True)
+        self._join_pairs(self.find(small), self.find(top))
+        top = top.expand([1 if d in dims else n for d, n in enumerate(labels.shape)])
         return top if keepdim else top.squeeze(dims)
 
     def _join_pairs(self, a: Tensor, b: Tensor) -> None:
@@ -57,17 +64,21 @@ class Classes:
         differ = (a != b) & (a > 0) & (b > 0)
         if not bool(differ.any()):
             return
-        pairs = torch.unique(torch.stack((a[differ], b[differ])), dim=1)
-        parent = self.parent
-        while True:  # hook each larger root to the smallest it meets, then shorten all paths, until nothing is left to do
-            low, high = torch.aminmax(parent[pairs], dim=0)
+        both = torch.unique(a[differ] * self.count + b[differ])  # as one number: unique columns are slow to find
+        pairs = torch.stack((both // self.count, both % self.count))
+        while True:  # hook each larger root to the smallest that it meets, until nothing is left to do
+            low, high = torch.aminmax(self.find(pairs), dim=0)
             todo = low != high
             if not bool(todo.any()):
                 return
-            parent.scatter_reduce_(0, high[todo], low[todo], "amin")
-            while not torch.equal(shorter := parent[parent], parent):
-                parent = shorter
-            self.parent = parent
+            self.parent.scatter_reduce_(0, high[todo], low[todo], "amin")
+
+
+def shrunk(labels: Tensor) -> Tensor:
+    """With length 1 in the dims along which it is constant by construction (stride 0)."""
+    if not labels.ndim or not labels.numel():
+        return labels
+    return labels[tuple(slice(0, 1) if s == 0 else slice(None) for s in labels.stride())]
 
 
 def _shrink(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

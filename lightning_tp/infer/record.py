@@ -18,8 +18,33 @@ from torch.overrides import TorchFunctionMode
 from lightning_tp.infer.trace import Tracer, _untraced
 from lightning_tp.styles.local_ops import FACTORIES, FIRST_SIZE, SIZE_CALLS, SPLIT_CALLS, Call, Operand, Pattern, place
 
-NO_SLICE = {"linear", "embedding", "layer_norm", "rms_norm", "conv1d", "conv2d", "expand", "view", "reshape", "__getitem__", "index_select"}
-PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm"}
+NO_SLICE = {
+    "linear",
+    "embedding",
+    "layer_norm",
+    "rms_norm",
+    "conv1d",
+    "conv2d",
+    "expand",
+    "view",
+    "reshape",
+    "__getitem__",
+    "index_select",
+}
+PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "mv", "dot", "chain_matmul", "addbmm"}
+ALONG_OTHERS = {
+    "cat",
+    "stack",
+    "concat",
+    "concatenate",
+    "scaled_dot_product_attention",
+    "gather",
+    "scatter",
+    "scatter_add",
+    "take_along_dim",
+    "_grouped_mm",
+}
+MOVES = SIZE_CALLS | SPLIT_CALLS | {"__getitem__", "narrow", "select", "index_select", "unbind", "narrow_copy", "movedim"}
 
 
 class LocalInt(int):
@@ -145,6 +170,7 @@ class Found:
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     broken: list[tuple[Tensor, str]] = field(default_factory=list)
+    local_uses: dict[str, set[str]] = field(default_factory=dict)  # as in Trace, where ranks do have different elements
 
 
 class Recorder(TorchFunctionMode):
@@ -160,10 +186,15 @@ class Recorder(TorchFunctionMode):
         whole_reads: places where a size is read that has to be the whole one.
     """
 
-    def __init__(self, tracer: Tracer, owner: Tensor, tp: int, standard: set[str], heads: dict[str, int], split: Any, whole_reads: Any) -> None:
+    def __init__(
+        self, tracer: Tracer, owner: Tensor, tp: int, standard: set[str], heads: dict[str, int], split: Any, whole_reads: Any
+    ) -> None:
         super().__init__()
         self.tracer, self.owner, self.tp = tracer, owner, tp
         self.split = {n for n, _ in split}
+        self.nodes, self.param_owner = split, owner
+        self.mixed: set[str] = set()  # parameters that also meet whole activations: their gradient is made whole at once
+        self.tables: set[str] = set()  # modules that look up in a table whose style does it on shards
         self.whole_reads = whole_reads
         LocalInt.diverging = set()
         self.sinks: list[Tensor] = []
@@ -174,7 +205,10 @@ class Recorder(TorchFunctionMode):
 
     def ranks(self, t: Tensor) -> Tensor | None:
         """The rank of each element, constant dims with length 1; None where every rank has all."""
-        label = self.tracer.shadow(t).label
+        shadow = self.tracer.shadow(t)
+        label = shadow.label
+        if shadow.param is not None:
+            return self._param_ranks(*shadow.param)
         if label is None:
             return None
         index = tuple(slice(0, 1) if s == 0 else slice(None) for s in label.stride())
@@ -182,16 +216,38 @@ class Recorder(TorchFunctionMode):
         ranks = self.owner[small]
         return ranks if bool((ranks >= 0).any()) else None
 
-    def layout(self, t: Tensor) -> tuple[int, Pattern] | None | str:
+    def _param_ranks(self, name: str, coordinates: Any) -> Tensor | None:
+        for (n, dim), nodes in self.nodes.items() if name in self.split else ():
+            if n == name:
+                where = coordinates[dim]
+                index = tuple(slice(0, 1) if s == 0 else slice(None) for s in where.stride())
+                ranks = self.param_owner[nodes[where[index] if where.ndim else where]]
+                return ranks if bool((ranks >= 0).any()) else None
+        return None
+
+    def features(self, t: Tensor) -> Tensor:
+        """The labels of a tensor, or the features of the split parameter that it is a view of."""
+        param = self.tracer.shadow(t).param
+        found = [nodes for (n, _), nodes in self.nodes.items() if param is not None and n == param[0]]
+        return torch.cat(found) if found else self.tracer.label(t)
+
+    def layout(self, t: Tensor) -> tuple[int, Pattern] | str | None:
         """(dim, pattern); None where it is whole; a reason where it is neither."""
         ranks = self.ranks(t)
         if ranks is None:
             return None
-        split = [d for d in range(ranks.ndim) if ranks.shape[d] > 1 and bool((ranks != ranks.narrow(d, 0, 1)).any())]
+        known = ranks.masked_fill(ranks < 0, self.tp)  # what lies beside features with no rank of its own goes where they go
+        split = [
+            d
+            for d in range(ranks.ndim)
+            if ranks.shape[d] > 1
+            and bool((ranks.amax(d, True) != known.amin(d, True).where(known.amin(d, True) < self.tp, -1)).any())
+        ]
         if len(split) != 1:
             return f"split along {len(split)} dims"
         dim = split[0]
-        return dim, Pattern.of(ranks.movedim(dim, 0).reshape(ranks.shape[dim], -1)[:, 0])
+        rows, known = (x.movedim(dim, 0).reshape(ranks.shape[dim], -1) for x in (ranks, known))
+        return dim, Pattern.of(rows.amax(1))
 
     def local_sizes(self, t: Tensor) -> list[tuple[int, ...]]:
         """For each dim, the size on each rank."""
@@ -230,11 +286,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            if func.__self__ is Tensor.shape and self.tracer.shadow(args[0]).label is not None:
+            if func.__self__ is Tensor.shape and self._has_layout(args[0]):
                 with _untraced():
                     return self._read(func, name, args, kwargs, sys._getframe(1))
             return func(*args, **kwargs)
-        if name == "size" and self.tracer.shadow(args[0]).label is not None:
+        if name == "size" and self._has_layout(args[0]):
             with _untraced():
                 return self._read(func, name, args, kwargs, sys._getframe(1))
         given_args, given_kwargs = args, kwargs
@@ -242,12 +298,17 @@ class Recorder(TorchFunctionMode):
         if func is torch.nn.functional.cross_entropy:
             return self._cross_entropy(func, args, kwargs)
         self.tracer.events = []
+        self.equation = args[0] if name == "einsum" and isinstance(args[0], str) else ""
         module = self.tracer.stack[-1]
         out = func(*args, **kwargs)
         if module == self.tracer.stack[-1] and module not in self.standard:
             with _untraced():
                 self._look(name, func, given_args, given_kwargs, out, module, sys._getframe(1))
         return out
+
+    def _has_layout(self, t: Tensor) -> bool:
+        shadow = self.tracer.shadow(t)
+        return shadow.label is not None or (shadow.param is not None and shadow.param[0] in self.split)
 
     def _cross_entropy(self, func: Any, args: Any, kwargs: Any) -> Any:
         logits = args[0] if args else kwargs["input"]
@@ -262,16 +323,27 @@ class Recorder(TorchFunctionMode):
         outs = [t for t in _tensors(out)]
         operands = [(path, t) for path, t in _with_paths(args, kwargs)]
         events = dict((kind, p) for kind, p in self.tracer.events)
-        layouts = [self.layout(t) for _, t in operands]
-        out_layouts = [self.layout(t) for t in outs]
+        if len(set(self.tracer.events)) > 1:  # several products inside one call, which can't be looked into
+            for n in {n for _, n in self.tracer.events}:
+                self.found.broken += [(nodes, f"{name} in `{module}`") for (of, _), nodes in self.nodes.items() if of == n]
+            return
+        if name == "embedding" and module not in self.tables:
+            tables = [t for _, t in operands if (p := self.tracer.shadow(t).param) is not None and p[0] in self.split]
+            self.found.broken += [(self.features(t), f"rows are looked up in `{module}`") for t in tables]
+        on_params = name in MOVES
+        is_param = lambda t: self.tracer.shadow(t).param is not None  # noqa: E731
+        layouts = [self.layout(t) if on_params or not is_param(t) else None for _, t in operands]
+        out_layouts = [self.layout(t) if on_params or not is_param(t) else None for t in outs]
         to_logits = self.heads.get(events.get("out", ""))
         if all(x is None for x in (*layouts, *out_layouts)) and "in" not in events and to_logits is None:
             if name in SIZE_CALLS | FACTORIES and outs:
                 self._whole_sizes(name, args, outs[0], module, frame)
+            else:
+                self._hold(name, module, frame)
             return
         for t, layout in [*zip((t for _, t in operands), layouts, strict=True), *zip(outs, out_layouts, strict=True)]:
             if isinstance(layout, str):
-                self.found.broken.append((self.tracer.label(t), f"{name} in `{module}`: {layout}"))
+                self.found.broken.append((self.features(t), f"{name} in `{module}`: {layout}"))
                 return
         change: dict[str, Any] = {}
         try:
@@ -286,7 +358,7 @@ class Recorder(TorchFunctionMode):
             else:
                 change["operands"] = self._operands(name, operands, layouts, outs, out_layouts, events)
         except _Unknown as e:
-            labels = [self.tracer.label(t) for _, t in operands if self.tracer.shadow(t).label is not None]
+            labels = [self.features(t) for _, t in operands if self._has_layout(t)]
             self.found.broken.append((labels[0] if labels else self.tracer.label(outs[0]), f"{name} in `{module}`: {e}"))
             return
         if "in" in events:
@@ -299,8 +371,13 @@ class Recorder(TorchFunctionMode):
         change = {k: v for k, v in change.items() if v}
         if change:
             self.found.calls.setdefault(module, []).append(Call(name, place(frame), **change))
-        elif name in SIZE_CALLS | SPLIT_CALLS | {"__getitem__"}:
-            self.found.calls.setdefault(module, []).append(Call(name, place(frame)))  # holds its turn
+        else:
+            self._hold(name, module, frame)
+
+    def _hold(self, name: str, module: str, frame: Any) -> None:
+        """Nothing changes in this call, but another from the same place in the code may: it holds its turn."""
+        if name and name != "__get__":
+            self.found.calls.setdefault(module, []).append(Call(name, place(frame)))
 
     def _operands(self, name: str, operands: Any, layouts: Any, outs: Any, out_layouts: Any, events: Any) -> tuple[Operand, ...]:
         split_outs = [(t, x) for t, x in zip(outs, out_layouts, strict=True) if isinstance(x, tuple)]
@@ -308,6 +385,10 @@ class Recorder(TorchFunctionMode):
         reference = split_outs[0] if split_outs else split_ins[0] if split_ins else None
         if "in" in events:
             reference = None  # a product with a split weight: what lies beside the summed dim is not in it
+        if name == "einsum":
+            return self._einsum(operands, layouts, outs[0], out_layouts[0])
+        if reference is not None and name not in NO_SLICE | PRODUCTS | ALONG_OTHERS:
+            self._lines_up(operands, outs, reference)
         changed = []
         for (path, t), layout in zip(operands, layouts, strict=True):
             if layout is not None:
@@ -322,10 +403,55 @@ class Recorder(TorchFunctionMode):
             if part is not None and beside is not None:
                 other, (dim, _) = next((o, x) for (p, o), x in zip(operands, layouts, strict=True) if p == beside)
                 beside = beside if other.ndim - dim == part[0] else None
-            outside = shadow.label is None  # inside, each rank has its share of the gradient anyway
-            enter = bool(split_outs) and outside and shadow.grad and shadow.param is None and (t.is_floating_point() or t.is_complex())
+            enter = bool(split_outs) and self._enters(t)
             if part is not None or enter:
                 changed.append(Operand(path, part, enter, beside if part else None))
+        return tuple(changed)
+
+    def _enters(self, t: Tensor) -> bool:
+        """Whether its gradient is summed over ranks where it meets shards; inside, each rank has its share of it anyway."""
+        shadow = self.tracer.shadow(t)
+        outside = shadow.param is None or shadow.param[0] in self.mixed
+        return shadow.label is None and outside and shadow.grad and (t.is_floating_point() or t.is_complex())
+
+    def _lines_up(self, operands: Any, outs: Any, reference: Any) -> None:
+        """Operands are cut where they lie beside the split dim, counted from the last: so they have to broadcast."""
+        t, (dim, _) = reference
+        others = [o for _, o in operands if o is not t and o.ndim and self.tracer.shadow(o).label is None]
+        try:
+            shape = torch.broadcast_shapes(t.shape, *(o.shape for o in others))
+        except RuntimeError:
+            shape = None
+        if others and (shape is None or (outs and outs[0].shape != shape)) and any(o.numel() > 1 for o in others):
+            suspects = [o for o in others if any(n == t.shape[dim] for n in o.shape)]
+            if suspects:
+                raise _Unknown("operands that do not lie beside each other")
+
+    def _einsum(self, operands: Any, layouts: Any, out: Tensor, out_layout: Any) -> tuple[Operand, ...]:
+        """Each operand's dims have letters: those with the letter of a split dim are cut there."""
+        equation = self.equation.replace(" ", "")
+        terms, _, result = equation.partition("->")
+        letters = terms.split(",")
+        if "..." in equation or not result or len(letters) != len(operands):
+            if all(self._has_layout(t) for _, t in operands):
+                return ()
+            raise _Unknown(f"`{equation}`")
+        patterns: dict[str, Pattern] = {}
+        for word, layout in [*zip(letters, layouts, strict=True), (result, out_layout)]:
+            if isinstance(layout, tuple):
+                patterns[word[layout[0]]] = layout[1]
+        changed = []
+        for (path, t), word in zip(operands, letters, strict=True):
+            shadow = self.tracer.shadow(t)
+            if shadow.param is not None and shadow.param[0] in self.split:
+                continue
+            at = [i for i, c in enumerate(word) if c in patterns]
+            part = None
+            if at and not isinstance(self.layout(t), tuple):
+                part = (t.ndim - at[0], patterns[word[at[0]]])
+            enter = bool(patterns) and self._enters(t)
+            if part is not None or enter:
+                changed.append(Operand(path, part, enter))
         return tuple(changed)
 
     def _sizes(self, name: str, args: Any, kwargs: Any, x: Tensor, out: Tensor) -> Any:
@@ -371,6 +497,8 @@ class Recorder(TorchFunctionMode):
         if any(changes):
             call = Call(name, place(frame), sizes=tuple(tuple(c) for c in changes))
             self.found.calls.setdefault(module, []).append(call)
+        else:
+            self._hold(name, module, frame)
 
     def _pieces(self, name: str, args: Any, kwargs: Any, x: Tensor, outs: list[Tensor]) -> Any:
         layout = self.layout(x)
@@ -455,7 +583,7 @@ def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Patt
     """The dim, from the last, in which a whole operand lies beside the split dim of the others."""
     other, (dim, pattern) = reference
     from_last = other.ndim - dim
-    if name in PRODUCTS and from_last <= 2 and not (name == "baddbmm" and path == (0,)):
+    if name in PRODUCTS and from_last <= 2 and not (name in ("baddbmm", "addmm", "addmv", "addbmm") and path == (0,)):
         return None  # its rows or columns are its own
     if name == "scaled_dot_product_attention" and from_last != 3:
         return None

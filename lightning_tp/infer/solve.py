@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from lightning_tp.comm import even_shard
 from lightning_tp.errors import TPError
+from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, LocalInt, Recorder
-from lightning_tp.infer.trace import Trace, run
+from lightning_tp.infer.sequence import with_sequence_parallel
+from lightning_tp.infer.trace import Trace, leaves, run
 from lightning_tp.plan import Plan, Rule
 from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.styles.attention import readable_attention
 from lightning_tp.styles.local_ops import LocalOps, Pattern, ShardParameter
 
 MOST_RUNS = 24
+MOST_SHARES = 2  # times that a further part of one fused weight is given to every rank
+SMALL_OUTPUT = 8  # output features a rank, below which a layer is not split for memory alone
+SMALL_SHARE = 200  # nor if all parameters are this many times as many
 SMALL_VOCAB = 64  # rows a rank, below which an embedding or a head is kept whole
 
 Key = tuple[str, int]
+Caller = Callable[[nn.Module, Any], Any]
 
 
 def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp: int) -> Plan:
@@ -50,30 +55,52 @@ def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp
         >>> {rule.pattern: rule.style.name for rule in infer_plan(mlp, (torch.zeros(2, 4, 8),), tp=2).rules}
         {'0': 'colwise', '2': 'rowwise', '**': 'replicate'}
     """
+    if isinstance(inputs, Mapping):
+        return infer_by_call(model, lambda m, x: m(**x), dict(inputs), tp)
+    return infer_by_call(model, lambda m, x: m(*x), tuple(inputs), tp)
+
+
+def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
+    """As `infer_plan`, for a model that runs by `call(model, inputs)`: a training step, for instance.
+
+    Raises:
+        TPError: as `infer_plan`.
+    """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
-    inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
     names = {n: p for n, p in model.named_parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     whole: dict[Key, str] = {(n, 1): "a table is split by its rows" for n, p in names.items() if id(p) in tables}
     shared: dict[Key, Tensor] = {}
+    names_stars = {_star(n) for n in names}
+    tries: dict[str, int] = {}
     with _as_it_was(model), readable_attention(model):
-        for _ in range(MOST_RUNS):
-            trace, out, tracer = run(model, inputs, set(whole), shared)
-            bad = _too_few(trace, tp, names)
-            if bad and _share(bad, trace, shared, names):
+        for turn in range(MOST_RUNS + 1):
+            if turn == MOST_RUNS:  # what is left is whole, and right
+                whole.update({(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)})
+                shared = {}
+            trace, out, tracer = run(model, call, inputs, set(whole), shared)
+            escaped = _escaped(trace, out, tracer)
+            if escaped and shared:
+                shared, tries = {}, dict.fromkeys(names_stars, MOST_SHARES)
+                continue
+            bad = (
+                {k: "what every rank has of it meets what is whole" for k in trace.nodes} if escaped else _too_few(trace, tp, names)
+            )
+            if bad and not escaped and _share(bad, trace, shared, names, tries):
                 continue
             if bad:
-                _demote(bad, whole, names)
+                _demote(bad, whole, names, trace)
                 continue
             owner = _owners(trace, tp)
             heads = _heads(model, trace, owner, out, tracer, tp)
             standard = _standard(model, trace, names)
-            found, sinks = _record(model, inputs, trace, set(whole), shared, owner, tp, standard, heads)
+            found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads)
             bad = _broken(found, trace, owner, sinks, heads, tp)
             if not bad:
-                return _plan(model, trace, owner, found, heads, standard, whole, tp)
-            _demote(bad, whole, names)
+                plan = _plan(model, trace, owner, found, heads, standard, whole, tp)
+                return _with_sequence(model, call, inputs, plan, tp)
+            _demote(bad, whole, names, trace)
     raise TPError(
         f"No plan for {type(model).__name__} was found in {MOST_RUNS} runs; the last weights that were given up: "
         f"{', '.join(n for n, _ in list(whole)[-3:])}. Give a plan (`plan=`)."
@@ -102,20 +129,16 @@ def _out_keys(trace: Trace) -> dict[Key, None]:
     return {(u.name, u.dim): None for u in trace.uses if u.kind == "out"}
 
 
-def _kinds(trace: Trace, key: Key) -> list[Tensor]:
-    """The classes of a weight's features, in order, in groups of the same number of features each (heads; single features)."""
+def _kinds(trace: Trace, key: Key) -> list[tuple[int, Tensor]]:
+    """The classes of a weight's features, in order, by how many of its features each has: (1, single features), (16, heads)."""
     reps = trace.classes.find(trace.nodes[key])
     reps = reps[reps > 0]
     if not reps.numel():
         return []
-    classes, counts = torch.unique(reps, return_counts=True)
-    first = torch.full((int(classes.max()) + 1,), reps.numel())
-    first.scatter_reduce_(0, reps, torch.arange(reps.numel()), "amin")
-    groups = []
-    for n in counts.unique().tolist():
-        of = classes[counts == n]
-        groups.append(of[first[of].argsort()])
-    return groups
+    classes, inverse, counts = torch.unique(reps, return_inverse=True, return_counts=True)
+    first = torch.full((classes.numel(),), reps.numel()).scatter_reduce_(0, inverse, torch.arange(reps.numel()), "amin")
+    order = first.argsort()
+    return [(n, classes[order][counts[order] == n]) for n in counts.unique().tolist()]
 
 
 def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
@@ -130,7 +153,7 @@ def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
     group_of: dict[int, list[Key]] = defaultdict(list)
     bad_classes: set[int] = set()
     for key in trace.nodes:
-        for kind in _kinds(trace, key):
+        for _, kind in _kinds(trace, key):
             if kind.numel() < tp:
                 bad_classes.update(kind.tolist())
                 for c in kind.tolist():
@@ -145,7 +168,7 @@ def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
     return bad
 
 
-def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: dict[str, Any]) -> bool:
+def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: dict[str, Any], tries: dict[str, int]) -> bool:
     """Of one fused weight, give every rank the part that all others are joined by: the keys and values of few heads.
 
     Found as the smallest factor of a product of activations that is made by a part of the weight only.
@@ -163,16 +186,30 @@ def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: 
         smallest = min(parts, key=lambda p: int(p.sum()))
         if int(smallest.sum()) * 2 > int((nodes > 0).sum()):
             continue  # most of it would be whole
+        star = _star(key[0])
+        tries[star] = tries.get(star, 0) + 1
+        if tries[star] > MOST_SHARES:
+            for k in [k for k in shared if _star(k[0]) == star]:
+                del shared[k]
+            continue
         for n in names:
-            if _star(n) == _star(key[0]) and names[n].shape[key[1]] == nodes.numel():
+            if _star(n) == star and names[n].shape[key[1]] == nodes.numel():
                 shared[n, key[1]] = shared.get((n, key[1]), torch.zeros_like(smallest)) | smallest
         changed = True
         break
     return changed
 
 
-def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any]) -> None:
+def _escaped(trace: Trace, out: Any, tracer: Any) -> bool:
+    """Whether something that every rank has beside its shards, each with its share of the gradient, is used as a whole elsewhere."""
+    labels = [tracer.shadow(t).label for t in leaves(out)]
+    return bool(trace.escaped) or any(x is not None and not bool(shrunk(x).any()) for x in labels)
+
+
+def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any], trace: Trace) -> None:
     """Keep these weights whole, and those of the blocks alike."""
+    if all(key in whole for key in bad):  # no step ahead: give up all
+        bad = {k: "how its features are used could not be told" for k in trace.nodes}
     stars = {(_star(n), d): why for (n, d), why in bad.items()}
     for n in names:
         for d in range(names[n].ndim):
@@ -188,29 +225,28 @@ def _owners(trace: Trace, tp: int) -> Tensor:
     """The rank of each feature: classes of one kind are dealt out evenly, in order."""
     of_class = torch.full((trace.classes.parent.numel(),), -1)
     for key in trace.nodes:
-        for kind in _kinds(trace, key):
+        for per_class, kind in _kinds(trace, key):
             new = kind[of_class[kind] < 0]
             n = new.numel()
-            single = bool((trace.classes.find(trace.nodes[key]).bincount(minlength=of_class.numel())[new] == 1).all())
-            if single:
+            if per_class == 1:  # as torch.chunk cuts
                 shards = [len(even_shard(n, r, tp)) for r in range(tp)]
             else:
                 shards = [(r + 1) * n // tp - r * n // tp for r in range(tp)]
             of_class[new] = torch.repeat_interleave(torch.arange(tp), torch.tensor(shards))
-    owner = of_class[trace.classes.parent]
+    owner = of_class[trace.classes.find(torch.arange(of_class.numel()))]
     owner[0] = -1
     return owner
 
 
 def _heads(model: nn.Module, trace: Trace, owner: Tensor, out: Any, tracer: Any, tp: int) -> dict[str, int]:
     """Weights whose features reach the model's output or its loss one by one: the logits. name -> vocabulary."""
-    labels = [tracer.shadow(t).label for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-    reached = [label.reshape(-1).unique() for label in labels if label is not None]
-    reached += [label.reshape(-1).unique() for label in trace.logits]
+    labels = [tracer.shadow(t).label for t in leaves(out)]
+    reached = [shrunk(label).unique() for label in [*labels, *trace.logits] if label is not None]
     seen = torch.cat(reached).unique() if reached else torch.zeros(0, dtype=torch.int64)
     heads = {}
+    outs = _out_keys(trace)
     for (name, dim), nodes in trace.nodes.items():
-        if bool(torch.isin(nodes, seen).all()) and (name, dim) in _out_keys(trace):
+        if (name, dim) in outs and bool(torch.isin(nodes[:1], seen)) and bool(torch.isin(nodes, seen).all()):
             heads[name] = nodes.numel()
     return heads
 
@@ -235,26 +271,42 @@ def _standard(model: nn.Module, trace: Trace, names: dict[str, Any]) -> dict[str
     return standard
 
 
-def _record(model: nn.Module, inputs: Any, trace: Trace, whole: set[Key], shared: dict[Key, Tensor], owner: Tensor, tp: int, standard: dict[str, str], heads: dict[str, int]) -> tuple[Found, list[Tensor]]:
+def _record(
+    model: nn.Module,
+    call: Caller,
+    inputs: Any,
+    trace: Trace,
+    whole: set[Key],
+    shared: dict[Key, Tensor],
+    owner: Tensor,
+    tp: int,
+    standard: dict[str, str],
+    heads: dict[str, int],
+) -> tuple[Found, list[Tensor]]:
     recorders: list[Recorder] = []
     whole_reads: set[Any] = set()
 
-    owner = owner.clone()
+    owners, owner = owner, owner.clone()
+    tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     for (name, _), nodes in trace.nodes.items():
         if name in heads:
             owner[nodes] = -1  # logits show their whole shape, and take care of themselves
 
     def make(tracer: Any) -> Recorder:
         by_call = {n: v for n, v in heads.items() if n not in standard}
+        tracer.owner = owner
         recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
+        recorders[-1].param_owner, recorders[-1].tables = owners, tables
+        recorders[-1].mixed = set(trace.local_uses) & set(trace.whole_uses)
         return recorders[-1]
 
     while True:
-        _, out, tracer = run(model, inputs, whole, shared, make)
+        _, out, tracer = run(model, call, inputs, whole, shared, make)
         if not LocalInt.diverging - whole_reads:
             break
         whole_reads |= LocalInt.diverging
-    outputs = [tracer.shadow(t).label for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+    outputs = [tracer.shadow(t).label for t in leaves(out)]
+    recorders[-1].found.local_uses = tracer.trace.local_uses
     return recorders[-1].found, [x for x in outputs if x is not None]
 
 
@@ -283,7 +335,16 @@ def _made_by(label: Tensor, trace: Trace) -> list[Key]:
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
-def _plan(model: nn.Module, trace: Trace, owner: Tensor, found: Found, heads: dict[str, int], standard: dict[str, str], whole: dict[Key, str], tp: int) -> Plan:
+def _plan(
+    model: nn.Module,
+    trace: Trace,
+    owner: Tensor,
+    found: Found,
+    heads: dict[str, int],
+    standard: dict[str, str],
+    whole: dict[Key, str],
+    tp: int,
+) -> Plan:
     names = {n: p for n, p in model.named_parameters()}
     readers = _readers(trace)
     rules: list[Rule] = []
@@ -302,17 +363,24 @@ def _plan(model: nn.Module, trace: Trace, owner: Tensor, found: Found, heads: di
         elif not (name in heads and _table(model, names[name])):
             rules.append(Rule(name, ShardParameter(dim, ranges), why or "split where it is used"))
     split_modules = {r.pattern for r in rules}
-    rules += _embeddings(model, trace, heads, names, tp)
+    gathered = list(_gathered(model, trace, names, whole, tp))
+    rules += gathered
+    rules += _embeddings(model, trace, heads, {id(model.get_submodule(r.pattern).weight) for r in gathered}, names, tp)
     for module, calls in found.calls.items():
         if any(c.operands or c.sizes or c.pieces or c.items or c.leave or c.logits for c in calls):
             rules.append(Rule(module, LocalOps(_needed(calls)), "whole sizes in its code"))
     taken = {r.pattern for r in rules}
+    mixed = set(trace.local_uses) & set(trace.whole_uses)
     done = {id(names[n]) for n, _ in trace.nodes} | {id(getattr(model.get_submodule(m), "bias", None)) for m in standard.values()}
     for name in names:
-        if name in trace.local_uses and id(names[name]) not in done and not any(name == t or name.startswith(f"{t}.") for t in taken & split_modules):
+        if (
+            name in found.local_uses
+            and name not in mixed
+            and id(names[name]) not in done
+            and not any(name == t or name.startswith(f"{t}.") for t in taken & split_modules)
+        ):
             rules.append(Rule(name, Replicate(partial_grad=True), "works on split activations"))
     rules += _aliases(model, trace, rules, names, owner, heads, standard, tp)
-    rules = _folded(rules, [n for n, _ in model.named_modules()] + list(dict(model.named_parameters(remove_duplicate=False))))
     rules.append(Rule("**", Replicate(partial_grad=False), _why_whole(whole)))
     return Plan(rules, source="inferred")
 
@@ -337,6 +405,13 @@ def _aliases(
     for name, p in model.named_parameters(remove_duplicate=False):
         if id(p) in split and not any(name == n or name.startswith(f"{n}.") for n in named):
             yield Rule(name, ShardParameter(*split[id(p)]), "another name of a split parameter")
+
+
+def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int) -> Plan:
+    rules = with_sequence_parallel(model, call, inputs, plan, tp).rules if tp > 1 else plan.rules
+    everything = [n for n, _ in model.named_modules()] + list(dict(model.named_parameters(remove_duplicate=False)))
+    catch_all = [r for r in rules if r.pattern == "**"]
+    return Plan([*_folded([r for r in rules if r.pattern != "**"], everything), *catch_all], plan.source)
 
 
 def _folded(rules: list[Rule], everything: list[str]) -> list[Rule]:
@@ -373,34 +448,78 @@ def _ranges(owner: Tensor, tp: int) -> tuple[tuple[tuple[int, int], ...], ...]:
 
 def _readers(trace: Trace) -> dict[Key, str]:
     """For each weight, what reads its features: "read by layers.*.o_proj on its split dim"."""
-    ends: dict[int, list[str]] = defaultdict(list)
     outs = _out_keys(trace)
-    for key, nodes in trace.nodes.items():
+    keys = list(trace.nodes)
+    read_by = torch.full((trace.classes.parent.numel(),), -1)  # class -> the last weight that ends it
+    for i, key in enumerate(keys):
         if key not in outs:
-            for c in trace.classes.find(nodes).unique().tolist():
-                ends[c].append(key[0])
+            read_by[trace.classes.find(trace.nodes[key])] = i
     reasons = {}
-    for key, nodes in trace.nodes.items():
-        if key in outs:
-            by = dict.fromkeys(n for c in trace.classes.find(nodes).unique().tolist()[:64] for n in ends[c])
-            if by:
-                reasons[key] = f"read by {', '.join(list(dict.fromkeys(_star(n) for n in by))[:2])} on its split dim"
-        else:
+    for key in keys:
+        if key not in outs:
             reasons[key] = "ends split features; ranks add up"
+            continue
+        readers = read_by[trace.classes.find(trace.nodes[key])].unique().tolist()
+        names = list(dict.fromkeys(_star(keys[i][0]) for i in readers if i >= 0))
+        if names:
+            reasons[key] = f"read by {', '.join(names[:2])} on its split dim"
     return reasons
 
 
-def _embeddings(model: nn.Module, trace: Trace, heads_by_name: dict[str, int], names: dict[str, Any], tp: int) -> list[Rule]:
+def _gathered(model: nn.Module, trace: Trace, names: dict[str, Any], whole: dict[Key, str], tp: int) -> Iterator[Rule]:
+    """Large linear layers whose features are needed together: split all the same, their output gathered."""
+    split = {n for n, _ in trace.nodes}
+    total = sum(p.numel() for p in names.values())
+    modules = dict(model.named_modules())
+    by_id = {id(p): n for n, p in names.items()}
+    for where, module in modules.items():
+        name = by_id.get(id(getattr(module, "weight", None)), "")
+        if name in split or not name or not isinstance(module, nn.Linear):
+            continue
+        weight = module.weight
+        tied = {n for n, m in modules.items() if isinstance(m, nn.Embedding) and m.weight is weight}
+        if getattr(type(module).forward, "__code__", None) is not nn.Linear.forward.__code__:
+            continue
+        if trace.whole_uses.get(name, set()) - tied != {where}:
+            continue
+        if (
+            name in trace.local_uses
+            or trace.looked_up.get(name, set()) - tied
+            or (module.bias is not None and _elsewhere(module.bias, where, trace, names))
+        ):
+            continue
+        if weight.shape[0] >= SMALL_OUTPUT * tp and weight.numel() * SMALL_SHARE >= total:
+            yield Rule(
+                where,
+                Colwise(input="replicate", output="replicate"),
+                f"its output is gathered: {whole.get((name, 0), 'no split weight reads it')}",
+            )
+
+
+def _elsewhere(bias: Any, where: str, trace: Trace, names: dict[str, Any]) -> bool:
+    name = next(n for n, p in names.items() if p is bias)
+    return bool((trace.whole_uses.get(name, set()) | trace.local_uses.get(name, set())) - {where})
+
+
+def _embeddings(
+    model: nn.Module, trace: Trace, heads_by_name: dict[str, int], gathered: set[int], names: dict[str, Any], tp: int
+) -> list[Rule]:
     """Embeddings of a large vocabulary are split by its rows; those tied to a head have to be."""
-    heads = {id(names[n]) for n in heads_by_name}
+    heads = {id(names[n]) for n in heads_by_name} | gathered
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Embedding) or module.max_norm or module.scale_grad_by_freq or module.sparse:
             continue
         tied = id(module.weight) in heads
         used = next((n for n, p in names.items() if p is module.weight), "")  # the first of its names
-        elsewhere = {u.module for u in trace.uses if u.name == used} if not tied else set()
-        if tied or (module.num_embeddings >= SMALL_VOCAB * tp and not elsewhere and trace.looked_up.get(used) == {name}):
+        elsewhere: set[str] = set()
+        if not tied:
+            elsewhere = (
+                {u.module for u in trace.uses if u.name == used}
+                | trace.whole_uses.get(used, set())
+                | trace.local_uses.get(used, set())
+            )
+        if tied or (module.num_embeddings >= SMALL_VOCAB * tp and not elsewhere - {name} and trace.looked_up.get(used) == {name}):
             found.append(Rule(name, VocabEmbedding(output="replicate"), "rows of the vocabulary"))
     return found
 
@@ -412,4 +531,3 @@ def _table(model: nn.Module, weight: Any) -> bool:
 def _why_whole(whole: dict[Key, str]) -> str:
     given_up = dict.fromkeys(f"{_star(n)}: {why}" for (n, _), why in whole.items())
     return "; ".join(given_up) or "no split features reach it"
-

@@ -10,9 +10,9 @@ input whose features differ along the summed dim it ends them (the weight is spl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from lightning_tp.infer.classes import Classes
+from lightning_tp.errors import TPError
+from lightning_tp.infer.classes import Classes, shrunk
 
 
 @dataclass
@@ -29,12 +30,12 @@ class Shadow:
 
     Args:
         label: the feature each element comes from, 0 where every rank has it; None: 0 everywhere.
-        param: the parameter that it is a view of, and the flat index of each element in it.
+        param: the parameter that it is a view of, and for each dim of that the coordinate of each element in it.
         grad: whether a gradient flows back through it.
     """
 
     label: Tensor | None = None
-    param: tuple[str, Tensor] | None = None
+    param: tuple[str, tuple[Tensor, ...]] | None = None
     grad: bool = False
 
 
@@ -60,6 +61,9 @@ class Trace:
     looked_up: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules that take rows of it
     operands: list[Tensor] = field(default_factory=list)  # the features of each factor of a product of activations
     logits: list[Tensor] = field(default_factory=list)  # labels of what the loss was given
+    escaped: dict[str, None] = field(
+        default_factory=dict
+    )  # modules where what every rank has, beside its shards, meets what is whole
 
 
 # Operations that only move data: what they do to an activation they do to its labels.
@@ -67,12 +71,36 @@ MOVES = {
     *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice"),
     *("select", "split", "split_with_sizes", "chunk", "unbind", "clone", "contiguous", "alias", "detach", "roll", "flip", "repeat"),
     *("unfold", "as_strided", "narrow", "diagonal", "movedim", "tril", "triu", "lift_fresh", "constant_pad_nd", "index_select"),
-    *("index", "gather", "cat", "stack", "repeat_interleave", "pixel_shuffle", "squeeze_", "unsqueeze_", "transpose_", "view_as_real"),
+    *(
+        "index",
+        "gather",
+        "cat",
+        "stack",
+        "repeat_interleave",
+        "pixel_shuffle",
+        "squeeze_",
+        "unsqueeze_",
+        "transpose_",
+        "view_as_real",
+    ),
     *("view_as_complex", "_conj", "swapaxes", "flatten", "unflatten"),
 }
+MOST_KNOWN = 2**22  # elements of a tensor whose values are computed although the model is on the meta device
 REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod", "logsumexp", "argmax", "argmin", "any", "all"),
-    *("linalg_vector_norm", "norm", "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "cumsum", "cumprod", "topk", "sort"),
+    *(
+        "linalg_vector_norm",
+        "norm",
+        "_softmax",
+        "_log_softmax",
+        "_safe_softmax",
+        "softmax",
+        "log_softmax",
+        "cumsum",
+        "cumprod",
+        "topk",
+        "sort",
+    ),
 }
 SAME_SHAPE = {"_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod"}
 
@@ -93,11 +121,25 @@ class Tracer(TorchDispatchMode):
         self.shadows: dict[int, tuple[Tensor, Shadow]] = {}
         self.stack: list[str] = [""]
         self.shared = shared
+        self.watched: dict[int, set[str]] = {}  # tensors, and the modules that read them
+        self.on_meta = any(p.is_meta for p in model.parameters())
+        self.values: dict[int, tuple[Tensor, Tensor]] = {}  # of meta tensors that no weight has a part in
         self.events: list[tuple[str, str]] = []  # ("out" | "in" | "local", parameter) of the call that runs now
+        self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
         self.names = {id(p): n for n, p in model.named_parameters()}
-        self.where = "the model"
+        self.shapes = {n: p.shape for n, p in model.named_parameters()}
 
     # ------------------------------------------------------------------------------------------------------- shadows
+
+    def onto_meta(self, inputs: Any) -> Any:
+        """The inputs on the meta device; what their values are is known, or ones if they were there already."""
+
+        def move(t: Tensor) -> Tensor:
+            meta = t.to("meta") if not t.is_meta else t
+            self.values[id(meta)] = (meta, t if not t.is_meta else torch.ones(t.shape, dtype=t.dtype))
+            return meta
+
+        return tree_map_only(Tensor, move, inputs)
 
     def shadow(self, t: Any) -> Shadow:
         """What is known of a tensor."""
@@ -106,8 +148,7 @@ class Tracer(TorchDispatchMode):
             return found[1]
         name = self.names.get(id(t))
         if name is not None:
-            index = torch.arange(t.numel()).view(t.shape)
-            made = Shadow(None, (name, index), t.requires_grad)
+            made = Shadow(None, (name, _coordinates(t.shape)), t.requires_grad)
             self.shadows[id(t)] = (t, made)
             return made
         return Shadow()
@@ -126,8 +167,17 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self._looked_at(args[0])
+        if self.watched:
+            for t in tensors:
+                if id(t) in self.watched:
+                    self.watched[id(t)].add(self.stack[-1])
+        out = func(*args, **kwargs)
+        if self.on_meta:
+            with _untraced():
+                self._known(func, args, kwargs, out, tensors)
         shadows = [self.shadow(t) for t in tensors]
         if not any(s.label is not None or s.param is not None or s.grad for s in shadows):
             return out
@@ -137,7 +187,32 @@ class Tracer(TorchDispatchMode):
             self._follow(func, args, kwargs, out, tensors, shadows, grad)
         return out
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[Shadow], grad: bool) -> None:
+    def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
+        """On the meta device: positions, masks and the like have known values; compute them, for code that decides by them."""
+        outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        if not outs or not outs[0].is_meta or any(t.is_meta and id(t) not in self.values for t in tensors):
+            return
+        if func._schema.is_mutable or sum(t.numel() for t in outs) > MOST_KNOWN:
+            return
+        cpu = torch.device("cpu")
+        real = tree_map_only(Tensor, lambda t: self.values[id(t)][1] if t.is_meta else t, (args, kwargs))
+        real_args, real_kwargs = tree_map_only(torch.device, lambda d: cpu if d.type == "meta" else d, real)
+        for t, value in zip(outs, tree_flatten(func(*real_args, **real_kwargs))[0], strict=False):
+            if isinstance(value, Tensor):
+                self.values[id(t)] = (t, value)
+
+    def _looked_at(self, t: Tensor) -> Any:
+        known = self.values.get(id(t))
+        if known is not None:
+            return known[1].item()
+        raise TPError(
+            f"`{self.stack[-1] or 'the model'}` decides by the value of a tensor that depends on weights, which are on the meta device. Make "
+            "the plan from a model with real weights (a small one of the same kind has the same plan), or give a plan."
+        )
+
+    def _follow(
+        self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[Shadow], grad: bool
+    ) -> None:
         name = func.overloadpacket.__name__
         handler = getattr(self, f"_op_{name}", None)
         if handler is not None:
@@ -159,18 +234,41 @@ class Tracer(TorchDispatchMode):
             return
         if name == "embedding" and params:
             self.trace.looked_up.setdefault(params[0], set()).add(self.stack[-1])
-        for p in params:
-            (self.trace.local_uses if labelled else self.trace.whole_uses).setdefault(p, set()).add(self.stack[-1])
+        self._use(params, [label for _, label in labelled])
         if not labelled:
             for t in tree_flatten(out)[0]:
                 self.put(t, Shadow(None, None, grad and isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())))
             return
+        self._stays_inside(tensors, shadows)
         if name in REDUCTIONS:
             self._reduce(name, args, kwargs, out, grad)
         elif torch.Tag.pointwise in func.tags or name in ("dropout", "native_dropout", "masked_fill", "where", "copy_", "fill_"):
             self._pointwise(tensors, out, grad)
         else:
             self._mixed(name, labelled, out, grad)
+
+    def _use(self, params: list[str], labels: list[Tensor]) -> None:
+        """Note that parameters meet activations with these labels: split ones, or whole ones."""
+        if labels and self.owner is not None:
+            inside = [x for x in labels if self._is_inside(x)]
+        else:
+            inside = labels
+        for p in params:
+            (self.trace.local_uses if inside else self.trace.whole_uses).setdefault(p, set()).add(self.stack[-1])
+
+    def _is_inside(self, label: Tensor) -> bool:
+        """Whether ranks have different elements of it, or it lies beside such: not the logits, which show as whole."""
+        assert self.owner is not None
+        small = shrunk(label)
+        return not bool(small.any()) or bool((self.owner[small] >= 0).any())
+
+    def _stays_inside(self, tensors: list[Tensor], shadows: list[Shadow]) -> None:
+        """What every rank has beside its shards has a share of its gradient on each: it may only meet its like."""
+        labels = [s.label for s in shadows if s.label is not None]
+        if len(labels) == len(tensors) or any(bool(shrunk(x).any()) for x in labels):
+            return
+        if any(s.label is None and s.param is None and s.grad for s in shadows):
+            self.trace.escaped[self.stack[-1]] = None
 
     def _pointwise(self, tensors: list[Tensor], out: Any, grad: bool) -> None:
         label: Tensor | None = None
@@ -210,15 +308,23 @@ class Tracer(TorchDispatchMode):
         data, _ = tree_flatten(args[0])
         data = [t for t in data if isinstance(t, Tensor)]
         outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-        if any(self.shadow(t).label is not None for t in data):
-            self._moved(func, args, kwargs, outs, lambda t: self.label(t), lambda m: Shadow(m, None, grad))
+        params = [p[0] for t in data if (p := self.shadow(t).param) is not None]
+        labels = [x for t in data if (x := self.shadow(t).label) is not None]
+        if labels or len(data) > 1:
+            self._use(params, labels)
+        if labels:
+            for t, m in zip(outs, self._moved(func, args, kwargs, outs, self.label), strict=True):
+                self.put(t, Shadow(m, None, grad))
         elif len(data) == 1 and (param := self.shadow(data[0]).param) is not None:
-            self._moved(func, args, kwargs, outs, lambda t: param[1], lambda m: Shadow(None, (param[0], m), grad))
+            moved = [self._moved(func, args, kwargs, outs, lambda t, c=c: c) for c in param[1]]
+            for t, coordinates in zip(outs, zip(*moved, strict=True), strict=True):
+                self.put(t, Shadow(None, (param[0], tuple(coordinates)), grad))
         else:
             for t in outs:
                 self.put(t, Shadow(None, None, grad))
 
-    def _moved(self, func: Any, args: Any, kwargs: Any, outs: list[Tensor], of: Any, make: Any) -> None:
+    def _moved(self, func: Any, args: Any, kwargs: Any, outs: list[Tensor], of: Any) -> list[Tensor]:
+        """What the operation does to the labels, or coordinates, `of(t)` of what it moves."""
         first = tree_map_only(Tensor, of, args[0])
         name = func.overloadpacket.__name__
         if name in ("view_as_complex", "view_as_real"):
@@ -231,8 +337,7 @@ class Tracer(TorchDispatchMode):
             rest = tree_map_only(torch.device, lambda d: d, args[1:])
             rest = tree_map_only(Tensor, lambda t: t.cpu() if not t.is_meta else t, rest)
             moved = func(first, *rest, **{k: v for k, v in kwargs.items() if k != "memory_format"})
-        for t, m in zip(outs, [m for m in tree_flatten(moved)[0] if isinstance(m, Tensor)], strict=True):
-            self.put(t, make(m))
+        return [m for m in tree_flatten(moved)[0] if isinstance(m, Tensor)]
 
     # ------------------------------------------------------------------------------------------------------ products
 
@@ -250,10 +355,30 @@ class Tracer(TorchDispatchMode):
         """Rows (n, k) in groups, each times its own (k, m) of a weight (E, k, m): all groups are split alike."""
         x, w = self._up(args[0]), self.shadow(args[1])
         if w.param is not None and args[0].ndim == 2 and args[1].ndim == 3:
-            label = self._with_weight(x.label, (w.param[0], w.param[1][:1]), args[0].unsqueeze(0).shape, out_dim=2)
+            label = self._with_weight(
+                x.label, (w.param[0], tuple(c[:1] for c in w.param[1])), args[0].unsqueeze(0).shape, out_dim=2
+            )
             self.put(out, Shadow(None if label is None else label.squeeze(0), None, grad))
             return
         self._mixed("_grouped_mm", [(t, s) for t in args[:2] if (s := self.shadow(t).label) is not None], out, grad)
+
+    def _op_native_layer_norm(self, func: Any, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
+        """A norm over the last dims: the features of one row meet; rows do not."""
+        x, shape = args[0], args[1]
+        outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
+        label = self.shadow(x).label
+        for t in args[2:4]:
+            if isinstance(t, Tensor) and (param := self.shadow(t).param) is not None:
+                (self.trace.whole_uses if label is None else self.trace.local_uses).setdefault(param[0], set()).add(self.stack[-1])
+        if label is None:
+            for t in outs:
+                self.put(t, Shadow(None, None, grad))
+            return
+        kept = self.trace.classes.join_along(label, tuple(range(x.ndim - len(shape), x.ndim)), keepdim=True)
+        for t in outs:
+            self.put(t, Shadow(kept.expand(t.shape), None, grad))
+
+    _op__fused_rms_norm = _op_native_layer_norm
 
     def _op_baddbmm(self, func: Any, args: Any, kwargs: Any, out: Tensor, grad: bool) -> None:
         self._op_bmm(func, args[1:3], {}, out, grad)
@@ -261,9 +386,11 @@ class Tracer(TorchDispatchMode):
 
     def _attention(self, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
         """softmax(q k^T + mask) v: the features of one head of q (B, H, T, F), of its k and of its v meet."""
-        out, *rest = out if isinstance(out, tuple) else (out,)
+        out = out[0] if isinstance(out, tuple) else out
         classes = self.trace.classes
         heads: Tensor | None = None
+        labels = [x for t in args[:3] if (x := self.shadow(t).label) is not None]
+        self._use([p[0] for t in args[:3] if (p := self.shadow(t).param) is not None], labels)
         for t in args[:3]:
             self._factor(self.label(t))
         for t in args[:3]:
@@ -282,25 +409,29 @@ class Tracer(TorchDispatchMode):
         shadow, label = self.shadow(bias), self.shadow(out).label
         if shadow.label is not None:
             self._pointwise([bias, out], out, grad)
-        elif shadow.param is not None and label is not None:
-            self.trace.local_uses.setdefault(shadow.param[0], set()).add(self.stack[-1])
+        elif shadow.param is not None:
+            self._use([shadow.param[0]], [] if label is None else [label])
 
     def _up(self, t: Tensor) -> Shadow:
         s = self.shadow(t)
         label = None if s.label is None else s.label.unsqueeze(0)
-        return Shadow(label, None if s.param is None else (s.param[0], s.param[1].unsqueeze(0)), s.grad)
+        return Shadow(label, None if s.param is None else (s.param[0], tuple(c.unsqueeze(0) for c in s.param[1])), s.grad)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor, grad: bool, sa: Shadow, sb: Shadow, squeeze: bool = False) -> None:
         """(N, n, k) x (N, k, m) -> (N, n, m)."""
         label: Tensor | None
-        if sb.param is not None and sa.param is None:
+        if sb.param is not None and (sa.param is None or sa.label is None):
+            if sa.param is not None:  # a weight times a parameter, as if that were an activation: its gradient is made whole at once
+                self.trace.whole_uses.setdefault(sa.param[0], set()).add(self.stack[-1])
+                self.trace.local_uses.setdefault(sa.param[0], set()).add(self.stack[-1])
             label = self._with_weight(sa.label, sb.param, a.shape, out_dim=2)
         elif sa.param is not None and sb.param is None:
             other = None if sb.label is None else sb.label.transpose(1, 2)
-            weight = (sa.param[0], sa.param[1].transpose(1, 2))
+            weight = (sa.param[0], tuple(c.transpose(1, 2) for c in sa.param[1]))
             label = self._with_weight(other, weight, b.transpose(1, 2).shape, out_dim=2)
             label = None if label is None else label.transpose(1, 2)
         elif sa.label is None and sb.label is None:
+            self._use([s.param[0] for s in (sa, sb) if s.param is not None], [])
             label = None
         else:
             rows = torch.zeros((), dtype=torch.int64).expand(a.shape) if sa.label is None else sa.label
@@ -316,18 +447,21 @@ class Tracer(TorchDispatchMode):
 
     def _factor(self, label: Tensor) -> None:
         """Note the features of a factor of a product of activations, unless they have met already."""
-        matrix = label[(0,) * (label.ndim - 2)]
+        matrix = shrunk(label[(0,) * (label.ndim - 2)])
         if matrix.numel() and bool((matrix != matrix[:1, :1]).any()):
-            self.trace.operands.append(label.unique())
+            self.trace.operands.append(shrunk(label).unique())
 
-    def _with_weight(self, x: Tensor | None, weight: tuple[str, Tensor], shape: Any, out_dim: int) -> Tensor | None:
+    def _with_weight(self, x: Tensor | None, weight: tuple[str, tuple[Tensor, ...]], shape: Any, out_dim: int) -> Tensor | None:
         """Labels (N, n, m) of an input (N, n, k) times a weight (N, k, m)."""
-        name, index = weight
-        full = self._shape_of(name)
-        n, k, m = shape[1], index.shape[1], index.shape[2]
-        if x is None or not bool(x.any()):
-            along = _param_dim(index[:, 0, :], full) if k else None
-            if along is None or (name, along[0]) in self.whole:
+        name, coordinates = weight
+        n, k, m = shape[1], coordinates[0].shape[1], coordinates[0].shape[2]
+        if x is not None and not bool(shrunk(x).any()):  # every rank has it, beside its shards: so it stays
+            self._use([name], [x])
+            return torch.zeros((), dtype=torch.int64).expand(shape[0], n, m)
+        if x is None:
+            candidates = _param_dims([c[:, 0, :] for c in coordinates]) if k else []
+            along = next((a for a in candidates if (name, a[0]) not in self.whole), None)
+            if along is None:
                 self.trace.whole_uses.setdefault(name, set()).add(self.stack[-1])
                 return None
             dim, where = along
@@ -336,17 +470,18 @@ class Tracer(TorchDispatchMode):
             self.events.append(("out", name))
             labels = nodes[where]  # (N, m)
             return labels.unsqueeze(1).expand(shape[0], n, m)
-        found = self.trace.classes.find(x)
-        same_rows = n == 1 or bool((found == found[:, :1]).all())
-        varies = k > 1 and bool((found != found[:, :, :1]).any())
-        along = _param_dim(index[:, :, 0], full) if m else None
+        found = self.trace.classes.find(shrunk(x))
+        same_rows = found.shape[1] == 1 or bool((found == found[:, :1]).all())
+        varies = found.shape[2] > 1 and bool((found != found[:, :, :1]).any())
+        candidates = _param_dims([c[:, :, 0] for c in coordinates]) if m else []
+        along = candidates[0] if len(candidates) == 1 else next((a for a in candidates if _follows(found[:, 0, :], a[1])), None)
         if varies and same_rows and along is not None and (name, along[0]) not in self.whole:
             dim, where = along
             self.trace.uses[Use(name, dim, "in", self.stack[-1])] = None
             self.events.append(("in", name))
             self.trace.classes.join(x[:, 0, :], self._nodes(name, dim)[where])
             return None  # a sum over ranks: whole again
-        self.trace.local_uses.setdefault(name, set()).add(self.stack[-1])
+        self._use([name], [x])
         return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
 
     def _nodes(self, name: str, dim: int) -> Tensor:
@@ -359,20 +494,29 @@ class Tracer(TorchDispatchMode):
         return self.shapes[name]
 
 
-def _param_dim(index: Tensor, shape: torch.Size) -> tuple[int, Tensor] | None:
-    """(dim of the parameter along which the last dim of `index` runs, the coordinate there), if it is one."""
-    found = None
-    rest = index
-    strides = torch.empty(shape, device="meta").stride()
-    for dim, (stride, size) in enumerate(zip(strides, shape, strict=True)):
-        coordinate = (rest // max(stride, 1)) % size
-        if index.shape[-1] == 1 and size == 1:
-            continue
-        if bool((coordinate != coordinate[..., :1]).any()) or (index.shape[-1] == 1 and found is None):
-            if found is not None:
-                return None
-            found = (dim, coordinate)
-    return found
+def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
+    """For each dim, the coordinate of each element; without memory for the other dims."""
+    ones = [1] * len(shape)
+    return tuple(torch.arange(n).view(*ones[:d], n, *ones[d + 1 :]).expand(shape) for d, n in enumerate(shape))
+
+
+def _param_dims(coordinates: list[Tensor]) -> list[tuple[int, Tensor]]:
+    """(dim of the parameter, the coordinate there) for those along which the last dim of a view of it runs, the longest first."""
+    found = []
+    for dim, coordinate in enumerate(coordinates):
+        small = shrunk(coordinate)
+        if small.numel() and small.shape[-1] > 1 and bool((small != small[..., :1]).any()):
+            found.append((dim, small))
+    return sorted(found, key=lambda a: -int(a[1].amax()))
+
+
+def _follows(classes: Tensor, coordinate: Tensor) -> bool:
+    """Whether the features along a dim that is several dims of a weight, flattened, differ by this coordinate only."""
+    if classes.shape[-1] != coordinate.shape[-1]:
+        return False
+    classes, coordinate = torch.broadcast_tensors(classes, coordinate)
+    first = torch.zeros(int(coordinate.amax()) + 1, dtype=classes.dtype).scatter_(0, coordinate.reshape(-1), classes.reshape(-1))
+    return bool((first[coordinate] == classes).all())
 
 
 def _reduced_dims(name: str, args: Any, kwargs: Any, ndim: int) -> tuple[int, ...]:
@@ -386,6 +530,23 @@ def _reduced_dims(name: str, args: Any, kwargs: Any, ndim: int) -> tuple[int, ..
         return tuple(range(ndim))
     dims = [dims] if isinstance(dims, int) else list(dims)
     return tuple(d % ndim for d in dims) if ndim else ()
+
+
+def leaves(out: Any, depth: int = 4) -> list[Tensor]:
+    """The tensors in what a model returns: in lists, dicts and dataclasses."""
+    if isinstance(out, Tensor):
+        return [out]
+    if depth == 0:
+        return []
+    if isinstance(out, dict):
+        inner = list(out.values())
+    elif isinstance(out, (list, tuple)):
+        inner = list(out)
+    elif is_dataclass(out) and not isinstance(out, type):
+        inner = [getattr(out, f.name, None) for f in fields(out)]
+    else:  # such as a cache of keys and values, which goes back into the model
+        return []
+    return [t for i in inner for t in leaves(i, depth - 1)]
 
 
 @contextmanager
@@ -417,22 +578,29 @@ class _Losses(torch.overrides.TorchFunctionMode):
 
 def run(
     model: nn.Module,
-    inputs: dict[str, Any] | tuple[Any, ...],
+    call: Callable[[nn.Module, Any], Any],
+    inputs: Any,
     whole: set[tuple[str, int]],
     shared: dict[tuple[str, int], Tensor],
     recorder: Any = None,
 ) -> tuple[Trace, Any, Tracer]:
-    """One forward of the model, traced; `recorder(tracer)` makes a mode that sees the calls of torch functions."""
+    """One forward of the model, `call(model, inputs)`, traced; `recorder(tracer)` makes a mode that sees the calls of torch functions."""
     tracer = Tracer(model, whole, shared)
-    tracer.shapes = {n: p.shape for n, p in model.named_parameters()}
+    if tracer.on_meta:
+        inputs = tracer.onto_meta(inputs)
+        for b in model.buffers():
+            if b.is_meta and not b.is_floating_point():
+                tracer.values[id(b)] = (b, torch.ones(b.shape, dtype=b.dtype))
     names = {id(m): n for n, m in model.named_modules()}
     handles = [
-        torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: tracer.stack.append(names.get(id(m), tracer.stack[-1]))),
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda m, _: tracer.stack.append(names.get(id(m), tracer.stack[-1]))
+        ),
         torch.nn.modules.module.register_module_forward_hook(lambda m, _, o: (tracer.stack.pop(), None)[1], always_call=True),
     ]
     try:
         with torch.no_grad(), _Losses(tracer) if recorder is None else recorder(tracer), tracer:
-            out = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+            out = call(model, inputs)
     finally:
         for h in handles:
             h.remove()

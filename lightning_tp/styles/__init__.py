@@ -52,8 +52,8 @@ def make_style(value: Any, where: str) -> tuple[Style, ...]:
         TPError: if it is none of these.
 
     Example:
-        >>> make_style("colwise", "layers.*.wq")
-        (Colwise(heads=None, query_heads=None, input=None, output='width'),)
+        >>> [str(style) for style in make_style({"style": "colwise", "heads": 4}, "layers.*.wq")]
+        ['colwise(heads=4)']
     """
     if isinstance(value, Style):
         return (value,)

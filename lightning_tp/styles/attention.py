@@ -20,7 +20,7 @@ from lightning_tp.styles.base import become
 class _Attention(nn.MultiheadAttention):
     _axis: Axis | None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,

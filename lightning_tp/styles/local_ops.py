@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
@@ -26,6 +26,7 @@ from lightning_tp.styles.attention import bind_attention
 from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
 
 SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
+WITH_BIAS: dict[str, Callable[..., Any]] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 READS = frozenset({"__get__", "size"})
 FACTORIES = frozenset({"zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full"})
 FIRST_SIZE = {"unflatten": 2, "zeros": 0, "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0}  # else 1: behind the tensor
@@ -149,6 +150,12 @@ class LocalOps(Style):
         if self.calls:
             become(module, _LocalOps, _mode=_Mode(self.calls, site.axis))
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calls", tuple(c if isinstance(c, Call) else _call_of(c) for c in self.calls))
+
+    def options(self) -> dict[str, Any]:
+        return {"calls": [asdict(c) for c in self.calls]}
+
     def __str__(self) -> str:
         names = dict.fromkeys(c.name for c in self.calls)
         return f"local_ops({len(self.calls)} calls: {', '.join(names)})"
@@ -173,6 +180,25 @@ class ShardParameter(Style):
 
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
         return {name: self.split(tp) for name, _ in module.named_parameters()}
+
+
+def _call_of(plain: dict[str, Any]) -> Call:
+    """A call from plain data, as `LocalOps.options` gives it and JSON keeps it."""
+    operands = tuple(
+        Operand(
+            _tuples(o["path"]),
+            None if o["part"] is None else (o["part"][0], Pattern(_tuples(o["part"][1]["runs"]))),
+            o["enter"],
+            None if o["beside"] is None else _tuples(o["beside"]),
+        )
+        for o in plain["operands"]
+    )
+    rest = {k: _tuples(v) for k, v in plain.items() if k not in ("operands", "name")}
+    return Call(plain["name"], operands=operands, **rest)
+
+
+def _tuples(x: Any) -> Any:
+    return tuple(_tuples(i) for i in x) if isinstance(x, (list, tuple)) else x
 
 
 class _LocalOps(nn.Module):
@@ -250,6 +276,11 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
         if func is torch.nn.functional.linear:
             bias = kwargs.pop("bias", None) if "bias" in kwargs else (args[2] if len(args) > 2 else None)
             args = args[:2]
+        elif call.name in WITH_BIAS and len(args) == 3:  # input + product
+            bias, *args = args  # type: ignore[assignment]
+            bias = bias if kwargs.get("beta", 1) == 1 else bias * kwargs["beta"]
+            args, func = (args[0] * kwargs.get("alpha", 1), args[1]), WITH_BIAS[call.name]
+            kwargs = {}
         out = partial_to_replicate(func(*args, **kwargs), axis)
         return out if bias is None else out + bias
     out = func(*args, **kwargs)
@@ -270,7 +301,10 @@ def _whole_read(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 def _with_operands(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = tuple(list(a) if isinstance(a, (list, tuple)) and not isinstance(a, torch.Size) else a for a in args), dict(kwargs)
+    args, kwargs = (
+        tuple(list(a) if isinstance(a, (list, tuple)) and not isinstance(a, torch.Size) else a for a in args),
+        dict(kwargs),
+    )
     new = list(args)
     for operand in call.operands:
         holder = _holder(operand.path, new, kwargs)

@@ -28,8 +28,8 @@ def from_torch(style: Any, where: str) -> tuple[Style, ...]:
     Example:
         >>> from torch.distributed.tensor import Shard
         >>> from torch.distributed.tensor.parallel import RowwiseParallel
-        >>> from_torch(RowwiseParallel(output_layouts=Shard(1)), "layers.*.wo")
-        (Rowwise(input='width', output='sequence'),)
+        >>> [str(style) for style in from_torch(RowwiseParallel(output_layouts=Shard(1)), "layers.*.wo")]
+        ["rowwise(output='sequence')"]
     """
     from torch.distributed.tensor import parallel as torch_tp
 

@@ -11,3 +11,4 @@ from lightning_tp.testing.ranks import RankError as RankError
 from lightning_tp.testing.ranks import RankFailure as RankFailure
 from lightning_tp.testing.ranks import fake_world as fake_world
 from lightning_tp.testing.ranks import run_ranks as run_ranks
+from lightning_tp.testing.ranks import single_rank_mesh as single_rank_mesh

@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 _SHOWN = 10  # a broken model differs everywhere; the worst few names say enough
 
 
-class _Difference(NamedTuple):
+class Difference(NamedTuple):
     """How far one tensor is from its reference."""
 
     name: str
@@ -64,7 +64,7 @@ def assert_trees_close(
     """
     top = max((_largest(tensor) for tensor in ref.values()), default=0.0)
     common = [key for key in ref if key in got]
-    differences = [_difference(key, got[key], ref[key], floor * top) for key in common]
+    differences = [difference(key, got[key], ref[key], floor * top) for key in common]
     bad = sorted((d for d in differences if not d.error <= rtol), key=lambda d: -d.error)
     missing = [key for key in ref if key not in got]
     extra = [key for key in got if key not in ref]
@@ -96,9 +96,7 @@ def randomize_(model: M, seed: int = 0) -> M:
             owners.setdefault(parameter, []).append((module, leaf))
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise TPError(
-                f"`randomize_`: parameter `{name}` is on meta. Materialize it first: `model.to_empty(device=...)`."
-            )
+            raise TPError(f"`randomize_`: parameter `{name}` is on meta. Materialize it first: `model.to_empty(device=...)`.")
         mean, std = _moments(parameter, owners[parameter])
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std + mean
@@ -107,16 +105,17 @@ def randomize_(model: M, seed: int = 0) -> M:
     return model
 
 
-def _difference(name: str, got: Tensor, ref: Tensor, floor: float) -> _Difference:
+def difference(name: str, got: Tensor, ref: Tensor, floor: float) -> Difference:
+    """How far `got` is from `ref`, relative to the largest value of `ref`, or to `floor` where that is more."""
     if got.shape != ref.shape:
-        return _Difference(name, float("inf"), f"shape {tuple(got.shape)}, but ref has {tuple(ref.shape)}")
+        return Difference(name, float("inf"), f"shape {tuple(got.shape)}, but ref has {tuple(ref.shape)}")
     g, r = _wide(got), _wide(ref)
     delta = torch.where(g == r, 0.0, (g - r).abs()).nan_to_num(nan=float("inf"))
     largest = delta.max().item() if delta.numel() else 0.0
     scale = max(_largest(ref), floor)
     error = 0.0 if largest == 0 else largest / scale if scale else float("inf")
     detail = f"error {error:.1e}   max|got-ref| {largest:.1e}   max|ref| {_largest(ref):.1e}   {tuple(ref.shape)}"
-    return _Difference(name, error, detail + _factor(g, r))
+    return Difference(name, error, detail + _factor(g, r))
 
 
 def _factor(got: Tensor, ref: Tensor) -> str:

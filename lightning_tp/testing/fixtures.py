@@ -55,9 +55,7 @@ def no_process_group_left() -> Iterator[None]:
     if dist.is_initialized() and not before:
         world = dist.get_world_size()
         dist.destroy_process_group()
-        pytest.fail(
-            f"the test left a process group of {world} ranks; close it, or use the `gloo` fixture or `fake_world`"
-        )
+        pytest.fail(f"the test left a process group of {world} ranks; close it, or use the `gloo` fixture or `fake_world`")
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +67,7 @@ def environment_restored() -> Iterator[None]:
     changed = {
         name
         for name in before.keys() | after.keys()
-        if before.get(name) != after.get(name)
-        and not name.startswith("PYTEST_")  # pytest's own move with the test's phase
+        if before.get(name) != after.get(name) and not name.startswith("PYTEST_")  # pytest's own move with the test's phase
     }
     for name in changed:
         os.environ.pop(name, None)

@@ -35,8 +35,10 @@ from typing import Any, Literal, NamedTuple, NoReturn, TextIO, TypeVar, overload
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp.errors import TPError
+from lightning_tp.mesh import make_mesh
 
 T = TypeVar("T")
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
@@ -172,6 +174,19 @@ def run_ranks(
     if any(outcome.failure for outcome in outcomes):
         _raise(job, outcomes)
     return [(o.value, o.output) for o in outcomes] if return_output else [o.value for o in outcomes]
+
+
+@contextlib.contextmanager
+def single_rank_mesh() -> Iterator[DeviceMesh]:
+    """A mesh of one rank, data-parallel x tensor-parallel, in this process: what an applied model needs, without other ranks.
+
+    Example:
+        >>> with single_rank_mesh() as mesh:
+        ...     mesh.mesh_dim_names
+        ('data_parallel', 'tensor_parallel')
+    """
+    with fake_world(1):
+        yield make_mesh("cpu", 1, 1)
 
 
 @contextlib.contextmanager

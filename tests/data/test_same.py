@@ -33,7 +33,9 @@ def check(make: Callable[[int], Any], world: int = 2) -> list[str | None]:
 ALIKE: dict[str, Callable[[int], Any]] = {
     "tensor": lambda rank: torch.arange(7),
     "nested": lambda rank: {"a": [torch.ones(2), (torch.zeros(0), torch.tensor(True))], "b": Pair(torch.tensor(1.0), None)},
-    "dtypes": lambda rank: [torch.ones(5, dtype=d) for d in (torch.bool, torch.bfloat16, torch.int8, torch.complex64, torch.float64)],
+    "dtypes": lambda rank: [
+        torch.ones(5, dtype=d) for d in (torch.bool, torch.bfloat16, torch.int8, torch.complex64, torch.float64)
+    ],
     "not contiguous": lambda rank: torch.arange(12).view(3, 4).t() if rank else torch.arange(12).view(3, 4).t().contiguous(),
     "nan": lambda rank: torch.full((3,), torch.nan),
     "no tensors": lambda rank: {"text": f"rank {rank}"},

@@ -1,0 +1,131 @@
+"""What to run a LightningModule on to find its plan: its own example, or the first batch of its data, through its own step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_tp.declared import declared_plan
+from lightning_tp.errors import TPError
+from lightning_tp.infer import infer_by_call
+from lightning_tp.plan import Plan
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+MOST_REAL = 50_000_000  # parameters, above which the step is followed on the meta device, without computing
+ITEMS = 2  # of the first batch: a plan does not depend on how many there are
+STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+
+
+def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
+    """The plan of a module that was given none: what the model inside declares, if that can be used, else inferred.
+
+    Inference runs `forward` on `example_input_array` if the module has one, else its step on the first batch.
+
+    Raises:
+        TPError: if there is nothing to run it on, or it can't be run.
+    """
+    try:
+        declared = declared_plan(module, tp)
+        if declared is not None:
+            declared.check(module, tp)
+            return declared
+    except TPError:
+        pass  # a declaration that does not fit is not believed: look for ourselves
+    call, inputs = _what_to_run(module, trainer)
+    real = sum(p.numel() for p in module.parameters()) <= MOST_REAL
+    with _quiet(module):
+        if not real:
+            try:
+                with _on_meta(module):
+                    return infer_by_call(module, call, inputs, tp)
+            except TPError:
+                pass  # it decides by values: follow it on real ones
+        return infer_by_call(module, call, inputs, tp)
+
+
+def _what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Callable[[Any, Any], Any], Any]:
+    example = module.example_input_array
+    if example is not None:
+        if isinstance(example, dict):
+            return lambda m, x: m(**x), example
+        return lambda m, x: m(*x), example if isinstance(example, tuple) else (example,)
+    step = STEPS[str(trainer.state.fn.value) if trainer.state.fn is not None else "fit"]
+    batch = tree_map_only(Tensor, lambda t: t.detach().cpu(), first_batch(trainer))
+    return lambda m, x: getattr(m, step)(x, 0), batch
+
+
+def first_batch(trainer: pl.Trainer) -> Any:
+    """A small first batch of the data that the Trainer is about to use; nothing of it is used up, and no random number drawn.
+
+    Raises:
+        TPError: for data that can be read once only.
+    """
+    loop: Any = trainer._active_loop
+    source = loop._data_source
+    state = torch.get_rng_state()
+    try:
+        loader = source.dataloader()
+        return _first(loader)
+    finally:
+        torch.set_rng_state(state)
+
+
+def _first(loader: Any) -> Any:
+    if isinstance(loader, dict):
+        return {k: _first(v) for k, v in loader.items()}
+    if isinstance(loader, (list, tuple)) and any(isinstance(x, DataLoader) for x in loader):
+        return type(loader)(_first(x) for x in loader)
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        items = min(loader.batch_size or ITEMS, ITEMS, len(loader.dataset))  # type: ignore[arg-type]
+        samples = [loader.dataset[i] for i in range(items)]
+        return loader.collate_fn(samples) if loader.batch_size is not None or loader.batch_sampler is not None else samples[0]
+    if iter(loader) is loader:
+        raise TPError(
+            "There is no plan for this module, and its data can be read only once, so that no batch can be looked at to find one. Set "
+            "`example_input_array` on the module, or give a plan: `TPStrategy(plan=..)`."
+        )
+    return next(iter(loader))
+
+
+@contextmanager
+def _quiet(module: Any) -> Iterator[None]:
+    """Steps log, and there is no loop yet that could take it."""
+    names = ("log", "log_dict", "print")
+    for name in names:
+        module.__dict__[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+
+
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """The model without memory for its weights, for as long as this runs."""
+    twins: dict[int, Tensor] = {}
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, t in table.items():
+                if t is None or t.is_meta:
+                    continue
+                before.append((table, name, t))
+                if id(t) not in twins:
+                    meta = t.detach().to("meta")
+                    twins[id(t)] = nn.Parameter(meta, t.requires_grad) if isinstance(t, nn.Parameter) else meta
+                table[name] = twins[id(t)]
+    try:
+        yield
+    finally:
+        for table, name, t in before:
+            table[name] = t
