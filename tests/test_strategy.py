@@ -211,6 +211,7 @@ def test_ways_to_name_the_strategy_and_the_plan(tmp_path: Path) -> None:
             (Attribute, ltp.TPStrategy(tp=2)),
             (Attribute, "tp"),
             (Mixed, "tp"),
+            (Net, "tp"),  # nobody says it: found by running the step on the first batch
             (Net, strategy(sequence_parallel=False)),
             (Net, strategy(loss_parallel=False)),
             (Net, strategy(activation_checkpointing="block")),

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+MANY = 2**18  # pairs, above which equal ones are sorted out first
+
+
 class Classes:
     """Disjoint sets of features 1, 2, ..; 0 is no feature.
 
@@ -64,8 +67,10 @@ class Classes:
         differ = (a != b) & (a > 0) & (b > 0)
         if not bool(differ.any()):
             return
-        both = torch.unique(a[differ] * self.count + b[differ])  # as one number: unique columns are slow to find
-        pairs = torch.stack((both // self.count, both % self.count))
+        pairs = torch.stack((a[differ], b[differ]))
+        if pairs.shape[1] > MANY:
+            both = torch.unique(pairs[0] * self.count + pairs[1])  # as one number: unique columns are slow to find
+            pairs = torch.stack((both // self.count, both % self.count))
         while True:  # hook each larger root to the smallest that it meets, until nothing is left to do
             low, high = torch.aminmax(self.find(pairs), dim=0)
             todo = low != high
