@@ -246,21 +246,22 @@ def _filled_in(m: Match, matched: list[Match], names: Names, regions: dict[str, 
 def _heads(where: str, module: nn.Linear, matched: list[Match], names: Names) -> tuple[int | None, int | None]:
     """(heads of this layer, heads that attend), from the sizes that the module around it stores; (None, None) for an MLP."""
     parent = names.modules[where.rpartition(".")[0]]
-    siblings = [
-        sibling.out_features
-        for x in matched
-        if isinstance(x.style, Colwise) and x.where.rpartition(".")[0] == where.rpartition(".")[0]
-        if isinstance(sibling := names.modules.get(x.where), nn.Linear)
-    ]
+    beside = [x for x in matched if x.where.rpartition(".")[0] == where.rpartition(".")[0]]
+    linears = [(x.style, m) for x in beside if isinstance(m := names.modules.get(x.where), nn.Linear)]
+    widths = {m.out_features for style, m in linears if isinstance(style, Colwise)}
+    read = widths & {m.in_features for style, m in linears if isinstance(style, Rowwise)} or widths
     head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(parent, n, None), int)), None)
+    heads = next((v for n in HEADS if isinstance(v := getattr(parent, n, None), int)), None)
+    # the width of all heads is one that a row-wise layer reads; of two, the smaller: the other is an MLP beside the attention
     if head_dim is None:
-        heads = next((v for n in HEADS if isinstance(v := getattr(parent, n, None), int)), None)
-        if not heads or max(siblings) % heads:
+        queries = min((w for w in read if heads and w % heads == 0), default=None)
+        if not heads or queries is None:
             return None, None
-        head_dim = max(siblings) // heads
-    if head_dim < 1 or module.out_features % head_dim:
+        head_dim = queries // heads
+    elif head_dim > 0:
+        queries = min((w for w in read if w % head_dim == 0), default=None)
+    if head_dim < 1 or queries is None or module.out_features % head_dim or module.out_features > queries:
         return None, None
-    queries = max((s for s in siblings if s % head_dim == 0), default=module.out_features)
     return module.out_features // head_dim, queries // head_dim
 
 
