@@ -154,7 +154,7 @@ class LocalOps(Style):
         object.__setattr__(self, "calls", tuple(c if isinstance(c, Call) else _call_of(c) for c in self.calls))
 
     def options(self) -> dict[str, Any]:
-        return {"calls": [asdict(c) for c in self.calls]}
+        return {"calls": [asdict(c) for c in self.calls]} if self.calls else {}
 
     def __str__(self) -> str:
         names = dict.fromkeys(c.name for c in self.calls)
