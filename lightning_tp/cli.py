@@ -570,6 +570,8 @@ def _style_source(style: Any) -> str:
                 f"{n}={{{', '.join(f'{json.dumps(k)}: {_placements([v])[0]}' for k, v in getattr(style, n).items())}}}"
                 for n in ("input_kwarg_layouts", "desired_input_kwarg_layouts")
             ]
+        if style.use_local_output:
+            options.append("use_local_output=True")
         return f"PrepareModuleInput({', '.join(options)})"
     if isinstance(style, torch_tp.PrepareModuleOutput):
         left, read = _tuple(style.output_layouts), _tuple(style.desired_output_layouts)

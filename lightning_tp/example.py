@@ -106,6 +106,9 @@ def _quiet(module: Any) -> Iterator[None]:
     finally:
         for name in names:
             del module.__dict__[name]
+        for m in module.modules():  # what torchmetrics has counted meanwhile
+            if hasattr(m, "_update_count") and callable(getattr(m, "reset", None)):
+                m.reset()
 
 
 @contextmanager

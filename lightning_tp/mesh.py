@@ -37,7 +37,9 @@ def mesh_sizes(
     if tp == "auto":
         num_tp = world // dp if dp != "auto" and world % dp == 0 else min(ranks_per_node or world, world)
         if world % num_tp:
-            raise TPError(f"`tp='auto'` means the {num_tp} ranks of a node, which do not divide a world of {world}. Use tp={divisors}.")
+            raise TPError(
+                f"`tp='auto'` means the {num_tp} ranks of a node, which do not divide a world of {world}. Use tp={divisors}."
+            )
     else:
         num_tp = tp
     if dp == "auto" and world % num_tp:

@@ -197,8 +197,8 @@ class TPStrategy(ModelParallelStrategy):
         if self.is_global_zero:
             try:
                 found = [find_plan(module, module.trainer, self.sizes[1])]
-            except TPError as error:
-                found = [str(error)]
+            except Exception as error:  # whatever the step raises: the other ranks wait for an answer
+                found = [str(error) if isinstance(error, TPError) else _not_followed(module, error)]
         dist.broadcast_object_list(found, src=0)
         if not isinstance(found[0], Plan):
             raise TPError(str(found[0]))
@@ -390,6 +390,13 @@ class _MixedPrecision(MixedPrecision):
 def _applied_to(module: nn.Module) -> Plan | None:
     """The plan that was applied to this module, or to one inside it."""
     return next((m._ltp_plan for m in module.modules() if hasattr(m, "_ltp_plan")), None)  # type: ignore[return-value]
+
+
+def _not_followed(module: nn.Module, error: Exception) -> str:
+    return (
+        f"There is no plan for {type(module).__name__}, and following its step to find one ended with {type(error).__name__}: {error}. "
+        "Set `example_input_array`, so that its forward is followed instead, or give a plan: `TPStrategy(plan=..)`."
+    )
 
 
 def _fsdp_root(module: pl.LightningModule) -> nn.Module:

@@ -277,6 +277,7 @@ def test_other_models_are_clipped_as_ever() -> None:
     ref = torch.nn.utils.clip_grad_norm_(gradients().parameters(), 0.1).item()
 
     def body() -> None:
+        before = len(grad._applied)  # models of tests before this one, that the forked process has inherited
         model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
         backward(model, batch())
         layer = gradients()
@@ -287,10 +288,10 @@ def test_other_models_are_clipped_as_ever() -> None:
         mine = len(list(model.parameters()))
         with pytest.raises(ltp.TPError, match=rf"asked of {mine + 2} gradients together, of which {mine} belong"):
             torch.nn.utils.clip_grad_norm_([*model.parameters(), *gradients().parameters()], 1.0)
-        assert len(grad._applied) == 1
+        assert len(grad._applied) == before + 1
         del model
         gc.collect()
-        assert not grad._applied  # a model that is gone is not asked any more
+        assert len(grad._applied) <= before  # a model that is gone is not asked any more
 
     run_ranks(body, 2)
 

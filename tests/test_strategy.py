@@ -54,10 +54,12 @@ class Net(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.losses.append(loss.item())
         self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         self.log("items", float(len(batch["tokens"])), reduce_fx="sum", on_step=False, on_epoch=True, sync_dist=True)
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(outputs["loss"].item())  # here: a plan may be looked for by calling the step
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), sync_dist=True)
@@ -250,6 +252,27 @@ def test_in_float64_to_the_last_digits(mesh: tuple[int, int]) -> None:
     options = dict(accumulate_grad_batches=2, gradient_clip_val=0.3)
     ref = on(1, lambda: fit(Double, **options))[0]
     assert_same(on(mesh[0] * mesh[1], lambda: fit(Double, strategy(mesh), mesh[0], **options)), ref, rtol=1e-9)
+
+
+@both
+def test_manual_optimization(mesh: tuple[int, int]) -> None:
+    """The same steps, taken by hand."""
+
+    class Manual(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            loss, optimizer = self.loss(batch), self.optimizers()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, 0.3, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+    for r in (results := on(mesh[0] * mesh[1], lambda: fit(Manual, strategy(mesh), mesh[0]))):
+        r.metrics = {}
+    ref = reference(gradient_clip_val=0.3)
+    assert_same(results, Result(ref.losses, ref.weights, {}))
 
 
 def test_dtensor_backend_on_both_axes() -> None:

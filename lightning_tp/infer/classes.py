@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 MANY = 2**18  # pairs, above which equal ones are sorted out first
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_tp.comm import even_shard
 from lightning_tp.fsdp import find_blocks
 from lightning_tp.infer.record import LocalInt, Recorder
-from lightning_tp.infer.trace import Shadow, Tracer, _untraced, run
+from lightning_tp.infer.trace import Shadow, Tracer, _untraced, leaves, run
 from lightning_tp.plan import Plan, Rule
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
 
@@ -83,12 +83,14 @@ def _cut(
         return made[-1].recorder
 
     try:
-        trace, _, tracer = run(model, call, inputs, everything, {}, recorder)
+        trace, out, tracer = run(model, call, inputs, everything, {}, recorder)
     finally:
         for stream in made:
             stream.close()
     stream = made[0]
     stream.check(trace)
+    if any(label is not None and bool(label.any()) for label in (tracer.shadow(t).label for t in leaves(out))):
+        raise _No("tokens in shards leave the model")
     return _with_regions(rules, regions, blocks, stream.entry, trace, model)
 
 
@@ -289,7 +291,9 @@ def _with_regions(
         if rule.pattern in sums and isinstance(style, Rowwise):
             style = replace(style, output="sequence")
         new.append(Rule(rule.pattern, style, rule.reason))
-    new.append(Rule(blocks[0], PrepareInput(arrives="replicate", wanted="sequence", arg=entry), "the stream is cut into tokens here"))
+    new.append(
+        Rule(blocks[0], PrepareInput(arrives="replicate", wanted="sequence", arg=entry), "the stream is cut into tokens here")
+    )
     for region in regions.values():
         if region.enters and region.name not in direct:
             why = f"gathered once for {', '.join(sorted(n.rpartition('.')[2] for n in region.readers))}"
@@ -297,11 +301,19 @@ def _with_regions(
     new.append(Rule(blocks[-1], PrepareOutput(arrives="sequence", wanted="replicate"), "and gathered here"))
     ruled = {r.pattern for r in rules if r.style.splits_parameters}
     for block in blocks:
-        for name, _ in model.get_submodule(block).named_parameters(prefix=block):
-            if name in trace.local_uses and not any(name == n or name.startswith(f"{n}.") for n in ruled):
-                if name in trace.whole_uses:
-                    raise _No(f"`{name}` works on the stream and on what is whole")
-                new.append(Rule(name, Sequence(), "works on this rank's tokens"))
+        inside = [n for n, _ in model.get_submodule(block).named_parameters(prefix=block)]
+        on_tokens = [n for n in inside if n in trace.local_uses and not any(n == r or n.startswith(f"{r}.") for r in ruled)]
+        if mixed := [n for n in on_tokens if n in trace.whole_uses]:
+            raise _No(f"`{mixed[0]}` works on the stream and on what is whole")
+        owners = dict.fromkeys(n.rpartition(".")[0] for n in on_tokens)
+        for owner in owners:
+            all_of_it = {n for n in inside if n.startswith(f"{owner}.")}
+            names = (
+                [owner]
+                if owner != block and all_of_it <= set(on_tokens)
+                else [n for n in on_tokens if n.rpartition(".")[0] == owner]
+            )
+            new += [Rule(n, Sequence(), "works on this rank's tokens") for n in names]
     return new
 
 
@@ -324,5 +336,3 @@ def _all(out: Any) -> list[Tensor]:
     if isinstance(out, (tuple, list)):
         return [t for o in out for t in _all(o)]
     return []
-
-

@@ -15,11 +15,14 @@ from lightning_tp.comm import even_shard
 from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, LocalInt, Recorder
+from lightning_tp.infer.restore import modules_as_they_were
 from lightning_tp.infer.sequence import with_sequence_parallel
 from lightning_tp.infer.trace import Trace, leaves, run
+from lightning_tp.infer.trial import try_on_a_rank
 from lightning_tp.plan import Plan, Rule
 from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.styles.attention import readable_attention
+from lightning_tp.styles.base import even_split
 from lightning_tp.styles.local_ops import LocalOps, Pattern, ShardParameter
 
 MOST_RUNS = 24
@@ -74,12 +77,16 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     shared: dict[Key, Tensor] = {}
     names_stars = {_star(n) for n in names}
     tries: dict[str, int] = {}
-    with _as_it_was(model), readable_attention(model):
+    ungathered: set[str] = set()
+    with _as_it_was(model):
         for turn in range(MOST_RUNS + 1):
             if turn == MOST_RUNS:  # what is left is whole, and right
-                whole.update({(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)})
+                whole.update(
+                    {(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)}
+                )
                 shared = {}
-            trace, out, tracer = run(model, call, inputs, set(whole), shared)
+            with readable_attention(model), modules_as_they_were(model):
+                trace, out, tracer = run(model, call, inputs, set(whole), shared)
             escaped = _escaped(trace, out, tracer)
             if escaped and shared:
                 shared, tries = {}, dict.fromkeys(names_stars, MOST_SHARES)
@@ -95,11 +102,20 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
             owner = _owners(trace, tp)
             heads = _heads(model, trace, owner, out, tracer, tp)
             standard = _standard(model, trace, names)
-            found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads)
+            with readable_attention(model):
+                found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads)
             bad = _broken(found, trace, owner, sinks, heads, tp)
             if not bad:
-                plan = _plan(model, trace, owner, found, heads, standard, whole, tp)
-                return _with_sequence(model, call, inputs, plan, tp)
+                plan = _plan(model, trace, owner, found, heads, standard, whole, tp, ungathered)
+                failed = try_on_a_rank(model, call, inputs, plan, tp)
+                if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
+                    with readable_attention(model), modules_as_they_were(model):
+                        final = _with_sequence(model, call, inputs, plan, tp)
+                    if final != plan:
+                        failed = try_on_a_rank(model, call, inputs, final, tp)
+                    return final if failed is None else plan
+                ungathered.add(_star(failed[0]) if trace.nodes else "")
+                bad = _inside(*failed, trace)
             _demote(bad, whole, names, trace)
     raise TPError(
         f"No plan for {type(model).__name__} was found in {MOST_RUNS} runs; the last weights that were given up: "
@@ -120,6 +136,16 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             for n, b in model.named_buffers():
                 if n in buffers and b.shape == buffers[n].shape:
                     b.copy_(buffers[n])
+
+
+def _inside(where: str, why: str, trace: Trace) -> dict[Key, str]:
+    """The weights that are split for a module whose code raised on a rank, or, if there are none, around it."""
+    while True:
+        used = {u.name for u in trace.uses if not where or u.module == where or u.module.startswith(f"{where}.")}
+        bad = {k: f"`{_star(where) or 'the model'}` does not run on shards ({why})" for k in _out_keys(trace) if k[0] in used}
+        if bad or not where:
+            return bad or {k: f"the model does not run on shards ({why})" for k in trace.nodes}
+        where = where.rpartition(".")[0]
 
 
 # ------------------------------------------------------------------------------------------------------- what to split
@@ -295,13 +321,15 @@ def _record(
     def make(tracer: Any) -> Recorder:
         by_call = {n: v for n, v in heads.items() if n not in standard}
         tracer.owner = owner
+        tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
         recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
         recorders[-1].param_owner, recorders[-1].tables = owners, tables
         recorders[-1].mixed = set(trace.local_uses) & set(trace.whole_uses)
         return recorders[-1]
 
     while True:
-        _, out, tracer = run(model, call, inputs, whole, shared, make)
+        with modules_as_they_were(model):
+            _, out, tracer = run(model, call, inputs, whole, shared, make)
         if not LocalInt.diverging - whole_reads:
             break
         whole_reads |= LocalInt.diverging
@@ -344,6 +372,7 @@ def _plan(
     standard: dict[str, str],
     whole: dict[Key, str],
     tp: int,
+    ungathered: set[str],
 ) -> Plan:
     names = {n: p for n, p in model.named_parameters()}
     readers = _readers(trace)
@@ -363,7 +392,8 @@ def _plan(
         elif not (name in heads and _table(model, names[name])):
             rules.append(Rule(name, ShardParameter(dim, ranges), why or "split where it is used"))
     split_modules = {r.pattern for r in rules}
-    gathered = list(_gathered(model, trace, names, whole, tp))
+    # a layer whose output is gathered at once saves memory only: beside layers that work together, not instead of them
+    gathered = list(_gathered(model, trace, names, whole, tp, ungathered)) if rules else []
     rules += gathered
     rules += _embeddings(model, trace, heads, {id(model.get_submodule(r.pattern).weight) for r in gathered}, names, tp)
     for module, calls in found.calls.items():
@@ -401,6 +431,12 @@ def _aliases(
         bias = getattr(model.get_submodule(standard[n]), "bias", None) if n in standard else None
         if bias is not None and (n, dim) in _out_keys(trace):
             split[id(bias)] = (0, _ranges(owner[nodes], tp))
+    for rule in rules:
+        if isinstance(rule.style, Colwise) and rule.style.output == "replicate":  # its output is gathered
+            module = model.get_submodule(rule.pattern)
+            for p in (module.weight, module.bias):
+                if isinstance(p, Tensor):
+                    split[id(p)] = (0, even_split(p.shape[0], 0, tp).ranges)
     named = [r.pattern for r in rules if r.style.splits_parameters]
     for name, p in model.named_parameters(remove_duplicate=False):
         if id(p) in split and not any(name == n or name.startswith(f"{n}.") for n in named):
@@ -416,11 +452,11 @@ def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: 
 
 def _folded(rules: list[Rule], everything: list[str]) -> list[Rule]:
     """One rule for the modules of all blocks that are alike."""
-    groups: dict[str, list[Rule]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Rule]] = defaultdict(list)
     for rule in rules:
-        groups[_star(rule.pattern)].append(rule)
+        groups[_star(rule.pattern), rule.style.name].append(rule)
     folded = []
-    for star, of in groups.items():
+    for (star, _), of in groups.items():
         one = Rule(star, of[0].style, of[0].reason)
         alike = len({(r.style, r.reason) for r in of}) == 1
         if alike and len(of) > 1 and sum(one.matches(n) for n in everything) == len(of):
@@ -466,7 +502,9 @@ def _readers(trace: Trace) -> dict[Key, str]:
     return reasons
 
 
-def _gathered(model: nn.Module, trace: Trace, names: dict[str, Any], whole: dict[Key, str], tp: int) -> Iterator[Rule]:
+def _gathered(
+    model: nn.Module, trace: Trace, names: dict[str, Any], whole: dict[Key, str], tp: int, ungathered: set[str]
+) -> Iterator[Rule]:
     """Large linear layers whose features are needed together: split all the same, their output gathered."""
     split = {n for n, _ in trace.nodes}
     total = sum(p.numel() for p in names.values())
@@ -475,6 +513,8 @@ def _gathered(model: nn.Module, trace: Trace, names: dict[str, Any], whole: dict
     for where, module in modules.items():
         name = by_id.get(id(getattr(module, "weight", None)), "")
         if name in split or not name or not isinstance(module, nn.Linear):
+            continue
+        if any(not u or _star(where) == u or _star(where).startswith(f"{u}.") for u in ungathered):
             continue
         weight = module.weight
         tied = {n for n, m in modules.items() if isinstance(m, nn.Embedding) and m.weight is weight}
@@ -488,7 +528,7 @@ def _gathered(model: nn.Module, trace: Trace, names: dict[str, Any], whole: dict
             or (module.bias is not None and _elsewhere(module.bias, where, trace, names))
         ):
             continue
-        if weight.shape[0] >= SMALL_OUTPUT * tp and weight.numel() * SMALL_SHARE >= total:
+        if weight.shape[0] >= (SMALL_OUTPUT * tp if split else tp) and (not split or weight.numel() * SMALL_SHARE >= total):
             yield Rule(
                 where,
                 Colwise(input="replicate", output="replicate"),

@@ -125,6 +125,7 @@ class Tracer(TorchDispatchMode):
         self.on_meta = any(p.is_meta for p in model.parameters())
         self.values: dict[int, tuple[Tensor, Tensor]] = {}  # of meta tensors that no weight has a part in
         self.events: list[tuple[str, str]] = []  # ("out" | "in" | "local", parameter) of the call that runs now
+        self.known: set[tuple[str, int, str]] = set()  # (parameter, dim, "in" or "out") that an earlier run found
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
         self.names = {id(p): n for n, p in model.named_parameters()}
         self.shapes = {n: p.shape for n, p in model.named_parameters()}
@@ -224,7 +225,7 @@ class Tracer(TorchDispatchMode):
         if name in MOVES:
             self._move(func, args, kwargs, out, grad)
             return
-        labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None]
+        labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None and t.numel()]
         params = [s.param[0] for s in shadows if s.param is not None]
         if name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
             self.put(out, Shadow(self.shadow(args[0]).label, None, False))
@@ -264,8 +265,8 @@ class Tracer(TorchDispatchMode):
 
     def _stays_inside(self, tensors: list[Tensor], shadows: list[Shadow]) -> None:
         """What every rank has beside its shards has a share of its gradient on each: it may only meet its like."""
-        labels = [s.label for s in shadows if s.label is not None]
-        if len(labels) == len(tensors) or any(bool(shrunk(x).any()) for x in labels):
+        labels = [s.label for s in shadows if s.label is not None and s.label.numel()]
+        if not labels or len(labels) == len(tensors) or any(bool(shrunk(x).any()) for x in labels):
             return
         if any(s.label is None and s.param is None and s.grad for s in shadows):
             self.trace.escaped[self.stack[-1]] = None
@@ -313,7 +314,10 @@ class Tracer(TorchDispatchMode):
         if labels or len(data) > 1:
             self._use(params, labels)
         if labels:
-            for t, m in zip(outs, self._moved(func, args, kwargs, outs, self.label), strict=True):
+            moved_labels = self._moved(func, args, kwargs, outs, self.label)
+            if func.overloadpacket.__name__ in ("cat", "constant_pad_nd"):
+                moved_labels = [_filled(m) for m in moved_labels]
+            for t, m in zip(outs, moved_labels, strict=True):
                 self.put(t, Shadow(m, None, grad))
         elif len(data) == 1 and (param := self.shadow(data[0]).param) is not None:
             moved = [self._moved(func, args, kwargs, outs, lambda t, c=c: c) for c in param[1]]
@@ -421,7 +425,9 @@ class Tracer(TorchDispatchMode):
         """(N, n, k) x (N, k, m) -> (N, n, m)."""
         label: Tensor | None
         if sb.param is not None and (sa.param is None or sa.label is None):
-            if sa.param is not None:  # a weight times a parameter, as if that were an activation: its gradient is made whole at once
+            if (
+                sa.param is not None
+            ):  # a weight times a parameter, as if that were an activation: its gradient is made whole at once
                 self.trace.whole_uses.setdefault(sa.param[0], set()).add(self.stack[-1])
                 self.trace.local_uses.setdefault(sa.param[0], set()).add(self.stack[-1])
             label = self._with_weight(sa.label, sb.param, a.shape, out_dim=2)
@@ -455,6 +461,8 @@ class Tracer(TorchDispatchMode):
         """Labels (N, n, m) of an input (N, n, k) times a weight (N, k, m)."""
         name, coordinates = weight
         n, k, m = shape[1], coordinates[0].shape[1], coordinates[0].shape[2]
+        if not shape[0] * n:
+            return self._without_rows(name, coordinates, shape, k, m)
         if x is not None and not bool(shrunk(x).any()):  # every rank has it, beside its shards: so it stays
             self._use([name], [x])
             return torch.zeros((), dtype=torch.int64).expand(shape[0], n, m)
@@ -484,6 +492,21 @@ class Tracer(TorchDispatchMode):
         self._use([name], [x])
         return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
 
+    def _without_rows(self, name: str, coordinates: Any, shape: Any, k: int, m: int) -> Tensor | None:
+        """An expert without tokens: how its weight is split is known from other uses of it, or it is kept whole."""
+        for kind, dims in (
+            ("in", _param_dims([c[:, :, 0] for c in coordinates]) if m else []),
+            ("out", _param_dims([c[:, 0, :] for c in coordinates]) if k else []),
+        ):
+            for dim, where in dims:
+                if (name, dim, kind) in self.known:
+                    self.trace.uses[Use(name, dim, kind, self.stack[-1])] = None
+                    self.events.append((kind, name))
+                    nodes = self._nodes(name, dim)
+                    return None if kind == "in" else nodes[where].unsqueeze(1).expand(shape[0], shape[1], m)
+        self._use([name], [])
+        return None
+
     def _nodes(self, name: str, dim: int) -> Tensor:
         if (name, dim) not in self.trace.nodes:
             nodes = self.trace.classes.new(self._shape_of(name)[dim])
@@ -492,6 +515,18 @@ class Tracer(TorchDispatchMode):
 
     def _shape_of(self, name: str) -> torch.Size:
         return self.shapes[name]
+
+
+def _filled(label: Tensor) -> Tensor:
+    """What lies beside split features, along a dim in which these do not differ, is cut as they are: a prefix, the padding of a start."""
+    for dim in range(label.ndim):
+        if label.stride(dim) == 0 or label.shape[dim] == 1:
+            continue
+        top = label.amax(dim, keepdim=True)
+        beside = (label == 0) & (top > 0)
+        if bool(beside.any()) and bool((beside | (label == top)).all()):
+            label = top.expand(label.shape)
+    return label
 
 
 def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:

@@ -57,8 +57,13 @@ class PrepareInput(Style):
         from torch.distributed.tensor.parallel import PrepareModuleInput
 
         arrives, wanted = _layout(self.arrives or "replicate"), _layout(self.wanted)
+        local = self.wanted == "sequence"  # the stream is plain in between, as what torch's other styles leave
         if isinstance(self.arg, str):
-            return PrepareModuleInput(input_kwarg_layouts={self.arg: arrives}, desired_input_kwarg_layouts={self.arg: wanted})
+            return PrepareModuleInput(
+                input_kwarg_layouts={self.arg: arrives},
+                desired_input_kwarg_layouts={self.arg: wanted},
+                use_local_output=local,
+            )
         required = [
             p
             for p in inspect.signature(module.forward).parameters.values()
@@ -69,6 +74,7 @@ class PrepareInput(Style):
         return PrepareModuleInput(
             input_layouts=tuple([*one[:at], arrives, *one[at + 1 :]]),
             desired_input_layouts=tuple([*one[:at], wanted, *one[at + 1 :]]),
+            use_local_output=local,
         )
 
 

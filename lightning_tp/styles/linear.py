@@ -84,6 +84,8 @@ class Colwise(Style):
         if enter is None and self.output == "width":
             return  # a plain linear layer on its own columns: nothing to add
         gathered = width if self.output == "replicate" else None
+        if gathered is not None and isinstance(module, nn.Linear):
+            module.out_features = width  # what code around it reads is the size of what leaves
         become(module, _Colwise, _axis=site.axis, _enter=enter, _gather=gathered)
 
     def to_torch(self, module: nn.Module) -> Any:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, ClassVar
@@ -395,9 +396,20 @@ def place(frame: FrameType | None) -> tuple[Any, ...]:
         if code is _MODULE_CALL:
             break
         if not _is_inner(code):
-            chain.append((code.co_name, frame.f_lasti))
+            chain.append((code.co_name, _position(code, frame.f_lasti)))
         frame = frame.f_back
     return tuple(chain)
+
+
+@lru_cache(maxsize=16384)
+def _position(code: CodeType, instruction: int) -> str:
+    """Where in its function an instruction stands in the source: Python replaces instructions by others as it runs them."""
+    positions = getattr(code, "co_positions", None)  # Python 3.11 on
+    found = next(islice(positions(), instruction // 2, None)) if positions is not None else ()
+    if not found or None in found:
+        return str(instruction)
+    line, end_line, column, end_column = found
+    return f"{line - code.co_firstlineno}:{column}-{end_line - code.co_firstlineno}:{end_column}"
 
 
 @lru_cache(maxsize=4096)

@@ -481,6 +481,7 @@ def _text_stream(descriptor: int) -> io.TextIOWrapper:
 def _prepare(job: _Job, rank: int, stack: TextIO) -> None:
     """One thread, a stack dump on request and on a crash, and an end even if the parent is gone."""
     torch.set_num_threads(1)
+    faulthandler.disable()  # the parent's; enabling it again would not bring back a handler that something has replaced
     faulthandler.enable(stack)
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)

@@ -1,0 +1,123 @@
+"""Run a plan on the shards of one rank, with no other ranks there: what raises can't be run, and is kept whole instead.
+
+A safety net under the inference: it follows the whole model's features, and code may do with a shard what could not be foreseen. The
+numbers that come out are of no use, since the other ranks' are missing; only that the code runs is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tp.comm import Axis
+from lightning_tp.errors import TPError
+from lightning_tp.infer.restore import modules_as_they_were
+from lightning_tp.plan import Plan
+from lightning_tp.styles import Replicate, Site
+
+
+class _Alone(Axis):
+    """The tensor-parallel axis, as if the others sent what this rank has."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.group = _NoGroup(rank, size)  # type: ignore[assignment]
+        super().__init__(self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Alone:
+        return self
+
+
+class _NoGroup:
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+    def allreduce(self, tensors: list[Tensor], *options: Any) -> _NoGroup:
+        return self
+
+    def _allgather_base(self, out: Tensor, shard: Tensor, *options: Any) -> _NoGroup:
+        for part in out.chunk(self._size):
+            part.copy_(shard)
+        return self
+
+    def _reduce_scatter_base(self, out: Tensor, whole: Tensor, *options: Any) -> _NoGroup:
+        out.copy_(whole.chunk(self._size)[self._rank])
+        return self
+
+    def wait(self) -> None:
+        return None
+
+
+def try_on_a_rank(
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, tp: int
+) -> tuple[str, str] | None:
+    """Run the plan forward on the shards of the first and of the last rank.
+
+    Returns:
+        The module whose code raised, and what it raised; None if all ran, or weights are on the meta device.
+    """
+    if tp == 1 or any(p.is_meta for p in model.parameters()):
+        return None
+    try:
+        checked = plan.check(model, tp)
+    except TPError as e:
+        splits = any(r.style.splits_parameters and not isinstance(r.style, Replicate) for r in plan.rules)
+        return ("", str(e)[:120]) if splits else None  # a plan that splits nothing says so where it is applied
+    for rank in (0, tp - 1):
+        with modules_as_they_were(model):
+            failure = _run_alone(model, call, inputs, checked, _Alone(rank, tp))
+        if failure is not None:
+            return failure
+    return None
+
+
+def _run_alone(
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, axis: Axis
+) -> tuple[str, str] | None:
+    names = {id(m): n for n, m in model.named_modules()}
+    _take_shards(model, plan, axis.rank)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    bound: set[tuple[int, str]] = set()
+    for around in (False, True):  # as `parallelize` does
+        for entry in plan.entries:
+            module = modules.get(entry.where)
+            if entry.style.splits_parameters != around and module is not None and (id(module), str(entry.style)) not in bound:
+                bound.add((id(module), str(entry.style)))
+                entry.style.bind(module, Site(entry.where, axis))
+    stack: list[str] = []
+    handles = [
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: stack.append(names.get(id(m), "?"))),
+        torch.nn.modules.module.register_module_forward_hook(lambda m, _, o: (stack.pop(), None)[1]),
+    ]
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    except Exception as e:
+        return next((n for n in reversed(stack) if n != "?"), ""), f"{type(e).__name__}: {e}".splitlines()[0][:120]
+    finally:
+        for h in handles:
+            h.remove()
+    return None
+
+
+def _take_shards(model: nn.Module, plan: Plan, rank: int) -> None:
+    splits, done = plan.splits, {}
+    by_id = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in splits}
+    keep = list(model.parameters())  # ids must not be used again
+    for module in list(model.modules()):
+        for name, p in module._parameters.items():
+            if p is None or id(p) not in by_id:
+                continue
+            split = splits[by_id[id(p)]]
+            if id(p) not in done:
+                done[id(p)] = nn.Parameter(split.take(p.detach(), rank) if split.dim is not None else p.detach(), p.requires_grad)
+            module._parameters[name] = done[id(p)]
+    del keep

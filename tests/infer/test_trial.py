@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import lightning_tp as ltp
+from lightning_tp.infer.restore import modules_as_they_were
+from lightning_tp.infer.trial import try_on_a_rank
+
+
+class Views(nn.Module):
+    """A size that is known as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 9), nn.Linear(9, 4)
+        self.kept: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(1)
+        return self.b(self.a(x).view(2, 9))
+
+
+PLAN = ltp.Plan({"a": "colwise", "b": "rowwise"})
+
+
+def test_what_raises_on_a_rank_is_found_with_its_module() -> None:
+    model = nn.Sequential(Views(), nn.Linear(4, 4))
+    plan = ltp.Plan({"0.a": "colwise", "0.b": "rowwise", "**": "replicate"})
+    failed = try_on_a_rank(model, lambda m, x: m(x), torch.zeros(2, 4), plan, 2)
+    assert failed is not None
+    assert failed[0] == "0"
+    assert "view" in failed[1] or "shape" in failed[1]
+
+
+def test_what_runs_passes_on_uneven_shards_and_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 4))
+    before, weights = [type(m) for m in model.modules()], [id(p) for p in model.parameters()]
+    assert try_on_a_rank(model, lambda m, x: m(x), torch.zeros(2, 3, 4), ltp.Plan({"0": "colwise", "2": "rowwise"}), 2) is None
+    assert [type(m) for m in model.modules()] == before
+    assert [id(p) for p in model.parameters()] == weights
+    assert (model[0].out_features, model[2].in_features) == (9, 9)
+
+
+def test_a_plan_that_does_not_fit_is_a_failure_and_one_that_splits_nothing_is_not() -> None:
+    model = Views()
+    model.b.weight = nn.Parameter(torch.zeros(4, 9))
+    assert try_on_a_rank(model, lambda m, x: m(x), torch.zeros(2, 4), ltp.Plan({"a": "colwise"}), 2) is not None
+    assert try_on_a_rank(model, lambda m, x: m(x), torch.zeros(2, 4), ltp.Plan({"**": "replicate"}), 2) is None
+
+
+def test_weights_on_meta_are_not_tried() -> None:
+    assert try_on_a_rank(Views().to("meta"), lambda m, x: m(x), torch.zeros(2, 4), PLAN, 2) is None
+
+
+def test_attributes_lists_hooks_and_classes_come_back() -> None:
+    model = Views()
+    with modules_as_they_were(model):
+        model(torch.zeros(2, 4))
+        model.new = 1  # type: ignore[assignment]
+        model.a.register_forward_hook(lambda *_: None)
+        model.b.__class__ = nn.Identity
+    assert model.kept == []
+    assert not hasattr(model, "new")
+    assert not model.a._forward_hooks
+    assert type(model.b) is nn.Linear
