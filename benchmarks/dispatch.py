@@ -76,7 +76,7 @@ def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -39,8 +39,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
+from lightning_tp._compat import apply_of
 from lightning_tp.errors import TPError
 
 State = Literal["replicate", "gathered", "sequence", "width", "partial"]
@@ -98,12 +98,12 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
     """Shards (.., ceil(length / tp), ..) -> the whole (.., length, ..), the padding of the last shards cut off."""
     x = x.contiguous()
-    tp = axis.size
-    out = x.new_empty((tp * x.shape[0], *x.shape[1:]))
+    shape, tp = x.shape, axis.size
+    out = x.new_empty((tp * shape[0], *shape[1:]))
     axis.group._allgather_base(out, x).wait()
-    if dim == 0 or (dim == 1 and x.shape[0] == 1):  # the shards lie behind each other already
-        whole = out if dim == 0 else out.view(1, tp * x.shape[1], *x.shape[2:])
-        return whole if whole.shape[dim] == length else whole.narrow(dim, 0, length)
+    if dim == 0 or (dim == 1 and shape[0] == 1):  # the shards lie behind each other already
+        whole = out if dim == 0 else out.view(1, tp * shape[1], *shape[2:])
+        return whole if tp * shape[dim] == length else whole.narrow(dim, 0, length)
     shards = out.chunk(tp)
     if tp * x.shape[dim] != length:  # cut before they are joined: code that calls `view` counts on a contiguous whole
         shards = tuple(s.narrow(dim, 0, len(even_shard(length, rank, tp))) for rank, s in enumerate(shards))
@@ -115,10 +115,10 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     tp = axis.size
     if x.shape[dim] % tp:
         x = _pad(x, dim, tp)
-    shard = x.shape[dim] // tp
-    if dim == 1 and x.shape[0] == 1:
-        rows = x.contiguous().view(tp, shard, *x.shape[2:])
-        out = x.new_empty((1, shard, *x.shape[2:]))
+    shape = x.shape
+    if dim == 1 and shape[0] == 1:
+        size = (1, shape[1] // tp, *shape[2:])
+        rows, out = x.contiguous().view(tp, *size[1:]), x.new_empty(size)
     else:
         rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(tp, dim), 0)
         out = x.new_empty((rows.shape[0] // tp, *rows.shape[1:]))
@@ -151,6 +151,11 @@ def _pad(x: Tensor, dim: int, tp: int) -> Tensor:
 
 
 def _backward_began(axis: Axis) -> None:
+    if torch.is_grad_enabled():  # as torch's once_differentiable, at a fraction of its cost
+        raise RuntimeError(
+            "The backward pass is being recorded (`create_graph=True`), but the collectives of a split model are once_differentiable: "
+            "they have no second derivative."
+        )
     if axis.on_backward is not None:
         axis.on_backward()
 
@@ -162,7 +167,6 @@ class _ReplicateToGathered(Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _backward_began(ctx.axis)
         return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
@@ -175,7 +179,6 @@ class _PartialToReplicate(Function):
         return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _backward_began(ctx.axis)
         return grad, None
@@ -188,7 +191,6 @@ class _SequenceToGathered(Function):
         return all_gather(x, SEQUENCE_DIM, _seq_len(x, axis), axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _backward_began(ctx.axis)
         return reduce_scatter(grad, SEQUENCE_DIM, ctx.axis), None
@@ -202,7 +204,6 @@ class _PartialToSequence(Function):
         return reduce_scatter(x, SEQUENCE_DIM, axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _backward_began(ctx.axis)
         return all_gather(grad, SEQUENCE_DIM, ctx.seq_len, ctx.axis), None
@@ -216,7 +217,6 @@ class _ReplicateToSequence(Function):
         return cut(x, SEQUENCE_DIM, axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _backward_began(ctx.axis)
         return all_gather(grad, SEQUENCE_DIM, ctx.seq_len, ctx.axis), None
@@ -229,7 +229,6 @@ class _SequenceToReplicate(Function):
         return all_gather(x, SEQUENCE_DIM, _seq_len(x, axis), axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _backward_began(ctx.axis)
         return cut(grad, SEQUENCE_DIM, ctx.axis), None
@@ -245,7 +244,6 @@ class _WidthToReplicate(Function):
         return all_gather(x, x.ndim - 1, width, axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         _backward_began(ctx.axis)
         return _columns(grad, ctx.axis), None, None
@@ -258,7 +256,6 @@ class _ReplicateToWidth(Function):
         return _columns(x, axis)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _backward_began(ctx.axis)
         shard = math.ceil(ctx.width / ctx.axis.size)
@@ -267,24 +264,30 @@ class _ReplicateToWidth(Function):
         return all_gather(grad, grad.ndim - 1, ctx.width, ctx.axis), None
 
 
+_replicate_to_gathered = apply_of(_ReplicateToGathered)
+_partial_to_replicate = apply_of(_PartialToReplicate)
+_sequence_to_gathered = apply_of(_SequenceToGathered)
+_partial_to_sequence = apply_of(_PartialToSequence)
+
+
 def replicate_to_gathered(x: Tensor, axis: Axis) -> Tensor:
     """Nothing; backward all-reduce (f of Megatron-LM). `x` of any shape."""
-    return _ReplicateToGathered.apply(x, axis)
+    return _replicate_to_gathered(x, axis)
 
 
 def partial_to_replicate(x: Tensor, axis: Axis) -> Tensor:
     """All-reduce; backward nothing (g of Megatron-LM). `x` of any shape."""
-    return _PartialToReplicate.apply(x, axis)
+    return _partial_to_replicate(x, axis)
 
 
 def sequence_to_gathered(x: Tensor, axis: Axis) -> Tensor:
     """(B, ceil(S / tp), ..) -> (B, S, ..): all-gather; backward reduce-scatter."""
-    return _SequenceToGathered.apply(x, axis)
+    return _sequence_to_gathered(x, axis)
 
 
 def partial_to_sequence(x: Tensor, axis: Axis) -> Tensor:
     """(B, S, ..) -> (B, ceil(S / tp), ..): reduce-scatter; backward all-gather."""
-    return _PartialToSequence.apply(x, axis)
+    return _partial_to_sequence(x, axis)
 
 
 def replicate_to_sequence(x: Tensor, axis: Axis) -> Tensor:

@@ -152,7 +152,7 @@ class Tracer(TorchDispatchMode):
             made = Shadow(None, (name, _coordinates(t.shape)), t.requires_grad)
             self.shadows[id(t)] = (t, made)
             return made
-        return Shadow()
+        return Shadow(grad=isinstance(t, Tensor) and t.requires_grad)
 
     def put(self, t: Any, shadow: Shadow) -> None:
         """Remember it, as long as the trace runs."""

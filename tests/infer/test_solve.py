@@ -102,7 +102,8 @@ def test_twelve_blocks_take_less_than_a_second() -> None:
 
 def test_blocks_that_are_alike_have_one_rule_each() -> None:
     plan = ltp.infer_plan(small(12), {"tokens": ids()}, tp=2)
-    assert not [r.pattern for r in plan.rules if r.pattern.startswith("blocks.") and not r.pattern.startswith("blocks.*")]
+    of_blocks = {r.pattern for r in plan.rules if r.pattern.startswith("blocks.") and not r.pattern.startswith("blocks.*")}
+    assert of_blocks <= {"blocks.0", "blocks.11"}  # the ends of the stream of shards
 
 
 def test_a_warm_model_has_the_plan_of_a_cold_one() -> None:

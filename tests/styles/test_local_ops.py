@@ -96,7 +96,7 @@ class Net(nn.Module):
 
 def _trained() -> dict[str, Any]:
     model = randomize_(Net())
-    plan = ltp.infer_plan(model, (torch.zeros(3, 4),), tp=2)
+    plan = ltp.infer_plan(model, (torch.zeros(3, 4, requires_grad=True),), tp=2)
     ltp.parallelize(model, make_mesh("cpu", 1, 2), plan)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     model(x).pow(2).sum().backward()
