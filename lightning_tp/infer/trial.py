@@ -91,7 +91,10 @@ def _run_alone(
             module = modules.get(entry.where)
             if entry.style.splits_parameters != around and module is not None and (id(module), str(entry.style)) not in bound:
                 bound.add((id(module), str(entry.style)))
-                entry.style.bind(module, Site(entry.where, axis))
+                try:
+                    entry.style.bind(module, Site(entry.where, axis))
+                except Exception as e:
+                    return entry.where, _told(e)
     stack: list[str] = []
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: stack.append(names.get(id(m), "?"))),
@@ -101,11 +104,15 @@ def _run_alone(
         with torch.no_grad():
             call(model, inputs)
     except Exception as e:
-        return next((n for n in reversed(stack) if n != "?"), ""), f"{type(e).__name__}: {e}".splitlines()[0][:120]
+        return next((n for n in reversed(stack) if n != "?"), ""), _told(e)
     finally:
         for h in handles:
             h.remove()
     return None
+
+
+def _told(e: Exception) -> str:
+    return f"{type(e).__name__}: {e}".splitlines()[0][:120]
 
 
 def _take_shards(model: nn.Module, plan: Plan, rank: int) -> None:

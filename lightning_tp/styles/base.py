@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -209,7 +210,10 @@ def become(module: nn.Module, mixin: type, **attributes: Any) -> None:
     Replacing the class costs nothing at run time (a hook does), and survives `copy.deepcopy` (a replaced `forward` does not). A mixin that
     is a layer itself (an `nn.Embedding`) takes that layer's place under the module's class: what a subclass adds stays.
     """
-    module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
+    try:
+        module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
+    except TypeError:  # "object layout differs": its class has other bases before nn.Module
+        module.__class__ = _grafted(mixin, type(module))  # type: ignore[arg-type]
     for name, value in attributes.items():
         module.__dict__[name] = value
 
@@ -220,6 +224,20 @@ def _subclass(mixin: type, cls: type) -> type:
     beneath = layer is nn.Embedding and layer is not cls and issubclass(cls, layer)
     bases = (cls, mixin) if beneath else (mixin,) if issubclass(mixin, cls) else (mixin, cls)
     return type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", bases, {"__module__": cls.__module__})
+
+
+@cache
+def _grafted(mixin: type, cls: type) -> type:
+    """A subclass of `cls` alone, with the functions of `mixin`, whose `super()` is `cls`."""
+    made = type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", (cls,), {"__module__": cls.__module__})
+    for name, f in vars(mixin).items():
+        if isinstance(f, FunctionType):
+            cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
+            closure = tuple(CellType(made) if n == "__class__" else c for n, c in cells)
+            twin = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, closure)
+            twin.__kwdefaults__ = f.__kwdefaults__
+            setattr(made, name, twin)
+    return made
 
 
 def linear_dims(module: nn.Module, where: str, style: str) -> tuple[int, int, torch.Size]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import abc
 import sys
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import lightning_tp as ltp
 from lightning_tp.comm import Axis
 from lightning_tp.mesh import make_mesh
+from lightning_tp.styles import Site
 from lightning_tp.styles.local_ops import Call, LocalOps, Operand, Pattern, ShardParameter, part_of, place, run_call
 from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 
+T = TypeVar("T")
 HALVES = Pattern(((0, 2), (1, 2)))
 
 
@@ -81,6 +85,23 @@ def test_two_places_in_one_line_differ() -> None:
     assert a != b
 
 
+class Recorded(TorchFunctionMode):
+    """Where the only call of `view` comes from."""
+
+    at: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == "view":
+            self.at = place(sys._getframe(1))
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor) -> Any:
+        with cls() as mode:
+            model(x)
+        return mode.at
+
+
 class Net(nn.Module):
     """Plain parameters, one place in the code for two calls, a bias behind the sum."""
 
@@ -112,6 +133,25 @@ def test_plain_parameters_are_split_and_the_gradients_are_those_of_one_process()
     assert result["shapes"] == {"w": (4, 4), "o": (4, 4), "b": (4,), "scale": (8,)}
     ref = {**{n: p.grad for n, p in model.named_parameters()}, "x": x.grad}
     assert_trees_close(result["grads"], ref, rtol=1e-4)  # type: ignore[arg-type]
+
+
+def test_a_class_with_other_bases_before_the_module_is_taken_too() -> None:
+    class Part(nn.Module):
+        pass
+
+    class Other(Part, abc.ABC):
+        pass
+
+    class Odd(Generic[T], Other):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(2, 4)
+
+    model = Odd()
+    sizes = ((1, 1, 2),)
+    with fake_world(2, rank=0):
+        at = Recorded.of(model, torch.zeros(8))
+        LocalOps((Call("view", at, sizes=(sizes, sizes)),)).bind(model, Site("", Axis(dist.group.WORLD)))
+        assert model(torch.zeros(4)).shape == (2, 2)
 
 
 def test_json_and_text() -> None:
