@@ -91,6 +91,9 @@ def _cut(
     stream.check(trace)
     if any(label is not None and bool(label.any()) for label in (tracer.shadow(t).label for t in leaves(out))):
         raise _No("tokens in shards leave the model")
+    split = [r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)]
+    if any(n == s or n.startswith(f"{s}.") for n in trace.local_uses for s in split):
+        raise _No("a layer that is split reads tokens in shards")
     return _with_regions(rules, regions, blocks, stream.entry, trace, model)
 
 
