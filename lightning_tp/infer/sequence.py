@@ -94,6 +94,8 @@ def _cut(
     split = [r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)]
     if any(n == s or n.startswith(f"{s}.") for n in trace.local_uses for s in split):
         raise _No("a layer that is split reads tokens in shards")
+    if not all(any(n.startswith(f"{b}.") for b in blocks) for n in trace.local_uses):
+        raise _No("something between the blocks works on tokens in shards")
     return _with_regions(rules, regions, blocks, stream.entry, trace, model)
 
 

@@ -528,6 +528,8 @@ def _gathered(
             or (module.bias is not None and _elsewhere(module.bias, where, trace, names))
         ):
             continue
+        if not len(even_shard(weight.shape[0], tp - 1, tp)):
+            continue  # nothing for the last rank
         if weight.shape[0] >= (SMALL_OUTPUT * tp if split else tp) and (not split or weight.numel() * SMALL_SHARE >= total):
             yield Rule(
                 where,

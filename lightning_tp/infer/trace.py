@@ -337,6 +337,8 @@ class Tracer(TorchDispatchMode):
             moved = first.reshape(outs[0].shape)
         elif name == "constant_pad_nd":
             moved = func(first, args[1], 0)
+        elif name == "as_strided":
+            moved = func(torch.empty_strided(args[0].shape, args[0].stride(), dtype=first.dtype).copy_(first), *args[1:], **kwargs)
         else:
             rest = tree_map_only(torch.device, lambda d: d, args[1:])
             rest = tree_map_only(Tensor, lambda t: t.cpu() if not t.is_meta else t, rest)

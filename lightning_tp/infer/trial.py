@@ -83,7 +83,10 @@ def _run_alone(
     model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, axis: Axis
 ) -> tuple[str, str] | None:
     names = {id(m): n for n, m in model.named_modules()}
-    _take_shards(model, plan, axis.rank)
+    try:
+        _take_shards(model, plan, axis.rank)
+    except Exception as e:
+        return "", _told(e)
     modules = dict(model.named_modules(remove_duplicate=False))
     bound: set[tuple[int, str]] = set()
     for around in (False, True):  # as `parallelize` does
