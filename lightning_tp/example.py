@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -19,7 +19,6 @@ from lightning_tp.plan import Plan
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-MOST_REAL = 50_000_000  # parameters, above which the step is followed on the meta device, without computing
 ITEMS = 2  # of the first batch: a plan does not depend on how many there are
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
@@ -40,14 +39,7 @@ def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
     except TPError:
         pass  # a declaration that does not fit is not believed: look for ourselves
     call, inputs = _what_to_run(module, trainer)
-    real = sum(p.numel() for p in module.parameters()) <= MOST_REAL
     with _quiet(module):
-        if not real:
-            try:
-                with _on_meta(module):
-                    return infer_by_call(module, call, inputs, tp)
-            except TPError:
-                pass  # it decides by values: follow it on real ones
         return infer_by_call(module, call, inputs, tp)
 
 
@@ -109,26 +101,3 @@ def _quiet(module: Any) -> Iterator[None]:
         for m in module.modules():  # what torchmetrics has counted meanwhile
             if hasattr(m, "_update_count") and callable(getattr(m, "reset", None)):
                 m.reset()
-
-
-@contextmanager
-def _on_meta(model: nn.Module) -> Iterator[None]:
-    """The model without memory for its weights, for as long as this runs."""
-    twins: dict[int, Tensor] = {}
-    before: list[tuple[dict[str, Any], str, Tensor]] = []
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, t in table.items():
-                if t is None or t.is_meta:
-                    continue
-                before.append((table, name, t))
-                if id(t) not in twins:
-                    meta = t.detach().to("meta")
-                    twins[id(t)] = nn.Parameter(meta, t.requires_grad) if isinstance(t, nn.Parameter) else meta
-                table[name] = twins[id(t)]
-    try:
-        yield
-    finally:
-        for table, name, t in before:
-            table[name] = t

@@ -7,9 +7,12 @@ up). What is never joined may lie on different ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+LARGE = 2**12  # elements, from which labels are kept without memory for constant dims
 MANY = 2**18  # pairs, above which equal ones are sorted out first
 
 
@@ -83,6 +86,50 @@ def shrunk(labels: Tensor) -> Tensor:
     if not labels.ndim or not labels.numel():
         return labels
     return labels[tuple(slice(0, 1) if s == 0 else slice(None) for s in labels.stride())]
+
+
+def compact(labels: Tensor) -> Tensor:
+    """The same labels without memory for the dims along which they are constant."""
+    shape, small = labels.shape, shrunk(labels)
+    if small.numel() < LARGE:
+        return labels
+    for dim in range(small.ndim):
+        first = small.narrow(dim, 0, 1)
+        if small.shape[dim] > 1 and bool((small == first).all()):
+            small = first
+    return small.expand(shape)
+
+
+def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
+    """`labels.reshape(shape)`, without memory for the dims along which they are constant by construction.
+
+    Dims of both shapes are paired in groups with equal products, as a view pairs them; a group that is constant stays of length 1.
+    """
+    if not labels.numel() or labels.numel() < LARGE:
+        return labels.reshape(shape)
+    small: list[int] = []
+    large, index = list(shape), []
+    i = j = 0
+    while i < labels.ndim or j < len(large):
+        ins: list[int] = []
+        outs: list[int] = []
+        a = b = 1
+        while i < labels.ndim and (not ins or a < b or (a == b and j == len(large))):
+            a *= labels.shape[i]
+            ins.append(i)
+            i += 1
+            while j < len(large) and b < a:
+                b *= large[j]
+                outs.append(j)
+                j += 1
+        while j < len(large) and (b < a or i == labels.ndim):
+            b *= large[j]
+            outs.append(j)
+            j += 1
+        constant = all(labels.stride(d) == 0 or labels.shape[d] == 1 for d in ins)
+        index += [slice(0, 1) if constant else slice(None)] * len(ins)
+        small += [1 if constant else large[d] for d in outs]
+    return labels[tuple(index)].reshape(small).expand(large)
 
 
 def _shrink(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Leave a model as it was: whatever a run of it, or styles that were bound to try them, have put into its modules."""
+"""Leave a model as it was: whatever a run of it, or styles that were bound to try them, have put into its modules; and run it without weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -43,3 +43,56 @@ def modules_as_they_were(model: nn.Module) -> Iterator[None]:
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(v, v.copy()) for v in module.__dict__.values() if type(v) in (dict, OrderedDict, list, set)]
+
+
+class Weightless:
+    """A model whose parameters and buffers are on the meta device, inside `with`; with `weights()` inside that, they are back.
+
+    What buffers hold is remembered, as `_ltp_value` of what stands in for them: code may decide by it.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with Weightless(layer) as twin:
+        ...     layer(torch.zeros(1, 2, device="meta")).is_meta
+        ...     with twin.weights():
+        ...         layer(torch.zeros(1, 2)).is_meta
+        True
+        False
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.swaps: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        twins: dict[int, Tensor] = {}
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, t in table.items():
+                    if t is not None and not t.is_meta:
+                        twins.setdefault(id(t), _without_values(t))
+                        self.swaps.append((table, name, t, twins[id(t)]))
+
+    def __enter__(self) -> Weightless:
+        for table, name, _, twin in self.swaps:
+            table[name] = twin
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for table, name, real, _ in self.swaps:
+            table[name] = real
+
+    @contextmanager
+    def weights(self) -> Iterator[None]:
+        """The real ones, for a while."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+def _without_values(t: Tensor) -> Tensor:
+    meta = t.detach().to("meta")
+    if isinstance(t, nn.Parameter):
+        return nn.Parameter(meta, t.requires_grad)
+    meta._ltp_value = t  # type: ignore[attr-defined]
+    return meta

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_tp.comm import even_shard
 from lightning_tp.fsdp import find_blocks
 from lightning_tp.infer.record import LocalInt, Recorder
+from lightning_tp.infer.repeats import Alike, blocks_once, followed, for_all
 from lightning_tp.infer.trace import Shadow, Tracer, _untraced, leaves, run
 from lightning_tp.plan import Plan, Rule
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
@@ -43,13 +44,19 @@ class _Region:
     leaves: bool = False
 
 
-def with_sequence_parallel(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, tp: int) -> Plan:
-    """The plan, with the streams of repeated blocks in shards of the sequence where the code allows it."""
+def with_sequence_parallel(
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, tp: int, alike: Alike | None = None
+) -> Plan:
+    """The plan, with the streams of repeated blocks in shards of the sequence where the code allows it.
+
+    Blocks that are like an earlier one (see `repeats.py`) are not followed: they are ruled as that one is.
+    """
+    alike = alike or {}
     rules = _expanded(plan, model)
     for blocks in _streams(model):
         for deep in (False, True):
             try:
-                rules = _cut(model, call, inputs, rules, blocks, tp, deep)
+                rules = _cut(model, call, inputs, rules, blocks, tp, deep, alike)
                 break
             except _No:
                 continue
@@ -71,9 +78,18 @@ def _streams(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _cut(
-    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, rules: list[Rule], blocks: list[str], tp: int, deep: bool
+    model: nn.Module,
+    call: Callable[[nn.Module, Any], Any],
+    inputs: Any,
+    rules: list[Rule],
+    blocks: list[str],
+    tp: int,
+    deep: bool,
+    alike: Alike,
 ) -> list[Rule]:
-    regions = {r.name: r for b in blocks for r in _regions(model, rules, b, deep)}
+    alike = {name: like for name, like in alike.items() if name in blocks}
+    rules = [r for r in rules if followed(r.pattern, alike) == r.pattern]
+    regions = {r.name: r for b in blocks if b not in alike for r in _regions(model, rules, b, deep)}
     names = {n for n, _ in model.named_parameters()}
     everything = {(n, d) for n in names for d in range(8)}
     made: list[_Stream] = []
@@ -83,7 +99,9 @@ def _cut(
         return made[-1].recorder
 
     try:
-        trace, out, tracer = run(model, call, inputs, everything, {}, recorder)
+        trace, out, tracer = run(
+            model, call, inputs, everything, {}, recorder, during=lambda tracer: blocks_once(model, tracer, alike)
+        )
     finally:
         for stream in made:
             stream.close()
@@ -96,7 +114,7 @@ def _cut(
         raise _No("a layer that is split reads tokens in shards")
     if not all(any(n.startswith(f"{b}.") for b in blocks) for n in trace.local_uses):
         raise _No("something between the blocks works on tokens in shards")
-    return _with_regions(rules, regions, blocks, stream.entry, trace, model)
+    return for_all(_with_regions(rules, regions, blocks, stream.entry, trace, model), alike)
 
 
 def _regions(model: nn.Module, rules: list[Rule], block: str, deep: bool) -> Iterator[_Region]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from lightning_tp.comm import even_shard
 from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, LocalInt, Recorder
-from lightning_tp.infer.restore import modules_as_they_were
+from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed, for_all
+from lightning_tp.infer.restore import Weightless, modules_as_they_were
 from lightning_tp.infer.sequence import with_sequence_parallel
 from lightning_tp.infer.trace import Trace, leaves, run
 from lightning_tp.infer.trial import try_on_a_rank
@@ -25,6 +26,7 @@ from lightning_tp.styles.attention import readable_attention
 from lightning_tp.styles.base import even_split
 from lightning_tp.styles.local_ops import LocalOps, Pattern, ShardParameter
 
+MOST_REAL = 5_000_000  # parameters, above which a model is followed without computing
 MOST_RUNS = 24
 MOST_SHARES = 2  # times that a further part of one fused weight is given to every rank
 SMALL_OUTPUT = 8  # output features a rank, below which a layer is not split for memory alone
@@ -71,6 +73,39 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
+    parameters = list(model.parameters())
+    large = sum(p.numel() for p in parameters) > MOST_REAL and not any(p.is_meta for p in parameters)
+    with _as_it_was(model):
+        if large:
+            try:
+                with Weightless(model) as twin:
+                    return _infer(model, call, inputs, tp, twin.weights)
+            except Exception:  # it decides by values, it may be: follow it on real ones
+                pass
+        return _infer(model, call, inputs, tp, nullcontext)
+
+
+def _infer(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any) -> Plan:
+    with modules_as_they_were(model):
+        alike = alike_blocks(model, call, inputs)
+    try:
+        return _found(model, call, inputs, tp, weights, alike)
+    except Exception:
+        if not alike:
+            raise
+    return _found(model, call, inputs, tp, weights, {})  # code around the blocks looks for what only each of them makes
+
+
+def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, alike: Alike) -> Plan:
+    """The plan, from runs of the model as it stands; `weights()` is a context in which it has its weights, to try the plan."""
+
+    @contextmanager
+    def once(tracer: Any) -> Iterator[None]:
+        nonlocal alike
+        with blocks_once(model, tracer, alike) as ran:
+            yield
+        alike = {name: like for name, like in alike.items() if name not in ran}  # given other inputs, after all: to be followed
+
     names = {n: p for n, p in model.named_parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     whole: dict[Key, str] = {(n, 1): "a table is split by its rows" for n, p in names.items() if id(p) in tables}
@@ -78,45 +113,41 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     names_stars = {_star(n) for n in names}
     tries: dict[str, int] = {}
     ungathered: set[str] = set()
-    with _as_it_was(model):
-        for turn in range(MOST_RUNS + 1):
-            if turn == MOST_RUNS:  # what is left is whole, and right
-                whole.update(
-                    {(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)}
-                )
-                shared = {}
-            with readable_attention(model), modules_as_they_were(model):
-                trace, out, tracer = run(model, call, inputs, set(whole), shared)
-            escaped = _escaped(trace, out, tracer)
-            if escaped and shared:
-                shared, tries = {}, dict.fromkeys(names_stars, MOST_SHARES)
-                continue
-            bad = (
-                {k: "what every rank has of it meets what is whole" for k in trace.nodes} if escaped else _too_few(trace, tp, names)
-            )
-            if bad and not escaped and _share(bad, trace, shared, names, tries):
-                continue
-            if bad:
-                _demote(bad, whole, names, trace)
-                continue
-            owner = _owners(trace, tp)
-            heads = _heads(model, trace, owner, out, tracer, tp)
-            standard = _standard(model, trace, names)
-            with readable_attention(model):
-                found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads)
-            bad = _broken(found, trace, owner, sinks, heads, tp)
-            if not bad:
-                plan = _plan(model, trace, owner, found, heads, standard, whole, tp, ungathered)
-                failed = try_on_a_rank(model, call, inputs, plan, tp)
-                if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
-                    with readable_attention(model), modules_as_they_were(model):
-                        final = _with_sequence(model, call, inputs, plan, tp)
-                    if final != plan:
-                        failed = try_on_a_rank(model, call, inputs, final, tp)
-                    return final if failed is None else plan
-                ungathered.add(_star(failed[0]) if trace.nodes else "")
-                bad = _inside(*failed, trace)
+    for turn in range(MOST_RUNS + 1):
+        if turn == MOST_RUNS:  # what is left is whole, and right
+            whole.update({(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)})
+            shared = {}
+        with readable_attention(model), modules_as_they_were(model):
+            trace, out, tracer = run(model, call, inputs, set(whole), shared, during=once)
+        escaped = _escaped(trace, out, tracer)
+        if escaped and shared:
+            shared, tries = {}, dict.fromkeys(names_stars, MOST_SHARES)
+            continue
+        bad = {k: "what every rank has of it meets what is whole" for k in trace.nodes} if escaped else _too_few(trace, tp, names)
+        if bad and not escaped and _share(bad, trace, shared, names, tries):
+            continue
+        if bad:
             _demote(bad, whole, names, trace)
+            continue
+        owner = _owners(trace, tp)
+        heads = _heads(model, trace, owner, out, tracer, tp)
+        standard = _standard(model, trace, names)
+        with readable_attention(model):
+            found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads, once)
+        bad = _broken(found, trace, owner, sinks, heads, tp)
+        if not bad:
+            plan = _plan(model, trace, owner, found, heads, standard, whole, tp, ungathered, alike)
+            with readable_attention(model), modules_as_they_were(model):
+                final = _with_sequence(model, call, inputs, plan, tp, alike)
+            with weights():
+                failed = try_on_a_rank(model, call, inputs, final, tp, alike)
+                if failed is not None and final != plan:
+                    final, failed = plan, try_on_a_rank(model, call, inputs, plan, tp, alike)
+            if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
+                return final
+            ungathered.add(_star(failed[0]) if trace.nodes else "")
+            bad = _inside(followed(failed[0], alike), failed[1], trace)
+        _demote(bad, whole, names, trace)
     raise TPError(
         f"No plan for {type(model).__name__} was found in {MOST_RUNS} runs; the last weights that were given up: "
         f"{', '.join(n for n, _ in list(whole)[-3:])}. Give a plan (`plan=`)."
@@ -308,6 +339,7 @@ def _record(
     tp: int,
     standard: dict[str, str],
     heads: dict[str, int],
+    once: Any,
 ) -> tuple[Found, list[Tensor]]:
     recorders: list[Recorder] = []
     whole_reads: set[Any] = set()
@@ -329,7 +361,7 @@ def _record(
 
     while True:
         with modules_as_they_were(model):
-            _, out, tracer = run(model, call, inputs, whole, shared, make)
+            _, out, tracer = run(model, call, inputs, whole, shared, make, during=once)
         if not LocalInt.diverging - whole_reads:
             break
         whole_reads |= LocalInt.diverging
@@ -355,7 +387,7 @@ def _broken(found: Found, trace: Trace, owner: Tensor, sinks: list[Tensor], head
 
 
 def _made_by(label: Tensor, trace: Trace) -> list[Key]:
-    present = label.reshape(-1).unique()
+    present = shrunk(label).unique()
     classes = trace.classes.find(present[present > 0]).unique()
     return [k for k in _out_keys(trace) if bool(torch.isin(trace.classes.find(trace.nodes[k]), classes).any())]
 
@@ -373,6 +405,7 @@ def _plan(
     whole: dict[Key, str],
     tp: int,
     ungathered: set[str],
+    alike: Alike,
 ) -> Plan:
     names = {n: p for n, p in model.named_parameters()}
     readers = _readers(trace)
@@ -410,6 +443,7 @@ def _plan(
             and not any(name == t or name.startswith(f"{t}.") for t in taken & split_modules)
         ):
             rules.append(Rule(name, Replicate(partial_grad=True), "works on split activations"))
+    rules = for_all(rules, alike)
     rules += _aliases(model, trace, rules, names, owner, heads, standard, tp)
     rules.append(Rule("**", Replicate(partial_grad=False), _why_whole(whole)))
     return Plan(rules, source="inferred")
@@ -443,8 +477,8 @@ def _aliases(
             yield Rule(name, ShardParameter(*split[id(p)]), "another name of a split parameter")
 
 
-def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int) -> Plan:
-    rules = with_sequence_parallel(model, call, inputs, plan, tp).rules if tp > 1 else plan.rules
+def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int, alike: Alike) -> Plan:
+    rules = with_sequence_parallel(model, call, inputs, plan, tp, alike).rules if tp > 1 else plan.rules
     everything = [n for n, _ in model.named_modules()] + list(dict(model.named_parameters(remove_duplicate=False)))
     catch_all = [r for r in rules if r.pattern == "**"]
     return Plan([*_folded([r for r in rules if r.pattern != "**"], everything), *catch_all], plan.source)

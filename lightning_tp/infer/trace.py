@@ -11,7 +11,7 @@ input whose features differ along the summed dim it ends them (the weight is spl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp.errors import TPError
-from lightning_tp.infer.classes import Classes, shrunk
+from lightning_tp.infer.classes import Classes, compact, reshaped, shrunk
 
 
 @dataclass
@@ -102,6 +102,18 @@ REDUCTIONS = {
         "sort",
     ),
 }
+POINTWISE = {"dropout", "native_dropout", "masked_fill", "where", "copy_", "fill_"}
+RANDOM = {
+    "bernoulli",
+    "bernoulli_",
+    "uniform_",
+    "normal_",
+    "exponential_",
+    "random_",
+    "zero_",
+}  # writes what depends on no features
+CHANCE = {torch.ops.aten.rand.default, torch.ops.aten.uniform_.default}
+KEPT = 0.99
 SAME_SHAPE = {"_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod"}
 
 
@@ -176,6 +188,8 @@ class Tracer(TorchDispatchMode):
                 if id(t) in self.watched:
                     self.watched[id(t)].add(self.stack[-1])
         out = func(*args, **kwargs)
+        if func in CHANCE and out.numel() == 1:
+            out.fill_(KEPT)  # whether a whole block is dropped: not while its weights are looked for
         if self.on_meta:
             with _untraced():
                 self._known(func, args, kwargs, out, tensors)
@@ -243,7 +257,7 @@ class Tracer(TorchDispatchMode):
         self._stays_inside(tensors, shadows)
         if name in REDUCTIONS:
             self._reduce(name, args, kwargs, out, grad)
-        elif torch.Tag.pointwise in func.tags or name in ("dropout", "native_dropout", "masked_fill", "where", "copy_", "fill_"):
+        elif torch.Tag.pointwise in func.tags or name in RANDOM or name in POINTWISE:
             self._pointwise(tensors, out, grad)
         else:
             self._mixed(name, labelled, out, grad)
@@ -333,8 +347,12 @@ class Tracer(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("view_as_complex", "view_as_real"):
             moved: Any = first.amax(-1) if name == "view_as_complex" else first.unsqueeze(-1).expand(*first.shape, 2)
-        elif name in ("view", "_unsafe_view", "_reshape_alias"):
-            moved = first.reshape(outs[0].shape)
+        elif name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+            moved = reshaped(first, outs[0].shape)
+        elif name in ("clone", "contiguous", "alias", "detach", "lift_fresh"):
+            moved = first
+        elif name == "cat" and len(first) > 1:
+            moved = _cat(first, kwargs.get("dim", args[1] if len(args) > 1 else 0))
         elif name == "constant_pad_nd":
             moved = func(first, args[1], 0)
         elif name == "as_strided":
@@ -343,7 +361,7 @@ class Tracer(TorchDispatchMode):
             rest = tree_map_only(torch.device, lambda d: d, args[1:])
             rest = tree_map_only(Tensor, lambda t: t.cpu() if not t.is_meta else t, rest)
             moved = func(first, *rest, **{k: v for k, v in kwargs.items() if k != "memory_format"})
-        return [m for m in tree_flatten(moved)[0] if isinstance(m, Tensor)]
+        return [compact(m) for m in tree_flatten(moved)[0] if isinstance(m, Tensor)]
 
     # ------------------------------------------------------------------------------------------------------ products
 
@@ -395,8 +413,10 @@ class Tracer(TorchDispatchMode):
         out = out[0] if isinstance(out, tuple) else out
         classes = self.trace.classes
         heads: Tensor | None = None
-        labels = [x for t in args[:3] if (x := self.shadow(t).label) is not None]
-        self._use([p[0] for t in args[:3] if (p := self.shadow(t).param) is not None], labels)
+        mask = kwargs.get("attn_mask", kwargs.get("attn_bias", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None))
+        given = [t for t in (*args[:3], mask) if t is not None]
+        labels = [x for t in given if (x := self.shadow(t).label) is not None]
+        self._use([p[0] for t in given if (p := self.shadow(t).param) is not None], labels)
         for t in args[:3]:
             self._factor(self.label(t))
         for t in args[:3]:
@@ -405,7 +425,6 @@ class Tracer(TorchDispatchMode):
                 if label.shape[1] != out.shape[1]:
                     label = label.repeat_interleave(out.shape[1] // label.shape[1], 1)
                 heads = label if heads is None else classes.join(heads, label)
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 and isinstance(args[3], Tensor) else None)
         if heads is not None and mask is not None and self.shadow(mask).label is not None:
             heads = classes.join(heads, classes.join_along(self.label(mask), (-2, -1), keepdim=True))
         self.put(out, Shadow(None if heads is None else heads.expand(out.shape), None, grad))
@@ -521,14 +540,26 @@ class Tracer(TorchDispatchMode):
 
 def _filled(label: Tensor) -> Tensor:
     """What lies beside split features, along a dim in which these do not differ, is cut as they are: a prefix, the padding of a start."""
+    shape, label = label.shape, shrunk(label)
     for dim in range(label.ndim):
-        if label.stride(dim) == 0 or label.shape[dim] == 1:
+        if label.shape[dim] == 1:
             continue
         top = label.amax(dim, keepdim=True)
         beside = (label == 0) & (top > 0)
         if bool(beside.any()) and bool((beside | (label == top)).all()):
-            label = top.expand(label.shape)
-    return label
+            label = top
+    return label.expand(shape)
+
+
+def _cat(parts: list[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, without memory for the dims along which all parts are constant by construction."""
+    parts = [p for p in parts if p.shape != (0,)]
+    like = parts[0]
+    dim %= like.ndim
+    same = [d for d in range(like.ndim) if d != dim and all(p.stride(d) == 0 for p in parts)]
+    index = tuple(slice(0, 1) if d in same else slice(None) for d in range(like.ndim))
+    small = torch.cat([p[index] for p in parts], dim)
+    return small.expand([like.shape[d] if d in same else n for d, n in enumerate(small.shape)])
 
 
 def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
@@ -620,14 +651,24 @@ def run(
     whole: set[tuple[str, int]],
     shared: dict[tuple[str, int], Tensor],
     recorder: Any = None,
+    *,
+    tracer_of: Any = None,
+    during: Any = None,
 ) -> tuple[Trace, Any, Tracer]:
-    """One forward of the model, `call(model, inputs)`, traced; `recorder(tracer)` makes a mode that sees the calls of torch functions."""
-    tracer = Tracer(model, whole, shared)
+    """One forward of the model, `call(model, inputs)`, traced.
+
+    Args:
+        recorder: `recorder(tracer)` makes a mode that sees the calls of torch functions.
+        tracer_of: makes the tracer, of the model, `whole` and `shared`; default `Tracer`.
+        during: `during(tracer)` is a context that the forward runs in.
+    """
+    tracer = (tracer_of or Tracer)(model, whole, shared)
     if tracer.on_meta:
         inputs = tracer.onto_meta(inputs)
         for b in model.buffers():
-            if b.is_meta and not b.is_floating_point():
-                tracer.values[id(b)] = (b, torch.ones(b.shape, dtype=b.dtype))
+            value = getattr(b, "_ltp_value", None if b.is_floating_point() else torch.ones(b.shape, dtype=b.dtype))
+            if b.is_meta and value is not None:
+                tracer.values[id(b)] = (b, value)
     names = {id(m): n for n, m in model.named_modules()}
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(
@@ -636,7 +677,8 @@ def run(
         torch.nn.modules.module.register_module_forward_hook(lambda m, _, o: (tracer.stack.pop(), None)[1], always_call=True),
     ]
     try:
-        with torch.no_grad(), _Losses(tracer) if recorder is None else recorder(tracer), tracer:
+        outer = nullcontext() if during is None else during(tracer)
+        with outer, torch.no_grad(), _Losses(tracer) if recorder is None else recorder(tracer), tracer:
             out = call(model, inputs)
     finally:
         for h in handles:

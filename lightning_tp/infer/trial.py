@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_tp.comm import Axis
 from lightning_tp.errors import TPError
-from lightning_tp.infer.restore import modules_as_they_were
+from lightning_tp.infer.repeats import Alike, blocks_once
+from lightning_tp.infer.restore import Weightless, modules_as_they_were
 from lightning_tp.plan import Plan
-from lightning_tp.styles import Replicate, Site
+from lightning_tp.styles import PrepareInput, PrepareOutput, Replicate, Site
+
+MOST_COPIED = 50_000_000  # parameters, above which the shards are tried without their values
 
 
 class _Alone(Axis):
@@ -57,30 +61,38 @@ class _NoGroup:
 
 
 def try_on_a_rank(
-    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, tp: int
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, tp: int, alike: Alike
 ) -> tuple[str, str] | None:
-    """Run the plan forward on the shards of the first and of the last rank.
+    """Run the plan forward on the shards of the first and of the last rank; of blocks that are alike, one.
 
     Returns:
-        The module whose code raised, and what it raised; None if all ran, or weights are on the meta device.
+        The module whose code raised, and what it raised; None if all ran.
     """
-    if tp == 1 or any(p.is_meta for p in model.parameters()):
+    if tp == 1:
         return None
+    parameters = list(model.parameters())
+    if not any(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) > MOST_COPIED:
+        with Weightless(model):
+            return try_on_a_rank(model, call, inputs, plan, tp, alike)
+    if any(p.is_meta for p in parameters):
+        inputs = tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     try:
         checked = plan.check(model, tp)
     except TPError as e:
         splits = any(r.style.splits_parameters and not isinstance(r.style, Replicate) for r in plan.rules)
         return ("", str(e)[:120]) if splits else None  # a plan that splits nothing says so where it is applied
+    doors = {e.where for e in checked.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
+    alike = {name: like for name, like in alike.items() if name not in doors}
     for rank in (0, tp - 1):
         with modules_as_they_were(model):
-            failure = _run_alone(model, call, inputs, checked, _Alone(rank, tp))
+            failure = _run_alone(model, call, inputs, checked, _Alone(rank, tp), alike)
         if failure is not None:
             return failure
     return None
 
 
 def _run_alone(
-    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, axis: Axis
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, axis: Axis, alike: Alike
 ) -> tuple[str, str] | None:
     names = {id(m): n for n, m in model.named_modules()}
     try:
@@ -104,9 +116,11 @@ def _run_alone(
         torch.nn.modules.module.register_module_forward_hook(lambda m, _, o: (stack.pop(), None)[1]),
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), blocks_once(model, None, alike):
             call(model, inputs)
     except Exception as e:
+        if "meta" in str(e) and any(p.is_meta for p in model.parameters()):
+            return None  # it decides by values, which are not there: it may run with them
         return next((n for n in reversed(stack) if n != "?"), ""), _told(e)
     finally:
         for h in handles:

@@ -1,0 +1,150 @@
+"""A deep model is followed through one block of each kind; the plan is the one of following all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_tp import infer_plan
+from lightning_tp.infer import repeats
+
+DEPTH = 7
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, at: int) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm2, self.up, self.down = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.heads, self.at = heads, at
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Model(nn.Module):
+    """Blocks of two kinds, in turns: the sizes are the same, what they do is not."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, 32)
+        self.layers = nn.ModuleList(Block(32, 4, i) for i in range(DEPTH))
+        self.head, self.mixed = nn.Linear(32, 300), mixed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        bias = x.new_zeros(1, 1, ids.shape[1], ids.shape[1])
+        for i, layer in enumerate(self.layers):
+            x = layer(x, bias if self.mixed and i % 2 else None)
+        return self.head(x)
+
+
+def _hf(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 256}
+    make = {
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_key_value_heads=2)),
+        "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=8, sliding_window=4)),
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=DEPTH, n_head=4, vocab_size=256)),
+        "bert": lambda: hf.BertModel(hf.BertConfig(**sizes)),
+        "mixtral": lambda: hf.MixtralForCausalLM(
+            hf.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, output_router_logits=True)
+        ),
+        "t5": lambda: hf.T5ForConditionalGeneration(
+            hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=DEPTH, num_heads=4, vocab_size=256, decoder_start_token_id=0)
+        ),
+    }[name]
+    torch.manual_seed(0)
+    ids = torch.randint(0, 256, (2, 9))
+    return make(), {"input_ids": ids} | ({"labels": ids} if name == "t5" else {})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert", "mixtral", "t5"])
+@pytest.mark.parametrize("meta", [False, True])
+def test_same_plan_as_following_all(name: str, meta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = _hf(name)
+    if meta and name == "mixtral":
+        pytest.skip("which expert has tokens is not known on the meta device")
+    model = model.to("meta") if meta else model
+    followed: list[dict[str, str]] = []
+    find = repeats.alike_blocks
+    monkeypatch.setattr("lightning_tp.infer.solve.alike_blocks", lambda *a: followed.append(find(*a)) or followed[-1])
+    quick = infer_plan(model, inputs, tp=2)
+    monkeypatch.setattr("lightning_tp.infer.solve.alike_blocks", lambda *a: {})
+    assert quick == infer_plan(model, inputs, tp=2)
+    assert len(followed[0]) >= (DEPTH - 2 if name != "t5" else 2 * DEPTH - 5) or name == "mixtral"
+
+
+@pytest.mark.parametrize(("mixed", "kinds"), [(False, 1), (True, 2)])
+def test_what_is_alike(mixed: bool, kinds: int) -> None:
+    model = Model(mixed)
+    alike = repeats.alike_blocks(model, lambda m, x: m(*x), (torch.zeros(1, 5, dtype=torch.long),))
+    assert len(alike) == DEPTH - kinds
+    assert set(alike.values()) == {f"layers.{i}" for i in range(kinds)}
+
+
+def test_code_that_looks_for_what_each_block_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that every block fills: skipping some of them fails, so that all are followed."""
+
+    class Caching(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            kept: list[Tensor] = []
+            handles = [b.up.register_forward_hook(lambda m, a, out: kept.append(out)) for b in self.layers]
+            out = super().forward(ids)
+            for h in handles:
+                h.remove()
+            return out + sum(kept[i].sum() for i in range(DEPTH)) * 0
+
+    model = Caching(mixed=False)
+    inputs = (torch.zeros(1, 5, dtype=torch.long),)
+    quick = infer_plan(model, inputs, tp=2)
+    monkeypatch.setattr("lightning_tp.infer.solve.alike_blocks", lambda *a: {})
+    assert quick == infer_plan(model, inputs, tp=2)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Model(mixed=False)
+    infer_plan(model, (torch.zeros(1, 5, dtype=torch.long),), tp=2)
+    assert all("forward" not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_cost_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count, not a time: operations that are followed with labels."""
+    counts = []
+    for depth in (4, 12):
+        monkeypatch.setattr(f"{__name__}.DEPTH", depth)
+        model = Model(mixed=False)
+        count = [0]
+        follow = repeats.Tracer._follow
+        with monkeypatch.context() as patch:
+            patch.setattr(repeats.Tracer, "_follow", lambda *a, n=count, f=follow: (n.__setitem__(0, n[0] + 1), f(*a))[1])
+            infer_plan(model, (torch.zeros(1, 5, dtype=torch.long),), tp=2)
+        counts.append(count[0])
+    assert counts[1] <= counts[0] + 8 * 3  # the blocks that are skipped: nothing but their residue
+
+
+def test_llama_70b_on_meta() -> None:
+    """All 80 blocks, without memory for their weights."""
+    hf = pytest.importorskip("transformers")
+    config = hf.LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    )
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    ids = torch.zeros(1, 512, dtype=torch.long)
+    plan = infer_plan(model, {"input_ids": ids, "labels": ids, "use_cache": False}, tp=8)
+    assert {r.pattern: r.style.name for r in plan.rules if "self_attn." in r.pattern} == {
+        f"model.layers.*.self_attn.{n}_proj": "rowwise" if n == "o" else "colwise" for n in "qkvo"
+    }
