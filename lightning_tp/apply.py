@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.fsdp import apply_fsdp, find_blocks
 from lightning_tp.mesh import TENSOR_PARALLEL, check_mesh
 from lightning_tp.plan import Plan
-from lightning_tp.plan_check import refuse_wrapped
+from lightning_tp.plan_check import any_split, refuse_wrapped, splits_nothing
 from lightning_tp.styles import Site
 from lightning_tp.styles.base import become
 
@@ -80,6 +81,8 @@ def parallelize(
     dp_mesh, tp_mesh = check_mesh(mesh)
     plan = resolve_plan(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
     same_plan_everywhere(plan, mesh)
+    if tp_mesh.size() > 1 and not any_split(plan.entries) and dist.get_rank() == 0:
+        warnings.warn(splits_nothing(plan, model, tp_mesh.size()), stacklevel=2)
     blocks = [block for _, block in find_blocks(model)]
     whole_values = materialize.source_of(model)
     if whole_values is not None and backend == "dtensor":

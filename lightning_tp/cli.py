@@ -35,6 +35,7 @@ from lightning_tp.infer import infer_plan
 from lightning_tp.mesh import make_mesh
 from lightning_tp.parity import Inputs, find_plan, scalar_loss, verify
 from lightning_tp.plan import Plan
+from lightning_tp.plan_check import any_split, splits_nothing
 from lightning_tp.testing.ranks import RankError, fake_world
 
 SMALL = 20_000_000  # parameters, up to which a model of a config.json is built with weights
@@ -182,7 +183,10 @@ def _choose(target: Target, args: argparse.Namespace) -> Plan:
         plan = infer_plan(target.model, target.inputs, args.tp)
     elif plan is None:
         plan = target.plan
-    return find_plan(target.model, target.inputs, args.tp, plan, sequence_parallel=not args.no_sequence_parallel)
+    found = find_plan(target.model, target.inputs, args.tp, plan, sequence_parallel=not args.no_sequence_parallel)
+    if args.tp > 1 and not any_split(found.entries):
+        raise TPError(splits_nothing(found, target.model, args.tp))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- TARGET

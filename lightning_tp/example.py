@@ -15,6 +15,7 @@ from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_by_call
 from lightning_tp.plan import Plan
+from lightning_tp.plan_check import any_split, splits_nothing
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -29,7 +30,7 @@ def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
     Inference runs `forward` on `example_input_array` if the module has one, else its step on the first batch.
 
     Raises:
-        TPError: if there is nothing to run it on, or it can't be run.
+        TPError: if there is nothing to run it on, it can't be run, or nothing in it can be split.
     """
     try:
         declared = declared_plan(module, tp)
@@ -40,7 +41,10 @@ def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
         pass  # a declaration that does not fit is not believed: look for ourselves
     call, inputs = _what_to_run(module, trainer)
     with _quiet(module):
-        return infer_by_call(module, call, inputs, tp)
+        found = infer_by_call(module, call, inputs, tp)
+    if not any_split(found.check(module, tp).entries):
+        raise TPError(splits_nothing(found, module, tp))
+    return found
 
 
 def _what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Callable[[Any, Any], Any], Any]:

@@ -162,7 +162,8 @@ class Plan:
 
         Raises:
             TPError: for a rule that matches nothing, a parameter that no rule or two rules cover, a style that a module can't take,
-                sizes that don't fit tp, tied weights split in two ways, or a plan that splits nothing.
+                sizes that don't fit tp, tied weights split in two ways, or a plan that somebody wrote and that splits
+                nothing.
         """
         from lightning_tp.plan_check import check_plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from lightning_tp.styles import (
 if TYPE_CHECKING:
     from lightning_tp.plan import Entry, Plan, Rule
 
+INFERRED = "inferred"  # the source of a plan that was found, which may be right in splitting nothing
 HEAD_DIMS = ("head_dim", "head_size", "d_head", "attention_head_size")
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead")
 
@@ -46,13 +47,28 @@ def check_plan(plan: Plan, model: nn.Module, tp: int) -> list[Entry]:
     entries = [_entry(m, names, tp) for m in matched]
     _every_parameter_once(entries, matched, names, model)
     _same_split_where_tied(entries, names)
-    if tp > 1 and not any(split.dim is not None for entry in entries for split in entry.splits.values()):
-        raise TPError(
-            f"The plan ({plan.source}) splits nothing of {type(model).__name__}: its rules keep every parameter whole on every "
-            f"rank, which is tp={tp} times the same work. Give linear layers the styles `colwise` and `rowwise`, or use tp=1."
-        )
+    if plan.source != INFERRED and tp > 1 and not any_split(entries):
+        raise TPError(splits_nothing(plan, model, tp))
     order = {name: i for i, name in enumerate(names.everything)}
     return sorted(entries, key=lambda e: order[e.where])
+
+
+def any_split(entries: Iterable[Entry]) -> bool:
+    """Whether a rank holds less than all of any parameter."""
+    return any(split.dim is not None for entry in entries for split in entry.splits.values())
+
+
+def splits_nothing(plan: Plan, model: nn.Module, tp: int) -> str:
+    """What is wrong with a plan that keeps all parameters whole."""
+    if plan.source == INFERRED:
+        reasons = "; ".join(f"`{rule.pattern}`: {rule.reason}" for rule in plan.rules[:3])
+        why = f"Nothing in its forward can be split over ranks ({reasons}). Give a plan (`plan=`), or use tp=1."
+    else:
+        why = "Give linear layers the styles `colwise` and `rowwise`, or use tp=1."
+    return (
+        f"The plan ({plan.source}) splits nothing of {type(model).__name__}: its rules keep every parameter whole on every rank, which is "
+        f"tp={tp} times the same work. {why}"
+    )
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -29,6 +29,8 @@ class Classes:
 
     def __init__(self) -> None:
         self.parent = torch.arange(1024)
+        self.joins: list[tuple[int, str]] = []  # (a feature, why its set was joined with another), in order
+        self.why = ""  # of joins from now on
         self.count = 1
 
     def new(self, n: int) -> Tensor:
@@ -78,6 +80,7 @@ class Classes:
             todo = low != high
             if not bool(todo.any()):
                 return
+            self.joins.append((int(high[todo][0]), self.why))
             self.parent.scatter_reduce_(0, high[todo], low[todo], "amin")
 
 

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from lightning_tp.infer.sequence import with_sequence_parallel
 from lightning_tp.infer.trace import Trace, leaves, run
 from lightning_tp.infer.trial import try_on_a_rank
 from lightning_tp.plan import Plan, Rule
+from lightning_tp.plan_check import INFERRED
 from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.styles.attention import readable_attention
 from lightning_tp.styles.base import even_split
 from lightning_tp.styles.local_ops import LocalOps, Pattern, ShardParameter
 
 MOST_REAL = 5_000_000  # parameters, above which a model is followed without computing
+TABLE = "a table is split by its rows"
 MOST_RUNS = 24
 MOST_SHARES = 2  # times that a further part of one fused weight is given to every rank
 SMALL_OUTPUT = 8  # output features a rank, below which a layer is not split for memory alone
@@ -108,7 +111,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
 
     names = {n: p for n, p in model.named_parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    whole: dict[Key, str] = {(n, 1): "a table is split by its rows" for n, p in names.items() if id(p) in tables}
+    whole: dict[Key, str] = {(n, 1): TABLE for n, p in names.items() if id(p) in tables}
     shared: dict[Key, Tensor] = {}
     names_stars = {_star(n) for n in names}
     tries: dict[str, int] = {}
@@ -144,7 +147,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
                 if failed is not None and final != plan:
                     final, failed = plan, try_on_a_rank(model, call, inputs, plan, tp, alike)
             if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
-                return final
+                return _explained(final, whole, names)
             ungathered.add(_star(failed[0]) if trace.nodes else "")
             bad = _inside(followed(failed[0], alike), failed[1], trace)
         _demote(bad, whole, names, trace)
@@ -221,8 +224,18 @@ def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
         smallest = min(names[n].shape[d] for n, d in members)
         for n, d in members:
             if names[n].shape[d] == smallest:
-                bad[n, d] = f"its features have to be together, in fewer than tp={tp} parts"
+                bad[n, d] = _why_together(trace, (n, d), tp)
     return bad
+
+
+def _why_together(trace: Trace, key: Key, tp: int) -> str:
+    """Which operation joined the features of a weight for the last time."""
+    find = trace.classes.find
+    mine = set(find(trace.nodes[key]).tolist())
+    joins = trace.classes.joins
+    roots = find(torch.tensor([feature for feature, _ in joins], dtype=torch.int64)).tolist()
+    by = next((why for root, (_, why) in zip(reversed(roots), reversed(joins), strict=True) if root in mine), "its use")
+    return f"{_star(by)} needs its features together, in fewer than tp={tp} parts"
 
 
 def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: dict[str, Any], tries: dict[str, int]) -> bool:
@@ -445,8 +458,8 @@ def _plan(
             rules.append(Rule(name, Replicate(partial_grad=True), "works on split activations"))
     rules = for_all(rules, alike)
     rules += _aliases(model, trace, rules, names, owner, heads, standard, tp)
-    rules.append(Rule("**", Replicate(partial_grad=False), _why_whole(whole)))
-    return Plan(rules, source="inferred")
+    rules.append(Rule("**", Replicate(partial_grad=False)))
+    return Plan(rules, source=INFERRED)
 
 
 def _aliases(
@@ -604,6 +617,24 @@ def _table(model: nn.Module, weight: Any) -> bool:
     return any(isinstance(m, nn.Embedding) and m.weight is weight for m in model.modules())
 
 
-def _why_whole(whole: dict[Key, str]) -> str:
-    given_up = dict.fromkeys(f"{_star(n)}: {why}" for (n, _), why in whole.items())
-    return "; ".join(given_up) or "no split features reach it"
+def _explained(plan: Plan, whole: dict[Key, str], names: dict[str, Any]) -> Plan:
+    """The plan, with a rule and a reason for each kind of weight that was given up, and what it costs."""
+    *rules, rest = plan.rules
+    total = sum(p.numel() for p in names.values())
+    left: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        ancestors = accumulate(name.split("."), lambda a, b: f"{a}.{b}")
+        if not any(r.matches(a) for a in ancestors for r in rules if r.style.splits_parameters):
+            left[_star(name)].append(name)
+    others = 0
+    for star, of in left.items():
+        numel = sum(names[n].numel() for n in of)
+        why = next((whole[n, d] for n in of for d in range(names[n].ndim) if whole.get((n, d), TABLE) != TABLE), None)
+        if why is None:
+            others += numel
+            continue
+        matches = [n for n in names if _star(n) == star]
+        patterns = [star] if len(matches) == len(of) else of
+        rules += [Rule(n, Replicate(partial_grad=False), f"{why}; {numel / total:.2%} of the weights") for n in patterns]
+    rules.append(Rule(rest.pattern, rest.style, f"no split features reach the rest; {others / max(total, 1):.2%} of the weights"))
+    return Plan(rules, plan.source)

@@ -196,7 +196,7 @@ class Tracer(TorchDispatchMode):
         shadows = [self.shadow(t) for t in tensors]
         if not any(s.label is not None or s.param is not None or s.grad for s in shadows):
             return out
-        self.op = func
+        self.trace.classes.why = f"`{_called(func)}` in `{self.stack[-1] or 'the model'}`"
         grad = any(s.grad for s in shadows)
         with _untraced():
             self._follow(func, args, kwargs, out, tensors, shadows, grad)
@@ -536,6 +536,11 @@ class Tracer(TorchDispatchMode):
 
     def _shape_of(self, name: str) -> torch.Size:
         return self.shapes[name]
+
+
+def _called(func: Any) -> str:
+    name: str = func.overloadpacket.__name__.strip("_")
+    return "scaled_dot_product_attention" if name.startswith("scaled_dot_product") else name
 
 
 def _filled(label: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.infer.repeats import Alike, blocks_once
 from lightning_tp.infer.restore import Weightless, modules_as_they_were
 from lightning_tp.plan import Plan
-from lightning_tp.styles import PrepareInput, PrepareOutput, Replicate, Site
+from lightning_tp.styles import PrepareInput, PrepareOutput, Site
 
 MOST_COPIED = 50_000_000  # parameters, above which the shards are tried without their values
 
@@ -79,8 +79,7 @@ def try_on_a_rank(
     try:
         checked = plan.check(model, tp)
     except TPError as e:
-        splits = any(r.style.splits_parameters and not isinstance(r.style, Replicate) for r in plan.rules)
-        return ("", str(e)[:120]) if splits else None  # a plan that splits nothing says so where it is applied
+        return "", str(e)[:120]
     doors = {e.where for e in checked.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
     alike = {name: like for name, like in alike.items() if name not in doors}
     for rank in (0, tp - 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.plan_check import any_split, splits_nothing
 
 sys.path.insert(0, str(Path(__file__).parent))
-from zoo import LM, Attention, Block, Fused, ids
+from zoo import CASES, LM, Attention, Block, Fused, ids
 
 
 def styles(plan: ltp.Plan) -> dict[str, str]:
@@ -162,7 +164,7 @@ def test_code_that_does_not_run_on_shards_is_kept_whole() -> None:
 
     found = {r.pattern: r for r in ltp.infer_plan(Strict(), (torch.zeros(2, 3, 8),), tp=2).rules}
     assert "a" not in found or found["a"].style.output == "replicate"  # type: ignore[attr-defined]
-    assert "does not run on shards" in found["**"].reason
+    assert "a" in found or "does not run on shards" in found["a.weight"].reason
 
 
 def test_tp_is_checked() -> None:
@@ -172,5 +174,29 @@ def test_tp_is_checked() -> None:
 
 def test_a_model_with_nothing_to_split_is_told() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU())
-    with pytest.raises(ltp.TPError, match="splits nothing"):
-        ltp.infer_plan(model, (torch.zeros(2, 4, 9),), tp=2).check(model, 2)
+    plan = ltp.infer_plan(model, (torch.zeros(2, 4, 9),), tp=2).check(model, 2)
+    assert not any_split(plan.entries)
+    assert "Nothing in its forward can be split over ranks" in splits_nothing(plan, model, 2)
+
+
+def test_what_stays_whole_says_why_and_what_it_costs() -> None:
+    model, inputs, _ = CASES["experts_einsum"]()
+    reasons = {r.pattern: r.reason for r in ltp.infer_plan(model, inputs, tp=2).rules}
+    router = next(reason for name, reason in reasons.items() if "softmax" in reason)
+    assert re.fullmatch(r"`softmax` in `.*` needs its features together, in fewer than tp=2 parts; \d+\.\d\d% of the weights", router)
+    assert re.fullmatch(r"no split features reach the rest; \d+\.\d\d% of the weights", reasons["**"])
+
+
+@pytest.mark.parametrize("name", ["hf_gpt2", "hf_bert", "hf_bart", "hf_t5", "torch_decoder", "fused_slices", "modulated"])
+def test_dropout_changes_no_plan(name: str) -> None:
+    """Its masks are made in place from labelled tensors, and whole blocks may be dropped by chance."""
+    if name not in CASES:
+        pytest.skip("transformers is not installed" if name.startswith("hf_") else "no such case")
+    model, inputs, _ = CASES[name]()
+    without = ltp.infer_plan(model, inputs, tp=2)
+    for module in model.modules():
+        for attribute, value in list(vars(module).items()):
+            if value == 0.0 and isinstance(value, float) and ("drop" in attribute or isinstance(module, nn.Dropout)):
+                setattr(module, attribute, 0.3)
+    model.train()
+    assert ltp.infer_plan(model, inputs, tp=2) == without

@@ -616,6 +616,16 @@ lm("recurrent", Recurrent, held=0.8)
 lm("small_vocabulary", vocab=40, tied=True)
 
 
+class Convolutions(nn.Sequential):
+    """Nothing for tensor parallelism here: right all the same."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 def _shared_layer() -> Built:
     tokens, block = ids(), Block(Attention())
     return LM([block, block, block]), {"tokens": tokens}, lambda out: next_token(out, tokens)
@@ -658,6 +668,7 @@ def _torch_unbatched() -> Built:
 
 
 case("shared_layer", _shared_layer)
+case("convolutions", lambda: (Convolutions(), {"x": noise(2, 3, 8, 8)}, lambda out: F.cross_entropy(out, torch.tensor([0, 3]))), held=1.0)
 case("flat_tokens", _flat)
 case("returns_dataclass", _returns)
 case("raw_table", _raw_table, held=1.0)
