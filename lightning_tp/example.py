@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_tp.declared import declared_plan
+from lightning_tp.choose import choose_plan
 from lightning_tp.errors import TPError
-from lightning_tp.infer import infer_by_call
 from lightning_tp.plan import Plan
 from lightning_tp.plan_check import any_split, splits_nothing
 
@@ -25,29 +24,23 @@ STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_st
 
 
 def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
-    """The plan of a module that was given none: what the model inside declares, if that can be used, else inferred.
+    """The plan of a module that was given none: what the model inside declares, or what is inferred.
 
-    Inference runs `forward` on `example_input_array` if the module has one, else its step on the first batch.
+    To see that it runs, `choose_plan` runs `forward` on `example_input_array` if the module has one, else its step on the first batch.
 
     Raises:
         TPError: if there is nothing to run it on, it can't be run, or nothing in it can be split.
     """
-    try:
-        declared = declared_plan(module, tp)
-        if declared is not None:
-            declared.check(module, tp)
-            return declared
-    except TPError:
-        pass  # a declaration that does not fit is not believed: look for ourselves
-    call, inputs = _what_to_run(module, trainer)
-    with _quiet(module):
-        found = infer_by_call(module, call, inputs, tp)
+    call, inputs = what_to_run(module, trainer)
+    with quiet(module):
+        found = choose_plan(module, call, inputs, tp)
     if not any_split(found.check(module, tp).entries):
         raise TPError(splits_nothing(found, module, tp))
     return found
 
 
-def _what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Callable[[Any, Any], Any], Any]:
+def what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Callable[[Any, Any], Any], Any]:
+    """`(call, inputs)` so that `call(module, inputs)` runs it: its forward on its own example, or its step on the first batch."""
     example = module.example_input_array
     if example is not None:
         if isinstance(example, dict):
@@ -92,7 +85,7 @@ def _first(loader: Any) -> Any:
 
 
 @contextmanager
-def _quiet(module: Any) -> Iterator[None]:
+def quiet(module: Any) -> Iterator[None]:
     """Steps log, and there is no loop yet that could take it."""
     names = ("log", "log_dict", "print")
     for name in names:

@@ -34,9 +34,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from lightning_tp._compat import local_tensor
 from lightning_tp.apply import PlanLike, parallelize, resolve_plan
 from lightning_tp.border import full_gradients, full_state_dict
-from lightning_tp.declared import declared_plan
+from lightning_tp.choose import choose_plan
 from lightning_tp.errors import TPError
-from lightning_tp.infer import infer_plan
+from lightning_tp.infer.solve import call_with
 from lightning_tp.mesh import DATA_PARALLEL, make_mesh
 from lightning_tp.plan import Plan
 from lightning_tp.testing.compare import difference
@@ -67,6 +67,11 @@ class Row:
     error: float
     tolerance: float
     detail: str = ""
+
+    @property
+    def badness(self) -> float:
+        """The error as a share of what is allowed; infinite for what is no number."""
+        return math.inf if math.isnan(self.error) else self.error / self.tolerance
 
     @property
     def ok(self) -> bool:
@@ -151,7 +156,7 @@ def verify(
         loss_fn: `loss_fn(output)`, or `loss_fn(output, inputs)` with the inputs that this output is of; returns a scalar.
         tp: ranks that share one model.
         dp: such groups; FSDP2 shards over them.
-        plan: how the model is split. Default: the plan that it declares, else the one that `infer_plan` finds.
+        plan: how the model is split. Default: what `choose_plan` takes of what the model declares and what can be inferred.
         steps: of the optimizer.
         rtol: the largest error allowed, relative to the largest value of a tensor.
         lr: of the SGD. Default: the first step moves the weights by a hundredth of their norm.
@@ -191,21 +196,21 @@ def verify(
     worst: dict[tuple[str, str], Row] = {}
     for row in (row for rows, _ in views for row in rows):
         key = (row.kind, row.name)
-        if key not in worst or _badness(row) > _badness(worst[key]):
+        if key not in worst or row.badness > worst[key].badness:
             worst[key] = row
-    rows = tuple(sorted(worst.values(), key=lambda row: -_badness(row)))
+    rows = tuple(sorted(worst.values(), key=lambda row: -row.badness))
     held = max(held for _, held in views)
     return ParityReport(all(row.ok for row in rows), rows, reference.plan, held, tp, dp, reference.lr)
 
 
 def find_plan(model: nn.Module, inputs: Inputs, tp: int, plan: PlanLike | None = None, *, sequence_parallel: bool = True) -> Plan:
-    """The checked plan for `model`: the one given, else the one that it declares, else the one that `infer_plan` finds.
+    """The checked plan for `model`: the one given, else the one that `choose_plan` takes.
 
     Raises:
         TPError: if none fits.
     """
     if plan is None and tp > 1:
-        plan = declared_plan(model, tp) or infer_plan(model, inputs, tp)
+        plan = choose_plan(model, call_with, inputs, tp)
     return resolve_plan(model, plan, tp, sequence_parallel=sequence_parallel)
 
 
@@ -221,10 +226,6 @@ def scalar_loss(model: nn.Module, inputs: Inputs, loss_fn: Callable[..., Tensor]
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise TPError(f"`loss_fn` returned {what}; it has to be a scalar, such as `.mean()` of it.")
     return loss.reshape(())
-
-
-def _badness(row: Row) -> float:
-    return math.inf if math.isnan(row.error) else row.error / row.tolerance
 
 
 # ------------------------------------------------------------------------------------------------------ what both sides do
@@ -379,12 +380,12 @@ def _roughen(model: nn.Module) -> None:
 def _compare(run: _Run, reference: _Run, names: set[str], rtol: float) -> list[Row]:
     rows = [Row(name, "weight", math.inf, rtol, "this name is in one of the two state dicts only") for name in sorted(names)]
     got, ref = (_by_step(r.losses) for r in (run, reference))
-    rows += _rows("loss", got, ref, rtol)
-    rows += _rows("grad", run.gradients, reference.gradients, rtol)
+    rows += compare_tensors("loss", got, ref, rtol)
+    rows += compare_tensors("grad", run.gradients, reference.gradients, rtol)
     # What a weight is after some steps hides how it got there: compare how far it moved, down to the rounding of the weight itself.
     got, ref = (_moved(reference.start, r.weights) for r in (run, reference))
     rounding = {n: 4 * len(run.losses) * _eps(t) * _largest(t) / rtol for n, t in reference.weights.items()}
-    return rows + _rows("weight", got, ref, rtol, rounding)
+    return rows + compare_tensors("weight", got, ref, rtol, rounding)
 
 
 def _by_step(losses: list[float]) -> dict[str, Tensor]:
@@ -395,7 +396,7 @@ def _moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor]) -> dict[str, 
     return {n: t.double() - start[n].double() for n, t in end.items() if n in start}
 
 
-def _rows(
+def compare_tensors(
     kind: Kind, got: Mapping[str, Tensor], ref: Mapping[str, Tensor], rtol: float, least: Mapping[str, float] | None = None
 ) -> list[Row]:
     """One row for each name of either side; a tensor that one side lacks counts as zeros there (a gradient may be None)."""

@@ -27,7 +27,7 @@ from lightning_tp.styles import (
 if TYPE_CHECKING:
     from lightning_tp.plan import Entry, Plan, Rule
 
-INFERRED = "inferred"  # the source of a plan that was found, which may be right in splitting nothing
+INFERRED = "inferred"  # how the source of a plan begins that was found: it may be right in splitting nothing
 HEAD_DIMS = ("head_dim", "head_size", "d_head", "attention_head_size")
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead")
 
@@ -47,7 +47,7 @@ def check_plan(plan: Plan, model: nn.Module, tp: int) -> list[Entry]:
     entries = [_entry(m, names, tp) for m in matched]
     _every_parameter_once(entries, matched, names, model)
     _same_split_where_tied(entries, names)
-    if plan.source != INFERRED and tp > 1 and not any_split(entries):
+    if not plan.source.startswith(INFERRED) and tp > 1 and not any_split(entries):
         raise TPError(splits_nothing(plan, model, tp))
     order = {name: i for i, name in enumerate(names.everything)}
     return sorted(entries, key=lambda e: order[e.where])
@@ -60,7 +60,7 @@ def any_split(entries: Iterable[Entry]) -> bool:
 
 def splits_nothing(plan: Plan, model: nn.Module, tp: int) -> str:
     """What is wrong with a plan that keeps all parameters whole."""
-    if plan.source == INFERRED:
+    if plan.source.startswith(INFERRED):
         reasons = "; ".join(f"`{rule.pattern}`: {rule.reason}" for rule in plan.rules[:3])
         why = f"Nothing in its forward can be split over ranks ({reasons}). Give a plan (`plan=`), or use tp=1."
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,10 +25,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tp import border, checkpoint, materialize
-from lightning_tp.apply import PlanLike, adopt, parallelize
+from lightning_tp.apply import PlanLike, adopt, parallelize, same_weights_everywhere
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
+from lightning_tp.first_batch import FirstBatch
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
@@ -56,6 +58,8 @@ class TPStrategy(ModelParallelStrategy):
         loss_parallel: False gathers logits where they are made.
         activation_checkpointing: "block" keeps only the input of each repeated block for the backward.
         backend: "local" (plain tensors, fast) or "dtensor" (the same plan by PyTorch's own styles).
+        verify: True runs the first batch in one process and split before training, and stops if loss or a gradient differ. The whole
+            model has to fit on every rank.
         save_distributed_checkpoint: False gathers a checkpoint in one file, on rank 0.
         process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
         timeout: of its collectives.
@@ -86,6 +90,7 @@ class TPStrategy(ModelParallelStrategy):
         loss_parallel: bool = True,
         activation_checkpointing: Literal["block"] | None = None,
         backend: Literal["local", "dtensor"] = "local",
+        verify: bool = False,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -107,6 +112,8 @@ class TPStrategy(ModelParallelStrategy):
         self.loss_parallel = loss_parallel
         self.activation_checkpointing = activation_checkpointing
         self.backend = backend
+        self.verify = verify
+        self._first: FirstBatch | None = None
         self._asked = (tp, dp)
         self._redirect: nn.Module | None = None
         self._checked: dict[str, int] = {}
@@ -176,6 +183,10 @@ class TPStrategy(ModelParallelStrategy):
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
             if plan is None and self.sizes[1] > 1:
                 plan = self._found_plan(module)
+            if self.verify and module.trainer.state.fn == TrainerFn.FITTING:
+                same_weights_everywhere(module, self.device_mesh)
+                step = partial(self._call, "training_step")
+                self._first = FirstBatch(module, module.trainer, self.precision_plugin.train_step_context, step)
             parallelize(
                 module,
                 self.device_mesh,
@@ -224,6 +235,10 @@ class TPStrategy(ModelParallelStrategy):
         self.model_to_device()
         if hasattr(self.lightning_module, "_ltp_adopt"):
             adopt(self.lightning_module)
+        if self._first is not None:
+            with on_one_screen(self.global_rank):
+                rank_zero_info(self._first.compare(self.lightning_module))
+            self._first = None
         self._checked.clear()
         seed_mesh(self.device_mesh)
         if self.sizes[0] == 1:  # every rank has all the data: the user's own sampler is right, and Lightning's would shuffle
@@ -292,9 +307,14 @@ class TPStrategy(ModelParallelStrategy):
             with on_one_screen(self.global_rank):
                 self._check_batch((args, kwargs), f"`{name}`, batch {seen}")
         with context:
-            if self._redirect is not None:  # FSDP2's hooks are on the LightningModule itself: go through its __call__
-                return self._forward_redirection(module, module, name, *args, **kwargs)
-            return getattr(module, name)(*args, **kwargs)
+            return self._call(name, *args, **kwargs)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        assert module is not None
+        if self._redirect is not None:  # FSDP2's hooks are on the LightningModule itself: go through its __call__
+            return self._forward_redirection(module, module, name, *args, **kwargs)
+        return getattr(module, name)(*args, **kwargs)
 
     def _check_batch(self, batch: Any, where: str) -> None:
         """Compare a batch inside each tensor-parallel group; what one of the groups finds, all ranks raise."""

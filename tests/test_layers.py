@@ -25,8 +25,8 @@ LAYERS: list[set[str]] = [
     {"styles"},
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "infer", "materialize"},  # what reads a plan
-    {"apply", "checkpoint", "estimate", "data"},
-    {"testing", "callbacks", "example", "module", "strategy", "parity"},
+    {"apply", "checkpoint", "choose", "estimate", "data"},
+    {"testing", "callbacks", "example", "first_batch", "module", "strategy", "parity"},
     {"cli", "__main__"},
     {"__init__"},
 ]

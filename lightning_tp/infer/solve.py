@@ -63,9 +63,12 @@ def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp
         >>> {rule.pattern: rule.style.name for rule in infer_plan(mlp, (torch.zeros(2, 4, 8),), tp=2).rules}
         {'0': 'colwise', '2': 'rowwise', '**': 'replicate'}
     """
-    if isinstance(inputs, Mapping):
-        return infer_by_call(model, lambda m, x: m(**x), dict(inputs), tp)
-    return infer_by_call(model, lambda m, x: m(*x), tuple(inputs), tp)
+    return infer_by_call(model, call_with, dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs), tp)
+
+
+def call_with(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Any:
+    """The model's output for keyword or positional arguments."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
@@ -78,14 +81,22 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
     parameters = list(model.parameters())
     large = sum(p.numel() for p in parameters) > MOST_REAL and not any(p.is_meta for p in parameters)
-    with _as_it_was(model):
+    with as_it_was(model):
         if large:
             try:
                 with Weightless(model) as twin:
                     return _infer(model, call, inputs, tp, twin.weights)
             except Exception:  # it decides by values, it may be: follow it on real ones
                 pass
-        return _infer(model, call, inputs, tp, nullcontext)
+        try:
+            return _infer(model, call, inputs, tp, nullcontext)
+        except TPError:
+            raise
+        except Exception as error:
+            raise TPError(
+                f"Following the forward of {type(model).__name__} to find a plan ended with {type(error).__name__}: {error}. See that it runs "
+                "on these inputs in one process, or give a plan (`plan=`)."
+            ) from error
 
 
 def _infer(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any) -> Plan:
@@ -158,7 +169,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave buffers and random state as they were."""
     buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
     state = torch.get_rng_state()

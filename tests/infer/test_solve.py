@@ -183,7 +183,9 @@ def test_what_stays_whole_says_why_and_what_it_costs() -> None:
     model, inputs, _ = CASES["experts_einsum"]()
     reasons = {r.pattern: r.reason for r in ltp.infer_plan(model, inputs, tp=2).rules}
     router = next(reason for name, reason in reasons.items() if "softmax" in reason)
-    assert re.fullmatch(r"`softmax` in `.*` needs its features together, in fewer than tp=2 parts; \d+\.\d\d% of the weights", router)
+    assert re.fullmatch(
+        r"`softmax` in `.*` needs its features together, in fewer than tp=2 parts; \d+\.\d\d% of the weights", router
+    )
     assert re.fullmatch(r"no split features reach the rest; \d+\.\d\d% of the weights", reasons["**"])
 
 

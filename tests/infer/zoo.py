@@ -620,7 +620,9 @@ class Convolutions(nn.Sequential):
     """Nothing for tensor parallelism here: right all the same."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -668,7 +670,11 @@ def _torch_unbatched() -> Built:
 
 
 case("shared_layer", _shared_layer)
-case("convolutions", lambda: (Convolutions(), {"x": noise(2, 3, 8, 8)}, lambda out: F.cross_entropy(out, torch.tensor([0, 3]))), held=1.0)
+case(
+    "convolutions",
+    lambda: (Convolutions(), {"x": noise(2, 3, 8, 8)}, lambda out: F.cross_entropy(out, torch.tensor([0, 3]))),
+    held=1.0,
+)
 case("flat_tokens", _flat)
 case("returns_dataclass", _returns)
 case("raw_table", _raw_table, held=1.0)
