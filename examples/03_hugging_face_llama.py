@@ -1,10 +1,11 @@
-"""Train a Hugging Face Llama split over two processes. No plan is given: the model declares one, and it is used.
+"""Train a Hugging Face Llama split over two processes. No plan is given: one is derived, and compared with
+the one that the model declares.
 
     python examples/03_hugging_face_llama.py
 
-    Plan, declared by LlamaForCausalLM, tp=2: 857,216 parameters, a rank holds 429,184 (50.1%); sequence parallel off
+    Plan, inferred: as declared by LlamaForCausalLM, and with sequence parallelism, tp=2: 857,216 parameters, a rank holds 429,184 (50.1%); ..
     ..
-    Loaded into the plain model: logits differ by 5.7e-06 at most
+    Loaded into the plain model: logits differ by 7.6e-06 at most
     Loss 0.008 after 200 steps
 
 The LightningModule is an ordinary one that knows nothing of ranks. At the end the weights are put together again, loaded
@@ -65,7 +66,7 @@ class Export(L.Callback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a Hugging Face Llama by the plan that it declares.")
+    parser = argparse.ArgumentParser(description="Train a Hugging Face Llama without a plan.")
     parser.add_argument("--max-steps", type=int, default=200)
     parser.add_argument("--fast", action="store_true", help="8 steps, to see that it runs")
     args = parser.parse_args()

@@ -72,7 +72,7 @@ def test_text() -> None:
 def test_hugging_face() -> None:
     pytest.importorskip("transformers")
     output = run("examples/03_hugging_face_llama.py", "--fast")
-    assert "Plan, declared by LlamaForCausalLM, tp=2" in output
+    assert "declared by LlamaForCausalLM, and with sequence parallelism, tp=2" in output
     assert re.search(r"Loss \d\.\d+ after 8 steps", output)
     difference = re.search(r"logits differ by (\S+) at most", output)
     assert difference and float(difference[1]) < 1e-4

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.trace import Tracer, _untraced
 from lightning_tp.styles.local_ops import FACTORIES, FIRST_SIZE, SIZE_CALLS, SPLIT_CALLS, Call, Operand, Pattern, place
 
@@ -335,7 +336,8 @@ class Recorder(TorchFunctionMode):
         layouts = [self.layout(t) if on_params or not is_param(t) else None for _, t in operands]
         out_layouts = [self.layout(t) if on_params or not is_param(t) else None for t in outs]
         to_logits = self.heads.get(events.get("out", ""))
-        if all(x is None for x in (*layouts, *out_layouts)) and "in" not in events and to_logits is None:
+        shares = any(self._is_share(t) for t in outs) and any(self._enters(t) for _, t in operands)
+        if all(x is None for x in (*layouts, *out_layouts)) and "in" not in events and to_logits is None and not shares:
             if name in SIZE_CALLS | FACTORIES and outs:
                 self._whole_sizes(name, args, outs[0], module, frame)
             else:
@@ -403,10 +405,15 @@ class Recorder(TorchFunctionMode):
             if part is not None and beside is not None:
                 other, (dim, _) = next((o, x) for (p, o), x in zip(operands, layouts, strict=True) if p == beside)
                 beside = beside if other.ndim - dim == part[0] else None
-            enter = bool(split_outs) and self._enters(t)
+            enter = (bool(split_outs) or any(self._is_share(t) for t in outs)) and self._enters(t)
             if part is not None or enter:
                 changed.append(Operand(path, part, enter, beside if part else None))
         return tuple(changed)
+
+    def _is_share(self, t: Tensor) -> bool:
+        """Whether every rank has all of it, beside its shards: its gradient is a share on each, as theirs is."""
+        label = self.tracer.shadow(t).label
+        return label is not None and bool(t.numel()) and not bool(shrunk(label).any())
 
     def _enters(self, t: Tensor) -> bool:
         """Whether its gradient is summed over ranks where it meets shards; inside, each rank has its share of it anyway."""

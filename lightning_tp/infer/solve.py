@@ -200,9 +200,10 @@ def _out_keys(trace: Trace) -> dict[Key, None]:
     return {(u.name, u.dim): None for u in trace.uses if u.kind == "out"}
 
 
-def _kinds(trace: Trace, key: Key) -> list[tuple[int, Tensor]]:
+def _kinds(trace: Trace, key: Key, piece: Tensor | None = None) -> list[tuple[int, Tensor]]:
     """The classes of a weight's features, in order, by how many of its features each has: (1, single features), (16, heads)."""
-    reps = trace.classes.find(trace.nodes[key])
+    nodes = trace.nodes[key]
+    reps = trace.classes.find(nodes if piece is None else nodes[piece])
     reps = reps[reps > 0]
     if not reps.numel():
         return []
@@ -306,7 +307,8 @@ def _owners(trace: Trace, tp: int) -> Tensor:
     """The rank of each feature: classes of one kind are dealt out evenly, in order."""
     of_class = torch.full((trace.classes.parent.numel(),), -1)
     for key in trace.nodes:
-        for per_class, kind in _kinds(trace, key):
+        pieces: list[Tensor | None] = [*trace.pieces.get(key, ())] or [None]  # each is dealt out by itself
+        for per_class, kind in (kind for piece in pieces for kind in _kinds(trace, key, piece)):
             new = kind[of_class[kind] < 0]
             n = new.numel()
             if per_class == 1:  # as torch.chunk cuts

@@ -56,6 +56,9 @@ class Trace:
     classes: Classes
     nodes: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (parameter, dim) -> its features
     uses: dict[Use, None] = field(default_factory=dict)
+    pieces: dict[tuple[str, int], list[Tensor]] = field(
+        default_factory=dict
+    )  # indices of it that one product has: experts in a stack
     local_uses: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules where it meets split activations
     whole_uses: dict[str, set[str]] = field(default_factory=dict)
     looked_up: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules that take rows of it
@@ -497,6 +500,7 @@ class Tracer(TorchDispatchMode):
             nodes = self._nodes(name, dim)
             self.trace.uses[Use(name, dim, "out", self.stack[-1])] = None
             self.events.append(("out", name))
+            self._piece(name, dim, where)
             labels = nodes[where]  # (N, m)
             return labels.unsqueeze(1).expand(shape[0], n, m)
         found = self.trace.classes.find(shrunk(x))
@@ -527,6 +531,13 @@ class Tracer(TorchDispatchMode):
                     return None if kind == "in" else nodes[where].unsqueeze(1).expand(shape[0], shape[1], m)
         self._use([name], [])
         return None
+
+    def _piece(self, name: str, dim: int, where: Tensor) -> None:
+        """Note the indices of a weight that meet in one product, if these are a part of it."""
+        indices = where.unique()
+        known = self.trace.pieces.setdefault((name, dim), [])
+        if indices.numel() < self.shapes[name][dim] and not any(torch.equal(indices, k) for k in known):
+            known.append(indices)
 
     def _nodes(self, name: str, dim: int) -> Tensor:
         if (name, dim) not in self.trace.nodes:

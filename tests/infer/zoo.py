@@ -218,10 +218,10 @@ class OwnConv1D(nn.Module):
 
 
 class TorchAttention(nn.Module):
-    def __init__(self, need_weights: bool = True, cross: bool = False, **kwargs: Any) -> None:
+    def __init__(self, need_weights: bool = True, cross: bool = False, heads: int = H, **kwargs: Any) -> None:
         super().__init__()
         sizes = {"kdim": 24, "vdim": 20} if cross else {}
-        self.m = nn.MultiheadAttention(D, H, **{"batch_first": True, **sizes, **kwargs})
+        self.m = nn.MultiheadAttention(D, heads, **{"batch_first": True, **sizes, **kwargs})
         self.keys, self.values = (nn.Linear(D, 24), nn.Linear(D, 20)) if cross else (nn.Identity(), nn.Identity())
         self.need_weights = need_weights
 
@@ -403,6 +403,23 @@ class Experts(nn.Module):
                 token, slot = torch.where(chosen == e)
                 y.index_add_(0, token, (F.gelu(flat[token] @ self.up[e]) @ self.down[e]) * weights[token, slot, None])
         return y.view_as(x)
+
+
+class StackedExperts(nn.Module):
+    """All experts' weights in one, one below the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.up, self.down = (
+            nn.Linear(D, 4),
+            nn.Parameter(torch.zeros(4 * 64, D)),
+            nn.Parameter(torch.zeros(4 * 64, D)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.router(x).softmax(-1)
+        up, down = self.up.view(4, 64, D), self.down.view(4, 64, D)
+        return sum(F.gelu(x @ up[e].t()) @ down[e] * p[..., e, None] for e in range(4))  # type: ignore[return-value]
 
 
 class Depthwise(nn.Module):
@@ -591,6 +608,8 @@ lm("fused_mqa", FusedMQA)
 lm("per_head_einsum", PerHead)
 lm("own_conv1d", OwnConv1D)
 lm("mha", TorchAttention)
+lm("mha_one_head", lambda: TorchAttention(need_weights=False, heads=1))  # values are split, queries and keys on every rank
+lm("experts_stacked", mlp=StackedExperts, held=0.8)
 lm("mha_without_weights", lambda: TorchAttention(need_weights=False))
 lm("mha_sequence_first", lambda: TorchAttention(batch_first=False))
 lm("mha_cross", lambda: TorchAttention(cross=True))
