@@ -21,7 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from types import FrameType
 from typing import Any, Literal
 
@@ -226,7 +226,8 @@ class Draws:
         if module is None:
             return  # in the step itself, outside of the model: nothing is run again there, and the next steps stay shared
         if "_sites" not in module.__dict__:
-            become(module, _Drawing, _draws=self, _sites={}, _names=frozenset())
+            alone = type(module).forward is nn.Dropout.forward and not self.exact
+            become(module, _Layer if alone else _Drawing, _draws=self, _sites={}, _names=frozenset())
         sites: dict[Key, Site] = module.__dict__["_sites"]
         sites[key] = site
         names = {s.name for s in sites.values() if s.own}
@@ -382,6 +383,20 @@ class _Drawing(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _looked_into(self):
             return super().forward(*args, **kwargs)
+
+
+class _Layer(nn.Module):
+    """An `nn.Dropout` of shards: one call, which need not be looked for."""
+
+    _draws: Draws
+    p: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        draws = self._draws
+        if draws.on or not self.training or not self.p:
+            with _looked_into(self):
+                return super().forward(x)
+        return on_own_stream(draws.axis.rank, x.device, partial(super().forward, x))
 
 
 class _replaced:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -339,7 +340,7 @@ def test_options() -> None:
 # ------------------------------------------------------------------------------------------- models that nobody here wrote
 
 
-def hugging_face(name: str, attention: str) -> nn.Module:
+def of_others(name: str, attention: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     p, common = 0.2, dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48)
     drop = dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p, attn_implementation=attention)
@@ -365,15 +366,36 @@ def hugging_face(name: str, attention: str) -> nn.Module:
             attn_implementation=attention,
         )  # fmt: skip
         return transformers.BartForConditionalGeneration(config)
+    if name == "encoder":
+        return Encoder(need_weights=attention == "eager")
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(image_size=8, patch_size=2, num_labels=VOCAB, **common, **drop)
     )
 
 
+class Encoder(nn.Module):
+    """Layers of torch, whose attention is one call that is written out when it is split."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 32), nn.Linear(32, VOCAB)
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 48, 0.2, batch_first=True, norm_first=True) for _ in range(2))
+        self.need_weights = need_weights
+        if need_weights:
+            for block in self.blocks:
+                block._sa_block = lambda x, *_, b=block, **__: b.dropout1(b.self_attn(x, x, x, need_weights=True)[0])
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return SimpleNamespace(loss=F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten()))
+
+
 class Module(L.LightningModule):
     def __init__(self, name: str, attention: str) -> None:
         super().__init__()
-        self.name, self.model, self.losses = name, randomize_(hugging_face(name, attention)), []
+        self.name, self.model, self.losses = name, randomize_(of_others(name, attention)), []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         tokens = batch["tokens"]
@@ -401,9 +423,9 @@ def fit(name: str, attention: str, how: Any) -> tuple[list[float], dict[str, Ten
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_models_of_hugging_face_under_a_trainer(attention: str) -> None:
+def test_models_of_others_under_a_trainer(attention: str) -> None:
     """Derived plans: exact masks are those of one process; independent ones are others, and keep what is whole equal."""
-    names = ["gpt2", "bert", "vit", "bart"]
+    names = ["gpt2", "bert", "vit", "bart", "encoder"]
     refs = run_ranks(lambda: [fit(n, attention, "auto") for n in names], 1, init=False)[0]
 
     def body() -> list[Any]:
