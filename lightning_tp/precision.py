@@ -101,6 +101,9 @@ class MeshMixedPrecision(MixedPrecision):
             self.scaler.unscale_(optimizer)
 
 
+MeshMixedPrecision.__qualname__ = MixedPrecision.__qualname__  # under which a checkpoint has the scale: that of one process fits
+
+
 class MeshGradScaler(GradScaler):
     """torch's, for gradients of which each rank has its shards: what one rank finds not to be finite, all ranks know.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import grad_norm  # imported before anything of ours is used
 from torch import Tensor
@@ -79,7 +81,9 @@ def scaled(**options: Any) -> Callable[[], MixedPrecision]:
     return lambda: MixedPrecision("16-mixed", "cpu", GradScaler("cpu", **options))
 
 
-def fit(mesh: tuple[int, int], make: Callable[[], Net] = Net, plugin: Any = None, **options: Any) -> dict[str, Any]:
+def fit(
+    mesh: tuple[int, int], make: Callable[[], Net] = Net, plugin: Any = None, start: Path | None = None, **options: Any
+) -> dict[str, Any]:
     """On one mesh, or by an ordinary Trainer in one process."""
     how = "auto" if mesh == ONE else ltp.TPStrategy(tp=mesh[1], plan=PLAN)
     if options.get("precision") == "16-mixed":  # Lightning takes bfloat16 for it on a CPU, unless it is given the plugin
@@ -88,7 +92,7 @@ def fit(mesh: tuple[int, int], make: Callable[[], Net] = Net, plugin: Any = None
         options["plugins"] = [plugin()]
     trainer = L.Trainer(accelerator="cpu", devices=mesh[0] * mesh[1], strategy=how, **{"max_epochs": 1, **QUIET, **options})
     module = make()
-    trainer.fit(module, data(mesh[0]))
+    trainer.fit(module, data(mesh[0]), ckpt_path=start)
     return {
         "losses": module.losses,
         "weights": {n.removeprefix("model."): t for n, t in ltp.full_state_dict(module).items()},
@@ -220,6 +224,23 @@ def test_all_ranks_skip_a_step_and_agree_on_the_scale(mesh: tuple[int, int]) -> 
         for a, b in zip(r, ranks[0]):
             assert all(torch.equal(t, b["weights"][n]) for n, t in a["weights"].items())
         torch.testing.assert_close(torch.tensor(r[1]["losses"]), torch.tensor(r[0]["losses"]), rtol=1e-3, atol=0)  # fused or not
+
+
+def test_the_scale_is_in_the_checkpoint(tmp_path: Path) -> None:
+    """Also in that of one process."""
+
+    def first(mesh: tuple[int, int]) -> None:
+        saves = ModelCheckpoint(tmp_path / str(mesh), filename="end", save_last=False)
+        found = fit(mesh, Infinite, scaled(init_scale=2.0**10, growth_interval=5), enable_checkpointing=True, callbacks=[saves])
+        assert found["scales"][-1] == 2.0**8
+
+    def second(start: tuple[int, int]) -> list[float]:
+        path = tmp_path / str(start) / "end.ckpt"
+        return fit(TP2, Net, scaled(init_scale=2.0**10, growth_interval=5), max_epochs=2, start=path)["scales"]
+
+    for mesh in (ONE, TP2):
+        on(mesh, lambda mesh=mesh: first(mesh))
+        assert on(TP2, lambda mesh=mesh: second(mesh)) == [[2.0**n for n in (8, 8, 8, 9, 9, 9)]] * 2
 
 
 @both
