@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState as OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -30,6 +31,40 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds, without a copy and without autograd: of FSDP2's DTensor its shard, of a plain tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def gather_rows(row: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """(n,) of each rank of the group -> (ranks, n)."""
+    every = row.new_empty((group.size(), *row.shape))
+    group._allgather_base(every.view(-1), row).wait()
+    return every
+
+
+def non_finite_check_and_unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """Multiply these by `inv_scale` in place, and write 1 into `found_inf` if one of them is not finite."""
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
+
+
+def remember_dtypes(unit: Any) -> None:
+    """Let a unit of FSDP2 whose parameters are all frozen at its first forward know in what they are reduced when they are thawed.
+
+    It looks at parameters that require gradients, once; `toggle_optimizer` and fine-tuning freeze whole blocks for a while.
+    """
+    state = unit._get_fsdp_state()
+    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+        if group is not None:
+            group._init_mp_dtypes = _WithFrozen(group)
+
+
+class _WithFrozen:
+    def __init__(self, group: Any) -> None:
+        self.group, self.own = group, group._init_mp_dtypes
+
+    def __call__(self) -> None:
+        group = self.group
+        self.own()
+        if group._orig_dtype is None and group.fsdp_params:
+            group._orig_dtype, group._reduce_dtype = group.fsdp_params[0].orig_dtype, group.fsdp_params[0].reduce_dtype
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:

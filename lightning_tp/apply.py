@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_tp import border, grad, materialize
 from lightning_tp.comm import Axis
 from lightning_tp.declared import declared_plan
+from lightning_tp.dropout import Dropout, bind_dropout, run_block
 from lightning_tp.errors import TPError
 from lightning_tp.fsdp import apply_fsdp, find_blocks
 from lightning_tp.mesh import TENSOR_PARALLEL, check_mesh
@@ -41,6 +42,7 @@ def parallelize(
     loss_parallel: bool = True,
     activation_checkpointing: Literal["block"] | None = None,
     precision: MixedPrecisionPolicy | None = None,
+    dropout: Dropout = "independent",
     backend: Literal["local", "dtensor"] = "local",
     device: torch.device | None = None,
     fsdp_root: nn.Module | None = None,
@@ -60,6 +62,8 @@ def parallelize(
         loss_parallel: False gathers the logits of a `vocab_head`.
         activation_checkpointing: "block" keeps of each repeated block only its input for the backward, and runs it again.
         precision: FSDP2's policy; it acts where the data-parallel axis has more than one rank.
+        dropout: "independent" draws masks of each rank's own for shards of an activation, and equal ones for whole activations; "exact" draws
+            those of one process, for comparing runs.
         backend: "local" computes on plain tensors; "dtensor" applies the same plan by `parallelize_module` of torch.
         device: where a model on the meta device goes. Default: the mesh's.
         fsdp_root: the module inside `model` that is called, if it isn't `model` itself.
@@ -79,6 +83,8 @@ def parallelize(
         torch.Size([1, 2, 4])
     """
     dp_mesh, tp_mesh = check_mesh(mesh)
+    if dropout not in ("independent", "exact") or (dropout == "exact" and backend == "dtensor"):
+        raise TPError(f"`dropout={dropout!r}`: there is 'independent', and 'exact' with `backend='local'`.")
     plan = resolve_plan(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
     same_plan_everywhere(plan, mesh)
     if tp_mesh.size() > 1 and not any_split(plan.entries) and dist.get_rank() == 0:
@@ -107,6 +113,8 @@ def parallelize(
     model._ltp_adopt = _Adopt(shards, gradients)  # type: ignore[assignment]
     adopt(model)
     border.attach_state_dict(model)
+    if tp_mesh.size() > 1:
+        bind_dropout(model, axis, dropout)
     return model
 
 
@@ -273,7 +281,7 @@ class _Checkpointed(nn.Module):
             return super().forward(*args, **kwargs)
         axis, seq_len = self._axis_of_block, self._axis_of_block.seq_len
         contexts = lambda: (contextlib.nullcontext(), _seq_len(axis, seq_len))  # noqa: E731
-        return checkpoint(super().forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        return checkpoint(run_block, self, super().forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @contextlib.contextmanager

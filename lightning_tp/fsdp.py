@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tp._compat import remember_dtypes
+
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -69,4 +71,6 @@ def apply_fsdp(
                     inside[id(p)] = inside.get(id(p), 0) + 1
         if all(uses[i] == n for i, n in inside.items()):
             fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=True)
+            remember_dtypes(block)
     fully_shard(model, mesh=dp_mesh, mp_policy=policy)
+    remember_dtypes(model)

@@ -9,7 +9,8 @@ as soon as `loss.backward()` returns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -62,6 +63,8 @@ class PartialGradients:
         self.passes = 0
         self._pass: Callable[[], object] = lambda: None  # weak: autograd lets go of the callback of a pass that fails, too
         self._before: list[tuple[torch.nn.Parameter, Tensor]] = []
+        self.later = False  # see `unsummed`
+        self._pending = False  # gradients of the passes before are not summed yet
         axis.on_backward = self.begin
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -80,10 +83,14 @@ class PartialGradients:
         if self._pass() is not None:
             return
         self._before.clear()
-        for share in self.shares:
-            if share.parameter.grad is not None:
-                self._before.append((share.parameter, share.parameter.grad))
-                share.parameter.grad = None
+        found = any(share.parameter.grad is not None for share in self.shares)
+        self._pending = found and self._pending  # else somebody has thrown them away
+        if not self._pending:
+            self._pending = self.later and not found
+            for share in self.shares if found else ():
+                if share.parameter.grad is not None:
+                    self._before.append((share.parameter, share.parameter.grad))
+                    share.parameter.grad = None
         finish = self.finish
         self._pass = ref(finish)
         queue_after_backward(finish)
@@ -91,6 +98,9 @@ class PartialGradients:
     def finish(self) -> None:
         """The end of a backward pass."""
         self._pass = lambda: None
+        if self.later and self._pending:
+            return
+        self._pending = False
         with torch.no_grad():
             if self.passes < CHECKED_PASSES:
                 self._check()
@@ -140,6 +150,36 @@ class PartialGradients:
                     f"same (norm {hi:.4g}): summing would make it {self.axis.size} times too large. Give it the style "
                     "Replicate(partial_grad=False)."
                 )
+
+
+@contextmanager
+def unsummed(model: torch.nn.Module) -> Iterator[None]:
+    """Let backward passes keep what is to be summed over ranks, for a later pass outside this context to sum it all: accumulation.
+
+    On the data-parallel axis FSDP2 leaves out its reduce-scatter, and so keeps unsharded gradients until then. In between, `.grad` is of this
+    rank's data alone, or None. Counterpart of the `no_sync` of DDP.
+
+    Example:
+        >>> with unsummed(torch.nn.Linear(2, 2)):
+        ...     pass
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    adopted: Any = next((m.__dict__["_ltp_adopt"] for m in model.modules() if "_ltp_adopt" in m.__dict__), None)
+    gradients: PartialGradients | None = adopted.gradients if adopted is not None else None
+    sharded = gradients is None or any(p._ltp.fsdp for p in gradients.parameters[:1])  # type: ignore[attr-defined]
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)] if sharded else []
+    try:
+        for unit in units:
+            unit.set_requires_gradient_sync(False, recurse=False)
+        if gradients is not None:
+            gradients.later = True
+        yield
+    finally:
+        for unit in units:
+            unit.set_requires_gradient_sync(True, recurse=False)
+        if gradients is not None:
+            gradients.later = False
 
 
 def _sum_over(group: dist.ProcessGroup, grads: list[Tensor]) -> None:
@@ -197,6 +237,54 @@ def grad_norm(parameters: Iterable[torch.nn.Parameter], norm_type: float = 2.0, 
     """
     known = [(p._ltp, p.grad) for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
     return _whole_norm(known, norm_type, error_if_nonfinite)
+
+
+@torch.no_grad()
+def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
+    """The norm of each parameter's whole gradient, and of all together: names and values that `grad_norm` of Lightning has in one process.
+
+    `lightning.pytorch.utilities.grad_norm` does the same on a split model, through this. One all-reduce an axis for all of them.
+
+    Args:
+        module: that `parallelize` was applied to, or a part of it. Every rank has to ask.
+        norm_type: p of the p-norm; `inf` for the largest element.
+        group_separator: stands between "grad_2.0_norm" and the parameter's name.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> {name: f"{norm:.3f}" for name, norm in grad_norms(layer).items()}
+        {'grad_2.0_norm/weight': '1.414', 'grad_2.0_norm_total': '1.414'}
+    """
+    order = float(norm_type)
+    if order <= 0:
+        raise TPError(f"`norm_type={norm_type!r}`: give a number above 0, or 'inf'.")
+    named = [(n, p, p.grad) for n, p in module.named_parameters() if p.grad is not None]
+    if not named:
+        return {}
+    largest = order == float("inf")
+    each, groups = [], {}
+    for _, p, grad in named:
+        shard = getattr(p, "_ltp", None)
+        local = local_tensor(grad)
+        parts = [(local, 1)] if shard is None else shard.parts_by_copies(local)
+        norms = [(_norms([part], order)[0], copies) for part, copies in parts if part.numel()]
+        zero = torch.zeros((), device=local.device, dtype=torch.float64 if local.dtype == torch.float64 else torch.float32)
+        each.append(
+            max((norm for norm, _ in norms), default=zero)
+            if largest
+            else sum((norm.pow(order) / copies for norm, copies in norms), zero)
+        )
+        groups.update({id(group): group for group in (() if shard is None else shard.groups) if group.size() > 1})
+    total = torch.stack([t.to(each[0].dtype) for t in each])
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    for group in groups.values():
+        group.allreduce([total], options).wait()
+    all_together = total.max() if largest else total.sum().pow(1 / order)
+    total = total if largest else total.pow(1 / order)
+    found = {f"grad_{order}_norm{group_separator}{name}": norm for (name, _, _), norm in zip(named, total, strict=True)}
+    return {**found, f"grad_{order}_norm_total": all_together}
 
 
 @torch.no_grad()

@@ -1,18 +1,27 @@
-"""Seeds: one random stream in each tensor-parallel group, different ones over the data-parallel axis.
+"""Random streams of the ranks: one shared inside each tensor-parallel group, one of each rank's own derived from it; saved and restored.
 
-What is whole on several ranks has to be dropped alike on all of them, so ranks of one tensor-parallel group draw the same numbers; data
-that differs is dropped differently. Shards of one activation draw the same numbers on each rank, too: masks repeat over the shards.
+The shared stream is torch's default generator. Ranks of one tensor-parallel group have it in the same state, and draw from it what is whole on
+all of them (dropout of whole activations); ranks further along the data-parallel axis have another one. What is drawn for a rank's shard
+comes from a stream of its own, which begins anew for each such draw, at a point that the shared stream and the rank decide: so it needs no state,
+and activation checkpointing, which puts the shared stream back, replays it. Which draw is which: `dropout.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import random
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tp.errors import TPError
 from lightning_tp.mesh import DATA_PARALLEL
+
+T = TypeVar("T")
+_STEP = 4  # by which torch counts the offset of a CUDA generator
 
 
 def seed_mesh(mesh: DeviceMesh) -> None:
@@ -32,3 +41,86 @@ def seed_mesh(mesh: DeviceMesh) -> None:
     torch.set_rng_state(state)
     if mesh.device_type == "cuda":
         torch.cuda.manual_seed(seed % 2**63)
+
+
+def on_own_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
+    """`draw()`, with this rank's own random numbers; the shared stream goes on by the same on all ranks, whatever is drawn.
+
+    Example:
+        >>> cpu = torch.device("cpu")
+        >>> state = torch.get_rng_state()
+        >>> a, after = on_own_stream(0, cpu, lambda: torch.rand(2)), torch.rand(2)
+        >>> torch.set_rng_state(state)
+        >>> b, same = on_own_stream(1, cpu, lambda: torch.rand(2)), torch.rand(2)
+        >>> torch.equal(a, b), torch.equal(after, same)
+        (False, True)
+    """
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        seed, offset = generator.initial_seed(), generator.get_offset()
+        generator.manual_seed(_mixed(_mixed(seed, offset), rank))
+        try:
+            return draw()
+        finally:
+            generator.manual_seed(seed)
+            generator.set_offset(offset + _STEP)
+    generator = torch.default_generator
+    point = int(torch.empty((), dtype=torch.int64).random_())
+    state = generator.get_state()
+    generator.manual_seed(_mixed(point, rank))
+    try:
+        return draw()
+    finally:
+        generator.set_state(state)
+
+
+def _mixed(point: int, rank: int) -> int:
+    """A seed that has nothing in common with those of neighbouring points and ranks (the finalizer of splitmix64)."""
+    z = (point + (rank + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63
+
+
+# --------------------------------------------------------------------------------------------------- saved and restored
+
+
+def rng_state(mesh: DeviceMesh) -> dict[str, Any]:
+    """The random states of all ranks (torch, Python, NumPy if it is loaded), for a checkpoint: plain data and tensors. A collective.
+
+    Returns:
+        `{"mesh": (dp, tp), "ranks": [state of rank 0, ..]}`, ranks in the order of the mesh; the same on every rank.
+    """
+    mine: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    if mesh.device_type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state()
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        mine["numpy"] = (kind, torch.tensor(keys.tolist()), *rest)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return {"mesh": tuple(mesh.mesh.shape), "ranks": [every[rank] for rank in mesh.mesh.flatten().tolist()]}
+
+
+def set_rng_state(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
+    """The inverse of `rng_state`: this rank goes on with the random numbers that its coordinate was about to draw.
+
+    Raises:
+        TPError: if it was saved on a mesh of another shape.
+    """
+    if tuple(state["mesh"]) != tuple(mesh.mesh.shape):
+        raise TPError(
+            f"Random states of a mesh of {' x '.join(map(str, state['mesh']))} ranks can't be given to one of "
+            f"{' x '.join(map(str, mesh.mesh.shape))}: each rank has its own. Resume on the same mesh, or seed anew."
+        )
+    mine = state["ranks"][mesh.mesh.flatten().tolist().index(dist.get_rank())]
+    torch.set_rng_state(mine["cpu"])
+    version, numbers, gauss = mine["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if mesh.device_type == "cuda" and "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"])
+    if "numpy" in mine:
+        import numpy
+
+        kind, keys, *rest = mine["numpy"]
+        numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,29 +16,38 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_tp import border, checkpoint, materialize
+from lightning_tp import border, checkpoint, grad, materialize
 from lightning_tp.apply import PlanLike, adopt, parallelize, same_weights_everywhere
 from lightning_tp.data.same import check_same_batch
+from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
-from lightning_tp.rng import seed_mesh
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
+from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
 
 CHECKED_BATCHES = 3
+RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint
+OF_WHOLE_WEIGHTS = {  # optimizers that do not work element by element, and what they take of a weight
+    "adafactor": "row and column statistics",
+    "muon": "orthogonal directions",
+    "lamb": "norms",
+    "lars": "norms",
+    "shampoo": "statistics",
+    "soap": "statistics",
+}
 
 
 class TPStrategy(ModelParallelStrategy):
@@ -57,6 +66,8 @@ class TPStrategy(ModelParallelStrategy):
         sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
         loss_parallel: False gathers logits where they are made.
         activation_checkpointing: "block" keeps only the input of each repeated block for the backward.
+        dropout: "independent" gives each rank masks of its own for its shards of an activation, and all ranks of a group the same ones for
+            a whole activation; "exact" gives the masks of one process, for comparing runs.
         backend: "local" (plain tensors, fast) or "dtensor" (the same plan by PyTorch's own styles).
         verify: True runs the first batch in one process and split before training, and stops if loss or a gradient differ. The whole
             model has to fit on every rank.
@@ -89,6 +100,7 @@ class TPStrategy(ModelParallelStrategy):
         sequence_parallel: bool = True,
         loss_parallel: bool = True,
         activation_checkpointing: Literal["block"] | None = None,
+        dropout: Dropout = "independent",
         backend: Literal["local", "dtensor"] = "local",
         verify: bool = False,
         save_distributed_checkpoint: bool = True,
@@ -107,16 +119,21 @@ class TPStrategy(ModelParallelStrategy):
                 raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
             if activation_checkpointing not in (None, "block"):
                 raise TPError(f"`activation_checkpointing={activation_checkpointing!r}`: there is 'block', or None.")
+            if dropout not in ("independent", "exact"):
+                raise TPError(f"`dropout={dropout!r}`: there are 'independent' and 'exact'.")
             self.plan = Plan.of(plan) if plan is not None else None
         self.sequence_parallel = sequence_parallel
         self.loss_parallel = loss_parallel
         self.activation_checkpointing = activation_checkpointing
+        self.dropout: Dropout = dropout
         self.backend = backend
         self.verify = verify
         self._first: FirstBatch | None = None
         self._asked = (tp, dp)
         self._redirect: nn.Module | None = None
         self._checked: dict[str, int] = {}
+        self._draws: Draws | None = None
+        self._rng_at_step: dict[str, Any] | None = None  # the random states of a checkpoint from the middle of an epoch
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -145,16 +162,18 @@ class TPStrategy(ModelParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        if type(plugin) is MixedPrecision:
-            plugin = _MixedPrecision(plugin.precision, plugin.device, plugin.scaler)  # type: ignore[arg-type]
-        self._precision_plugin = plugin
+        self._precision_plugin = precision_of(plugin)
 
     # ---------------------------------------------------------------------------------------------------- fit begins
 
     @override
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
+        state = torch.get_rng_state()
         super().setup_environment()
+        if not isinstance(self._launcher, _MultiProcessingLauncher):
+            # Lightning seeds anew here, for processes that have not run the script. These have: go on as one process would
+            torch.set_rng_state(state)
 
     @contextmanager
     @override
@@ -194,7 +213,8 @@ class TPStrategy(ModelParallelStrategy):
                 sequence_parallel=self.sequence_parallel,
                 loss_parallel=self.loss_parallel,
                 activation_checkpointing=self.activation_checkpointing,
-                precision=self._fsdp_policy(),
+                precision=fsdp_policy(self.precision_plugin.precision),
+                dropout=self.dropout,
                 backend=self.backend,
                 device=self.root_device,
                 fsdp_root=root,
@@ -215,18 +235,6 @@ class TPStrategy(ModelParallelStrategy):
             raise TPError(str(found[0]))
         return found[0]
 
-    def _fsdp_policy(self) -> MixedPrecisionPolicy:
-        """FSDP2's policy for the Trainer's precision: what it gathers and computes in is half, what it sums in is float32."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        precision = self.precision_plugin.precision
-        if precision in ("bf16-mixed", "16-mixed"):
-            half = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
-            return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        if precision in ("bf16-true", "16-true"):
-            return MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        return MixedPrecisionPolicy()
-
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None and self.accelerator is not None
@@ -240,7 +248,10 @@ class TPStrategy(ModelParallelStrategy):
                 rank_zero_info(self._first.compare(self.lightning_module))
             self._first = None
         self._checked.clear()
+        self._draws = draws_of(self.lightning_module)
         seed_mesh(self.device_mesh)
+        if isinstance(self.precision_plugin, MeshMixedPrecision):
+            self.precision_plugin.span(self.device_mesh.get_all_groups())
         if self.sizes[0] == 1:  # every rank has all the data: the user's own sampler is right, and Lightning's would shuffle
             trainer._accelerator_connector.use_distributed_sampler = False
         self.barrier()
@@ -261,15 +272,21 @@ class TPStrategy(ModelParallelStrategy):
                         f"(the first has the shape {tuple(strangers[0].shape)}): they were collected before the module was split. Collect "
                         "them inside `configure_optimizers`, from `self.parameters()`."
                     )
+                if isinstance(optimizer, torch.optim.LBFGS) and self.world_size > 1:
+                    raise TPError(
+                        "LBFGS takes its steps from dot products over all parameters, and a rank would take them of its shards only: the ranks "
+                        f"would go different ways. It needs one process (here are {self.world_size}), or use another optimizer."
+                    )
                 if isinstance(optimizer, torch.optim.Adafactor) and self.sizes[0] > 1:
                     raise TPError(
                         "torch's Adafactor can't step on FSDP2's shards (its in-place squares of partial norms), and "
                         f"dp={self.sizes[0]}. Use tp={self.world_size}, or another optimizer."
                     )
-                if type(optimizer).__name__ == "Adafactor" and self.sizes[1] > 1:
+                name = type(optimizer).__name__
+                if name.lower() in OF_WHOLE_WEIGHTS and self.sizes[1] > 1:
                     rank_zero_warn(
-                        "Adafactor takes its row and column statistics of each rank's shard of a split weight, not of the whole: its steps "
-                        "differ a little from those of one process."
+                        f"{name} takes its {OF_WHOLE_WEIGHTS[name.lower()]} of each rank's shard of a split weight, not of the whole: its steps "
+                        "differ from those of one process."
                     )
 
     @property
@@ -284,7 +301,11 @@ class TPStrategy(ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("training_step", self.precision_plugin.train_step_context(), *args, **kwargs)
+        if self._rng_at_step is not None:
+            set_rng_state(self.device_mesh, self._rng_at_step)
+            self._rng_at_step = None
+        with nullcontext() if self._draws is None else self._draws.step():
+            return self._step("training_step", self.precision_plugin.train_step_context(), *args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -332,6 +353,14 @@ class TPStrategy(ModelParallelStrategy):
         with on_one_screen(self.global_rank % self.sizes[1]):  # all ranks of a group find the same about a gradient
             return super().backward(*args, **kwargs)
 
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """A micro-batch that is not the last: gradients are left unsummed over both axes, as far as that saves a collective."""
+        assert self.lightning_module is not None
+        with grad.unsummed(self.lightning_module):
+            yield
+
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if not isinstance(tensor, Tensor):
@@ -371,7 +400,25 @@ class TPStrategy(ModelParallelStrategy):
         if self.backend == "dtensor":
             return super().load_checkpoint(path, weights_only)
         with on_one_screen(self.global_rank):
-            return self._load_checkpoint(path, weights_only)
+            loaded = self._load_checkpoint(path, weights_only)
+        self._restore_rng(loaded)
+        return loaded
+
+    def _restore_rng(self, loaded: dict[str, Any]) -> None:
+        """Go on with the random numbers of the run that was saved, if it is trained on and the mesh is the same."""
+        assert self.lightning_module is not None
+        state = loaded.get(RNG_STATE)
+        if state is None or self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        if tuple(state["mesh"]) != self.sizes:
+            rank_zero_info(
+                f"The checkpoint is from a mesh of {state['mesh']} ranks: random numbers (dropout) go on differently on {self.sizes}."
+            )
+            return
+        set_rng_state(self.device_mesh, state)
+        batch = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+        if batch.get("current", {}).get("ready") and not batch.get("is_last_batch"):
+            self._rng_at_step = state  # its epoch had begun: what a loader draws when it begins one was drawn before
 
     def _load_checkpoint(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -391,20 +438,12 @@ class TPStrategy(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        checkpoint[RNG_STATE] = rng_state(self.device_mesh)
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = Path(self.broadcast(filepath))
         plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
         if self.is_global_zero and path.is_dir() and plan is not None:
             (path / "plan.json").write_text(plan.to_json())
-
-
-class _MixedPrecision(MixedPrecision):
-    """Lightning's, which refuses to clip gradients of a fused optimizer even where there is no scaler to be undone first."""
-
-    @override
-    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        clip = super().clip_gradients if self.scaler is not None else super(MixedPrecision, self).clip_gradients
-        clip(optimizer, *args, **kwargs)
 
 
 def _applied_to(module: nn.Module) -> Plan | None:
@@ -438,3 +477,5 @@ def register(registry: Any) -> None:
 
 
 register(StrategyRegistry)
+allow_all_precisions(TPStrategy)
+wrap_grad_norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -342,6 +343,38 @@ def test_gradients_that_are_there_already_are_added_to(mesh: tuple[int, int]) ->
             loss.backward()
             twice = {n: g / 2 for n, g in ltp.full_gradients(model).items()}
             assert_trees_close(twice, once, rtol=1e-9)
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+@each_mesh
+def test_sums_that_are_put_off(mesh: tuple[int, int]) -> None:
+    """Any order of passes that sum and that don't, gradients thrown away in between: right after each pass that sums."""
+
+    def passes(model: nn.Module, order: str, device_mesh: Any = None) -> list[dict[str, Tensor]]:
+        found = []
+        model.zero_grad()
+        for i, what in enumerate(order):
+            if what in "zZ":
+                model.zero_grad(set_to_none=what == "Z")
+                continue
+            with grad.unsummed(model) if what == "." else nullcontext():
+                backward(model, batch(i), device_mesh)
+            if what == "+":
+                found.append({n: g.clone() for n, g in ltp.full_gradients(model).items()})
+        return found
+
+    orders = ("..+", "+.+", "..Z+", "..Z.+", "+..+.+") + (("..z+", "+z.+") if mesh[0] == 1 else ())
+    refs = {order: passes(llama(), order) for order in orders}
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        for order, ref in refs.items():
+            if mesh[0] > 1 and "Z" in order:
+                continue  # FSDP2 keeps what it has not reduced, whatever `zero_grad` does
+            model = ltp.parallelize(llama(), device_mesh, PLAN)
+            for i, (got, there) in enumerate(zip(passes(model, order, device_mesh), ref, strict=True)):
+                assert_trees_close(got, there, rtol=1e-9, name=f"{order}, {i}")
 
     run_ranks(body, mesh[0] * mesh[1])
 

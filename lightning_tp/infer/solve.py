@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.comm import even_shard
+from lightning_tp.dropout import without_dropout
 from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, LocalInt, Recorder
@@ -170,11 +171,12 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Leave buffers and random state as they were."""
+    """Leave buffers and random state as they were; drop nothing meanwhile: runs are compared."""
     buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
     state = torch.get_rng_state()
     try:
-        yield
+        with without_dropout():
+            yield
     finally:
         torch.set_rng_state(state)
         with torch.no_grad():

@@ -52,11 +52,11 @@ class _Attention(nn.MultiheadAttention):
         else:
             weights = None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal and mask is None)
-        y = y.transpose(1, 2).reshape(N, L, self.embed_dim)
+        y = y.permute(2, 0, 1, 3).reshape(L, N, self.embed_dim)  # lies in memory as torch's own, for the dropout that follows
         out = F.linear(y, self.out_proj.weight, self.out_proj.bias)
         if not batched:
-            out = out.squeeze(0)
-        elif not self.batch_first:
+            out = out.squeeze(1)
+        elif self.batch_first:
             out = out.transpose(0, 1)
         return out, None if weights is None else self._shown(weights, average_attn_weights, batched)
 

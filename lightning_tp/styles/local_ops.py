@@ -380,12 +380,12 @@ def _with_item(item: Any, change: tuple[int, int, int | None, int]) -> Any:
 
 # ------------------------------------------------------------------------------------------------- places in the code
 
-_MODULE_CALL: CodeType = nn.Module._call_impl.__code__
+MODULE_CALL: CodeType = nn.Module._call_impl.__code__
 _TORCH = str(torch.__path__[0])
 _HERE = str(Path(__file__).parents[1])
 
 
-def place(frame: FrameType | None) -> tuple[Any, ...]:
+def place(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> tuple[Any, ...]:
     """The chain of (function, instruction) from a call of a torch function up to the forward of the module that runs.
 
     Two calls from one helper that come from different places are told apart.
@@ -393,7 +393,7 @@ def place(frame: FrameType | None) -> tuple[Any, ...]:
     chain = []
     while frame is not None:
         code = frame.f_code
-        if code is _MODULE_CALL:
+        if code in ends:
             break
         if not _is_inner(code):
             chain.append((code.co_name, _position(code, frame.f_lasti)))
