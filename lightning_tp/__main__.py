@@ -1,0 +1,8 @@
+"""`python -m lightning_tp` is `lightning-tp`."""
+
+import sys
+
+from lightning_tp.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
