@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, LocalInt, Recorder
 from lightning_tp.infer.restore import modules_as_they_were
-from lightning_tp.infer.sequence import with_sequence_parallel
+from lightning_tp.infer.sequence import CantBeInShards, with_sequence_parallel
 from lightning_tp.infer.trace import Trace, leaves, run
 from lightning_tp.infer.trial import try_on_a_rank
 from lightning_tp.plan import Plan, Rule
@@ -110,7 +112,10 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
                 failed = try_on_a_rank(model, call, inputs, plan, tp)
                 if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
                     with readable_attention(model), modules_as_they_were(model):
-                        final = _with_sequence(model, call, inputs, plan, tp)
+                        replan = partial(
+                            _from_doors, model, call, inputs, trace, whole, shared, owner, tp, standard, heads, ungathered, plan
+                        )
+                        final = _with_sequence(model, call, inputs, plan, tp, replan)
                     if final != plan:
                         failed = try_on_a_rank(model, call, inputs, final, tp)
                     return final if failed is None else plan
@@ -308,6 +313,7 @@ def _record(
     tp: int,
     standard: dict[str, str],
     heads: dict[str, int],
+    doors: Any = None,
 ) -> tuple[Found, list[Tensor]]:
     recorders: list[Recorder] = []
     whole_reads: set[Any] = set()
@@ -324,7 +330,9 @@ def _record(
         tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
         recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
         recorders[-1].param_owner, recorders[-1].tables = owners, tables
-        recorders[-1].mixed = set(trace.local_uses) & set(trace.whole_uses)
+        recorders[-1].mixed = recorders[-1].found.mixed = set(trace.local_uses) & set(trace.whole_uses)
+        if doors is not None:
+            doors(tracer)
         return recorders[-1]
 
     while True:
@@ -334,7 +342,7 @@ def _record(
             break
         whole_reads |= LocalInt.diverging
     outputs = [tracer.shadow(t).label for t in leaves(out)]
-    recorders[-1].found.local_uses = tracer.trace.local_uses
+    recorders[-1].found.local_uses, recorders[-1].found.trace = tracer.trace.local_uses, tracer.trace
     return recorders[-1].found, [x for x in outputs if x is not None]
 
 
@@ -443,8 +451,40 @@ def _aliases(
             yield Rule(name, ShardParameter(*split[id(p)]), "another name of a split parameter")
 
 
-def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int) -> Plan:
-    rules = with_sequence_parallel(model, call, inputs, plan, tp).rules if tp > 1 else plan.rules
+def _from_doors(
+    model: nn.Module,
+    call: Caller,
+    inputs: Any,
+    trace: Trace,
+    whole: dict[Key, str],
+    shared: dict[Key, Tensor],
+    owner: Tensor,
+    tp: int,
+    standard: dict[str, str],
+    heads: dict[str, int],
+    ungathered: set[str],
+    plan: Plan,
+    doors: Callable[[Any], None],
+) -> tuple[Plan, Found]:
+    """The plan as it is where some modules are given a stream of which each rank has a share of the gradient; see `sequence.py`."""
+    found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads, doors)
+    assert found.trace is not None
+    for name, why in _broken(found, trace, owner, sinks, heads, tp).items():
+        raise CantBeInShards(f"{name[0]}: {why}", {name[0].rpartition(".")[0]})
+    if any(not bool(shrunk(x).any()) for x in sinks):
+        raise CantBeInShards("a share of a gradient leaves the model")
+    gathers = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == "replicate"}
+    for where in [n for n, _ in model.named_modules() if any(Rule(g, "colwise").matches(n) for g in gathers)]:
+        for name, _ in model.get_submodule(where).named_parameters(prefix=where):  # its output is whole again, whatever it reads
+            for uses in (found.trace.local_uses, found.trace.whole_uses):
+                uses.pop(name, None)
+            found.trace.whole_uses.update({name: trace.whole_uses[name]} if name in trace.whole_uses else {})
+    seen = replace(trace, local_uses=found.trace.local_uses, whole_uses=found.trace.whole_uses)
+    return _plan(model, seen, owner, found, heads, standard, whole, tp, ungathered), found
+
+
+def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int, replan: Any) -> Plan:
+    rules = with_sequence_parallel(model, call, inputs, plan, tp, replan).rules if tp > 1 else plan.rules
     everything = [n for n, _ in model.named_modules()] + list(dict(model.named_parameters(remove_duplicate=False)))
     catch_all = [r for r in rules if r.pattern == "**"]
     return Plan([*_folded([r for r in rules if r.pattern != "**"], everything), *catch_all], plan.source)

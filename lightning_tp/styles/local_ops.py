@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.comm import Axis, partial_to_replicate, replicate_to_gathered
+from lightning_tp.comm import Axis, State, replicate_to_gathered, transition
 from lightning_tp.errors import TPError
 from lightning_tp.styles.attention import bind_attention
 from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
@@ -118,6 +118,7 @@ class Call:
         items: for each rank, the (position, start, stop, step) of a slice in an index.
         leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
         logits: its result stays split for the loss: the length of the vocabulary.
+        to: with `leave`, what the terms become: "replicate", "sequence" (this rank's tokens), or "partial" (terms, as they are).
     """
 
     name: str
@@ -128,6 +129,7 @@ class Call:
     items: tuple[tuple[int, int, int | None, int], ...] = ()
     leave: bool = False
     logits: int | None = None
+    to: State = "replicate"
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,12 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
             bias = bias if kwargs.get("beta", 1) == 1 else bias * kwargs["beta"]
             args, func = (args[0] * kwargs.get("alpha", 1), args[1]), WITH_BIAS[call.name]
             kwargs = {}
-        out = partial_to_replicate(func(*args, **kwargs), axis)
+        leave = transition("partial", call.to)
+        out = func(*args, **kwargs)
+        if leave is not None:
+            out = leave(out, axis)
+        elif bias is not None and rank:
+            bias = bias * 0  # once among the terms; on all ranks it has a gradient
         return out if bias is None else out + bias
     out = func(*args, **kwargs)
     if call.logits is not None:
