@@ -293,6 +293,7 @@ def _without_sequence(rule: Rule) -> Rule | None:
         return Rule(rule.pattern, Replicate(partial_grad=False), rule.reason)
     if isinstance(style, LocalOps):
         calls = tuple(replace(c, to="replicate") if c.to == "sequence" else c for c in style.calls)
+        calls = tuple(replace(c, sizes=()) if any(den == -1 for of in c.sizes for _, _, den in of) else c for c in calls)
         return rule_with(rule, calls=calls)
     if isinstance(style, PrepareOutput):
         left, read = ("replicate" if state == "sequence" else state for state in (style.arrives, style.wanted))

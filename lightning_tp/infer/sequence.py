@@ -21,25 +21,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp.comm import even_shard
+from lightning_tp.comm import State, even_shard
 from lightning_tp.fsdp import find_blocks
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, LocalInt, Recorder
 from lightning_tp.infer.trace import Shadow, Trace, Tracer, _untraced, leaves, run
 from lightning_tp.plan import Plan, Rule
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
-from lightning_tp.styles.local_ops import LocalOps, place
+from lightning_tp.styles.local_ops import READS, Call, LocalOps, place
 
 Arg = int | str
 Doors = Callable[[Tracer], None]
 Replan = Callable[[Doors], tuple[Plan, Found]]
 
 MOST_RUNS = 12  # of the model, for one stream
-STEPS = ("sum", "return", "open")  # what is tried for a region, in this order
+LEAST_SUMS = 3  # over ranks in the blocks of a stream
+STEPS = ("sum", "sums", "return", "open")  # what is tried for a region, in this order
 # on terms of a sum over ranks: what moves them, what is linear in them, what begins as zeros
 MOVES = {
-    *("view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze", "to", "type", "float"),
-    *("half", "bfloat16", "type_as", "clone", "expand", "chunk", "split", "__getitem__", "index_select", "unbind", "narrow", "view_as"),
+    *(
+        "view",
+        "reshape",
+        "transpose",
+        "permute",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "to",
+        "type",
+        "float",
+    ),
+    *(
+        "half",
+        "bfloat16",
+        "type_as",
+        "clone",
+        "expand",
+        "chunk",
+        "split",
+        "__getitem__",
+        "index_select",
+        "unbind",
+        "narrow",
+        "view_as",
+    ),
     *("__get__", "sum", "mean", "movedim", "swapaxes", "reshape_as", "identity"),
 }
 SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__", "sub_", "__isub__", "cat", "stack"}
@@ -49,11 +76,26 @@ ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
 
 class CantBeInShards(Exception):
-    """The stream stays whole, and why; and the modules whose code it is."""
+    """The stream stays whole, and why; and the modules whose code it is, or what could be had otherwise."""
 
-    def __init__(self, why: str, modules: set[str] | None = None) -> None:
+    def __init__(self, why: str, modules: set[str] | None = None, otherwise: _Choices | None = None) -> None:
         super().__init__(why)
-        self.modules = modules or set()
+        self.modules, self.otherwise = modules or set(), otherwise or _Choices()
+
+
+@dataclass
+class _Choices:
+    """What is had in another way than the most usual one.
+
+    Args:
+        steps: name of a region, numbers as stars -> how far it has come in STEPS.
+        kept: (region, argument) that is taken in shards: a residual that is added inside.
+        reads: places where the code reads the length of the sequence for what is whole.
+    """
+
+    steps: dict[str, int] = field(default_factory=dict)
+    kept: set[tuple[str, Arg]] = field(default_factory=set)
+    reads: set[Any] = field(default_factory=set)
 
 
 @dataclass
@@ -62,17 +104,19 @@ class _Region:
 
     Args:
         name: of the module.
-        how: where the ranks' terms are added up: "sum", where they are made, or "return", when the module returns.
-        args: by which the stream arrives.
+        how: where the ranks' terms are added up: "sum", where they are made ("sums": also those of another width than the stream), or
+            "return", when the module returns.
+        args: by which the stream arrives; None if it never ran.
         summed: whether its terms are added up; None if it makes none.
-        inner: whether some are, of another shape than the stream.
+        inner: whether some are whole inside: of another shape than the stream; and whether only the width differs.
     """
 
     name: str
     how: str
-    args: dict[Arg, None] = field(default_factory=dict)
+    args: dict[Arg, None] | None = None
     summed: bool | None = None
     inner: bool = False
+    wider: bool = False
 
 
 @dataclass
@@ -87,6 +131,7 @@ class _Cut:
     call_sums: dict[tuple[str, str, Any], str | None]  # and the bias that is added to the sum
     on_tokens: dict[str, set[str]]  # parameter -> modules where it meets tokens
     on_whole: dict[str, set[str]]  # parameter -> modules where it meets something else
+    reads: dict[str, list[Call]]  # module -> where its code reads sizes, of which some are to be whole
 
 
 def with_sequence_parallel(
@@ -118,19 +163,28 @@ def _try(
     replan: Replan,
 ) -> tuple[Plan, list[_Cut]] | None:
     """The plan with one more stream in shards; None if it has to stay whole."""
-    steps: dict[str, int] = {}  # name of a region, numbers as stars -> how far it has come in STEPS
+    choices = _Choices()
+    steps = choices.steps
+    regions: dict[str, _Region] = {}
     for _ in range(MOST_RUNS):
         try:
             regions = {r.name: r for b in blocks for r in _regions(model, rules, b, steps)}
-            cut = _cut(model, call, inputs, rules, blocks, tp, regions)
+            cut = _cut(model, call, inputs, rules, blocks, tp, regions, choices)
             return _with_cuts(model, rules, [*cuts, cut], replan), [*cuts, cut]
         except CantBeInShards as no:
+            if not (no.otherwise.kept <= choices.kept and no.otherwise.reads <= choices.reads):
+                choices.kept |= no.otherwise.kept
+                choices.reads |= no.otherwise.reads
+                continue
             around = {r for m in no.modules for r in regions if m == r or m.startswith(f"{r}.")}
-            names = {_star(r) for r in around if steps.get(_star(r), 0) < 2}
+            names = {_star(r) for r in around if steps.get(_star(r), 0) < 3}
             if not names:
                 return None
+            wider = {_star(r) for r in around if regions[r].wider}
             for name in names:
                 steps[name] = steps.get(name, 0) + 1
+                if STEPS[steps[name]] == "sums" and name not in wider:
+                    steps[name] += 1
     return None
 
 
@@ -178,10 +232,10 @@ def _regions(model: nn.Module, rules: list[Rule], block: str, steps: dict[str, i
             if not any(n == where or n.startswith(f"{where}.") for n in split):
                 continue
             step = steps.get(_star(where), 0)
-            if isinstance(m, (nn.ModuleList, nn.ModuleDict)) or (step == 2 and where not in split):
+            if isinstance(m, (nn.ModuleList, nn.ModuleDict)) or (step == 3 and where not in split):
                 yield from walk(where)
             else:
-                yield _Region(where, STEPS[min(step, 1)])
+                yield _Region(where, STEPS[min(step, 2)])
 
     yield from walk(block)
 
@@ -197,6 +251,7 @@ def _cut(
     blocks: list[str],
     tp: int,
     regions: dict[str, _Region],
+    choices: _Choices,
 ) -> _Cut:
     """Follow the tokens through the blocks.
 
@@ -208,7 +263,7 @@ def _cut(
     made: list[_Stream] = []
 
     def recorder(tracer: Tracer) -> Recorder:
-        made.append(_Stream(model, tracer, regions, blocks, rules, tp))
+        made.append(_Stream(model, tracer, regions, blocks, rules, tp, choices))
         return made[-1].recorder
 
     try:
@@ -243,7 +298,7 @@ class _Tokens(Recorder):
     """Sees the calls between the regions, where a token may meet itself and parameters only."""
 
     def __init__(self, stream: _Stream, tracer: Tracer, tp: int) -> None:
-        super().__init__(tracer, torch.full((1,), -1), tp, set(), {}, {}, set())
+        super().__init__(tracer, torch.full((1,), -1), tp, set(), {}, {}, stream.choices.reads)
         self.stream = stream
         self.made_of: dict[int, tuple[Tensor, set[str]]] = {}  # tensors that are computed from parameters alone: 1 + weight
         self.made_in: dict[str, set[str]] = {}  # parameter -> modules that compute such tensors of it
@@ -261,6 +316,8 @@ class _Tokens(Recorder):
         last = self.found.calls.get(module, [None])[-1]
         if len(self.found.broken) > before or (last is not None and (last.operands or last.sizes or last.pieces or last.items)):
             self.bad.add(module)
+            assert last is not None or len(self.found.broken) > before
+            self.stream.other_ways(args, kwargs, last)
         self.stream.joined(module)
 
     def _follow_parameters(self, args: Any, kwargs: Any, out: Any, module: str) -> None:
@@ -297,7 +354,14 @@ class _Stream:
     """Follows the tokens of one stream through a run: hooks at the doors of its blocks and regions."""
 
     def __init__(
-        self, model: nn.Module, tracer: Tracer, regions: dict[str, _Region], blocks: list[str], rules: list[Rule], tp: int
+        self,
+        model: nn.Module,
+        tracer: Tracer,
+        regions: dict[str, _Region],
+        blocks: list[str],
+        rules: list[Rule],
+        tp: int,
+        choices: _Choices,
     ) -> None:
         self.tracer, self.regions, self.blocks, self.tp = tracer, regions, blocks, tp
         self.nodes: Tensor | None = None
@@ -305,8 +369,10 @@ class _Stream:
         self.entry: Arg | None = None
         self.open = self.left = False
         self.problem: CantBeInShards | None = None
+        self.choices, self.otherwise = choices, _Choices()
         self.recorder = _Tokens(self, tracer, tp)
         self.inside: list[tuple[_Region, list[tuple[Tensor, Shadow]]]] = []  # regions that run, and what is whole in them
+        self.arguments: dict[int, Arg] = {}  # of the region that runs: by which they came
         self.terms: dict[int, Tensor] = {}  # of sums over ranks, in regions that sum when they return
         self.zeros: dict[int, Tensor] = {}
         self.sums: set[str] = set()
@@ -316,7 +382,7 @@ class _Stream:
         self.styles = {r.pattern: r.style for r in rules}
         self.split = {r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)}
         self.gathered: dict[tuple[int, str], Tensor] = {}  # by whom: layers share what is gathered
-        self.handles = []
+        self.handles: list[Any] = []
         for rule in rules:
             if isinstance(rule.style, LocalOps):
                 for c in rule.style.calls:
@@ -405,13 +471,18 @@ class _Stream:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             region = self.regions[name]
             arriving = [(k, t) for k, t in _named(args, kwargs) if self.tracer.shadow(t).label is not None]
+            arriving = [(k, t) for k, t in arriving if (_star(name), k) not in self.choices.kept]
             if any(not self._in_place(t) for _, t in arriving):
                 self._fail(f"`{name}` is given tokens that do not lie along dim 1", name)
-            region.args.update({k: None for k, _ in arriving})
+            args_now = {k: None for k, _ in arriving}
+            if region.args is not None and region.args != args_now:
+                self._fail(f"`{name}` is given the stream in one call, and what is whole in another", name)
+            region.args = args_now
             shares = isinstance(self.styles.get(name), Colwise)
             self.gathered.update({(id(t), "" if shares else name): t for _, t in arriving})
             once = {id(t): t for _, t in arriving}.values()
             self.inside.append((region, [(t, self.tracer.shadow(t)) for t in once]))
+            self.arguments = {id(t): k for k, t in arriving}
             for t in once:
                 self.tracer.put(t, Shadow(None, None, self.tracer.shadow(t).grad))
 
@@ -456,9 +527,10 @@ class _Stream:
             self.terms[id(out)] = out
             self.deferred.add(module)
             return False
-        if tuple(out.shape) != self.shape:  # the code goes on with it whole, and may come to another one
-            if region is not None:
-                region.inner = True
+        wider = out.ndim == 3 and tuple(out.shape[:2]) == self.shape[:2]
+        if not (wider if region is not None and region.how == "sums" else tuple(out.shape) == self.shape):
+            if region is not None:  # the code goes on with it whole, and may come to another one
+                region.inner, region.wider = True, region.wider or wider
             return False
         if region is not None:
             region.summed = True
@@ -502,6 +574,17 @@ class _Stream:
         if name in INTO or name.endswith("_"):
             self.terms[id(given[0])] = given[0]
 
+    def other_ways(self, args: Any, kwargs: Any, change: Any) -> None:
+        """A call that can't be as it is: whether an argument of the region, or a size, were better had otherwise."""
+        given = _all((args, tuple(kwargs.values())))
+        tokens = [t for t in given if self.tracer.shadow(t).label is not None]
+        if self.inside and tokens and len(self.inside[-1][1]) > 1:  # a residual beside what is read
+            kept = {self.arguments[id(t)] for t in given if id(t) in self.arguments and self.tracer.shadow(t).label is None}
+            self.otherwise.kept |= {(_star(self.inside[-1][0].name), k) for k in kept}
+        if not tokens and change is not None and change.sizes:
+            sizes = [n for a in (*args, *kwargs.values()) for n in (a if isinstance(a, (tuple, list)) else (a,))]
+            self.otherwise.reads |= {read for n in sizes if isinstance(n, LocalInt) for read in n.reads}
+
     def joined(self, module: str) -> None:
         """After a call: whether tokens met."""
         if self.problem is None and self.nodes is not None:
@@ -519,7 +602,7 @@ class _Stream:
         """
         unsummed = {r.name for r in self.regions.values() if r.summed is False}
         if self.problem:
-            raise CantBeInShards(str(self.problem), self.problem.modules | unsummed)
+            raise CantBeInShards(str(self.problem), self.problem.modules | unsummed, self.otherwise)
         if self.nodes is None or not self.left:
             raise CantBeInShards("its blocks did not run")
         if unsummed:
@@ -528,12 +611,15 @@ class _Stream:
         if self.problem:
             raise self.problem
         if self.recorder.bad:
-            raise CantBeInShards("its code has sizes of the sequence in it, or what is whole meets tokens", self._around(self.recorder.bad))
-        if LocalInt.diverging:
-            raise CantBeInShards("its code decides by the length of the sequence", self._around({read[0] for read in LocalInt.diverging}))
+            why = "its code has sizes of the sequence in it, or what is whole meets tokens"
+            raise CantBeInShards(why, self._around(self.recorder.bad), self.otherwise)
+        if LocalInt.diverging - self.choices.reads:
+            raise CantBeInShards(
+                "its code decides by the length of the sequence", self._around({read[0] for read in LocalInt.diverging})
+            )
         summed = len(self.sums) + len(self.call_sums) + sum(r.how == "return" and bool(r.summed) for r in self.regions.values())
-        if not summed:
-            raise CantBeInShards("nothing is summed over ranks in its blocks")
+        if summed < LEAST_SUMS:
+            raise CantBeInShards(f"{summed} sums over ranks in its blocks are too few: at its ends it is gathered once more")
         if len(self.gathered) > summed:
             raise CantBeInShards(f"the stream would be gathered {len(self.gathered)} times for {summed} sums")
 
@@ -553,7 +639,16 @@ class _Stream:
         for (module, _, _), bias in self.call_sums.items():
             if bias is not None:
                 on_tokens.setdefault(bias, set()).add(module)
-        return _Cut(self.blocks, self.entry, self.regions, self.sums, self.deferred, self.call_sums, on_tokens, on_whole)
+        reads: dict[str, list[Call]] = {}
+        for module, calls in recorder.found.calls.items():
+            places = {(c.name, c.at) for c in calls if c.name in READS and c.sizes}
+            for c in calls:
+                if (c.name, c.at) in places:
+                    sizes = tuple(tuple((at, 0, -1) for at, _, _ in of) for of in c.sizes)
+                    if any(at != 1 for of in c.sizes for at, _, _ in of):
+                        raise CantBeInShards(f"`{module}` reads the length of the sequence along another dim than 1", {module})
+                    reads.setdefault(module, []).append(replace(c, sizes=sizes))
+        return _Cut(self.blocks, self.entry, self.regions, self.sums, self.deferred, self.call_sums, on_tokens, on_whole, reads)
 
 
 def _along(nodes: Tensor, t: Tensor) -> Tensor:
@@ -610,9 +705,7 @@ class _Doors:
         def enter(region: _Region) -> Any:
             @_unseen
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                given = {id(t): t for k, t in _named(args, kwargs) if k in region.args}.values()
-                if len({k for k, _ in _named(args, kwargs)} & set(region.args)) != len(region.args):
-                    self.problem = f"`{region.name}` is called in two ways"
+                given = {id(t): t for k, t in _named(args, kwargs) if k in (region.args or ())}.values()
                 hidden[region.name] = [(t, tracer.shadow(t)) for t in given]
                 for t in given:
                     tracer.put(t, Shadow(torch.zeros((), dtype=torch.int64).expand(t.shape), None, tracer.shadow(t).grad))
@@ -675,7 +768,8 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[_Cut], replan: Re
         raise CantBeInShards("a share of a gradient meets what is whole", set(found.trace.escaped))
     sums, terms = {n for cut in cuts for n in cut.sums}, {n for cut in cuts for n in cut.terms}
     call_sums = {key: bias for cut in cuts for key, bias in cut.call_sums.items()}
-    direct = {n for n, r in regions.items() if n in reads and reads[n] == {"gathered"} and len(r.args) == 1}
+    reads_of = {m: _alike(calls) for cut in cuts for m, calls in cut.reads.items()}
+    direct = {n for n, r in regions.items() if n in reads and reads[n] == {"gathered"} and len(r.args or ()) == 1}
     new: list[Rule] = []
     for rule in _expanded(plan, model):
         style, name = rule.style, rule.pattern
@@ -687,18 +781,32 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[_Cut], replan: Re
             style = replace(style, output="sequence" if name in sums else "partial")
         elif isinstance(style, LocalOps):
             inside = any(name == r or name.startswith(f"{r}.") for r, of in regions.items() if of.how == "return" and of.summed)
-            to = {True: "partial", False: "replicate"}[inside]
+            to: State = "partial" if inside else "replicate"
             style = replace(
                 style,
                 calls=tuple(
                     replace(c, to="sequence" if (name, c.name, c.at) in call_sums else to) if c.leave else c for c in style.calls
                 ),
             )
+            if name in reads_of:
+                both = {(c.name, c.at) for c in style.calls} & {(c.name, c.at) for c in reads_of[name]}
+                if both:
+                    raise CantBeInShards(f"`{name}` reads sizes of tokens and of features by one call", {name})
+                style = replace(style, calls=(*style.calls, *reads_of.pop(name)))
         new.append(Rule(name, style, rule.reason))
+    new += [Rule(name, LocalOps(tuple(calls)), "the length of the sequence in its code") for name, calls in reads_of.items()]
     for cut in cuts:
         new += _moves(cut, direct)
     new += _on_tokens(model, new, cuts, found)
     return Plan([*new, *(r for r in plan.rules if r.pattern == "**")], plan.source)
+
+
+def _alike(calls: list[Call]) -> tuple[Call, ...]:
+    """Calls from one place in turn; one of them, where they are all alike."""
+    by_place: dict[Any, list[Call]] = {}
+    for c in calls:
+        by_place.setdefault((c.name, c.at), []).append(c)
+    return tuple(c for of in by_place.values() for c in (of[:1] if all(c == of[0] for c in of) else of))
 
 
 def _moves(cut: _Cut, direct: set[str]) -> Iterator[Rule]:
@@ -709,7 +817,7 @@ def _moves(cut: _Cut, direct: set[str]) -> Iterator[Rule]:
         "the stream is cut into tokens here",
     )
     for region in cut.regions.values():
-        for arg in region.args if region.name not in direct else ():
+        for arg in (region.args or ()) if region.name not in direct else ():
             yield Rule(region.name, PrepareInput(arrives="sequence", wanted="gathered", arg=arg), "gathered once for all in it")
         if region.how == "return" and region.summed:
             yield Rule(region.name, PrepareOutput(arrives="partial", wanted="sequence"), "the ranks' terms are summed once")

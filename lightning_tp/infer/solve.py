@@ -469,8 +469,8 @@ def _from_doors(
     """The plan as it is where some modules are given a stream of which each rank has a share of the gradient; see `sequence.py`."""
     found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads, doors)
     assert found.trace is not None
-    for name, why in _broken(found, trace, owner, sinks, heads, tp).items():
-        raise CantBeInShards(f"{name[0]}: {why}", {name[0].rpartition(".")[0]})
+    for (weight, _), why in _broken(found, trace, owner, sinks, heads, tp).items():
+        raise CantBeInShards(f"{weight}: {why}", {weight.rpartition(".")[0]})
     if any(not bool(shrunk(x).any()) for x in sinks):
         raise CantBeInShards("a share of a gradient leaves the model")
     gathers = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == "replicate"}

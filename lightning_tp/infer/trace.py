@@ -470,7 +470,7 @@ class Tracer(TorchDispatchMode):
         gathered = x is not None and not bool(shrunk(x).any())  # every rank has it, beside its shards
         if gathered and self.gathered and any((name, d, "out") in self.known for d in range(len(coordinates))):
             x, gathered = None, False
-        if gathered:  # so it stays
+        if gathered and x is not None:  # so it stays
             self._use([name], [x])
             return torch.zeros((), dtype=torch.int64).expand(shape[0], n, m)
         if x is None:

@@ -182,7 +182,9 @@ class _Rowwise(nn.Module):
             x = self._enter(x, axis)
         if not self._has_bias:
             y = super().forward(x)
-            return y if self._leave is None else self._leave(y, axis)  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
+            return (
+                y if self._leave is None else self._leave(y, axis)
+            )  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
         self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank; not from FSDP2
         try:
             y = super().forward(x)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.comm import Axis, State, replicate_to_gathered, transition
+from lightning_tp.comm import Axis, State, length_of, replicate_to_gathered, transition
 from lightning_tp.errors import TPError
 from lightning_tp.styles.attention import bind_attention
 from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
@@ -113,7 +113,8 @@ class Call:
         name: of the torch function.
         at: the place in the code; see `place`.
         operands: tensors that are changed before it.
-        sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it.
+        sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it, -1
+            makes it the length of the sequence that is in shards.
         pieces: for each rank, the sizes that a split makes.
         items: for each rank, the (position, start, stop, step) of a slice in an index.
         leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
@@ -264,7 +265,7 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
     """Make the call with what changes on this rank."""
     rank = axis.rank
     if call.name in READS:
-        return _whole_read(call, func, args, kwargs, rank)
+        return _whole_read(call, args, kwargs, axis)
     if call.operands:
         args, kwargs = _with_operands(call, args, kwargs, axis)
     if call.sizes:
@@ -299,11 +300,14 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return out
 
 
-def _whole_read(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> Any:
+def _whole_read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> Any:
     """The size that the code would read from the whole tensor."""
     sizes = list(args[0].size())
-    for at, num, den in call.sizes[rank] if call.sizes else ():
-        sizes[at] = sizes[at] * num // den if den else num
+    for at, num, den in call.sizes[axis.rank] if call.sizes else ():
+        if den == -1:
+            sizes[at] = length_of(args[0], axis)
+        else:
+            sizes[at] = sizes[at] * num // den if den else num
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return torch.Size(sizes) if dim is None or call.name != "size" else sizes[dim]
 
