@@ -35,7 +35,7 @@ Doors = Callable[[Tracer], None]
 Replan = Callable[[Doors], tuple[Plan, Found]]
 
 MOST_RUNS = 12  # of the model, for one stream
-LEAST_SUMS = 3  # over ranks in the blocks of a stream
+LEAST_BLOCKS = 2  # that follow each other: at the ends of a stream it is gathered once more
 STEPS = ("sum", "sums", "return", "open")  # what is tried for a region, in this order
 # on terms of a sum over ranks: what moves them, what is linear in them, what begins as zeros
 MOVES = {
@@ -618,8 +618,8 @@ class _Stream:
                 "its code decides by the length of the sequence", self._around({read[0] for read in LocalInt.diverging})
             )
         summed = len(self.sums) + len(self.call_sums) + sum(r.how == "return" and bool(r.summed) for r in self.regions.values())
-        if summed < LEAST_SUMS:
-            raise CantBeInShards(f"{summed} sums over ranks in its blocks are too few: at its ends it is gathered once more")
+        if len(self.blocks) < LEAST_BLOCKS or not summed:
+            raise CantBeInShards(f"{summed} sums over ranks in {len(self.blocks)} blocks: at its ends it is gathered once more")
         if len(self.gathered) > summed:
             raise CantBeInShards(f"the stream would be gathered {len(self.gathered)} times for {summed} sums")
 
