@@ -188,7 +188,7 @@ class _SequenceToGathered(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return all_gather(x, SEQUENCE_DIM, _seq_len(x, axis), axis)
+        return all_gather(x, SEQUENCE_DIM, length_of(x, axis), axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -226,7 +226,7 @@ class _SequenceToReplicate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return all_gather(x, SEQUENCE_DIM, _seq_len(x, axis), axis)
+        return all_gather(x, SEQUENCE_DIM, length_of(x, axis), axis)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -360,7 +360,7 @@ def _cut_sequence(x: Tensor, axis: Axis) -> int:
     return axis.seq_len
 
 
-def _seq_len(shard: Tensor, axis: Axis) -> int:
+def length_of(shard: Tensor, axis: Axis) -> int:
     """The length that shards like this one add up to: their own where nothing was padded, else what was last cut."""
     seq_len, tokens = axis.seq_len, shard.shape[SEQUENCE_DIM]
     if seq_len is None or math.ceil(seq_len / axis.size) != tokens:

@@ -25,6 +25,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.styles import (
     Colwise,
     FusedColwise,
+    LocalOps,
     PrepareInput,
     PrepareOutput,
     Replicate,
@@ -290,7 +291,11 @@ def _without_sequence(rule: Rule) -> Rule | None:
     """A rule for whole activations: `sequence` is `replicate` in it, and what only moved between the two is gone."""
     style = rule.style
     if isinstance(style, Sequence):
-        return Rule(rule.pattern, Replicate(), rule.reason)
+        return Rule(rule.pattern, Replicate(partial_grad=False), rule.reason)
+    if isinstance(style, LocalOps):
+        calls = tuple(replace(c, to="replicate") if c.to == "sequence" else c for c in style.calls)
+        calls = tuple(replace(c, sizes=()) if any(den == -1 for of in c.sizes for _, _, den in of) else c for c in calls)
+        return rule_with(rule, calls=calls)
     if isinstance(style, PrepareOutput):
         left, read = ("replicate" if state == "sequence" else state for state in (style.arrives, style.wanted))
         return None if left == read else rule_with(rule, arrives=left, wanted=read)

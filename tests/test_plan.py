@@ -284,8 +284,8 @@ def test_without_sequence_parallel() -> None:
     whole = plan.without_sequence_parallel()
     assert plan.sequence_parallel and not whole.sequence_parallel
     assert {r.pattern: r.style for r in whole.rules} == {
-        "a": Replicate(),
-        "b": Replicate(),
+        "a": Replicate(partial_grad=False),
+        "b": Replicate(partial_grad=False),
         "c": Colwise(input="replicate", heads=2),
         "d": Rowwise(output="replicate"),
         "e": VocabEmbedding(output="replicate"),

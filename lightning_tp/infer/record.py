@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.trace import Tracer, _untraced
+from lightning_tp.infer.trace import Trace, Tracer, _untraced
 from lightning_tp.styles.local_ops import FACTORIES, FIRST_SIZE, SIZE_CALLS, SPLIT_CALLS, Call, Operand, Pattern, place
 
 NO_SLICE = {
@@ -172,6 +172,8 @@ class Found:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     broken: list[tuple[Tensor, str]] = field(default_factory=list)
     local_uses: dict[str, set[str]] = field(default_factory=dict)  # as in Trace, where ranks do have different elements
+    mixed: set[str] = field(default_factory=set)  # parameters whose gradient is made whole at once
+    trace: Trace | None = None  # of the run
 
 
 class Recorder(TorchFunctionMode):

@@ -130,15 +130,12 @@ def _kind(name: str, block: nn.Module) -> Any:
 
 
 @contextmanager
-def blocks_once(model: nn.Module, tracer: Tracer | None, alike: Alike) -> Iterator[set[str]]:
+def blocks_once(model: nn.Module, tracer: Tracer | None, alike: Alike, ran: set[str]) -> Iterator[None]:
     """While this runs, a block like one that has run with inputs like its own is given outputs like its.
 
     Without a tracer, tensors are compared by their shapes only.
-
-    Yields:
-        The names of blocks that ran, in the end.
+    The names of blocks that run go into `ran`.
     """
-    ran: set[str] = set()
     seen: dict[str, list[tuple[Any, Any]]] = {}
     kept: list[tuple[nn.Module, Any]] = []
     for name in {*alike, *alike.values()}:
@@ -146,7 +143,7 @@ def blocks_once(model: nn.Module, tracer: Tracer | None, alike: Alike) -> Iterat
         kept.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = _once(module.forward, name, alike.get(name, name), tracer, seen, ran)
     try:
-        yield ran
+        yield
     finally:
         for module, forward in kept:
             if forward is None:

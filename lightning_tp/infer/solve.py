@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +21,7 @@ from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, LocalInt, Recorder
 from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed, for_all
 from lightning_tp.infer.restore import Weightless, modules_as_they_were
-from lightning_tp.infer.sequence import with_sequence_parallel
+from lightning_tp.infer.sequence import CantBeInShards, with_sequence_parallel
 from lightning_tp.infer.trace import Trace, leaves, run
 from lightning_tp.infer.trial import try_on_a_rank
 from lightning_tp.plan import Plan, Rule
@@ -114,12 +116,11 @@ def _infer(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any) -
 def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, alike: Alike) -> Plan:
     """The plan, from runs of the model as it stands; `weights()` is a context in which it has its weights, to try the plan."""
 
-    @contextmanager
-    def once(tracer: Any) -> Iterator[None]:
-        nonlocal alike
-        with blocks_once(model, tracer, alike) as ran:
-            yield
-        alike = {name: like for name, like in alike.items() if name not in ran}  # given other inputs, after all: to be followed
+    ran: set[str] = set()
+
+    def once(tracer: Any) -> Any:
+        ran.clear()
+        return blocks_once(model, tracer, alike, ran)
 
     names = {n: p for n, p in model.named_parameters()}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -134,6 +135,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
             shared = {}
         with readable_attention(model), modules_as_they_were(model):
             trace, out, tracer = run(model, call, inputs, set(whole), shared, during=once)
+        alike = {name: like for name, like in alike.items() if name not in ran}  # given other inputs, after all: to be followed
         escaped = _escaped(trace, out, tracer)
         if escaped and shared:
             shared, tries = {}, dict.fromkeys(names_stars, MOST_SHARES)
@@ -153,7 +155,24 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
         if not bad:
             plan = _plan(model, trace, owner, found, heads, standard, whole, tp, ungathered, alike)
             with readable_attention(model), modules_as_they_were(model):
-                final = _with_sequence(model, call, inputs, plan, tp, alike)
+                replan = partial(
+                    _from_doors,
+                    model,
+                    call,
+                    inputs,
+                    trace,
+                    whole,
+                    shared,
+                    owner,
+                    tp,
+                    standard,
+                    heads,
+                    ungathered,
+                    plan,
+                    once,
+                    alike,
+                )
+                final = _with_sequence(model, call, inputs, plan, tp, replan, once, alike)
             with weights():
                 failed = try_on_a_rank(model, call, inputs, final, tp, alike)
                 if failed is not None and final != plan:
@@ -368,6 +387,7 @@ def _record(
     standard: dict[str, str],
     heads: dict[str, int],
     once: Any,
+    doors: Any = None,
 ) -> tuple[Found, list[Tensor]]:
     recorders: list[Recorder] = []
     whole_reads: set[Any] = set()
@@ -384,7 +404,9 @@ def _record(
         tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
         recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
         recorders[-1].param_owner, recorders[-1].tables = owners, tables
-        recorders[-1].mixed = set(trace.local_uses) & set(trace.whole_uses)
+        recorders[-1].mixed = recorders[-1].found.mixed = set(trace.local_uses) & set(trace.whole_uses)
+        if doors is not None:
+            doors(tracer)
         return recorders[-1]
 
     while True:
@@ -394,7 +416,7 @@ def _record(
             break
         whole_reads |= LocalInt.diverging
     outputs = [tracer.shadow(t).label for t in leaves(out)]
-    recorders[-1].found.local_uses = tracer.trace.local_uses
+    recorders[-1].found.local_uses, recorders[-1].found.trace = tracer.trace.local_uses, tracer.trace
     return recorders[-1].found, [x for x in outputs if x is not None]
 
 
@@ -505,8 +527,42 @@ def _aliases(
             yield Rule(name, ShardParameter(*split[id(p)]), "another name of a split parameter")
 
 
-def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int, alike: Alike) -> Plan:
-    rules = with_sequence_parallel(model, call, inputs, plan, tp, alike).rules if tp > 1 else plan.rules
+def _from_doors(
+    model: nn.Module,
+    call: Caller,
+    inputs: Any,
+    trace: Trace,
+    whole: dict[Key, str],
+    shared: dict[Key, Tensor],
+    owner: Tensor,
+    tp: int,
+    standard: dict[str, str],
+    heads: dict[str, int],
+    ungathered: set[str],
+    plan: Plan,
+    once: Any,
+    alike: Alike,
+    doors: Callable[[Any], None],
+) -> tuple[Plan, Found]:
+    """The plan as it is where some modules are given a stream of which each rank has a share of the gradient; see `sequence.py`."""
+    found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads, once, doors)
+    assert found.trace is not None
+    for (weight, _), why in _broken(found, trace, owner, sinks, heads, tp).items():
+        raise CantBeInShards(f"{weight}: {why}", {weight.rpartition(".")[0]})
+    if any(not bool(shrunk(x).any()) for x in sinks):
+        raise CantBeInShards("a share of a gradient leaves the model")
+    gathers = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == "replicate"}
+    for where in [n for n, _ in model.named_modules() if any(Rule(g, "colwise").matches(n) for g in gathers)]:
+        for name, _ in model.get_submodule(where).named_parameters(prefix=where):  # its output is whole again, whatever it reads
+            for uses in (found.trace.local_uses, found.trace.whole_uses):
+                uses.pop(name, None)
+            found.trace.whole_uses.update({name: trace.whole_uses[name]} if name in trace.whole_uses else {})
+    seen = replace(trace, local_uses=found.trace.local_uses, whole_uses=found.trace.whole_uses)
+    return _plan(model, seen, owner, found, heads, standard, whole, tp, ungathered, alike), found
+
+
+def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int, replan: Any, once: Any, alike: Alike) -> Plan:
+    rules = with_sequence_parallel(model, call, inputs, plan, tp, replan, once, alike).rules if tp > 1 else plan.rules
     everything = [n for n, _ in model.named_modules()] + list(dict(model.named_parameters(remove_duplicate=False)))
     catch_all = [r for r in rules if r.pattern == "**"]
     return Plan([*_folded([r for r in rules if r.pattern != "**"], everything), *catch_all], plan.source)
@@ -641,6 +697,13 @@ def _explained(plan: Plan, whole: dict[Key, str], names: dict[str, Any]) -> Plan
         ancestors = accumulate(name.split("."), lambda a, b: f"{a}.{b}")
         if not any(r.matches(a) for a in ancestors for r in rules if r.style.splits_parameters):
             left[_star(name)].append(name)
+    summed = {}
+    for rule in rules:  # what works inside the doors of a region is summed, and given up all the same
+        of = [n for n in names if rule.matches(n)] if isinstance(rule.style, Replicate) else []
+        why = next((whole[n, d] for n in of for d in range(names[n].ndim) if whole.get((n, d), TABLE) != TABLE), None)
+        if why is not None:
+            summed[rule] = Rule(rule.pattern, rule.style, f"{why}; {sum(names[n].numel() for n in of) / total:.2%} of the weights")
+    rules = [summed.get(rule, rule) for rule in rules]
     others = 0
     for star, of in left.items():
         numel = sum(names[n].numel() for n in of)

@@ -142,6 +142,8 @@ class Tracer(TorchDispatchMode):
         self.events: list[tuple[str, str]] = []  # ("out" | "in" | "local", parameter) of the call that runs now
         self.known: set[tuple[str, int, str]] = set()  # (parameter, dim, "in" or "out") that an earlier run found
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
+        self.gathered = False  # whether what every rank has with a share of its gradient may be read by a split weight
+        self.deferring = False  # whether terms of sums over ranks are not added up where they are made
         self.names = {id(p): n for n, p in model.named_parameters()}
         self.shapes = {n: p.shape for n, p in model.named_parameters()}
 
@@ -487,7 +489,10 @@ class Tracer(TorchDispatchMode):
         n, k, m = shape[1], coordinates[0].shape[1], coordinates[0].shape[2]
         if not shape[0] * n:
             return self._without_rows(name, coordinates, shape, k, m)
-        if x is not None and not bool(shrunk(x).any()):  # every rank has it, beside its shards: so it stays
+        gathered = x is not None and not bool(shrunk(x).any())  # every rank has it, beside its shards
+        if gathered and self.gathered and any((name, d, "out") in self.known for d in range(len(coordinates))):
+            x, gathered = None, False
+        if gathered and x is not None:  # so it stays
             self._use([name], [x])
             return torch.zeros((), dtype=torch.int64).expand(shape[0], n, m)
         if x is None:
@@ -513,7 +518,8 @@ class Tracer(TorchDispatchMode):
             self.trace.uses[Use(name, dim, "in", self.stack[-1])] = None
             self.events.append(("in", name))
             self.trace.classes.join(x[:, 0, :], self._nodes(name, dim)[where])
-            return None  # a sum over ranks: whole again
+            # a sum over ranks: whole again
+            return torch.zeros((), dtype=torch.int64).expand(shape[0], n, m) if self.deferring else None
         self._use([name], [x])
         return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
 

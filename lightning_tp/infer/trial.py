@@ -115,7 +115,7 @@ def _run_alone(
         torch.nn.modules.module.register_module_forward_hook(lambda m, _, o: (stack.pop(), None)[1]),
     ]
     try:
-        with torch.no_grad(), blocks_once(model, None, alike):
+        with torch.no_grad(), blocks_once(model, None, alike, set()):
             call(model, inputs)
     except Exception as e:
         if "meta" in str(e) and any(p.is_meta for p in model.parameters()):

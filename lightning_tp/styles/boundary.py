@@ -140,6 +140,7 @@ class _PrepareInput(nn.Module):
         if not more and args and (arg == 0 or (arg is None and isinstance(args[0], Tensor) and args[0].is_floating_point())):
             return super().forward(enter(args[0], self._door), *args[1:], **kwargs)  # by far the most usual
         named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        entered: dict[tuple[int, Transition], Tensor] = {}  # one tensor may be several arguments: queries, keys and values
         for arg, enter in self._arriving:
             found = arg
             if arg is None:
@@ -150,7 +151,10 @@ class _PrepareInput(nn.Module):
                     + ("a floating-point tensor" if arg is None else f"the argument {arg!r}")
                     + f" of this module, and it was called with {[k for k in named]}. Name another one with `arg=`."
                 )
-            named[found] = enter(named[found], self._door)
+            x = named[found]
+            if (id(x), enter) not in entered:
+                entered[id(x), enter] = enter(x, self._door)
+            named[found] = entered[id(x), enter]
         return super().forward(*(named[i] for i in range(len(args))), **{k: named[k] for k in kwargs})
 
 

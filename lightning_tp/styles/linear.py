@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_tp.comm import Axis, State, Transition, partial_to_replicate, partial_to_sequence, transition, width_to_replicate
+from lightning_tp.comm import Axis, State, Transition, transition, width_to_replicate
 from lightning_tp.errors import TPError
 from lightning_tp.styles.base import (
     Ranges,
@@ -104,7 +104,8 @@ class Rowwise(Style):
 
     Args:
         input: what arrives: "width" (the shard that a column-wise layer left), or "replicate" (its columns are cut out).
-        output: what leaves: "replicate" (all-reduce) or "sequence" (reduce-scatter). Default: what the plan's model runs on.
+        output: what leaves: "replicate" (all-reduce), "sequence" (reduce-scatter), or "partial" (each rank's term, which an enclosing
+            module adds up). Default: what the plan's model runs on.
         ranges: for each rank the (start, stop) ranges of the input features that it has, where they are not cut evenly.
 
     Example:
@@ -121,18 +122,18 @@ class Rowwise(Style):
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
         _, in_dim, shape = linear_dims(module, where, self.name)
         check_state(self, "input", ("width", "replicate"), where)
-        check_state(self, "output", ("replicate", "sequence"), where)
+        check_state(self, "output", ("replicate", "sequence", "partial"), where)
         split = even_split if self.ranges is None else _by_ranges(self.ranges)
         names = {"weight": split(shape[in_dim], in_dim, tp)}
         if getattr(module, "bias", None) is not None:
             # added to this rank's tokens only where the sequence is in shards: its gradient is this rank's share
-            names["bias"] = Split(sum_over=tp if self.output == "sequence" else 1)
+            names["bias"] = Split(sum_over=tp if self.output in ("sequence", "partial") else 1)
         return names
 
     def bind(self, module: nn.Module, site: Site) -> None:
         _, in_dim, shape = linear_dims(module, site.where, self.name)
         set_sizes(module, in_features=shape[in_dim], nx=shape[in_dim])
-        leave = partial_to_sequence if self.output == "sequence" else partial_to_replicate
+        leave = transition("partial", self.output or "replicate")
         has_bias = module._parameters.get("bias") is not None
         if has_bias and hasattr(module, "nf"):
             become(module, _Conv1DProduct)
@@ -142,6 +143,8 @@ class Rowwise(Style):
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor.parallel import RowwiseParallel
 
+        if self.output == "partial":
+            raise TPError("its ranks' terms are added up by the module around it, which torch's styles don't do.")
         return RowwiseParallel(
             input_layouts=Replicate() if self.input == "replicate" else Shard(-1),
             output_layouts=Shard(1) if self.output == "sequence" else Replicate(),
@@ -168,7 +171,7 @@ class _Rowwise(nn.Module):
 
     _axis: Axis
     _enter: Transition | None
-    _leave: Transition
+    _leave: Transition | None
     _has_bias: bool
     bias: Tensor
 
@@ -178,12 +181,17 @@ class _Rowwise(nn.Module):
         if self._enter is not None:
             x = self._enter(x, axis)
         if not self._has_bias:
-            return self._leave(super().forward(x), axis)  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
+            y = super().forward(x)
+            return (
+                y if self._leave is None else self._leave(y, axis)
+            )  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
         self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank; not from FSDP2
         try:
             y = super().forward(x)
         finally:
             del self.__dict__["bias"]
+        if self._leave is None:  # once among the terms; on all ranks it has a gradient
+            return y + (self.bias * 0 if axis.rank else self.bias)
         return self._leave(y, axis) + self.bias
 
 

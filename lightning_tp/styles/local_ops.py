@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.comm import Axis, partial_to_replicate, replicate_to_gathered
+from lightning_tp.comm import Axis, State, length_of, replicate_to_gathered, transition
 from lightning_tp.errors import TPError
 from lightning_tp.styles.attention import bind_attention
 from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
@@ -113,11 +113,13 @@ class Call:
         name: of the torch function.
         at: the place in the code; see `place`.
         operands: tensors that are changed before it.
-        sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it.
+        sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it, -1
+            makes it the length of the sequence that is in shards.
         pieces: for each rank, the sizes that a split makes.
         items: for each rank, the (position, start, stop, step) of a slice in an index.
         leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
         logits: its result stays split for the loss: the length of the vocabulary.
+        to: with `leave`, what the terms become: "replicate", "sequence" (this rank's tokens), or "partial" (terms, as they are).
     """
 
     name: str
@@ -128,6 +130,7 @@ class Call:
     items: tuple[tuple[int, int, int | None, int], ...] = ()
     leave: bool = False
     logits: int | None = None
+    to: State = "replicate"
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,7 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
     """Make the call with what changes on this rank."""
     rank = axis.rank
     if call.name in READS:
-        return _whole_read(call, func, args, kwargs, rank)
+        return _whole_read(call, args, kwargs, axis)
     if call.operands:
         args, kwargs = _with_operands(call, args, kwargs, axis)
     if call.sizes:
@@ -282,7 +285,12 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
             bias = bias if kwargs.get("beta", 1) == 1 else bias * kwargs["beta"]
             args, func = (args[0] * kwargs.get("alpha", 1), args[1]), WITH_BIAS[call.name]
             kwargs = {}
-        out = partial_to_replicate(func(*args, **kwargs), axis)
+        leave = transition("partial", call.to)
+        out = func(*args, **kwargs)
+        if leave is not None:
+            out = leave(out, axis)
+        elif bias is not None and rank:
+            bias = bias * 0  # once among the terms; on all ranks it has a gradient
         return out if bias is None else out + bias
     out = func(*args, **kwargs)
     if call.logits is not None:
@@ -292,11 +300,14 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return out
 
 
-def _whole_read(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rank: int) -> Any:
+def _whole_read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> Any:
     """The size that the code would read from the whole tensor."""
     sizes = list(args[0].size())
-    for at, num, den in call.sizes[rank] if call.sizes else ():
-        sizes[at] = sizes[at] * num // den if den else num
+    for at, num, den in call.sizes[axis.rank] if call.sizes else ():
+        if den == -1:
+            sizes[at] = length_of(args[0], axis)
+        else:
+            sizes[at] = sizes[at] * num // den if den else num
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return torch.Size(sizes) if dim is None or call.name != "size" else sizes[dim]
 
