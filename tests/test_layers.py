@@ -26,11 +26,11 @@ LAYERS: list[set[str]] = [
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "infer", "materialize"},  # what reads a plan
     {"apply", "checkpoint", "estimate", "data"},
-    {"testing", "callbacks", "example", "module", "strategy", "parity"},
+    {"testing", "callbacks", "example", "module", "numbers", "strategy", "parity"},
     {"cli", "__main__"},
     {"__init__"},
 ]
-KNOWS_LIGHTNING = {"callbacks", "module", "strategy", "cli", "__init__"}
+KNOWS_LIGHTNING = {"callbacks", "module", "numbers", "strategy", "cli", "__init__"}
 IMPORTED_LATE = {"transformers", "timm", "safetensors", "matplotlib", "rich", "jsonargparse", "numpy", "pytest"}
 PYTEST_ONLY = "testing/fixtures.py"
 

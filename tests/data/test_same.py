@@ -69,7 +69,7 @@ def test_different_batches_are_named_on_every_rank(kind: str) -> None:
     make, message = DIFFERENT[kind]
     for said in check(make):
         assert said is not None and said.startswith("`training_step`, batch 0: ") and re.search(message, said), said
-        assert "seeded sampler" in said
+        assert "on_after_batch_transfer" in said
 
 
 def test_says_which_ranks() -> None:
