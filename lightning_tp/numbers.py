@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -30,10 +30,6 @@ from typing_extensions import override
 from lightning_tp._compat import local_tensor, replace_for_a_while
 from lightning_tp.logits import SplitLogits
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 class Numbers:
     """What a strategy changes about the Trainer's counting for as long as it runs.
@@ -188,15 +184,17 @@ def _num_whole(module: nn.Module, *, trainable: bool = False) -> int:
 
 
 class _WholeLayer(LayerSummary):
+    """Counted when it is made: FSDP2 has other parameters after a forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.whole = _num_whole(module)
+        self.held = sum(local_tensor(p).numel() for p in module.parameters())
+
     @property
     @override
     def num_parameters(self) -> int:
-        return _num_whole(self._module)
-
-    @property
-    def held(self) -> int:
-        """On this rank."""
-        return sum(local_tensor(p).numel() for p in self._module.parameters())
+        return self.whole
 
 
 class _WholeSummary(Summary):
@@ -212,8 +210,9 @@ class _WholeSummary(Summary):
     @override
     def summarize(self) -> dict[str, LayerSummary]:
         layers = {name: _WholeLayer(module) for name, module in self.named_modules}
+        self._all, self._trainable = _WholeLayer(self._model), _num_whole(self._model, trainable=True)
         super().summarize()  # runs the example, if there is one, and so fills in the sizes
-        for layer in layers.values():
+        for layer in (self._all, *layers.values()):
             layer.detach_hook()
         depth = self._max_depth
         return {name: layer for name, layer in layers.items() if depth < 1 or name.count(".") < depth}
@@ -221,19 +220,18 @@ class _WholeSummary(Summary):
     @property
     @override
     def total_parameters(self) -> int:
-        return _num_whole(self._model)
+        return self._all.whole
 
     @property
     @override
     def trainable_parameters(self) -> int:
-        return _num_whole(self._model, trainable=True)
+        return self._trainable
 
     @override
-    def _get_summary_data(self) -> list[tuple[str, Sequence[str]]]:  # type: ignore[override]
+    def _get_summary_data(self) -> list[tuple[str, list[str]]]:
         data = super()._get_summary_data()
         held = [get_human_readable_count(layer.held) for layer in self._layer_summary.values()]
         if len(data[0][1]) > len(held):  # the row of parameters that are the LightningModule's own
-            own = sum(local_tensor(p).numel() for p in self._model.parameters())
-            held.append(get_human_readable_count(max(own - sum(x.held for x in self._layer_summary.values()), 0)))
+            held.append(get_human_readable_count(max(self._all.held - sum(x.held for x in self._layer_summary.values()), 0)))
         data.insert(4, ("Params per Device", held))
         return data
