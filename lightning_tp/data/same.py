@@ -57,8 +57,12 @@ _REMEDY = (
 )
 
 
-def named_tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(batch: Any, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
     """(path, tensor) of all tensors in a batch: in containers, mappings of any class, and attributes of objects.
+
+    Args:
+        batch: what a loader gives.
+        depth: how many objects inside each other it looks into.
 
     Example:
         >>> [name for name, _ in named_tensors({"x": torch.ones(1), "more": [torch.ones(2), "text"]})]
@@ -66,20 +70,21 @@ def named_tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
     """
     leaves, _ = tree_flatten_with_path(batch)
     for path, leaf in leaves:
-        name = "".join(map(str, path))
         if isinstance(leaf, Tensor):
-            yield name or "batch", leaf
-        elif (inside := _inside(leaf)) is not None:
-            for below, t in named_tensors(inside):
-                yield name + below, t
+            yield "".join(map(str, path)) or "batch", leaf
+        elif depth and (inside := _inside(leaf)):
+            for below, t in named_tensors(inside, depth - 1):
+                yield "".join(map(str, path)) + below, t
+
+
+_PLAIN = (str, bytes, int, float, complex, type(None))
 
 
 def _inside(leaf: Any) -> dict[str, Any] | None:
     """What torch does not look into: a mapping of another class (Hugging Face's BatchEncoding), an object with attributes."""
-    if isinstance(leaf, Mapping):
-        return dict(leaf)
-    attributes = getattr(leaf, "__dict__", None)
-    return {k: v for k, v in attributes.items() if v is not leaf} if attributes and not callable(leaf) else None
+    if isinstance(leaf, _PLAIN) or callable(leaf) or isinstance(leaf, Iterator):
+        return None
+    return dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)
 
 
 def _digest(t: Tensor) -> tuple[int, int, int]:
