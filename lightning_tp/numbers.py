@@ -31,6 +31,7 @@ from lightning_tp._compat import local_tensor, replace_for_a_while
 from lightning_tp.logits import SplitLogits
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 
+
 class Numbers:
     """What a strategy changes about the Trainer's counting for as long as it runs.
 
@@ -179,7 +180,7 @@ def _num_whole(module: nn.Module, *, trainable: bool = False) -> int:
     whole = 0
     for p in module.parameters():
         if p.requires_grad or not trainable:
-            whole += math.prod(p._ltp.shape) if hasattr(p, "_ltp") else p.numel()  # type: ignore[attr-defined]
+            whole += math.prod(p._ltp.shape) if hasattr(p, "_ltp") else p.numel()
     return whole
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint, ModelSummary, ThroughputMonitor
@@ -89,7 +88,9 @@ class Net(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.seen["computed"] = self.train_acc.compute().item()
-        self.seen["listed"] = [float(m.compute()) if isinstance(m, SumMetric) else float(m.compute().mean()) for m in self.kept_in_a_list]
+        self.seen["listed"] = [
+            float(m.compute()) if isinstance(m, SumMetric) else float(m.compute().mean()) for m in self.kept_in_a_list
+        ]
         self.seen["step"] = self.trainer.callback_metrics["train_loss_step"].item()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
@@ -361,10 +362,17 @@ def test_the_summary_shows_the_whole_and_the_share(mesh: tuple[int, int]) -> Non
             Shows.shown = (dict(summary_data), total_parameters, trainable_parameters)
 
     def body(mesh: tuple[int, int] | None = None) -> Any:
-        how: Any = ltp.TPStrategy(tp=mesh[1], plan={**{f"model.{k}": v for k, v in PLAN.items()}, "own": "replicate"}) if mesh else "auto"
+        how: Any = (
+            ltp.TPStrategy(tp=mesh[1], plan={**{f"model.{k}": v for k, v in PLAN.items()}, "own": "replicate"}) if mesh else "auto"
+        )
         world = int(os.environ["WORLD_SIZE"])
         trainer = L.Trainer(
-            accelerator="cpu", devices=world, strategy=how, fast_dev_run=True, callbacks=[Shows(max_depth=2)], enable_progress_bar=False
+            accelerator="cpu",
+            devices=world,
+            strategy=how,
+            fast_dev_run=True,
+            callbacks=[Shows(max_depth=2)],
+            enable_progress_bar=False,
         )
         module = Small()
         trainer.fit(module, data(mesh[0] if mesh else 1))

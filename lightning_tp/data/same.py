@@ -87,6 +87,18 @@ def _inside(leaf: Any) -> dict[str, Any] | None:
     return dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)
 
 
+def _tensors(batch: Any, depth: int) -> Iterator[Tensor]:
+    """The tensors of `named_tensors`, faster: this runs for every batch."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (dict, list, tuple)):
+        for item in batch.values() if isinstance(batch, dict) else batch:
+            yield from _tensors(item, depth)
+    elif depth and (inside := _inside(batch)):
+        for item in inside.values():
+            yield from _tensors(item, depth - 1)
+
+
 def _digest(t: Tensor) -> tuple[int, int, int]:
     """(shape and dtype, sum of all bytes, sum of the first half's): the last tells another order."""
     raw = _bytes(t.detach().reshape(-1))
@@ -111,10 +123,10 @@ def fingerprint(batch: Any, *, whole: bool = False) -> int:
         True
     """
     crc = 0
-    for _, t in named_tensors(batch):
-        crc = zlib.crc32(f"{tuple(t.shape)} {t.dtype}".encode(), crc)
+    for t in _tensors(batch, 3):
+        crc = zlib.crc32(b"%r %r" % (t.shape, t.dtype), crc)
         if t.layout == torch.strided and t.numel():
             flat = t.detach().reshape(-1)
             step = 1 if whole else (flat.numel() - 1) // SAMPLE + 1
-            crc = zlib.crc32(memoryview(_bytes(flat[::step]).cpu().numpy()), crc)
+            crc = zlib.crc32(_bytes(flat[::step]).cpu().numpy(), crc)  # type: ignore[arg-type]
     return crc

@@ -112,8 +112,8 @@ class _Shared:
             raise AttributeError(name)
         return getattr(self.loader, name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self.loader)
 
     def __len__(self) -> int:
@@ -413,7 +413,9 @@ def broadcast_message(message: _Message | None, ranks: Ranks) -> _Message:
         pieces = iter(flat.split([slot.num_bytes for slot in slots]))
         batch = tree_map(lambda x: _filled(x, next(pieces)) if _is_slot(x) else x, message.batch, is_leaf=_is_slot)
     else:
-        batch = tree_map(lambda x: _filled(x, torch.empty(0, dtype=torch.uint8)) if _is_slot(x) else x, message.batch, is_leaf=_is_slot)
+        batch = tree_map(
+            lambda x: _filled(x, torch.empty(0, dtype=torch.uint8)) if _is_slot(x) else x, message.batch, is_leaf=_is_slot
+        )
     return message._replace(batch=batch).or_raise()
 
 

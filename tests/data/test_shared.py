@@ -462,7 +462,10 @@ def loaders(dp: int) -> dict[str, tuple[type[Net], Callable[[], Any]]]:
         "stream, workers": (Net, lambda: DataLoader(TokenStream(), batch_size=size, num_workers=2)),
         "generator": (Net, lambda: (b for b in DataLoader(TokenStream(), batch_size=size))),
         "fetched by itself": (Iterated, lambda: DataLoader(TokenStream(), batch_size=size)),
-        "two": (Two, lambda: {"a": DataLoader(TokenStream(), batch_size=size), "b": DataLoader(TokenStream(), batch_size=2 * size)}),
+        "two": (
+            Two,
+            lambda: {"a": DataLoader(TokenStream(), batch_size=size), "b": DataLoader(TokenStream(), batch_size=2 * size)},
+        ),
     }
 
 
@@ -516,7 +519,9 @@ def test_streams_train_as_in_one_process(mesh: tuple[int, int]) -> None:
         items = [[x for items, _ in step for x in items] for step in steps]
         assert all(found[name][3] == [] for found in ranks), name
         if name == "stream, workers" and dp > 1:  # two workers make other batches of half the size
-            assert len(items) == len(seen) and sorted(sum(items, [])) == sorted(sum((x for x, _ in seen), []))
+            assert len(items) == len(seen) and sorted(x for step in items for x in step) == sorted(
+                x for step, _ in seen for x in step
+            )
             continue
         assert items == [items for items, _ in seen], name
         for found in ranks:
