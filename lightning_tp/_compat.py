@@ -116,3 +116,18 @@ def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor
     wrapped._lightning_tp = True
     clip_grad._get_total_norm = wrapped  # what clip_grad_norm_ calls, however that was imported
     utils.get_total_norm = wrapped
+
+
+def replace_for_a_while(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute, and hand back what undoes it: Lightning and torchmetrics have no other way in for some things."""
+    had = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+    return undo

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
@@ -28,11 +29,13 @@ from typing_extensions import override
 from lightning_tp import border, checkpoint, grad, materialize
 from lightning_tp.apply import PlanLike, adopt, parallelize, same_weights_everywhere
 from lightning_tp.data.same import check_same_batch
+from lightning_tp.data.shared import Ranks, share_loader
 from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
+from lightning_tp.numbers import Numbers, all_gather, plain
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
@@ -134,6 +137,8 @@ class TPStrategy(ModelParallelStrategy):
         self._checked: dict[str, int] = {}
         self._draws: Draws | None = None
         self._rng_at_step: dict[str, Any] | None = None  # the random states of a checkpoint from the middle of an epoch
+        self._ranks: Ranks | None = None
+        self._numbers: Numbers | None = None
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -249,6 +254,9 @@ class TPStrategy(ModelParallelStrategy):
             self._first = None
         self._checked.clear()
         self._draws = draws_of(self.lightning_module)
+        if self._numbers is not None:  # of a run that did not come to its end
+            self._numbers.close(self.lightning_module)
+        self._numbers = Numbers(trainer, self.device_mesh)
         seed_mesh(self.device_mesh)
         if isinstance(self.precision_plugin, MeshMixedPrecision):
             self.precision_plugin.span(self.device_mesh.get_all_groups())
@@ -297,6 +305,34 @@ class TPStrategy(ModelParallelStrategy):
             return numels(plan)[0]
         return sum(p.numel() for p in self.model.parameters()) if self.model is not None else 0
 
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self._ranks is None or self._ranks.mesh is not self.device_mesh:
+            self._ranks = Ranks(self.device_mesh)
+        _auto_add_worker_init_fn(dataloader, self._ranks.dp_rank)  # Lightning would seed by the global rank
+        predicts = trainer.state.fn == TrainerFn.PREDICTING
+        return share_loader(
+            dataloader,
+            self._ranks,
+            shadow=self._shadow_step if predicts else None,
+            limit=trainer.limit_predict_batches if predicts else 1.0,
+            where=f"a loader of `trainer.{trainer.state.fn.value}`" if trainer.state.fn is not None else "a loader",
+        )
+
+    def _shadow_step(self, loader: Any, batch: Any, batch_idx: int) -> None:
+        """A step of `predict` that is nobody's: FSDP2's collectives need this rank, which has no batch of its own left."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        loaders: Any = trainer.predict_loop._combined_loader
+        index = next(i for i, other in enumerate(loaders.flattened) if other is loader)
+        batch = self.precision_plugin.convert_input(batch)
+        batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=index)
+        batch = self.batch_to_device(batch, dataloader_idx=index)
+        kwargs = trainer.predict_loop._build_kwargs(batch, batch_idx, index if len(loaders.flattened) > 1 else None)
+        self.predict_step(*trainer.predict_loop._build_step_args_from_hook_kwargs(kwargs, "predict_step"))
+
     # ---------------------------------------------------------------------------------------------------- every step
 
     @override
@@ -317,7 +353,7 @@ class TPStrategy(ModelParallelStrategy):
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._step("predict_step", self.precision_plugin.predict_step_context(), *args, **kwargs)
+        return plain(self._step("predict_step", self.precision_plugin.predict_step_context(), *args, **kwargs))
 
     def _step(self, name: str, context: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.lightning_module
@@ -363,16 +399,34 @@ class TPStrategy(ModelParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Over the data-parallel axis, unless there is a group: ranks of one tensor-parallel group have the same number."""
         if not isinstance(tensor, Tensor):
             return tensor
-        # ranks of one tensor-parallel group have the same number: count it once
+        tensor = plain(tensor)
+        if group is None and self._data_parallel_size == 1:
+            return tensor
+        if not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
+            tensor = tensor.to(torch.float64 if self.root_device.type != "mps" else torch.float32)  # a mean of integers is none
         return _sync_ddp_if_available(tensor, group or self.device_mesh.get_group(DATA_PARALLEL), reduce_op=reduce_op)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """(..) -> (dp, ..), or over the group that is given. `LightningModule.all_gather` comes here, with the world if it was given none."""
+        over_dp = group is None or group is dist.group.WORLD
+        return all_gather(tensor, self.device_mesh.get_group(DATA_PARALLEL) if over_dp else group, sync_grads=sync_grads)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         votes = torch.tensor(int(decision), device=self.root_device)
         dist.all_reduce(votes)
         return int(votes) == self.world_size if all else bool(votes)
+
+    @override
+    def teardown(self) -> None:
+        if self._numbers is not None:
+            self._numbers.close(self.lightning_module)
+            self._numbers = None
+        super().teardown()
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 

@@ -19,7 +19,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
@@ -256,29 +256,26 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- the data
 
 
-class Unseeded(Dataset[dict[str, Tensor]]):
-    """An item is another one on each rank: drawn from a stream that the rank's number has moved."""
+class Unseeded:
+    """A mixin: what arrives on the device is another batch on these ranks."""
 
-    def __init__(self, ranks: set[str]) -> None:
-        self.ranks = ranks
+    ranks: tuple[str, ...] = ("1",)
 
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-        seed = index + (100 if rank in self.ranks else 0)
-        tokens = torch.randint(0, 103, (9,), generator=torch.Generator().manual_seed(seed))
-        return {"tokens": tokens[:-1], "targets": torch.zeros(8, dtype=torch.long)}
+        return {**batch, "tokens": (batch["tokens"] + (rank in self.ranks)) % 103}
 
 
 @pytest.mark.parametrize(
-    "world, ranks", [(2, {"1"}), (4, {"1", "3"}), (4, {"2"})], ids=["tp2", "2x2", "2x2, the second group only"]
+    "world, given", [(2, ("1",)), (4, ("1", "3")), (4, ("2",))], ids=["tp2", "2x2", "2x2, the second group only"]
 )
-def test_data_that_differs_inside_a_group(world: int, ranks: set[str]) -> None:
-    message = message_of(fit(loader=lambda: DataLoader(Unseeded(ranks), batch_size=2)), world)
+def test_data_that_differs_inside_a_group(world: int, given: tuple[str, ...]) -> None:
+    class Other(Unseeded, Net):
+        ranks = given
+
+    message = message_of(fit(Other), world)
     assert "`training_step`, batch 0: " in message and "['tokens']` (2, 8) differs inside a tensor-parallel group" in message
-    assert "seeded sampler" in message
+    assert "on_after_batch_transfer" in message
 
 
 # ---------------------------------------------------------------------------------------------------------- real launchers
@@ -290,15 +287,18 @@ from examples.llama import LlamaConfig, LlamaModule, PLAN
 from tests.test_bad_input import Unseeded
 
 if __name__ == "__main__":
-    module = LlamaModule(LlamaConfig(vocab_size=103, dim=32, num_layers=2, hidden_dim=48))
+    class Other(Unseeded, LlamaModule):
+        pass
+
+    module = {module}(LlamaConfig(vocab_size=103, dim=32, num_layers=2, hidden_dim=48))
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy=ltp.TPStrategy({strategy}), max_steps=3, logger=False,
                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, DataLoader({data}, batch_size=4))
+    trainer.fit(module, DataLoader(ltp.RandomTokens(12, 8, 103), batch_size=4))
 """
 MISTAKES = {
-    "rule": ("tp=2, plan={'attention.wrong': 'colwise'}", "ltp.RandomTokens(12, 8, 103)", "matches no module and no parameter"),
-    "data": ("tp=2, plan=PLAN", "Unseeded({'1'})", "differs inside a tensor-parallel group"),
-    "size": ("tp=3, plan=PLAN", "ltp.RandomTokens(12, 8, 103)", "does not divide a world of 2"),
+    "rule": ("tp=2, plan={'attention.wrong': 'colwise'}", "LlamaModule", "matches no module and no parameter"),
+    "data": ("tp=2, plan=PLAN", "Other", "differs inside a tensor-parallel group"),
+    "size": ("tp=3, plan=PLAN", "LlamaModule", "does not divide a world of 2"),
 }
 
 
@@ -314,9 +314,9 @@ MISTAKES = {
     ],
 )
 def test_one_traceback_on_the_screen(launcher: str, mistake: str, tmp_path: Path) -> None:
-    strategy, data, message = MISTAKES[mistake]
+    strategy, module, message = MISTAKES[mistake]
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(strategy=strategy, data=data))
+    script.write_text(SCRIPT.format(strategy=strategy, module=module))
     command = [sys.executable, str(script)]
     if launcher == "torchrun":
         command[1:1] = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

@@ -45,7 +45,7 @@ class Speed:
 
 
 class Throughput(L.Callback):
-    """Log `tokens_per_s` of the last `window` steps to the progress bar; print one line for the whole run when it ends.
+    """Log `tokens_per_s` (and `mfu`, from 0 to 1) of the last `window` steps to the progress bar; print one line for the whole run.
 
     After `fit`, `.speed` holds the numbers of that line (None where no step came after the warmup).
 
@@ -54,7 +54,7 @@ class Throughput(L.Callback):
             two or more dims in the batch, (batch, sequence) as a rule.
         window: steps from one reading of the clock to the next.
         warmup: steps at the start that do not count (compilation, memory allocation, first data).
-        peak_flops: FLOP/s that one device can do at best (H100 SXM, dense bfloat16: 989e12); if given, MFU is printed.
+        peak_flops: FLOP/s that one device can do at best (H100 SXM, dense bfloat16: 989e12); if given, MFU is shown.
 
     Example:
         >>> import lightning as L
@@ -110,6 +110,9 @@ class Throughput(L.Callback):
             rate = (tokens - self._border[0]) / (seconds - self._border[1])
             self._border = (tokens, seconds)
             pl_module.log("tokens_per_s", rate, prog_bar=True, on_step=True, on_epoch=False)
+            if self.peak_flops is not None and (flops_per_token := num_flops_per_token(trainer, pl_module)) is not None:
+                mfu = rate * flops_per_token / (self.peak_flops * trainer.world_size)
+                pl_module.log("mfu", mfu, prog_bar=True, on_step=True, on_epoch=False)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

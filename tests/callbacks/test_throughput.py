@@ -98,6 +98,20 @@ def test_counts_steps_after_warmup_without_validation(time: FakeTime, capsys: py
     assert [x for x in capsys.readouterr().out.splitlines() if "Throughput" in x] == [line]
 
 
+def test_mfu_in_the_progress_bar(time: FakeTime) -> None:
+    class Bar(L.Callback):
+        shown: float | None = None
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.shown = trainer.progress_bar_metrics.get("mfu")
+
+    bar = Bar()
+    fit(Net(time), Throughput(warmup=1, window=2, peak_flops=1e5), bar, max_steps=4)
+    assert bar.shown == pytest.approx(6 * NUM_PARAMETERS * 16 / 1e5)
+    fit(Net(time), Throughput(warmup=1, window=2), bar, max_steps=4)
+    assert bar.shown is None
+
+
 def test_no_warmup_counts_the_first_step(time: FakeTime) -> None:
     callback = Throughput(warmup=0)
     fit(Net(time, num_slow=1), callback, max_steps=4)

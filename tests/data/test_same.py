@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,8 @@ DIFFERENT: dict[str, tuple[Callable[[int], Any], str]] = {
     "view": (lambda rank: torch.arange(6).view(2 + rank, 3 - rank), "other shape"),
     "dtype": (lambda rank: Pair(torch.zeros(2, dtype=torch.int32 if rank else torch.float32), None), r"`\.image` \(2,\) differs"),
     "sign of zero": (lambda rank: torch.tensor([-0.0 if rank else 0.0]), "other values"),
+    "other mapping": (lambda rank: UserDict(x=torch.tensor(rank)), r"\['x'\]` \(\) differs"),
+    "object": (lambda rank: [SimpleNamespace(a="b", inner=UserDict(x=torch.tensor(rank)))], r"\['inner'\]\['x'\]` \(\) differs"),
     "number": (lambda rank: [torch.zeros(1)] * (1 + rank), r"have \[1, 2\] tensors in their batch"),
     "some and none": (lambda rank: torch.zeros(1) if rank else None, r"have \[0, 1\] tensors in their batch"),
 }
@@ -69,7 +72,7 @@ def test_different_batches_are_named_on_every_rank(kind: str) -> None:
     make, message = DIFFERENT[kind]
     for said in check(make):
         assert said is not None and said.startswith("`training_step`, batch 0: ") and re.search(message, said), said
-        assert "seeded sampler" in said
+        assert "on_after_batch_transfer" in said
 
 
 def test_says_which_ranks() -> None:
