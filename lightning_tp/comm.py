@@ -113,6 +113,8 @@ def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Terms (.., length, ..) -> this rank's shard (.., ceil(length / tp), ..) of their sum, zeros in the padding."""
     tp = axis.size
+    if dim == 1 and x.shape[0] > 1 and x.transpose(0, 1).is_contiguous():  # sequence first in memory: no copy, and it stays so
+        return reduce_scatter(x.transpose(0, 1), 0, axis).transpose(0, 1)
     if x.shape[dim] % tp:
         x = _pad(x, dim, tp)
     shape = x.shape
