@@ -85,6 +85,11 @@ def step_of(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], None]:
     return step
 
 
+def named(modules: set[str]) -> str:
+    kinds = sorted({".".join("*" if part.isdigit() else part for part in name.split(".")) for name in modules})
+    return f" ({', '.join(kinds)})" if kinds else ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
@@ -102,7 +107,7 @@ def main() -> None:
             ms = interleaved({"whole": step_of(build(), inputs), "split": step_of(split, inputs)}, args.rounds)
             print(
                 f"{name:20s} whole {ms['whole']:7.2f} ms, split {ms['split']:7.2f} ms, {ms['split'] / ms['whole']:5.2f} x; sequence parallel "
-                f"{'on' if plan.sequence_parallel else 'off'}; {len(slow)} modules with local sizes",
+                f"{'on' if plan.sequence_parallel else 'off'}; {len(slow)} modules with local sizes{named(slow)}",
                 flush=True,
             )
 

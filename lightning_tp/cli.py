@@ -32,6 +32,7 @@ from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_plan
+from lightning_tp.infer.trial import count_collectives
 from lightning_tp.mesh import make_mesh
 from lightning_tp.parity import Inputs, find_plan, scalar_loss, verify
 from lightning_tp.plan import Plan
@@ -437,8 +438,6 @@ def _bytes(n: float) -> str:
 
 def _sent(plan: Plan, target: Target, dp: int) -> str:
     of = "Collectives of one forward and backward on the tensor-parallel axis"
-    if any(p.is_meta for p in target.model.parameters()):
-        return f"{of}: not counted, the model is on the meta device"
     try:
         counts = collectives(plan, target)
     except Exception as error:  # the model runs on made-up values here: what it makes of them is no reason to hide the plan
@@ -454,6 +453,8 @@ def collectives(plan: Plan, target: Target) -> dict[str, int]:
     assert plan.tp is not None
     if plan.tp == 1:
         return {}
+    if any(p.is_meta for p in target.model.parameters()):
+        return count_collectives(target.model, lambda m, x: scalar_loss(m, x, target.loss_fn), target.inputs, plan, plan.tp)
     with fake_world(plan.tp):
         model = parallelize(target.build().eval(), make_mesh("cpu", 1, plan.tp), plan)
         scalar_loss(model, target.inputs, target.loss_fn).backward()  # in the first pass gradients are compared, too

@@ -63,7 +63,8 @@ def vocab_parallel_cross_entropy(
     """
     if target.device.type == "cpu":
         _check_range(target, vocab, ignore_index)
-    autocast = torch.is_autocast_enabled(logits_local.device.type) and logits_local.dtype != torch.float64
+    device = logits_local.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device) and logits_local.dtype != torch.float64
     dtype = torch.float32 if autocast else logits_local.dtype  # as F.cross_entropy
     ignored = target == ignore_index
     if weight is None and label_smoothing == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -150,9 +151,10 @@ def test_a_large_model_at_a_size_that_is_not_here(tmp_path: Path, capsys: pytest
     assert main(["plan", config(tmp_path), "--tp", "8", "--dp", "256"]) == 0
     assert time.process_time() - began < 20
     out = capsys.readouterr().out
-    assert out.startswith("Plan, declared by LlamaForCausalLM, tp=8: 6,738,415,616 parameters, a rank holds 842,534,912 (12.5%)")
+    assert out.startswith("Plan, inferred: as declared by LlamaForCausalLM, and with sequence parallelism, tp=8: ")
+    assert "6,738,415,616 parameters, a rank holds 842,534,912 (12.5%)" in out
     assert "One rank of 2048 (tp=8 x dp=256) holds 3,458,064 of 6,738,415,616 parameters (0.05%), 6.6 MiB in bfloat16" in out
-    assert "not counted, the model is on the meta device" in out
+    assert re.search(r"tensor-parallel axis: \d+ all-gather, \d+ all-reduce, 128 reduce-scatter", out)  # 2 a block, and 2 back
 
 
 def test_a_small_hugging_face_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

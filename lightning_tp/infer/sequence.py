@@ -207,7 +207,14 @@ def _star(name: str) -> str:
 def _expanded(plan: Plan, model: nn.Module) -> list[Rule]:
     everything = [n for n, _ in model.named_modules(remove_duplicate=False)]
     everything += [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    return [Rule(n, r.style, r.reason) for r in plan.rules if r.pattern != "**" for n in everything if r.matches(n)]
+    exactly = set(everything)
+    return [
+        Rule(n, r.style, r.reason)
+        for r in plan.rules
+        if r.pattern != "**"
+        for n in ([r.pattern] if r.pattern in exactly else everything)
+        if r.matches(n)
+    ]
 
 
 def _streams(model: nn.Module, rules: list[Rule]) -> Iterator[list[str]]:
@@ -425,13 +432,10 @@ class _Stream:
     def _in_place(self, t: Tensor) -> bool:
         """Whether dim 1 is the tokens, and nothing else is."""
         label = self.tracer.shadow(t).label
-        return (
-            label is not None
-            and self.nodes is not None
-            and t.ndim > 1
-            and t.shape[1] == self.nodes.numel()
-            and torch.equal(label, _along(self.nodes, t))
-        )
+        if label is None or self.nodes is None or t.ndim < 2 or t.shape[1] != self.nodes.numel():
+            return False
+        small = shrunk(label)
+        return bool((small == self.nodes.view(1, -1, *[1] * (t.ndim - 2))).all())
 
     def _fail(self, why: str, *modules: str) -> None:
         self.problem = self.problem or CantBeInShards(why, set(modules))

@@ -634,6 +634,8 @@ def _gathered(
             continue
         if any(not u or _star(where) == u or _star(where).startswith(f"{u}.") for u in ungathered):
             continue
+        if where not in trace.whole_uses.get(name, ()):
+            continue
         weight = module.weight
         tied = {n for n, m in modules.items() if isinstance(m, nn.Embedding) and m.weight is weight}
         if getattr(type(module).forward, "__code__", None) is not nn.Linear.forward.__code__:

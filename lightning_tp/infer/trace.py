@@ -159,6 +159,12 @@ class Tracer(TorchDispatchMode):
 
         return tree_map_only(Tensor, move, inputs)
 
+    def _know_buffers(self, model: nn.Module) -> None:
+        for b in model.buffers():
+            value = getattr(b, "_ltp_value", None if b.is_floating_point() else torch.ones(b.shape, dtype=b.dtype))
+            if b.is_meta and value is not None:
+                self.values[id(b)] = (b, value)
+
     def shadow(self, t: Any) -> Shadow:
         """What is known of a tensor."""
         found = self.shadows.get(id(t))
@@ -560,6 +566,23 @@ def _called(func: Any) -> str:
     return "scaled_dot_product_attention" if name.startswith("scaled_dot_product") else name
 
 
+class Values(Tracer):
+    """Follows nothing, but knows what does not depend on weights: for a model on the meta device whose code decides by positions or masks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, set(), {})
+        self._know_buffers(model)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return self._looked_at(args[0])
+        out = func(*args, **kwargs)
+        with _untraced():
+            self._known(func, args, kwargs, out, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
+        return out
+
+
 def _filled(label: Tensor) -> Tensor:
     """What lies beside split features, along a dim in which these do not differ, is cut as they are: a prefix, the padding of a start."""
     shape, label = label.shape, shrunk(label)
@@ -687,10 +710,7 @@ def run(
     tracer = (tracer_of or Tracer)(model, whole, shared)
     if tracer.on_meta:
         inputs = tracer.onto_meta(inputs)
-        for b in model.buffers():
-            value = getattr(b, "_ltp_value", None if b.is_floating_point() else torch.ones(b.shape, dtype=b.dtype))
-            if b.is_meta and value is not None:
-                tracer.values[id(b)] = (b, value)
+        tracer._know_buffers(model)
     names = {id(m): n for n, m in model.named_modules()}
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(

@@ -6,17 +6,19 @@ numbers that come out are of no use, since the other ranks' are missing; only th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_tp.comm import Axis
 from lightning_tp.errors import TPError
 from lightning_tp.infer.repeats import Alike, blocks_once
 from lightning_tp.infer.restore import Weightless, modules_as_they_were
+from lightning_tp.infer.trace import Values
 from lightning_tp.plan import Plan
 from lightning_tp.styles import PrepareInput, PrepareOutput, Site
 
@@ -37,6 +39,7 @@ class _Alone(Axis):
 class _NoGroup:
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
+        self.calls: Counter[str] = Counter()
 
     def rank(self) -> int:
         return self._rank
@@ -45,14 +48,17 @@ class _NoGroup:
         return self._size
 
     def allreduce(self, tensors: list[Tensor], *options: Any) -> _NoGroup:
+        self.calls["all-reduce"] += 1
         return self
 
     def _allgather_base(self, out: Tensor, shard: Tensor, *options: Any) -> _NoGroup:
+        self.calls["all-gather"] += 1
         for part in out.chunk(self._size):
             part.copy_(shard)
         return self
 
     def _reduce_scatter_base(self, out: Tensor, whole: Tensor, *options: Any) -> _NoGroup:
+        self.calls["reduce-scatter"] += 1
         out.copy_(whole.chunk(self._size)[self._rank])
         return self
 
@@ -74,8 +80,6 @@ def try_on_a_rank(
     if not any(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) > MOST_COPIED:
         with Weightless(model):
             return try_on_a_rank(model, call, inputs, plan, tp, alike)
-    if any(p.is_meta for p in parameters):
-        inputs = tree_map_only(Tensor, lambda t: t.to("meta"), inputs)
     try:
         checked = plan.check(model, tp)
     except TPError as e:
@@ -90,6 +94,66 @@ def try_on_a_rank(
     return None
 
 
+def _known(model: nn.Module, inputs: Any) -> tuple[Any, Any]:
+    """For a model on the meta device: a mode in which code may decide by values that do not depend on weights, and the inputs there."""
+    if not any(p.is_meta for p in model.parameters()):
+        return nullcontext(), inputs
+    values = Values(model)
+    return values, values.onto_meta(inputs)
+
+
+def count_collectives(
+    model: nn.Module, loss_of: Callable[[nn.Module, Any], Tensor], inputs: Any, plan: Plan, tp: int
+) -> dict[str, int]:
+    """Collectives on the tensor-parallel axis in one forward and backward of a model on the meta device, by name.
+
+    Args:
+        model: left as it was.
+        loss_of: runs it on the inputs.
+        inputs: on any device.
+        plan: checked against it.
+        tp: ranks.
+    """
+    axis = _Alone(0, tp)
+    with modules_as_they_were(model):
+        _take_shards(model, plan, 0)
+        _bind(model, plan, axis)
+        values, inputs = _known(model, inputs)
+        with values:
+            loss_of(model, inputs).backward()
+    calls: Counter[str] = axis.group.calls  # type: ignore[attr-defined]
+    if any(split.sum_over > 1 for split in plan.splits.values()):
+        calls["all-reduce"] += 1  # of partial gradients, all at once
+    return dict(calls)
+
+
+def _bind(model: nn.Module, plan: Plan, axis: Axis) -> None:
+    """Bind the styles, as `parallelize` does.
+
+    Raises:
+        _CantBind: for one that can't be bound.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    bound: set[tuple[int, str]] = set()
+    for around in (False, True):
+        for entry in plan.entries:
+            module = modules.get(entry.where)
+            if entry.style.splits_parameters != around and module is not None and (id(module), str(entry.style)) not in bound:
+                bound.add((id(module), str(entry.style)))
+                try:
+                    entry.style.bind(module, Site(entry.where, axis))
+                except Exception as e:
+                    raise _CantBind(entry.where, _told(e)) from e
+
+
+class _CantBind(Exception):
+    """The module, and why."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(where, why)
+        self.found = where, why
+
+
 def _run_alone(
     model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, axis: Axis, alike: Alike
 ) -> tuple[str, str] | None:
@@ -98,27 +162,21 @@ def _run_alone(
         _take_shards(model, plan, axis.rank)
     except Exception as e:
         return "", _told(e)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    bound: set[tuple[int, str]] = set()
-    for around in (False, True):  # as `parallelize` does
-        for entry in plan.entries:
-            module = modules.get(entry.where)
-            if entry.style.splits_parameters != around and module is not None and (id(module), str(entry.style)) not in bound:
-                bound.add((id(module), str(entry.style)))
-                try:
-                    entry.style.bind(module, Site(entry.where, axis))
-                except Exception as e:
-                    return entry.where, _told(e)
+    try:
+        _bind(model, plan, axis)
+    except _CantBind as e:
+        return e.found
     stack: list[str] = []
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: stack.append(names.get(id(m), "?"))),
         torch.nn.modules.module.register_module_forward_hook(lambda m, _, o: (stack.pop(), None)[1]),
     ]
     try:
-        with torch.no_grad(), blocks_once(model, None, alike, set()):
+        values, inputs = _known(model, inputs)
+        with torch.no_grad(), blocks_once(model, None, alike, set()), values:
             call(model, inputs)
     except Exception as e:
-        if "meta" in str(e) and any(p.is_meta for p in model.parameters()):
+        if ("meta" in str(e) or "device" in str(e)) and any(p.is_meta for p in model.parameters()):
             return None  # it decides by values, which are not there: it may run with them
         return next((n for n in reversed(stack) if n != "?"), ""), _told(e)
     finally:

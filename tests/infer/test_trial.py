@@ -46,7 +46,7 @@ def test_a_plan_that_does_not_fit_is_a_failure_and_one_that_splits_nothing_is_no
     model = Views()
     model.b.weight = nn.Parameter(torch.zeros(4, 9))
     assert try_on_a_rank(model, lambda m, x: m(x), torch.zeros(2, 4), ltp.Plan({"a": "colwise"}), 2, {}) is not None
-    assert try_on_a_rank(model, lambda m, x: m(x), torch.zeros(2, 4), ltp.Plan({"**": "replicate"}), 2, {}) is None
+    assert try_on_a_rank(model, lambda m, x: m(x), torch.zeros(2, 4), ltp.Plan({"**": "replicate"}, "inferred"), 2, {}) is None
 
 
 def test_weights_on_meta() -> None:
