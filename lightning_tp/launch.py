@@ -1,0 +1,100 @@
+"""Ranks that are started from one process and end before the next line runs: what a notebook needs.
+
+Lightning's own launcher, beside which a script is started once for each rank (`python train.py`), or ranks are found (torchrun, SLURM).
+What comes back to the process that started them is as with Lightning's `ddp_notebook`: metrics, results, and the weights, whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import imports as lightning_imports
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.multiprocessing import ProcessRaisedException
+from typing_extensions import override
+
+from lightning_tp.border import full_state_dict
+from lightning_tp.errors import TPError
+
+Launcher = Literal["auto", "popen", "fork", "spawn"]
+LAUNCHERS = ("auto", "popen", "fork", "spawn")
+
+
+def start_method(launcher: Launcher) -> Literal["popen", "fork", "spawn"]:
+    """How ranks are started here: "auto" forks in an interactive session, and starts the script again elsewhere.
+
+    Raises:
+        TPError: in an interactive session, for a way that does not work there.
+    """
+    if not lightning_imports._IS_INTERACTIVE:
+        return "popen" if launcher == "auto" else launcher
+    if launcher in ("popen", "spawn"):
+        raise TPError(
+            f"`launcher={launcher!r}` starts processes that know nothing of what was defined in a notebook or at a prompt. Leave it out, or "
+            "use `launcher='fork'` (`strategy=\"tp_notebook\"`); or run a script."
+        )
+    return "fork"
+
+
+class ProcessLauncher(_MultiProcessingLauncher):
+    """Lightning's, for ranks that hold shards: the weights that come back are whole, and an error of ours is seen as itself."""
+
+    @override
+    def launch(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().launch(*args, **kwargs)
+        except ProcessRaisedException as error:
+            raise_as_itself(error)
+
+    @override
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        whole = full_state_dict(trainer.lightning_module) if fitting else {}  # every rank takes part
+        if self._strategy.local_rank != 0:
+            return None
+        path = Path(tempfile.mkdtemp()) / "weights.pt" if fitting else None
+        if path is not None:
+            torch.save(whole, path)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        return _WorkerOutput(best, path, trainer.state, results, self.get_extra_results(trainer))
+
+    @override
+    def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
+        if worker_output.weights_path is not None:
+            path = Path(worker_output.weights_path)
+            try:
+                give_back(trainer.lightning_module, torch.load(path, weights_only=True))
+            finally:
+                shutil.rmtree(path.parent)
+        super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
+
+
+def raise_as_itself(error: ProcessRaisedException) -> None:
+    """Raise the `TPError` that ended a rank, else the error as it came.
+
+    Raises:
+        TPError: with the rank's message.
+    """
+    mark = f"\n{TPError.__module__}.{TPError.__name__}: "
+    text = str(error)
+    if mark in text:
+        raise TPError(text.rpartition(mark)[2].strip()) from None
+    raise error
+
+
+def give_back(module: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:
+    """Put weights that came back from the ranks into the module of the process that started them."""
+    on_meta = any(p.is_meta for p in module.parameters())
+    lost = module.load_state_dict(whole, strict=False, assign=on_meta).unexpected_keys
+    if lost:  # made in `configure_model`, which has run on the ranks only
+        rank_zero_warn(
+            f"{len(lost)} of {len(whole)} trained weights (`{lost[0]}`, ..) have no place in the module of this process: they were made on the "
+            "ranks. Make them in `__init__`, or load a checkpoint."
+        )
