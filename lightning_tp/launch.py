@@ -18,10 +18,12 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.multiprocessing import ProcessRaisedException
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_tp.border import full_state_dict
 from lightning_tp.errors import TPError
+from lightning_tp.logits import SplitLogits
 
 Launcher = Literal["auto", "popen", "fork", "spawn"]
 LAUNCHERS = ("auto", "popen", "fork", "spawn")
@@ -46,34 +48,53 @@ def start_method(launcher: Launcher) -> Literal["popen", "fork", "spawn"]:
 class ProcessLauncher(_MultiProcessingLauncher):
     """Lightning's, for ranks that hold shards: the weights that come back are whole, and an error of ours is seen as itself."""
 
+    _results: Any = None
+
     @override
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().launch(*args, **kwargs)
+            super().launch(*args, **kwargs)
         except ProcessRaisedException as error:
             raise_as_itself(error)
+        results, self._results = self._results, None
+        return results
 
     @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        whole = full_state_dict(trainer.lightning_module) if fitting else {}  # every rank takes part
+        # every rank takes part in making things whole
+        weights = full_state_dict(trainer.lightning_module) if trainer.state.fn == TrainerFn.FITTING else None
+        results = whole_logits(results)
         if self._strategy.local_rank != 0:
             return None
-        path = Path(tempfile.mkdtemp()) / "weights.pt" if fitting else None
-        if path is not None:
-            torch.save(whole, path)
         best = getattr(trainer.checkpoint_callback, "best_model_path", None)
-        return _WorkerOutput(best, path, trainer.state, results, self.get_extra_results(trainer))
+        return _WorkerOutput(best, to_file((weights, results)), trainer.state, None, self.get_extra_results(trainer))
 
     @override
     def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
-        if worker_output.weights_path is not None:
-            path = Path(worker_output.weights_path)
-            try:
-                give_back(trainer.lightning_module, torch.load(path, weights_only=True))
-            finally:
-                shutil.rmtree(path.parent)
+        weights, self._results = from_file(worker_output.weights_path)
+        if weights is not None:
+            give_back(trainer.lightning_module, weights)
         super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
+
+
+def whole_logits(results: Any) -> Any:
+    """Logits that are split as whole tensors, in any nesting. A collective where there are some."""
+    return tree_map_only(SplitLogits, lambda logits: logits.full_tensor(), results)
+
+
+def to_file(results: Any) -> Path:
+    """Write what comes back where the other process finds it: a queue would hand it memory of a process that has ended."""
+    path = Path(tempfile.mkdtemp()) / "results.pt"
+    torch.save(results, path)
+    return path
+
+
+def from_file(path: Any) -> Any:
+    """Read what `to_file` has written, onto the CPU, and remove it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)  # our own
+    finally:
+        shutil.rmtree(Path(path).parent)
 
 
 def raise_as_itself(error: ProcessRaisedException) -> None:

@@ -20,7 +20,7 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -34,6 +34,7 @@ from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
 from lightning_tp.launch import LAUNCHERS, Launcher, ProcessLauncher, start_method
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
+from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
@@ -45,14 +46,6 @@ OTHER_PACKAGE = (
     "This Trainer is that of `pytorch_lightning`, whose classes are others than those of `lightning`. Write `from lightning_tp.pytorch_lightning "
     "import TPStrategy` for it (callbacks likewise), or `import lightning.pytorch as pl` in the place of `import pytorch_lightning as pl`."
 )
-OF_WHOLE_WEIGHTS = {  # optimizers that do not work element by element, and what they take of a weight
-    "adafactor": "row and column statistics",
-    "muon": "orthogonal directions",
-    "lamb": "norms",
-    "lars": "norms",
-    "shampoo": "statistics",
-    "soap": "statistics",
-}
 
 
 class TPStrategy(ModelParallelStrategy):
@@ -283,29 +276,7 @@ class TPStrategy(ModelParallelStrategy):
     def _look_at_optimizers(self) -> None:
         with on_one_screen(self.global_rank):
             for optimizer in self.optimizers:
-                strangers = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_ltp")]
-                if strangers and self.backend == "local":
-                    raise TPError(
-                        f"`configure_optimizers`: {len(strangers)} parameters of {type(optimizer).__name__} are not the module's any more "
-                        f"(the first has the shape {tuple(strangers[0].shape)}): they were collected before the module was split. Collect "
-                        "them inside `configure_optimizers`, from `self.parameters()`."
-                    )
-                if isinstance(optimizer, torch.optim.LBFGS) and self.world_size > 1:
-                    raise TPError(
-                        "LBFGS takes its steps from dot products over all parameters, and a rank would take them of its shards only: the ranks "
-                        f"would go different ways. It needs one process (here are {self.world_size}), or use another optimizer."
-                    )
-                if isinstance(optimizer, torch.optim.Adafactor) and self.sizes[0] > 1:
-                    raise TPError(
-                        "torch's Adafactor can't step on FSDP2's shards (its in-place squares of partial norms), and "
-                        f"dp={self.sizes[0]}. Use tp={self.world_size}, or another optimizer."
-                    )
-                name = type(optimizer).__name__
-                if name.lower() in OF_WHOLE_WEIGHTS and self.sizes[1] > 1:
-                    rank_zero_warn(
-                        f"{name} takes its {OF_WHOLE_WEIGHTS[name.lower()]} of each rank's shard of a split weight, not of the whole: its steps "
-                        "differ from those of one process."
-                    )
+                look_at_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
 
     @property
     def num_global_parameters(self) -> int:
