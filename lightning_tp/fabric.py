@@ -37,6 +37,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.multiprocessing import ProcessRaisedException
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -48,7 +49,8 @@ from lightning_tp.declared import declared_plan
 from lightning_tp.dropout import Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.infer.solve import call_with
-from lightning_tp.launch import LAUNCHERS, Launcher, from_file, raise_as_itself, start_method, to_file, whole_logits
+from lightning_tp.launch import LAUNCHERS, Launcher, from_file, raise_as_itself, refuse_used_cuda, start_method, to_file
+from lightning_tp.logits import SplitLogits
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
 from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
@@ -399,6 +401,7 @@ class _Unsummed(_BackwardSyncControl):
 class _ProcessLauncher(_MultiProcessingLauncher):
     @override
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        refuse_used_cuda(self._strategy, self._start_method)
         try:
             return from_file(super().launch(partial(_in_file, function), *args, **kwargs))
         except ProcessRaisedException as error:
@@ -406,7 +409,7 @@ class _ProcessLauncher(_MultiProcessingLauncher):
 
 
 def _in_file(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Path | None:
-    results = whole_logits(function(*args, **kwargs))
+    results = tree_map_only(SplitLogits, lambda logits: logits.full_tensor(), function(*args, **kwargs))  # every rank takes part
     return to_file(results) if int(os.environ["LOCAL_RANK"]) == 0 else None
 
 

@@ -18,12 +18,10 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.multiprocessing import ProcessRaisedException
-from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from lightning_tp.border import full_state_dict
 from lightning_tp.errors import TPError
-from lightning_tp.logits import SplitLogits
 
 Launcher = Literal["auto", "popen", "fork", "spawn"]
 LAUNCHERS = ("auto", "popen", "fork", "spawn")
@@ -52,6 +50,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def launch(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_used_cuda(self._strategy, self._start_method)
         try:
             super().launch(*args, **kwargs)
         except ProcessRaisedException as error:
@@ -61,9 +60,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
-        # every rank takes part in making things whole
-        weights = full_state_dict(trainer.lightning_module) if trainer.state.fn == TrainerFn.FITTING else None
-        results = whole_logits(results)
+        weights = (
+            full_state_dict(trainer.lightning_module) if trainer.state.fn == TrainerFn.FITTING else None
+        )  # every rank takes part
         if self._strategy.local_rank != 0:
             return None
         best = getattr(trainer.checkpoint_callback, "best_model_path", None)
@@ -77,9 +76,17 @@ class ProcessLauncher(_MultiProcessingLauncher):
         super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
 
 
-def whole_logits(results: Any) -> Any:
-    """Logits that are split as whole tensors, in any nesting. A collective where there are some."""
-    return tree_map_only(SplitLogits, lambda logits: logits.full_tensor(), results)
+def refuse_used_cuda(strategy: Any, method: str) -> None:
+    """Say it here, where the mistake is: torch raises in the forked ranks, and Lightning's own check sees nothing before.
+
+    Raises:
+        TPError: if ranks that use GPUs are to be forked from a process that has used them.
+    """
+    if method == "fork" and strategy.parallel_devices[0].type == "cuda" and torch.cuda.is_initialized():
+        raise TPError(
+            "This process has used a GPU already, and ranks that are forked from it could not use theirs. Restart the notebook's kernel, and leave "
+            "the GPUs to the Trainer: no `.cuda()`, no `torch.cuda.memory_allocated()` and the like before `fit`. Data and model stay on the CPU."
+        )
 
 
 def to_file(results: Any) -> Path:
