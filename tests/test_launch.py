@@ -45,7 +45,7 @@ class Late(Net):
 
 
 def trainer_of(strategy: Any, devices: int, **options: Any) -> L.Trainer:
-    return L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, max_epochs=1, **{**QUIET, **options})
+    return L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, **{**QUIET, "max_epochs": 1, **options})
 
 
 def data(batch: int = 4) -> DataLoader:
