@@ -6,6 +6,7 @@ What comes back to the process that started them is as with Lightning's `ddp_not
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -59,6 +60,11 @@ class ProcessLauncher(_MultiProcessingLauncher):
         return results
 
     @override
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        one_thread(self._start_method)
+        super()._wrapping_function(*args, **kwargs)
+
+    @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
         weights = (
             full_state_dict(trainer.lightning_module) if trainer.state.fn == TrainerFn.FITTING else None
@@ -87,6 +93,14 @@ def refuse_used_cuda(strategy: Any, method: str) -> None:
             "This process has used a GPU already, and ranks that are forked from it could not use theirs. Restart the notebook's kernel, and leave "
             "the GPUs to the Trainer: no `.cuda()`, no `torch.cuda.memory_allocated()` and the like before `fit`. Data and model stay on the CPU."
         )
+
+
+def one_thread(method: str) -> None:
+    """Let a forked rank compute with one thread: the pool of a process that has computed with several before is gone after a fork, and the
+    first operation that asks for it waits for ever."""
+    if method == "fork":
+        os.environ["OMP_NUM_THREADS"] = "1"  # Lightning then leaves it
+        torch.set_num_threads(1)
 
 
 def to_file(results: Any) -> Path:

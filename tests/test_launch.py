@@ -109,6 +109,18 @@ def test_cells_on_a_mesh_of_two_by_two(tmp_path: Path) -> None:
     assert_trees_close(got["saved"], got["weights"], rtol=0)
 
 
+@pytest.mark.timeout(60)
+def test_threads_before_a_fork_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked rank that asks for a pool of threads, which its parent has used and a fork does not copy, would wait for ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # as a machine with more cores than this one would have it
+    torch.set_num_threads(4)
+    a = torch.randn(600, 600)
+    assert (a @ a).relu().isfinite().all()
+    module = Net()
+    module.model(torch.zeros(32, 32, dtype=torch.long))
+    trainer_of("tp_notebook", 2, enable_checkpointing=False).fit(module, data())
+
+
 def test_an_error_of_a_rank_is_seen_as_itself() -> None:
     with pytest.raises(ltp.TPError, match=r"^The rule `nope` -> `colwise` matches no module") as info:
         trainer_of(ltp.TPStrategy(plan={"nope": "colwise"}, launcher="fork"), 2).fit(Net(), data())
