@@ -49,7 +49,7 @@ from lightning_tp.declared import declared_plan
 from lightning_tp.dropout import Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.infer.solve import call_with
-from lightning_tp.launch import LAUNCHERS, Launcher, from_file, one_thread, raise_as_itself, refuse_used_cuda, start_method, to_file
+from lightning_tp.launch import LAUNCHERS, Launcher, from_file, one_thread, own_error, refuse_used_cuda, start_method, to_file
 from lightning_tp.logits import SplitLogits
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
 from lightning_tp.optimizers import look_at_optimizer
@@ -405,7 +405,9 @@ class _ProcessLauncher(_MultiProcessingLauncher):
         try:
             return from_file(super().launch(partial(_in_file, function), *args, **kwargs))
         except ProcessRaisedException as error:
-            raise_as_itself(error)
+            if own := own_error(error):
+                raise own from None
+            raise
 
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,8 @@
 """Ranks that are started from one process and end before the next line runs: what a notebook needs.
 
 Lightning's own launcher, beside which a script is started once for each rank (`python train.py`), or ranks are found (torchrun, SLURM).
-What comes back to the process that started them is as with Lightning's `ddp_notebook`: metrics, results, and the weights, whole.
+What comes back to the process that started them is what Lightning's `ddp_notebook` brings: metrics, results, and the weights, whole; and how
+far the run has come.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
         try:
             super().launch(*args, **kwargs)
         except ProcessRaisedException as error:
-            raise_as_itself(error)
+            if own := own_error(error):
+                raise own from None
+            raise
         results, self._results = self._results, None
         return results
 
@@ -66,19 +69,21 @@ class ProcessLauncher(_MultiProcessingLauncher):
 
     @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
-        weights = (
-            full_state_dict(trainer.lightning_module) if trainer.state.fn == TrainerFn.FITTING else None
-        )  # every rank takes part
+        trained = None
+        if trainer.state.fn == TrainerFn.FITTING:  # every rank takes part
+            trained = full_state_dict(trainer.lightning_module), trainer.fit_loop.state_dict()
         if self._strategy.local_rank != 0:
             return None
         best = getattr(trainer.checkpoint_callback, "best_model_path", None)
-        return _WorkerOutput(best, to_file((weights, results)), trainer.state, None, self.get_extra_results(trainer))
+        return _WorkerOutput(best, to_file((trained, results)), trainer.state, None, self.get_extra_results(trainer))
 
     @override
     def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
-        weights, self._results = from_file(worker_output.weights_path)
-        if weights is not None:
+        trained, self._results = from_file(worker_output.weights_path)
+        if trained is not None:
+            weights, progress = trained
             give_back(trainer.lightning_module, weights)
+            trainer.fit_loop.load_state_dict(progress)  # `trainer.global_step`, and what `save_checkpoint` writes
         super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
 
 
@@ -118,17 +123,11 @@ def from_file(path: Any) -> Any:
         shutil.rmtree(Path(path).parent)
 
 
-def raise_as_itself(error: ProcessRaisedException) -> None:
-    """Raise the `TPError` that ended a rank, else the error as it came.
-
-    Raises:
-        TPError: with the rank's message.
-    """
+def own_error(error: ProcessRaisedException) -> TPError | None:
+    """The `TPError` that ended a rank, if it was one."""
     mark = f"\n{TPError.__module__}.{TPError.__name__}: "
     text = str(error)
-    if mark in text:
-        raise TPError(text.rpartition(mark)[2].strip()) from None
-    raise error
+    return TPError(text.rpartition(mark)[2].strip()) if mark in text else None
 
 
 def give_back(module: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:

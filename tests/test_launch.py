@@ -63,6 +63,7 @@ def whole_run(make: Callable[[], Any], devices: int, folder: Path, dp: int = 1) 
     found = {
         "weights": weights,
         "loss": trainer.callback_metrics["loss"].item(),
+        "progress": (trainer.global_step, trainer.current_epoch),
         "val": trainer.validate(module, data(4 // dp), verbose=False)[0]["val_loss"],
         "saved": torch.load(folder / "one.ckpt", weights_only=False)["state_dict"],
     }
