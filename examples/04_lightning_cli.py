@@ -1,9 +1,12 @@
 """Train a Llama through Lightning's own command line; needs the extra `cli` (`pip install -e ".[cli]"`).
 
     python examples/04_lightning_cli.py fit --trainer.devices=2 --trainer.strategy=tp
+    python examples/04_lightning_cli.py fit --trainer.devices=4 --trainer.strategy=TPStrategy --trainer.strategy.tp=2
     python examples/04_lightning_cli.py fit --config config.yaml --model.config.dim=256
+    python examples/04_lightning_cli.py fit --trainer.strategy.help=TPStrategy
 
-`strategy=tp` is `TPStrategy` as it comes: one model over all devices. With options, in a file such as this config.yaml:
+`strategy=tp` is `TPStrategy` as it comes: one model over all devices. So for `validate`, `test` and `predict`, which take a `--ckpt_path`.
+With options, in a file such as this config.yaml:
 
     trainer:
       devices: 2
@@ -40,15 +43,27 @@ class SplitLlama(ltp.TensorParallel, LlamaModule):
 
     plan = PLAN
 
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch, batch_idx):
+        return self.model(batch["tokens"]).argmax(-1)  # (B, T) the likeliest next tokens
+
 
 class RandomTokensData(L.LightningDataModule):
     def __init__(self, vocab_size: int = 512, seq_len: int = 64, num_items: int = 1024, batch_size: int = 8) -> None:
         super().__init__()
         self.items = ltp.RandomTokens(num_items, seq_len, vocab_size)
+        self.held_out = ltp.RandomTokens(16, seq_len, vocab_size, seed=1)
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.items, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.held_out, batch_size=self.batch_size)
+
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 class CLI(LightningCLI):
@@ -56,10 +71,10 @@ class CLI(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.config.vocab_size")
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> CLI:
     if sys.argv[1:] == ["--fast"]:  # 8 steps, to see that it runs
         sys.argv[1:] = ["fit", "--trainer.devices=2", "--trainer.strategy=tp", "--trainer.max_steps=8"]
-    CLI(
+    return CLI(
         SplitLlama,
         RandomTokensData,
         trainer_defaults={
@@ -71,6 +86,7 @@ def main() -> None:
             "enable_model_summary": False,
         },
         save_config_callback=None,
+        args=args,
     )
 
 

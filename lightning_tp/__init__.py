@@ -9,6 +9,7 @@ from lightning_tp.border import full_state_dict as full_state_dict
 from lightning_tp.callbacks.throughput import Throughput as Throughput
 from lightning_tp.data.random_tokens import RandomTokens as RandomTokens
 from lightning_tp.errors import TPError as TPError
+from lightning_tp.fabric import FabricTPStrategy as FabricTPStrategy
 from lightning_tp.grad import clip_grad_norm_ as clip_grad_norm_
 from lightning_tp.grad import grad_norms as grad_norms
 from lightning_tp.infer import infer_plan as infer_plan

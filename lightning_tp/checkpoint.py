@@ -18,8 +18,8 @@ from lightning_tp.border import Shard, load_optimizer_state
 from lightning_tp.errors import TPError
 
 
-def load_model(model: nn.Module, path: Path, *, strict: bool = True) -> None:
-    """Read this rank's pieces of every parameter and buffer from the folder.
+def load_model(model: nn.Module, path: Path, *, strict: bool = True, key: str = "state_dict") -> None:
+    """Read this rank's pieces of every parameter and buffer from the folder, where `key` is the model's name in it.
 
     Raises:
         TPError: if the checkpoint lacks one, has another shape for it, or has one that the model has not.
@@ -27,15 +27,15 @@ def load_model(model: nn.Module, path: Path, *, strict: bool = True) -> None:
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     state = model.state_dict()
     for name, value in list(state.items()):
-        there = stored.get(f"state_dict.{name}")
+        there = stored.get(f"{key}.{name}")
         if there is None:
             if strict:
                 raise TPError(f"`{path}` has no `{name}`. Load with `strict_loading = False`, or use the model that wrote it.")
             del state[name]
         elif isinstance(there, TensorStorageMetadata) and tuple(there.size) != tuple(value.shape):
             raise TPError(f"`{name}`: `{path}` has the shape {tuple(there.size)}, the model {tuple(value.shape)}.")
-    names = {f"state_dict.{name}" for name in model.state_dict()}
-    extra = [k.removeprefix("state_dict.") for k in stored if k.startswith("state_dict.") and k not in names]
+    names = {f"{key}.{name}" for name in model.state_dict()}
+    extra = [k.removeprefix(f"{key}.") for k in stored if k.startswith(f"{key}.") and k not in names]
     if strict and extra:
         raise TPError(
             f"`{path}` has `{extra[0]}`"
@@ -43,7 +43,7 @@ def load_model(model: nn.Module, path: Path, *, strict: bool = True) -> None:
             + ", which the model has not. Load "
             "with `strict_loading = False`, or use the model that wrote it."
         )
-    dcp.load({"state_dict": state}, checkpoint_id=path)
+    dcp.load({key: state}, checkpoint_id=path)
     model.load_state_dict(state, strict=strict)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -19,9 +20,8 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -34,8 +34,10 @@ from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
+from lightning_tp.launch import LAUNCHERS, Launcher, ProcessLauncher, start_method
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
 from lightning_tp.numbers import Numbers, all_gather, plain
+from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
@@ -43,14 +45,10 @@ from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
 
 CHECKED_BATCHES = 3
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint
-OF_WHOLE_WEIGHTS = {  # optimizers that do not work element by element, and what they take of a weight
-    "adafactor": "row and column statistics",
-    "muon": "orthogonal directions",
-    "lamb": "norms",
-    "lars": "norms",
-    "shampoo": "statistics",
-    "soap": "statistics",
-}
+OTHER_PACKAGE = (
+    "This Trainer is that of `pytorch_lightning`, whose classes are others than those of `lightning`. Write `from lightning_tp.pytorch_lightning "
+    "import TPStrategy` for it (callbacks likewise), or `import lightning.pytorch as pl` in the place of `import pytorch_lightning as pl`."
+)
 
 
 class TPStrategy(ModelParallelStrategy):
@@ -75,6 +73,8 @@ class TPStrategy(ModelParallelStrategy):
         verify: True runs the first batch in one process and split before training, and stops if loss or a gradient differ. The whole
             model has to fit on every rank.
         save_distributed_checkpoint: False gathers a checkpoint in one file, on rank 0.
+        launcher: how a process that is alone starts the others: "popen" runs the script again for each; "fork" and "spawn" run `fit` in
+            processes of its own, which end before it returns. "auto": "fork" in a notebook, else "popen".
         process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
         timeout: of its collectives.
 
@@ -107,6 +107,7 @@ class TPStrategy(ModelParallelStrategy):
         backend: Literal["local", "dtensor"] = "local",
         verify: bool = False,
         save_distributed_checkpoint: bool = True,
+        launcher: Launcher = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -124,13 +125,18 @@ class TPStrategy(ModelParallelStrategy):
                 raise TPError(f"`activation_checkpointing={activation_checkpointing!r}`: there is 'block', or None.")
             if dropout not in ("independent", "exact"):
                 raise TPError(f"`dropout={dropout!r}`: there are 'independent' and 'exact'.")
+            if launcher not in LAUNCHERS:
+                raise TPError(f"`launcher={launcher!r}`: there are {', '.join(map(repr, LAUNCHERS))}.")
             self.plan = Plan.of(plan) if plan is not None else None
+        if (other := sys.modules.get("pytorch_lightning.strategies")) is not None:  # lets its Trainer come to `OTHER_PACKAGE`
+            other.Strategy.register(type(self))
         self.sequence_parallel = sequence_parallel
         self.loss_parallel = loss_parallel
         self.activation_checkpointing = activation_checkpointing
         self.dropout: Dropout = dropout
         self.backend = backend
         self.verify = verify
+        self._launch_by: Launcher = launcher
         self._first: FirstBatch | None = None
         self._asked = (tp, dp)
         self._redirect: nn.Module | None = None
@@ -147,8 +153,15 @@ class TPStrategy(ModelParallelStrategy):
         assert self.cluster_environment is not None
         rank = self.cluster_environment.global_rank() if self.cluster_environment.creates_processes_externally else 0
         with on_one_screen(rank):
+            if not isinstance(self.accelerator, pl.accelerators.Accelerator):
+                raise TPError(OTHER_PACKAGE)
             self.sizes  # noqa: B018  refuse sizes that don't fit here, before any other process is started
-        super()._configure_launcher()
+            external = self.cluster_environment.creates_processes_externally
+            method = "popen" if external else start_method(self._launch_by)
+        if method == "popen":
+            super()._configure_launcher()
+        else:
+            self._launcher = ProcessLauncher(self, start_method=method)
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -176,9 +189,7 @@ class TPStrategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
         state = torch.get_rng_state()
         super().setup_environment()
-        if not isinstance(self._launcher, _MultiProcessingLauncher):
-            # Lightning seeds anew here, for processes that have not run the script. These have: go on as one process would
-            torch.set_rng_state(state)
+        torch.set_rng_state(state)  # Lightning seeds anew here: go on as one process would
 
     @contextmanager
     @override
@@ -273,29 +284,7 @@ class TPStrategy(ModelParallelStrategy):
     def _look_at_optimizers(self) -> None:
         with on_one_screen(self.global_rank):
             for optimizer in self.optimizers:
-                strangers = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_ltp")]
-                if strangers and self.backend == "local":
-                    raise TPError(
-                        f"`configure_optimizers`: {len(strangers)} parameters of {type(optimizer).__name__} are not the module's any more "
-                        f"(the first has the shape {tuple(strangers[0].shape)}): they were collected before the module was split. Collect "
-                        "them inside `configure_optimizers`, from `self.parameters()`."
-                    )
-                if isinstance(optimizer, torch.optim.LBFGS) and self.world_size > 1:
-                    raise TPError(
-                        "LBFGS takes its steps from dot products over all parameters, and a rank would take them of its shards only: the ranks "
-                        f"would go different ways. It needs one process (here are {self.world_size}), or use another optimizer."
-                    )
-                if isinstance(optimizer, torch.optim.Adafactor) and self.sizes[0] > 1:
-                    raise TPError(
-                        "torch's Adafactor can't step on FSDP2's shards (its in-place squares of partial norms), and "
-                        f"dp={self.sizes[0]}. Use tp={self.world_size}, or another optimizer."
-                    )
-                name = type(optimizer).__name__
-                if name.lower() in OF_WHOLE_WEIGHTS and self.sizes[1] > 1:
-                    rank_zero_warn(
-                        f"{name} takes its {OF_WHOLE_WEIGHTS[name.lower()]} of each rank's shard of a split weight, not of the whole: its steps "
-                        "differ from those of one process."
-                    )
+                look_at_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
 
     @property
     def num_global_parameters(self) -> int:
@@ -492,6 +481,9 @@ class TPStrategy(ModelParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._device_mesh is None:  # the ranks were forked, and have ended: this process has the whole weights
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+            return
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
         super().save_checkpoint(checkpoint, filepath, storage_options)
         path = Path(self.broadcast(filepath))
@@ -521,13 +513,11 @@ def _fsdp_root(module: pl.LightningModule) -> nn.Module:
 
 
 def register(registry: Any) -> None:
-    """Make `Trainer(strategy="tp")` known; again is no harm."""
-    if TPStrategy.strategy_name not in registry:
-        registry.register(
-            TPStrategy.strategy_name,
-            TPStrategy,
-            description="Tensor parallelism over the devices of a node, FSDP2 over the nodes",
-        )
+    """Make `Trainer(strategy="tp")` known, and the names of its launchers; again is no harm."""
+    what = "Tensor parallelism over the devices of a node, FSDP2 over the nodes"
+    for name, launcher in (("tp", "auto"), ("tp_notebook", "fork"), ("tp_fork", "fork"), ("tp_spawn", "spawn")):
+        if name not in registry:
+            registry.register(name, TPStrategy, description=f"{what} (launcher: {launcher})", launcher=launcher)
 
 
 register(StrategyRegistry)

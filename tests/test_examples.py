@@ -78,6 +78,19 @@ def test_hugging_face() -> None:
     assert difference and float(difference[1]) < 1e-4
 
 
+@pytest.mark.parametrize("by", ["itself", "fabric run"])
+def test_fabric(by: str) -> None:
+    if by == "itself":
+        output = run("examples/06_fabric.py", "--fast")
+    else:
+        pytest.importorskip("click")
+        command = Path(sys.executable).with_name("fabric")
+        output = run(command, "run", "--devices=2", "--accelerator=cpu", "examples/06_fabric.py", "--fast")
+    assert "Plan, inferred, tp=2" in output and re.search(r"Loss \d\.\d+ after 8 steps", output)
+    before, after = re.search(r"loaded into a new model: loss (\S+) and (\S+)", output).groups()  # type: ignore[union-attr]
+    assert before == after
+
+
 def test_cli() -> None:
     pytest.importorskip("jsonargparse")
     output = run("examples/04_lightning_cli.py", "fit", "--trainer.devices=2", "--trainer.strategy=tp", "--trainer.max_steps=4")

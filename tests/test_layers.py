@@ -25,12 +25,23 @@ LAYERS: list[set[str]] = [
     {"styles"},
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "dropout", "infer", "materialize"},  # what reads a plan
-    {"apply", "checkpoint", "choose", "estimate", "data"},
-    {"testing", "callbacks", "example", "first_batch", "module", "numbers", "precision", "strategy", "parity"},
-    {"cli", "__main__"},
+    {"apply", "checkpoint", "choose", "estimate", "data", "optimizers"},
+    {"testing", "callbacks", "example", "first_batch", "module", "numbers", "precision", "launch", "strategy", "fabric", "parity"},
+    {"pytorch_lightning", "cli", "__main__"},
     {"__init__"},
 ]
-KNOWS_LIGHTNING = {"callbacks", "module", "numbers", "precision", "strategy", "cli", "__init__"}
+KNOWS_LIGHTNING = {
+    "callbacks",
+    "fabric",
+    "launch",
+    "module",
+    "numbers",
+    "precision",
+    "pytorch_lightning",
+    "strategy",
+    "cli",
+    "__init__",
+}
 IMPORTED_LATE = {"transformers", "timm", "safetensors", "matplotlib", "rich", "jsonargparse", "numpy", "pytest"}
 PYTEST_ONLY = "testing/fixtures.py"
 
