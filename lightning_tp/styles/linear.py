@@ -177,13 +177,17 @@ class _Rowwise(nn.Module):
         axis.forget()
         if self._enter is not None:
             x = self._enter(x, axis)
+        axis.summing = True
         if not self._has_bias:
-            return self._leave(super().forward(x), axis)  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
+            y = super().forward(x)
+            axis.summing = False
+            return self._leave(y, axis)  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
         self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank; not from FSDP2
         try:
             y = super().forward(x)
         finally:
             del self.__dict__["bias"]
+            axis.summing = False
         return self._leave(y, axis) + self.bias
 
 
