@@ -106,10 +106,13 @@ def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
 
 
 def compile_function(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
-    """`torch.compile` with this backend; `limit`: how often one piece of code may be compiled anew (layers that count themselves, say)."""
+    """`torch.compile` with this backend, apart from what else is compiled of the same code.
+
+    `limit`: how often one piece of code may be compiled anew (for layers that know their number, say).
+    """
     compile: Callable[..., Callable[..., Any]] = torch.compile
     try:
-        return compile(function, backend=backend, recompile_limit=limit)
+        return compile(function, backend=backend, recompile_limit=limit, isolate_recompiles=True)
     except TypeError:  # older than 2.13
         return compile(function, backend=backend)
 

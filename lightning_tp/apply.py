@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp import border, grad, materialize
 from lightning_tp.comm import Axis
-from lightning_tp.compiled import Compile, compile_blocks, take_back
+from lightning_tp.compiled import Compile, check_compile, compile_blocks, take_back
 from lightning_tp.declared import declared_plan
 from lightning_tp.dropout import Dropout, bind_dropout, draws_of
 from lightning_tp.errors import TPError
@@ -144,6 +144,7 @@ def check_options(recompute: Recompute | None, compile: Compile, dropout: Dropou
             "`compile` together with `activation_checkpointing='selective'`: selective checkpointing looks at each operator, and compiled code "
             "has none; a compiler decides by itself what is cheap enough to be computed again. Use 'block', or leave one of them out."
         )
+    check_compile(compile)
     if compile and dropout == "exact":
         raise TPError("`compile` together with `dropout='exact'`, which looks into every step: leave one of them out.")
 

@@ -36,22 +36,30 @@ from lightning_tp.styles.local_ops import changes_calls
 Compile = bool | str | Callable[..., Any]
 
 
+def check_compile(how: Any) -> None:
+    """Refuse a backend that there is not.
+
+    Raises:
+        TPError: it names those that there are.
+    """
+    if isinstance(how, bool) or (callable(how) and not isinstance(how, type)):
+        return
+    try:
+        backend_of(str(how))
+    except ValueError as error:
+        raise TPError(f"`compile={how!r}`: {error}; True is 'inductor', and a function like a backend is one.") from None
+
+
 class Compiling:
     """How the blocks of one model are compiled.
 
     Args:
         backend: the name of one of `torch.compile`'s, or a function like one.
         limit: how often one piece of code may be compiled anew.
-
-    Raises:
-        TPError: if there is no such backend.
     """
 
     def __init__(self, backend: str | Callable[..., Any], limit: int) -> None:
-        try:
-            self.inner = backend_of(backend) if isinstance(backend, str) else backend
-        except ValueError as error:
-            raise TPError(f"`compile={backend!r}`: {error}; True is 'inductor'.") from None
+        self.inner = backend_of(backend) if isinstance(backend, str) else backend
         self.limit = limit
         self.draws: Draws | None = None
         self.failed = False

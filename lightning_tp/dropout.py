@@ -158,7 +158,7 @@ class Draws:
             return
         self.observing = self.on = True
         try:
-            with self.mode, _replaced(self.stand_ins):
+            with self.mode, _replaced(self.stand_ins), _nothing_compiled():
                 yield
         finally:
             self.observing = self.on = False
@@ -423,6 +423,11 @@ class _replaced:
 
     def __exit__(self, *error: Any) -> None:
         F.__dict__.update(self.before)
+
+
+def _nothing_compiled() -> Any:
+    """What users have compiled runs as it is: compiled code has no places, and shows none of its calls."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 class _looked_into:
