@@ -390,6 +390,9 @@ class TPStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             return self.lightning_module.state_dict()
         whole = border.full_state_dict(self.lightning_module)
+        if type(self.lightning_module).state_dict is not nn.Module.state_dict:  # its own, which may leave out what is frozen
+            wanted = self.lightning_module.state_dict()
+            whole = {name: whole.get(name, value) for name, value in wanted.items()}
         return whole if self.is_global_zero else {}
 
     @override
