@@ -67,6 +67,7 @@ def test_runs_as_in_one_process(case: Case) -> None:
             assert_same_run(run, reference(case), rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_with_inductor() -> None:
     case = Case(1, 2, model=dict(num_layers=1))
 
@@ -214,14 +215,13 @@ def test_what_users_compile_themselves() -> None:
         "the LightningModule": lambda: fit(torch.compile(Net(), backend="eager"), 2, **backend_all()),
         "the step": lambda: fit(Step(), 2, **backend_all()),
     }
-    for results in run_ranks(lambda: {name: make() for name, make in makes.items()}, 2, init=False, timeout=300):
+    for rank, results in enumerate(run_ranks(lambda: {name: make() for name, make in makes.items()}, 2, init=False, timeout=300)):
         for name, (losses, weights, lines) in results.items():
             torch.testing.assert_close(
                 torch.tensor(losses), torch.tensor(ref[0]), rtol=1e-4, atol=0, msg=lambda m, name=name: f"{name}: {m}"
             )
             assert_trees_close(weights, ref[1], rtol=1e-4, name=name)
-            print(name, lines)
-            assert len(lines) == (0 if name in ("ours", "the step") else 1), (name, lines)
+            assert len(lines) == (0 if rank or name in ("ours", "the step") else 1), (name, lines)
 
 
 def test_what_does_not_go_together() -> None:
