@@ -105,6 +105,76 @@ def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
     return [(tuple(chunk.offsets), local)]
 
 
+def compile_function(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
+    """`torch.compile` with this backend, apart from what else is compiled of the same code.
+
+    `limit`: how often one piece of code may be compiled anew (for layers that know their number, say).
+    """
+    compile: Callable[..., Callable[..., Any]] = torch.compile
+    try:
+        return compile(function, backend=backend, recompile_limit=limit, isolate_recompiles=True)
+    except TypeError:  # older than 2.13
+        return compile(function, backend=backend)
+
+
+def backend_of(name: str) -> Callable[..., Any]:
+    """The compiler that `torch.compile(backend=name)` calls.
+
+    Raises:
+        ValueError: it names those that there are.
+    """
+    if name == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx
+    try:
+        backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    except torch._dynamo.exc.InvalidBackend:
+        raise ValueError(f"there are {', '.join(torch._dynamo.list_backends(None))}") from None
+    return backend
+
+
+def is_compiler_error(error: Exception) -> bool:
+    """Whether `torch.compile` could not compile, or raised while it tried to."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+def take_compiled(model: torch.nn.Module) -> dict[str, Any]:
+    """Undo what users have compiled inside of a model, in place: wrappers are replaced by what they wrap.
+
+    Returns:
+        For the name of each module that was compiled, its backend.
+    """
+    found: dict[str, Any] = {}
+    for prefix, module in list(model.named_modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, torch._dynamo.OptimizedModule):
+                found[f"{prefix}.{name}" if prefix else name] = backend_of_context(child.dynamo_ctx)
+                module._modules[name] = child._orig_mod
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:  # `module.compile()`
+            found[name] = "inductor"
+            module._compiled_call_impl = None
+    return found
+
+
+def is_compiled_wrapper(module: Any) -> bool:
+    """Whether this is what `torch.compile(module)` gives."""
+    return isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def backend_of_context(context: Any) -> Any:
+    """What `torch.compile` was told to compile with, from the context that it gives a wrapper."""
+    return getattr(torch._dynamo.eval_frame, "innermost_backend", lambda backend: backend)(context.callback)
+
+
+def function_modes() -> list[Any]:
+    """The `TorchFunctionMode`s that are on, the outermost first."""
+    if not torch._C._len_torch_function_stack():
+        return []
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
 def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
     """Let the gradient norm that `torch.nn.utils.clip_grad_norm_` takes be that of `make(torch's own)`; once."""
     from torch.nn import utils

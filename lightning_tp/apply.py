@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,15 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp import border, grad, materialize
 from lightning_tp.comm import Axis
+from lightning_tp.compiled import Compile, check_compile, compile_blocks, take_back
 from lightning_tp.declared import declared_plan
-from lightning_tp.dropout import Dropout, bind_dropout, run_block
+from lightning_tp.dropout import Dropout, bind_dropout, draws_of
 from lightning_tp.errors import TPError
 from lightning_tp.fsdp import apply_fsdp, find_blocks
 from lightning_tp.mesh import TENSOR_PARALLEL, check_mesh
 from lightning_tp.plan import Plan
 from lightning_tp.plan_check import any_split, refuse_wrapped, splits_nothing
+from lightning_tp.recompute import Recompute, check_recompute, chosen, run_again
 from lightning_tp.styles import Site
-from lightning_tp.styles.base import become
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -40,7 +40,8 @@ def parallelize(
     *,
     sequence_parallel: bool = True,
     loss_parallel: bool = True,
-    activation_checkpointing: Literal["block"] | None = None,
+    activation_checkpointing: Recompute | None = None,
+    compile: Compile = False,
     precision: MixedPrecisionPolicy | None = None,
     dropout: Dropout = "independent",
     backend: Literal["local", "dtensor"] = "local",
@@ -60,7 +61,10 @@ def parallelize(
         plan: how; a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the one that the model declares.
         sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
         loss_parallel: False gathers the logits of a `vocab_head`.
-        activation_checkpointing: "block" keeps of each repeated block only its input for the backward, and runs it again.
+        activation_checkpointing: "block" keeps of each repeated block only its input for the backward, and runs it again; "selective" also
+            what is dear to compute (products, attention, sums over ranks); a function (name, module) -> bool chooses the modules that are run
+            again.
+        compile: True compiles each repeated block by `torch.compile`; the name of a backend, or a function like one, does it by that.
         precision: FSDP2's policy; it acts where the data-parallel axis has more than one rank.
         dropout: "independent" draws masks of each rank's own for shards of an activation, and equal ones for whole activations; "exact" draws
             those of one process, for comparing runs.
@@ -83,13 +87,14 @@ def parallelize(
         torch.Size([1, 2, 4])
     """
     dp_mesh, tp_mesh = check_mesh(mesh)
-    if dropout not in ("independent", "exact") or (dropout == "exact" and backend == "dtensor"):
-        raise TPError(f"`dropout={dropout!r}`: there is 'independent', and 'exact' with `backend='local'`.")
+    check_options(activation_checkpointing, compile, dropout, backend)
+    compile = take_back(model) or compile
     plan = resolve_plan(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
     same_plan_everywhere(plan, mesh)
     if tp_mesh.size() > 1 and not any_split(plan.entries) and dist.get_rank() == 0:
         warnings.warn(splits_nothing(plan, model, tp_mesh.size()), stacklevel=2)
     blocks = [block for _, block in find_blocks(model)]
+    again = chosen(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
     whole_values = materialize.source_of(model)
     if whole_values is not None and backend == "dtensor":
         raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
@@ -102,8 +107,9 @@ def parallelize(
     split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
     if tp_mesh.size() > 1:
         bind_styles(model, plan, axis, loss_parallel=loss_parallel)
+    compiling = compile_blocks(blocks, compile) if compile else None
     if activation_checkpointing is not None:
-        checkpoint_blocks(blocks, axis, activation_checkpointing)
+        run_again(again, axis, activation_checkpointing)
     shards = {name: p._ltp for name, p in model.named_parameters()}  # type: ignore[attr-defined]
     if dp_mesh.size() > 1:
         apply_fsdp(fsdp_root or model, blocks, dp_mesh, precision=precision)
@@ -115,7 +121,32 @@ def parallelize(
     border.attach_state_dict(model)
     if tp_mesh.size() > 1:
         bind_dropout(model, axis, dropout)
+    if compiling is not None:
+        compiling.draws = draws_of(model)
     return model
+
+
+def check_options(recompute: Recompute | None, compile: Compile, dropout: Dropout, backend: str) -> None:
+    """Refuse options that don't go together, or don't exist.
+
+    Raises:
+        TPError: it says which.
+    """
+    if dropout not in ("independent", "exact") or (dropout == "exact" and backend == "dtensor"):
+        raise TPError(f"`dropout={dropout!r}`: there is 'independent', and 'exact' with `backend='local'`.")
+    check_recompute(recompute)
+    if backend == "dtensor" and (recompute is not None or compile):
+        raise TPError(
+            "`backend='dtensor'` has neither activation checkpointing nor `compile`. Use `backend='local'`, or leave them out."
+        )
+    if compile and recompute == "selective":
+        raise TPError(
+            "`compile` together with `activation_checkpointing='selective'`: selective checkpointing looks at each operator, and compiled code "
+            "has none; a compiler decides by itself what is cheap enough to be computed again. Use 'block', or leave one of them out."
+        )
+    check_compile(compile)
+    if compile and dropout == "exact":
+        raise TPError("`compile` together with `dropout='exact'`, which looks into every step: leave one of them out.")
 
 
 def resolve_plan(model: nn.Module, plan: PlanLike | None, tp: int, *, sequence_parallel: bool = True) -> Plan:
@@ -261,37 +292,6 @@ def _is_module(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False  # the entry is about a parameter
     return True
-
-
-def checkpoint_blocks(blocks: Iterable[nn.Module], axis: Axis, how: str) -> None:
-    """Keep only the input of each block for the backward, and run the block again there; state dict keys stay as they are."""
-    if how != "block":
-        raise TPError(f"`activation_checkpointing={how!r}`: there is 'block', or None.")
-    for block in blocks:
-        become(block, _Checkpointed, _axis_of_block=axis)
-
-
-class _Checkpointed(nn.Module):
-    _axis_of_block: Axis
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from torch.utils.checkpoint import checkpoint
-
-        if not torch.is_grad_enabled():
-            return super().forward(*args, **kwargs)
-        axis, seq_len = self._axis_of_block, self._axis_of_block.seq_len
-        contexts = lambda: (contextlib.nullcontext(), _seq_len(axis, seq_len))  # noqa: E731
-        return checkpoint(run_block, self, super().forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-
-@contextlib.contextmanager
-def _seq_len(axis: Axis, seq_len: int | None) -> Iterator[None]:
-    """The length of the sequence at the time of the forward, while it is run again."""
-    now, axis.seq_len = axis.seq_len, seq_len
-    try:
-        yield
-    finally:
-        axis.seq_len = now
 
 
 def sum_groups(plan: Plan, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:

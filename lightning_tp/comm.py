@@ -39,6 +39,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from lightning_tp._compat import apply_of
 from lightning_tp.errors import TPError
@@ -60,6 +61,8 @@ class Axis:
         self.size = group.size()
         self.seq_len: int | None = None  # of the sequence that is in shards now
         self.on_backward: Callable[[], None] | None = None  # see grad.PartialGradients
+        self.sum: Callable[[Tensor, bool], Tensor] | None = None  # how terms are added up instead, see recompute.py
+        self.summing = False  # a product runs whose terms will be added up
         self._shared: tuple[Tensor, tuple[int, bool, bool], Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
@@ -71,6 +74,8 @@ class Axis:
 
         One collective forward instead of three, and one backward: autograd adds the three gradients before it.
         """
+        if is_compiling():
+            return self._share(x, enter)
         if x.is_inference():
             return enter(x, self)  # counts no versions: it could have been written to
         state = (x._version, x.requires_grad, torch.is_grad_enabled())
@@ -80,6 +85,10 @@ class Axis:
         y = enter(x, self)
         self._shared = (x, state, y)
         return y
+
+    @torch.compiler.disable
+    def _share(self, x: Tensor, enter: Callable[[Tensor, Axis], Tensor]) -> Tensor:
+        return self.share(x, enter)
 
     def forget(self) -> None:
         """Let go of the activation that `share` keeps, when its readers have read it."""
@@ -178,6 +187,8 @@ class _PartialToReplicate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
+        if axis.sum is not None:
+            return axis.sum(x, False)
         return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
 
     @staticmethod
@@ -203,6 +214,8 @@ class _PartialToSequence(Function):
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         ctx.seq_len = _cut_sequence(x, axis)
+        if axis.sum is not None:
+            return axis.sum(x, True)
         return reduce_scatter(x, SEQUENCE_DIM, axis)
 
     @staticmethod
@@ -266,6 +279,19 @@ class _ReplicateToWidth(Function):
         return all_gather(grad, grad.ndim - 1, ctx.width, ctx.axis), None
 
 
+@torch.compiler.disable
+def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args)`; where code is compiled, between two pieces of it, as if it were not.
+
+    Collectives stay in the order of the program, which is the same on all ranks.
+
+    Example:
+        >>> outside(max, 1, 2)
+        2
+    """
+    return function(*args, **kwargs)
+
+
 _replicate_to_gathered = apply_of(_ReplicateToGathered)
 _partial_to_replicate = apply_of(_PartialToReplicate)
 _sequence_to_gathered = apply_of(_SequenceToGathered)
@@ -274,41 +300,57 @@ _partial_to_sequence = apply_of(_PartialToSequence)
 
 def replicate_to_gathered(x: Tensor, axis: Axis) -> Tensor:
     """Nothing; backward all-reduce (f of Megatron-LM). `x` of any shape."""
+    if is_compiling():
+        return outside(_replicate_to_gathered, x, axis)
     return _replicate_to_gathered(x, axis)
 
 
 def partial_to_replicate(x: Tensor, axis: Axis) -> Tensor:
     """All-reduce; backward nothing (g of Megatron-LM). `x` of any shape."""
+    if is_compiling():
+        return outside(_partial_to_replicate, x, axis)
     return _partial_to_replicate(x, axis)
 
 
 def sequence_to_gathered(x: Tensor, axis: Axis) -> Tensor:
     """(B, ceil(S / tp), ..) -> (B, S, ..): all-gather; backward reduce-scatter."""
+    if is_compiling():
+        return outside(_sequence_to_gathered, x, axis)
     return _sequence_to_gathered(x, axis)
 
 
 def partial_to_sequence(x: Tensor, axis: Axis) -> Tensor:
     """(B, S, ..) -> (B, ceil(S / tp), ..): reduce-scatter; backward all-gather."""
+    if is_compiling():
+        return outside(_partial_to_sequence, x, axis)
     return _partial_to_sequence(x, axis)
 
 
 def replicate_to_sequence(x: Tensor, axis: Axis) -> Tensor:
     """(B, S, ..) -> (B, ceil(S / tp), ..): slice; backward all-gather."""
+    if is_compiling():
+        return outside(_ReplicateToSequence.apply, x, axis)
     return _ReplicateToSequence.apply(x, axis)
 
 
 def sequence_to_replicate(x: Tensor, axis: Axis) -> Tensor:
     """(B, ceil(S / tp), ..) -> (B, S, ..): all-gather; backward slice."""
+    if is_compiling():
+        return outside(_SequenceToReplicate.apply, x, axis)
     return _SequenceToReplicate.apply(x, axis)
 
 
 def width_to_replicate(x: Tensor, axis: Axis, width: int) -> Tensor:
     """(.., this rank's columns) -> (.., width): all-gather; backward slice."""
+    if is_compiling():
+        return outside(_WidthToReplicate.apply, x, axis, width)
     return _WidthToReplicate.apply(x, axis, width)
 
 
 def replicate_to_width(x: Tensor, axis: Axis) -> Tensor:
     """(.., width) -> (.., this rank's columns): slice; backward all-gather."""
+    if is_compiling():
+        return outside(_ReplicateToWidth.apply, x, axis)
     return _ReplicateToWidth.apply(x, axis)
 
 

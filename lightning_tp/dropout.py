@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp._compat import gather_rows
-from lightning_tp.comm import SEQUENCE_DIM, Axis
+from lightning_tp.comm import SEQUENCE_DIM, Axis, outside
 from lightning_tp.errors import TPError
 from lightning_tp.rng import on_own_stream
 from lightning_tp.styles.base import become
@@ -157,7 +158,7 @@ class Draws:
             return
         self.observing = self.on = True
         try:
-            with self.mode, _replaced(self.stand_ins):
+            with self.mode, _replaced(self.stand_ins), _nothing_compiled():
                 yield
         finally:
             self.observing = self.on = False
@@ -380,6 +381,11 @@ class _Drawing(nn.Module):
     _draws: Draws
     _sites: dict[Key, Site]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():  # a call that draws is known by its place in the code
+            return outside(self._call_impl, *args, **kwargs)
+        return self._call_impl(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _looked_into(self):
             return super().forward(*args, **kwargs)
@@ -390,6 +396,11 @@ class _Layer(nn.Module):
 
     _draws: Draws
     p: float
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return outside(self._call_impl, *args, **kwargs)
+        return self._call_impl(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         draws = self._draws
@@ -412,6 +423,11 @@ class _replaced:
 
     def __exit__(self, *error: Any) -> None:
         F.__dict__.update(self.before)
+
+
+def _nothing_compiled() -> Any:
+    """What users have compiled runs as it is: compiled code has no places, and shows none of its calls."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 class _looked_into:

@@ -20,14 +20,18 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer import trainer as trainer_module
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tp import border, checkpoint, grad, materialize
-from lightning_tp.apply import PlanLike, adopt, parallelize, same_weights_everywhere
+from lightning_tp._compat import backend_of_context
+from lightning_tp.apply import PlanLike, adopt, check_options, parallelize, same_weights_everywhere
+from lightning_tp.compiled import Compile, take_back
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.data.shared import Ranks, share_loader
 from lightning_tp.dropout import Draws, Dropout, draws_of
@@ -41,6 +45,7 @@ from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
+from lightning_tp.recompute import Recompute
 from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
 
 CHECKED_BATCHES = 3
@@ -66,7 +71,9 @@ class TPStrategy(ModelParallelStrategy):
             `forward` on `example_input_array`, or the step on the first batch.
         sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
         loss_parallel: False gathers logits where they are made.
-        activation_checkpointing: "block" keeps only the input of each repeated block for the backward.
+        activation_checkpointing: "block" keeps only the input of each repeated block for the backward, and runs it again; "selective" also keeps
+            what is dear to compute; a function (name, module) -> bool chooses the modules that are run again. See `lightning_tp.recompute`.
+        compile: True compiles each repeated block by `torch.compile`; also the name of a backend. See `lightning_tp.compiled`.
         dropout: "independent" gives each rank masks of its own for its shards of an activation, and all ranks of a group the same ones for
             a whole activation; "exact" gives the masks of one process, for comparing runs.
         backend: "local" (plain tensors, fast) or "dtensor" (the same plan by PyTorch's own styles).
@@ -102,7 +109,8 @@ class TPStrategy(ModelParallelStrategy):
         plan: PlanLike | None = None,
         sequence_parallel: bool = True,
         loss_parallel: bool = True,
-        activation_checkpointing: Literal["block"] | None = None,
+        activation_checkpointing: Recompute | None = None,
+        compile: Compile = False,
         dropout: Dropout = "independent",
         backend: Literal["local", "dtensor"] = "local",
         verify: bool = False,
@@ -121,10 +129,7 @@ class TPStrategy(ModelParallelStrategy):
         with on_one_screen(rank_zero_only.rank):  # type: ignore[attr-defined]
             if backend not in ("local", "dtensor"):
                 raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
-            if activation_checkpointing not in (None, "block"):
-                raise TPError(f"`activation_checkpointing={activation_checkpointing!r}`: there is 'block', or None.")
-            if dropout not in ("independent", "exact"):
-                raise TPError(f"`dropout={dropout!r}`: there are 'independent' and 'exact'.")
+            check_options(activation_checkpointing, compile, dropout, backend)
             if launcher not in LAUNCHERS:
                 raise TPError(f"`launcher={launcher!r}`: there are {', '.join(map(repr, LAUNCHERS))}.")
             self.plan = Plan.of(plan) if plan is not None else None
@@ -133,6 +138,7 @@ class TPStrategy(ModelParallelStrategy):
         self.sequence_parallel = sequence_parallel
         self.loss_parallel = loss_parallel
         self.activation_checkpointing = activation_checkpointing
+        self.compile = compile
         self.dropout: Dropout = dropout
         self.backend = backend
         self.verify = verify
@@ -214,6 +220,7 @@ class TPStrategy(ModelParallelStrategy):
                 return
             if not any(p.is_meta for p in module.parameters()):
                 self.precision_plugin.convert_module(module)
+            compile = take_back(module) or module.__dict__.pop("_ltp_compile", None) or self.compile
             root = _fsdp_root(module)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
             if plan is None and self.sizes[1] > 1:
@@ -230,6 +237,7 @@ class TPStrategy(ModelParallelStrategy):
                 loss_parallel=self.loss_parallel,
                 activation_checkpointing=self.activation_checkpointing,
                 precision=fsdp_policy(self.precision_plugin.precision),
+                compile=compile,
                 dropout=self.dropout,
                 backend=self.backend,
                 device=self.root_device,
@@ -425,6 +433,9 @@ class TPStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             return self.lightning_module.state_dict()
         whole = border.full_state_dict(self.lightning_module)
+        if type(self.lightning_module).state_dict is not nn.Module.state_dict:  # its own, which may leave out what is frozen
+            wanted = self.lightning_module.state_dict()
+            whole = {name: whole.get(name, value) for name, value in wanted.items()}
         return whole if self.is_global_zero else {}
 
     @override
@@ -520,6 +531,26 @@ def register(registry: Any) -> None:
             registry.register(name, TPStrategy, description=f"{what} (launcher: {launcher})", launcher=launcher)
 
 
+def allow_compiled(strategy: type) -> None:
+    """Let a Trainer with this strategy have `torch.compile(LightningModule())`, which Lightning refuses: compiled block by block; once."""
+    own: Any = trainer_module._verify_strategy_supports_compile
+    if hasattr(own, "_lightning_tp"):
+        return
+
+    def verify(model: pl.LightningModule, of: Any) -> None:
+        if isinstance(of, strategy) and model._compiler_ctx is not None:
+            model.__dict__["_ltp_compile"] = backend_of_context(model._compiler_ctx["dynamo_ctx"])
+            to_uncompiled(model)
+            rank_zero_warn(
+                "The LightningModule was compiled as a whole, and a split model is compiled block by block: done so, as by `compile=True`."
+            )
+        own(model, of)
+
+    verify._lightning_tp = True  # type: ignore[attr-defined]
+    trainer_module._verify_strategy_supports_compile = verify  # type: ignore[assignment]
+
+
 register(StrategyRegistry)
+allow_compiled(TPStrategy)
 allow_all_precisions(TPStrategy)
 wrap_grad_norm()

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"loss", "logits", "deferred", "rng", "fsdp"},
     {"styles"},
     {"plan", "plan_check", "plan_table"},
-    {"border", "grad", "declared", "dropout", "infer", "materialize"},  # what reads a plan
+    {"border", "grad", "declared", "dropout", "infer", "materialize", "compiled", "recompute"},  # what reads a plan
     {"apply", "checkpoint", "choose", "estimate", "data", "optimizers"},
     {"testing", "callbacks", "example", "first_batch", "module", "numbers", "precision", "launch", "strategy", "fabric", "parity"},
     {"pytorch_lightning", "cli", "__main__"},

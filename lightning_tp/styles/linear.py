@@ -180,8 +180,10 @@ class _Rowwise(nn.Module):
         axis.forget()
         if self._enter is not None:
             x = self._enter(x, axis)
+        axis.summing = True
         if not self._has_bias:
             y = super().forward(x)
+            axis.summing = False
             return (
                 y if self._leave is None else self._leave(y, axis)
             )  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
@@ -190,6 +192,7 @@ class _Rowwise(nn.Module):
             y = super().forward(x)
         finally:
             del self.__dict__["bias"]
+            axis.summing = False
         if self._leave is None:  # once among the terms; on all ranks it has a gradient
             return y + (self.bias * 0 if axis.rank else self.bias)
         return self._leave(y, axis) + self.bias

@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.comm import Axis, State, length_of, replicate_to_gathered, transition
+from lightning_tp.comm import Axis, State, length_of, outside, replicate_to_gathered, transition
 from lightning_tp.errors import TPError
 from lightning_tp.styles.attention import bind_attention
 from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
@@ -208,6 +209,11 @@ def _tuples(x: Any) -> Any:
 class _LocalOps(nn.Module):
     _mode: _Mode
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():  # a call is known by its place in the code
+            return outside(self._call_impl, *args, **kwargs)
+        return self._call_impl(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         mode = self._mode
         mode.begin()
@@ -259,6 +265,11 @@ class _Mode(TorchFunctionMode):
             self.seen[key] = turn + 1
             call = calls[turn % len(calls)]
         return run_call(call, func, args, kwargs or {}, self.axis)
+
+
+def changes_calls(mode: TorchFunctionMode) -> bool:
+    """Whether this mode is that of a module whose calls are changed."""
+    return isinstance(mode, _Mode)
 
 
 def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> Any:
