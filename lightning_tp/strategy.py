@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -28,13 +29,15 @@ from typing_extensions import override
 
 from lightning_tp import border, checkpoint, grad, materialize
 from lightning_tp.apply import PlanLike, adopt, parallelize, same_weights_everywhere
+from lightning_tp.averaging import Averaging
+from lightning_tp.checkpoint import save_apart, without_dtensors
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.data.shared import Ranks, share_loader
 from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
-from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
+from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes, same_mesh
 from lightning_tp.numbers import Numbers, all_gather, plain
 from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
@@ -139,6 +142,7 @@ class TPStrategy(ModelParallelStrategy):
         self._rng_at_step: dict[str, Any] | None = None  # the random states of a checkpoint from the middle of an epoch
         self._ranks: Ranks | None = None
         self._numbers: Numbers | None = None
+        self._averaging: Averaging | None = None
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -175,10 +179,19 @@ class TPStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
         state = torch.get_rng_state()
-        super().setup_environment()
+        self._setup_distributed()  # all that Lightning does here, but for its mesh, which would be a new one for each run
+        self._device_mesh = same_mesh(self.root_device.type, *self.sizes)
         if not isinstance(self._launcher, _MultiProcessingLauncher):
             # Lightning seeds anew here, for processes that have not run the script. These have: go on as one process would
             torch.set_rng_state(state)
+        if self._averaging is not None:  # of a run that did not come to its end
+            self._averaging.close()
+        assert self.lightning_module is not None
+        self._averaging = Averaging(self.lightning_module.trainer, whole=not self._save_distributed_checkpoint)
+        if self._averaging.callbacks and self.backend == "dtensor":
+            with on_one_screen(self.global_rank):
+                name = type(self._averaging.callbacks[0]).__name__
+                raise TPError(f"`{name}` works with `backend='local'`, and the strategy has 'dtensor'.")
 
     @contextmanager
     @override
@@ -252,6 +265,11 @@ class TPStrategy(ModelParallelStrategy):
             with on_one_screen(self.global_rank):
                 rank_zero_info(self._first.compare(self.lightning_module))
             self._first = None
+        if self._averaging is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._averaging.begin(self.lightning_module)
+        if self.sizes[0] > 1:  # what FSDP2 gathers in inference mode can't be trained with afterwards
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False
         self._checked.clear()
         self._draws = draws_of(self.lightning_module)
         if self._numbers is not None:  # of a run that did not come to its end
@@ -426,7 +444,11 @@ class TPStrategy(ModelParallelStrategy):
         if self._numbers is not None:
             self._numbers.close(self.lightning_module)
             self._numbers = None
+        if self._averaging is not None:
+            self._averaging.close()
+            self._averaging = None
         super().teardown()
+        self.checkpoint_io.teardown()
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -478,7 +500,9 @@ class TPStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         if path.is_file():
             loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-            self.lightning_module.load_state_dict(loaded.pop("state_dict"), strict=self.lightning_module.strict_loading)
+            self.lightning_module.load_state_dict(loaded["state_dict"], strict=self.lightning_module.strict_loading)
+            if self._averaging is None or not self._averaging.callbacks:
+                del loaded["state_dict"]
             for optimizer, state in zip(self.optimizers, loaded.get("optimizer_states", ()), strict=False):
                 border.load_optimizer_state(optimizer, state)
             return loaded
@@ -488,13 +512,23 @@ class TPStrategy(ModelParallelStrategy):
         for i, optimizer in enumerate(self.optimizers):
             checkpoint.load_optimizer(optimizer, path, f"optimizer_{i}")
         metadata: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
+        metadata = checkpoint.with_dtensors(metadata, path, self.lightning_module)
+        if self._averaging is not None and self._averaging.callbacks:
+            metadata["state_dict"] = self.lightning_module.state_dict()
         return metadata
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
         path = Path(self.broadcast(filepath))
+        apart: dict[str, Any] = {}
+        if self._save_distributed_checkpoint:
+            for key in checkpoint.keys() - {"state_dict", "optimizer_states"}:
+                checkpoint[key] = without_dtensors(checkpoint[key], apart, key)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # `last.ckpt` is written anew every time
+            super().save_checkpoint(checkpoint, path, storage_options)
+            save_apart(apart, path)
         plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
         if self.is_global_zero and path.is_dir() and plan is not None:
             (path / "plan.json").write_text(plan.to_json())
