@@ -91,8 +91,9 @@ def without_dtensors(tree: Any, found: dict[str, DTensor], where: str = "") -> A
     if isinstance(tree, DTensor):
         found[where] = tree
         return {ELSEWHERE: where, "name": where.rpartition("/")[2]}
-    if type(tree) is dict:
-        return {k: without_dtensors(v, found, f"{where}/{k}") for k, v in tree.items()}
+    if isinstance(tree, dict):
+        values = {k: without_dtensors(v, found, f"{where}/{k}") for k, v in tree.items()}
+        return values if any(v is not tree[k] for k, v in values.items()) else tree
     if type(tree) in (list, tuple):
         return type(tree)(without_dtensors(v, found, f"{where}/{i}") for i, v in enumerate(tree))
     return tree
