@@ -43,6 +43,7 @@ from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
 from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
+from lightning_tp.tuner import check_callbacks, find_lr_by_mean_loss, refuse_batch_size_finder
 
 CHECKED_BATCHES = 3
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint
@@ -187,9 +188,10 @@ class TPStrategy(ModelParallelStrategy):
         if self._averaging is not None:  # of a run that did not come to its end
             self._averaging.close()
         assert self.lightning_module is not None
-        self._averaging = Averaging(self.lightning_module.trainer, whole=not self._save_distributed_checkpoint)
-        if self._averaging.callbacks and self.backend == "dtensor":
-            with on_one_screen(self.global_rank):
+        with on_one_screen(self.global_rank):
+            check_callbacks(self.lightning_module.trainer)
+            self._averaging = Averaging(self.lightning_module.trainer, whole=not self._save_distributed_checkpoint)
+            if self._averaging.callbacks and self.backend == "dtensor":
                 name = type(self._averaging.callbacks[0]).__name__
                 raise TPError(f"`{name}` works with `backend='local'`, and the strategy has 'dtensor'.")
 
@@ -567,3 +569,5 @@ def register(registry: Any) -> None:
 register(StrategyRegistry)
 allow_all_precisions(TPStrategy)
 wrap_grad_norm()
+refuse_batch_size_finder(TPStrategy)
+find_lr_by_mean_loss(TPStrategy)

@@ -26,11 +26,11 @@ LAYERS: list[set[str]] = [
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "dropout", "infer", "materialize"},  # what reads a plan
     {"apply", "checkpoint", "choose", "estimate", "data"},
-    {"testing", "averaging", "callbacks", "example", "first_batch", "module", "numbers", "precision", "strategy", "parity"},
+    {"testing", "averaging", "callbacks", "example", "first_batch", "module", "numbers", "precision", "strategy", "parity", "tuner"},
     {"cli", "__main__"},
     {"__init__"},
 ]
-KNOWS_LIGHTNING = {"averaging", "callbacks", "module", "numbers", "precision", "strategy", "cli", "__init__"}
+KNOWS_LIGHTNING = {"averaging", "callbacks", "module", "numbers", "precision", "strategy", "tuner", "cli", "__init__"}
 IMPORTED_LATE = {"transformers", "timm", "safetensors", "matplotlib", "rich", "jsonargparse", "numpy", "pytest"}
 PYTEST_ONLY = "testing/fixtures.py"
 

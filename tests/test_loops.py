@@ -211,8 +211,7 @@ def inference_mode(run: Run) -> None:
             trainer.fit(module, data, data)
             trainer.validate(module, data, verbose=False)
         run.look(trainer, module, name)
-        if run.dp == 1:
-            run.found[f"{name} modes"] = modes  # FSDP2 can't: there it is no_grad
+        run.found[f"{name} modes"] = modes if run.dp == 1 else None  # FSDP2 can't: there it is no_grad
 
 
 @contextlib.contextmanager
@@ -402,7 +401,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("loops")
 
 
-NOBODY_CAN_HELP = ("does not have many workers", "exists and is not empty", "`isinstance(treespec, LeafSpec)` is deprecated")
+NOBODY_CAN_HELP = (  # Lightning's own, about these data, and about the sampler that deals them out
+    "You requested to overfit",
+    "does not have many workers", "exists and is not empty", "`isinstance(treespec, LeafSpec)` is deprecated")
 
 
 def files(folder: Path) -> set[str]:
