@@ -99,14 +99,14 @@ class Shards(nn.Module):
             zip(module.parameters(), self.parameters(), strict=True), zip(module.buffers(), self.buffers(), strict=True)
         )
         of = {id(own): (own, copy) for own, copy in pairs}
-        tensors = itertools.chain(
-            module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-        )
+        tensors = itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
         for name, tensor in tensors:
             yield (name, *of[id(tensor)])
 
     @override
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """As the model's own, with the values of the copy. A collective, where it holds whole tensors."""
         (module,) = self._of
         state = dict(module.state_dict())

@@ -63,7 +63,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, key: str) -> No
                 state[shard.name] = {f: _template(shard, m, p.device) for f, m in fields.items()}
     groups = [
         {
-            **{k: v for k, v in g.items() if k != "params" and f"{key}.param_groups.{i}.{k}" in stored},  # not what a scheduler added since
+            **{
+                k: v for k, v in g.items() if k != "params" and f"{key}.param_groups.{i}.{k}" in stored
+            },  # not what a scheduler added since
             "params": [p._ltp.name for p in g["params"]],
         }
         for i, g in enumerate(optimizer.param_groups)

@@ -49,7 +49,7 @@ def find_lr_by_mean_loss(strategy: type) -> None:
         own(self, trainer, module, outputs, *args)
 
     on_train_batch_end._lightning_tp = True  # type: ignore[attr-defined]
-    lr_finder._LRCallback.on_train_batch_end = on_train_batch_end
+    lr_finder._LRCallback.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign, assignment]
 
 
 def check_callbacks(trainer: pl.Trainer) -> None:

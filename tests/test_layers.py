@@ -26,7 +26,19 @@ LAYERS: list[set[str]] = [
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "dropout", "infer", "materialize"},  # what reads a plan
     {"apply", "checkpoint", "choose", "estimate", "data"},
-    {"testing", "averaging", "callbacks", "example", "first_batch", "module", "numbers", "precision", "strategy", "parity", "tuner"},
+    {
+        "testing",
+        "averaging",
+        "callbacks",
+        "example",
+        "first_batch",
+        "module",
+        "numbers",
+        "precision",
+        "strategy",
+        "parity",
+        "tuner",
+    },
     {"cli", "__main__"},
     {"__init__"},
 ]

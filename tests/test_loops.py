@@ -403,7 +403,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 NOBODY_CAN_HELP = (  # Lightning's own, about these data, and about the sampler that deals them out
     "You requested to overfit",
-    "does not have many workers", "exists and is not empty", "`isinstance(treespec, LeafSpec)` is deprecated")
+    "does not have many workers",
+    "exists and is not empty",
+    "`isinstance(treespec, LeafSpec)` is deprecated",
+)
 
 
 def files(folder: Path) -> set[str]:
