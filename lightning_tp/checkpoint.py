@@ -51,8 +51,17 @@ def load_model(model: nn.Module, path: Path, *, strict: bool = True) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, key: str) -> None:
-    """Read this rank's pieces of an optimizer's state from the folder, where `key` is its name in it ("optimizer_0")."""
+    """Read this rank's pieces of an optimizer's state from the folder, where `key` is its name in it ("optimizer_0").
+
+    Raises:
+        TPError: if it is not there.
+    """
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    if not any(k.startswith(f"{key}.") for k in stored):
+        raise TPError(
+            f"`{path}` has no `{key}`, so training can't go on from it: it was saved with weights only, or with fewer optimizers. Save with "
+            "`ModelCheckpoint(save_weights_only=False)`; weights alone are read by `trainer.validate`, `test` and `predict`."
+        )
     state: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -97,7 +106,8 @@ def without_dtensors(tree: Any, found: dict[str, DTensor], where: str = "") -> A
         values = {k: without_dtensors(v, found, f"{where}/{k}") for k, v in tree.items()}
         return values if any(v is not tree[k] for k, v in values.items()) else tree
     if type(tree) in (list, tuple):
-        return type(tree)(without_dtensors(v, found, f"{where}/{i}") for i, v in enumerate(tree))
+        items = [without_dtensors(v, found, f"{where}/{i}") for i, v in enumerate(tree)]
+        return type(tree)(items) if any(a is not b for a, b in zip(items, tree, strict=True)) else tree
     return tree
 
 

@@ -479,7 +479,8 @@ class TPStrategy(ModelParallelStrategy):
             return super().load_checkpoint(path, weights_only)
         with on_one_screen(self.global_rank):
             loaded = self._load_checkpoint(path, weights_only)
-        self._restore_rng(loaded)
+        if not path.name.startswith(".lr_find_"):  # the tuner takes the weights back, and goes on with its random numbers
+            self._restore_rng(loaded)
         return loaded
 
     def _restore_rng(self, loaded: dict[str, Any]) -> None:
@@ -500,18 +501,20 @@ class TPStrategy(ModelParallelStrategy):
 
     def _load_checkpoint(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
+        trains = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        optimizers = self.optimizers if trains else []  # a validation after training still has them
         if path.is_file():
             loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
             self.lightning_module.load_state_dict(loaded["state_dict"], strict=self.lightning_module.strict_loading)
             if self._averaging is None or not self._averaging.callbacks:
                 del loaded["state_dict"]
-            for optimizer, state in zip(self.optimizers, loaded.get("optimizer_states", ()), strict=False):
+            for optimizer, state in zip(optimizers, loaded.get("optimizer_states", ()), strict=False):
                 border.load_optimizer_state(optimizer, state)
             return loaded
         if not (path / _METADATA_FILENAME).is_file():
             raise TPError(f"`{path}` is no checkpoint: neither a file nor a folder with `{_METADATA_FILENAME}` in it.")
         checkpoint.load_model(self.lightning_module, path, strict=self.lightning_module.strict_loading)
-        for i, optimizer in enumerate(self.optimizers):
+        for i, optimizer in enumerate(optimizers):
             checkpoint.load_optimizer(optimizer, path, f"optimizer_{i}")
         metadata: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
         metadata = checkpoint.with_dtensors(metadata, path, self.lightning_module)

@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
+from lightning_tp import errors
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 CONFIG = LlamaConfig(vocab_size=103, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48, max_seq_len=32, bias=True)
@@ -392,6 +393,19 @@ def states_in_checkpoints(run: Run) -> None:
 
 
 @scenario
+def weights_only(run: Run) -> None:
+    """Evaluation reads them, also after training; training can't go on from them."""
+    keep = ModelCheckpoint(run.folder, filename="end", save_weights_only=True)
+    trainer, module = run.trainer(callbacks=[keep], enable_checkpointing=True, max_epochs=1), Net()
+    trainer.fit(module, run.data())
+    trainer.validate(module, run.data(), ckpt_path=run.folder / "end.ckpt", verbose=False)
+    run.look(trainer, module)
+    errors.HEAD_START = 0.0
+    with pytest.raises((ltp.TPError, KeyError, SystemExit), match="weights only|only the model|1"):
+        trainer.fit(module, run.data(), ckpt_path=run.folder / "end.ckpt")
+
+
+@scenario
 def lr_find(run: Run) -> None:
     module, data = Net(lr=1e-3), run.data(items=64)
     trainer = run.trainer(max_epochs=1)
@@ -399,6 +413,7 @@ def lr_find(run: Run) -> None:
     run.found["metrics"] = dict(metrics=dict(enumerate(found.results["loss"])), steps=len(found.results["lr"]))
     run.found["suggested"] = pytest.approx(found.suggestion()), module.lr == found.suggestion()
     run.look(trainer, module, "restored")
+    run.found["random"] = torch.rand(()).item() if trainer.is_global_zero else None
     trainer.fit(module, data)
     run.look(trainer, module)
 
