@@ -479,8 +479,7 @@ class TPStrategy(ModelParallelStrategy):
             return super().load_checkpoint(path, weights_only)
         with on_one_screen(self.global_rank):
             loaded = self._load_checkpoint(path, weights_only)
-        if not path.name.startswith(".lr_find_"):  # the tuner takes the weights back, and goes on with its random numbers
-            self._restore_rng(loaded)
+        self._restore_rng(loaded)
         return loaded
 
     def _restore_rng(self, loaded: dict[str, Any]) -> None:

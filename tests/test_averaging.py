@@ -145,7 +145,7 @@ def assert_same(ranks: list[dict[str, Any]], ref: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mesh, sharded", [(TP2, True), (MESH_2X2, True), (MESH_2X2, False)], ids=["tp2", "2x2", "2x2 files"])
 def test_as_in_one_process(mesh: tuple[int, int], sharded: bool, reference: Any, tmp_path: Path) -> None:
     ref, _ = reference
-    assert_same(run_ranks(lambda: run(mesh, tmp_path, sharded), mesh[0] * mesh[1], init=False, timeout=200), ref)
+    assert_same(run_ranks(lambda: run(mesh, tmp_path, sharded), mesh[0] * mesh[1], init=False, timeout=280), ref)
     for name in CALLBACKS:  # the test can fail: what is averaged differs from what is not, and a resumed run ends as the whole one
         assert not torch.equal(ref[f"{name} Net"][0]["model.norm.weight"], ref[f"{name} Net read"][0]["model.norm.weight"])
         assert_trees_close(ref[f"{name} Net resumed"][0], ref[f"{name} Net"][0], rtol=1e-5)
