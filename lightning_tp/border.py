@@ -249,7 +249,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> {name: tuple(t.shape) for name, t in full_state_dict(nn.Linear(2, 3)).items()}
         {'weight': (3, 2), 'bias': (3,)}
     """
-    _reshard(model)
+    reshard(model)
     done: dict[int, Tensor] = {}
     whole: dict[str, Tensor] = {}
     tensors = {
@@ -271,7 +271,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     Averaged over the data-parallel axis (the mean of the ranks' losses), as FSDP2 does it. Parameters without a gradient are left
     out; tied ones are there under each of their names.
     """
-    _reshard(model)
+    reshard(model)
     done: dict[int, Tensor] = {}
     whole: dict[str, Tensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -283,7 +283,7 @@ def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     return whole
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Have FSDP2 put its shards back where a forward without a backward has left whole parameters, which nobody knows here."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -329,17 +329,13 @@ def _state_dict_as_dtensors(module: nn.Module, state: dict[str, Any], prefix: st
 
 
 def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _reshard(module)
+    reshard(module)
     for name, p in module.named_parameters(remove_duplicate=False):
         shard = getattr(p, "_ltp", None)
         if shard is None or not isinstance(value := state.get(prefix + name), Tensor):
             continue
         local = shard.to_local(value, prefix + name)
-        if isinstance(p, DTensor):  # FSDP2's own
-            local = DTensor.from_local(
-                local.to(p.device), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-            )
-        state[prefix + name] = local
+        state[prefix + name] = like(p, local.to(p.device)) if isinstance(p, DTensor) else local
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizers
@@ -405,7 +401,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 def _local_state(p: Tensor, shard: Shard, value: Any, where: str) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0 or tuple(value.shape) != shard.shape:
         return value
-    local = shard.to_local(value, where)
-    if isinstance(p, DTensor):
-        return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
-    return local
+    return like(p, shard.to_local(value, where))
+
+
+def like(p: Tensor, local: Tensor) -> Tensor:
+    """A local tensor as the parameter is: FSDP2's DTensor, or as it is."""
+    if not isinstance(p, DTensor):
+        return local
+    return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

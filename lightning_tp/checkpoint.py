@@ -13,9 +13,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from lightning_tp.border import Shard, load_optimizer_state
 from lightning_tp.errors import TPError
+
+ELSEWHERE = "lightning_tp_sharded"  # in the place of a DTensor: its key in the folder of that name
 
 
 def load_model(model: nn.Module, path: Path, *, strict: bool = True, key: str = "state_dict") -> None:
@@ -48,8 +51,17 @@ def load_model(model: nn.Module, path: Path, *, strict: bool = True, key: str = 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, key: str) -> None:
-    """Read this rank's pieces of an optimizer's state from the folder, where `key` is its name in it ("optimizer_0")."""
+    """Read this rank's pieces of an optimizer's state from the folder, where `key` is its name in it ("optimizer_0").
+
+    Raises:
+        TPError: if it is not there.
+    """
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    if not any(k.startswith(f"{key}.") for k in stored):
+        raise TPError(
+            f"`{path}` has no `{key}`, so training can't go on from it: it was saved with weights only, or with fewer optimizers. Save with "
+            "`ModelCheckpoint(save_weights_only=False)`; weights alone are read by `trainer.validate`, `test` and `predict`."
+        )
     state: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -59,8 +71,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, key: str) -> No
             if fields:
                 state[shard.name] = {f: _template(shard, m, p.device) for f, m in fields.items()}
     groups = [
-        {**{k: v for k, v in g.items() if k != "params"}, "params": [p._ltp.name for p in g["params"]]}
-        for g in optimizer.param_groups
+        {
+            **{
+                k: v for k, v in g.items() if k != "params" and f"{key}.param_groups.{i}.{k}" in stored
+            },  # not what a scheduler added since
+            "params": [p._ltp.name for p in g["params"]],
+        }
+        for i, g in enumerate(optimizer.param_groups)
     ]
     loaded = {key: {"state": state, "param_groups": groups}}
     dcp.load(loaded, checkpoint_id=path)
@@ -75,3 +92,61 @@ def _template(shard: Shard, there: Any, device: torch.device) -> Any:
         local = torch.empty(shard.local_shape, dtype=there.properties.dtype, device=device)
         return shard.to_dtensor(local)
     return torch.empty(there.size, dtype=there.properties.dtype)
+
+
+def without_dtensors(tree: Any, found: dict[str, DTensor], where: str = "") -> Any:
+    """The same nesting of dicts and lists, with a mark in the place of each DTensor, which goes to `found`.
+
+    Of what callbacks and hooks put into a checkpoint one rank writes all; it has but its shards of a DTensor.
+    """
+    if isinstance(tree, DTensor):
+        found[where] = tree
+        return {ELSEWHERE: where, "name": where.rpartition("/")[2]}
+    if isinstance(tree, dict):
+        values = {k: without_dtensors(v, found, f"{where}/{k}") for k, v in tree.items()}
+        return values if any(v is not tree[k] for k, v in values.items()) else tree
+    if type(tree) in (list, tuple):
+        items = [without_dtensors(v, found, f"{where}/{i}") for i, v in enumerate(tree)]
+        return type(tree)(items) if any(a is not b for a, b in zip(items, tree, strict=True)) else tree
+    return tree
+
+
+def save_apart(found: dict[str, DTensor], path: Path) -> None:
+    """What `without_dtensors` has found, into a folder beside the rest."""
+    if found:
+        dcp.save(dict(found), checkpoint_id=path / ELSEWHERE)
+
+
+def with_dtensors(tree: Any, path: Path, model: nn.Module) -> Any:
+    """The inverse: reads what is marked from the folder; as a DTensor of this mesh what has a parameter's name and shape, else whole."""
+    marks: dict[str, str] = {}
+    _find_marks(tree, marks)
+    if not marks:
+        return tree
+    stored = dcp.FileSystemReader(path / ELSEWHERE).read_metadata().state_dict_metadata
+    parameters = {p._ltp.name: p for p in model.parameters() if hasattr(p, "_ltp")}
+    values: dict[str, Any] = {}
+    for where, name in marks.items():
+        there: Any = stored[where]
+        p = parameters.get(name)
+        values[where] = torch.empty(there.size, dtype=there.properties.dtype) if p is None else _template(p._ltp, there, p.device)
+    dcp.load(values, checkpoint_id=path / ELSEWHERE)
+    return _fill_marks(tree, values)
+
+
+def _find_marks(tree: Any, found: dict[str, str]) -> None:
+    if isinstance(tree, dict) and ELSEWHERE in tree:
+        found[tree[ELSEWHERE]] = tree["name"]
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            _find_marks(value, found)
+
+
+def _fill_marks(tree: Any, values: dict[str, Any]) -> Any:
+    if isinstance(tree, dict) and ELSEWHERE in tree:
+        return values[tree[ELSEWHERE]]
+    if type(tree) is dict:
+        return {k: _fill_marks(v, values) for k, v in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_fill_marks(v, values) for v in tree)
+    return tree

@@ -5,7 +5,8 @@ Ranks of one tensor-parallel group are neighbours (ranks 0 .. tp-1 are the first
 
 from __future__ import annotations
 
-from typing import Literal
+import weakref
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -56,6 +57,21 @@ def mesh_sizes(
 def make_mesh(device_type: str, dp: int, tp: int) -> DeviceMesh:
     """The 2D mesh over all ranks of the default process group."""
     return init_device_mesh(device_type, (dp, tp), mesh_dim_names=(DATA_PARALLEL, TENSOR_PARALLEL))
+
+
+_made: tuple[Any, dict[tuple[str, int, int], DeviceMesh]] = (None, {})  # a reference to the default group, its meshes
+
+
+def same_mesh(device_type: str, dp: int, tp: int) -> DeviceMesh:
+    """As `make_mesh`, but once: process groups live until the process ends, so each run of a Trainer must not make new ones."""
+    global _made
+    world = dist.group.WORLD
+    if _made[0] is None or _made[0]() is not world:
+        _made = (weakref.ref(world), {})
+    meshes = _made[1]
+    if (device_type, dp, tp) not in meshes:
+        meshes[device_type, dp, tp] = make_mesh(device_type, dp, tp)
+    return meshes[device_type, dp, tp]
 
 
 def check_mesh(mesh: DeviceMesh) -> tuple[DeviceMesh, DeviceMesh]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_tp.errors import TPError
 from lightning_tp.module import TensorParallel as TensorParallel
 
-TWINS = ("callbacks", "launch", "numbers", "precision", "strategy")  # modules and folders that know a Trainer
+TWINS = ("averaging", "callbacks", "launch", "numbers", "precision", "strategy", "tuner")  # modules and folders that know a Trainer
 NAMES = {
     r"\blightning\.pytorch\b": "pytorch_lightning",
     r"\blightning\.fabric\b": "lightning_fabric",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -31,6 +32,8 @@ from typing_extensions import override
 from lightning_tp import border, checkpoint, grad, materialize
 from lightning_tp._compat import backend_of_context
 from lightning_tp.apply import PlanLike, adopt, check_options, parallelize, same_weights_everywhere
+from lightning_tp.averaging import Averaging
+from lightning_tp.checkpoint import save_apart, without_dtensors
 from lightning_tp.compiled import Compile, take_back
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.data.shared import Ranks, share_loader
@@ -39,7 +42,7 @@ from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
 from lightning_tp.launch import LAUNCHERS, Launcher, ProcessLauncher, start_method
-from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
+from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes, same_mesh
 from lightning_tp.numbers import Numbers, all_gather, plain
 from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
@@ -47,6 +50,7 @@ from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
 from lightning_tp.recompute import Recompute
 from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
+from lightning_tp.tuner import check_callbacks, find_lr_by_mean_loss, refuse_batch_size_finder
 
 CHECKED_BATCHES = 3
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint
@@ -151,6 +155,7 @@ class TPStrategy(ModelParallelStrategy):
         self._rng_at_step: dict[str, Any] | None = None  # the random states of a checkpoint from the middle of an epoch
         self._ranks: Ranks | None = None
         self._numbers: Numbers | None = None
+        self._averaging: Averaging | None = None
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -194,8 +199,18 @@ class TPStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
         state = torch.get_rng_state()
-        super().setup_environment()
+        self._setup_distributed()  # all that Lightning does here, but for its mesh, which would be a new one for each run
+        self._device_mesh = same_mesh(self.root_device.type, *self.sizes)
         torch.set_rng_state(state)  # Lightning seeds anew here: go on as one process would
+        if self._averaging is not None:  # of a run that did not come to its end
+            self._averaging.close()
+        assert self.lightning_module is not None
+        with on_one_screen(self.global_rank):
+            check_callbacks(self.lightning_module.trainer)
+            self._averaging = Averaging(self.lightning_module.trainer, whole=not self._save_distributed_checkpoint)
+            if self._averaging.callbacks and self.backend == "dtensor":
+                name = type(self._averaging.callbacks[0]).__name__
+                raise TPError(f"`{name}` works with `backend='local'`, and the strategy has 'dtensor'.")
 
     @contextmanager
     @override
@@ -271,6 +286,11 @@ class TPStrategy(ModelParallelStrategy):
             with on_one_screen(self.global_rank):
                 rank_zero_info(self._first.compare(self.lightning_module))
             self._first = None
+        if self._averaging is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._averaging.begin(self.lightning_module)
+        if self.sizes[0] > 1:  # what FSDP2 gathers in inference mode can't be trained with afterwards
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False
         self._checked.clear()
         self._draws = draws_of(self.lightning_module)
         if self._numbers is not None:  # of a run that did not come to its end
@@ -423,7 +443,11 @@ class TPStrategy(ModelParallelStrategy):
         if self._numbers is not None:
             self._numbers.close(self.lightning_module)
             self._numbers = None
+        if self._averaging is not None:
+            self._averaging.close()
+            self._averaging = None
         super().teardown()
+        self.checkpoint_io.teardown()
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -476,18 +500,25 @@ class TPStrategy(ModelParallelStrategy):
 
     def _load_checkpoint(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
+        trains = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        optimizers = self.optimizers if trains else []  # a validation after training still has them
         if path.is_file():
             loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-            self.lightning_module.load_state_dict(loaded.pop("state_dict"), strict=self.lightning_module.strict_loading)
-            for optimizer, state in zip(self.optimizers, loaded.get("optimizer_states", ()), strict=False):
+            self.lightning_module.load_state_dict(loaded["state_dict"], strict=self.lightning_module.strict_loading)
+            if self._averaging is None or not self._averaging.callbacks:
+                del loaded["state_dict"]
+            for optimizer, state in zip(optimizers, loaded.get("optimizer_states", ()), strict=False):
                 border.load_optimizer_state(optimizer, state)
             return loaded
         if not (path / _METADATA_FILENAME).is_file():
             raise TPError(f"`{path}` is no checkpoint: neither a file nor a folder with `{_METADATA_FILENAME}` in it.")
         checkpoint.load_model(self.lightning_module, path, strict=self.lightning_module.strict_loading)
-        for i, optimizer in enumerate(self.optimizers):
+        for i, optimizer in enumerate(optimizers):
             checkpoint.load_optimizer(optimizer, path, f"optimizer_{i}")
         metadata: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
+        metadata = checkpoint.with_dtensors(metadata, path, self.lightning_module)
+        if self._averaging is not None and self._averaging.callbacks:
+            metadata["state_dict"] = self.lightning_module.state_dict()
         return metadata
 
     @override
@@ -496,8 +527,15 @@ class TPStrategy(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
         path = Path(self.broadcast(filepath))
+        apart: dict[str, Any] = {}
+        if self._save_distributed_checkpoint:
+            for key in checkpoint.keys() - {"state_dict", "optimizer_states"}:
+                checkpoint[key] = without_dtensors(checkpoint[key], apart, key)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # `last.ckpt` is written anew every time
+            super().save_checkpoint(checkpoint, path, storage_options)
+            save_apart(apart, path)
         plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
         if self.is_global_zero and path.is_dir() and plan is not None:
             (path / "plan.json").write_text(plan.to_json())
@@ -554,3 +592,5 @@ register(StrategyRegistry)
 allow_compiled(TPStrategy)
 allow_all_precisions(TPStrategy)
 wrap_grad_norm()
+refuse_batch_size_finder(TPStrategy)
+find_lr_by_mean_loss(TPStrategy)

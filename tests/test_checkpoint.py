@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp import border
-from lightning_tp.checkpoint import load_model, load_optimizer
+from lightning_tp.checkpoint import load_model, load_optimizer, save_apart, with_dtensors, without_dtensors
 from lightning_tp.mesh import DATA_PARALLEL, make_mesh
 from lightning_tp.testing import randomize_, run_ranks
 
@@ -96,6 +96,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         model = split(mesh)
         save(model, adamw(model), tmp_path)
 
+        with pytest.raises(ltp.TPError, match=r"has no `optimizer_1`.*saved with weights only, or with fewer optimizers"):
+            load_optimizer(adamw(model), tmp_path, "optimizer_1")
+
         deeper = split(mesh, seed=1, num_layers=3)
         with pytest.raises(ltp.TPError, match=r"has no `layers\.2\.attention_norm\.weight`.*strict_loading = False"):
             load_model(deeper, tmp_path)
@@ -128,3 +131,51 @@ def test_an_optimizer_without_state_yet(tmp_path: Path) -> None:
         step(model, optimizer, mesh, 0)
 
     run_ranks(body, 2)
+
+
+def test_a_scheduler_may_have_come_since(tmp_path: Path) -> None:
+    """Schedulers add to an optimizer's groups what the checkpoint has not."""
+
+    def body() -> None:
+        mesh = make_mesh("cpu", 1, 2)
+        model = split(mesh)
+        save(model, adamw(model), tmp_path)
+        optimizer = adamw(model, lr=1.0)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5)
+        load_optimizer(optimizer, tmp_path, "optimizer_0")
+        assert optimizer.param_groups[0]["lr"] == 1e-2
+
+    run_ranks(body, 2)
+
+
+def test_dtensors_of_callbacks(tmp_path: Path) -> None:
+    """What a callback puts into a checkpoint is kept whole, in what nesting ever; what holds none is handed on as it is."""
+    ends: dict[str, Tensor] = {}
+
+    def write() -> dict[str, Tensor]:
+        mesh = make_mesh("cpu", 2, 2)
+        model = split(mesh)
+        state = dict(model.state_dict())
+        plain = {"a": (1, [2, torch.ones(3)])}
+        tree = {"mine": {"state": state, "rest": [plain, (state["output.weight"],)]}, "plain": plain}
+        found: dict[str, Any] = {}
+        left = without_dtensors(tree, found)
+        assert left["plain"] is plain and left["mine"]["rest"][0] is plain and len(found) == len(state) + 1
+        assert tree["mine"]["state"] is state and not any(isinstance(v, dict) for v in state.values())  # the user's own
+        if torch.distributed.get_rank() == 0:
+            torch.save(left, tmp_path / "meta.pt")
+        save_apart(found, tmp_path)
+        return ltp.full_state_dict(model)
+
+    ends.update(run_ranks(write, 4)[0])
+
+    def read() -> None:
+        mesh = make_mesh("cpu", 1, 2)
+        model = split(mesh, seed=1)
+        tree = with_dtensors(torch.load(tmp_path / "meta.pt"), tmp_path, model)
+        assert tree["plain"]["a"][0] == 1
+        model.load_state_dict(tree["mine"]["state"])
+        assert_equal(ltp.full_state_dict(model), ends)
+        assert torch.equal(tree["mine"]["rest"][1][0], ends["output.weight"])  # nobody knows whose shape it has: whole
+
+    run_ranks(read, 2)

@@ -26,11 +26,27 @@ LAYERS: list[set[str]] = [
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "dropout", "infer", "materialize", "compiled", "recompute"},  # what reads a plan
     {"apply", "checkpoint", "choose", "estimate", "data", "optimizers"},
-    {"testing", "callbacks", "example", "first_batch", "module", "numbers", "precision", "launch", "strategy", "fabric", "parity"},
+    {
+        "testing",
+        "averaging",
+        "callbacks",
+        "example",
+        "first_batch",
+        "module",
+        "numbers",
+        "precision",
+        "launch",
+        "strategy",
+        "fabric",
+        "parity",
+        "tuner",
+    },
     {"pytorch_lightning", "cli", "__main__"},
     {"__init__"},
 ]
 KNOWS_LIGHTNING = {
+    "averaging",
+    "tuner",
     "callbacks",
     "fabric",
     "launch",

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import lightning_tp as ltp
-from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, check_mesh, make_mesh, mesh_sizes
+from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, check_mesh, make_mesh, mesh_sizes, same_mesh
 from lightning_tp.testing import fake_world, run_ranks
 
 
@@ -107,3 +107,21 @@ def test_a_mesh_of_ranks_that_are_gone() -> None:
         mesh = make_mesh("cpu", 2, 2)
     with pytest.raises(ltp.TPError, match=r"There is no process group. Start the ranks"):
         check_mesh(mesh)
+
+
+def test_runs_share_a_mesh() -> None:
+    """As long as the process group lives: a mesh of another one has groups that are gone."""
+
+    def body() -> None:
+        mesh = same_mesh("cpu", 1, 2)
+        groups = len(dist.distributed_c10d._world.pg_map)
+        assert same_mesh("cpu", 1, 2) is mesh and same_mesh("cpu", 2, 1) is not mesh
+        assert same_mesh("cpu", 1, 2) is mesh and len(dist.distributed_c10d._world.pg_map) >= groups
+        dist.destroy_process_group()
+        dist.init_process_group("gloo")
+        other = same_mesh("cpu", 1, 2)
+        assert other is not mesh
+        group = other.get_group(TENSOR_PARALLEL)
+        dist.barrier(group)
+
+    run_ranks(body, 2)

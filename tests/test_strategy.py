@@ -654,3 +654,16 @@ def test_adafactor_is_refused_over_fsdp_and_warned_of_elsewhere(monkeypatch: pyt
         return str(info.value)
 
     assert "Adafactor can't step on FSDP2's shards" in on(4, refused)[0]
+
+
+def test_checkpoint_io_is_torn_down() -> None:
+    """It may have threads that still write, as Lightning's `AsyncCheckpointIO`."""
+
+    def body() -> list[str]:
+        said: list[str] = []
+        trainer = trainer_of(strategy(), fast_dev_run=True)
+        trainer.strategy.checkpoint_io.teardown = lambda: said.append("down")
+        trainer.fit(Net(), data())
+        return said
+
+    assert on(2, body) == [["down"]] * 2
