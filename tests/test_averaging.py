@@ -142,7 +142,14 @@ def assert_same(ranks: list[dict[str, Any]], ref: dict[str, Any]) -> None:
             assert found[name][1:] == (pytest.approx(losses, rel=1e-5), steps), name
 
 
-@pytest.mark.parametrize("mesh, sharded", [(TP2, True), (MESH_2X2, True), (MESH_2X2, False)], ids=["tp2", "2x2", "2x2 files"])
+@pytest.mark.parametrize(
+    "mesh, sharded",
+    [
+        pytest.param(TP2, True, id="tp2"),
+        pytest.param(MESH_2X2, True, id="2x2", marks=pytest.mark.slow),
+        pytest.param(MESH_2X2, False, id="2x2 files", marks=pytest.mark.slow),
+    ],
+)
 def test_as_in_one_process(mesh: tuple[int, int], sharded: bool, reference: Any, tmp_path: Path) -> None:
     ref, _ = reference
     assert_same(run_ranks(lambda: run(mesh, tmp_path, sharded), mesh[0] * mesh[1], init=False, timeout=280), ref)
