@@ -40,6 +40,7 @@ from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
 from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
+from lightning_tp.watch import Watch
 
 CHECKED_BATCHES = 3
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint
@@ -139,6 +140,7 @@ class TPStrategy(ModelParallelStrategy):
         self._rng_at_step: dict[str, Any] | None = None  # the random states of a checkpoint from the middle of an epoch
         self._ranks: Ranks | None = None
         self._numbers: Numbers | None = None
+        self._watch: Watch | None = None
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -179,6 +181,8 @@ class TPStrategy(ModelParallelStrategy):
         if not isinstance(self._launcher, _MultiProcessingLauncher):
             # Lightning seeds anew here, for processes that have not run the script. These have: go on as one process would
             torch.set_rng_state(state)
+        assert self.lightning_module is not None
+        self._watch = Watch(self.lightning_module.trainer, self.local_rank, self.num_processes, self._timeout)
 
     @contextmanager
     @override
@@ -423,6 +427,10 @@ class TPStrategy(ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._watch is not None:
+            assert self.lightning_module is not None
+            self._watch.stop(failed=self.lightning_module.trainer.interrupted)
+            self._watch = None
         if self._numbers is not None:
             self._numbers.close(self.lightning_module)
             self._numbers = None

@@ -26,11 +26,11 @@ LAYERS: list[set[str]] = [
     {"plan", "plan_check", "plan_table"},
     {"border", "grad", "declared", "dropout", "infer", "materialize"},  # what reads a plan
     {"apply", "checkpoint", "choose", "estimate", "data"},
-    {"testing", "callbacks", "example", "first_batch", "module", "numbers", "precision", "strategy", "parity"},
+    {"testing", "callbacks", "example", "first_batch", "module", "numbers", "precision", "strategy", "parity", "watch"},
     {"cli", "__main__"},
     {"__init__"},
 ]
-KNOWS_LIGHTNING = {"callbacks", "module", "numbers", "precision", "strategy", "cli", "__init__"}
+KNOWS_LIGHTNING = {"callbacks", "module", "numbers", "precision", "strategy", "cli", "watch", "__init__"}
 IMPORTED_LATE = {"transformers", "timm", "safetensors", "matplotlib", "rich", "jsonargparse", "numpy", "pytest"}
 PYTEST_ONLY = "testing/fixtures.py"
 

@@ -1,0 +1,151 @@
+"""A rank fails, dies or hangs; run as a script by each launcher, in real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import lightning_tp as ltp
+from lightning_tp.watch import hang_report
+
+LAUNCHERS = ["script", "torchrun", "fork", "spawn"]
+
+
+class Data(Dataset[Tensor]):
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.what == "loader" and index >= 8 and os.environ["LOCAL_RANK"] == "1":
+            raise ValueError("boom in the loader")
+        return torch.full((8,), index / 64)
+
+
+class Net(L.LightningModule):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        rank = self.global_rank
+        what = self.what if batch_idx == 3 else ""
+        if what == "step" and rank == 1:
+            raise ValueError("boom in the step")
+        if what == "first" and rank == 0:
+            raise ValueError("boom on rank 0")
+        if what == "all":
+            raise ValueError("boom on all")
+        if what == "kill" and rank == 1 or what == "kill0" and rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "sleep" and rank == 1:
+            time.sleep(1000)
+        if what == "only" and rank == 0:
+            dist.all_reduce(torch.ones(3))
+        if what == "only" and rank == 1:
+            time.sleep(1000)
+        return self.mlp(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Fails(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3 and trainer.global_rank == 1:
+            raise ValueError("boom in a callback")
+
+
+class SavesOnException(L.Callback):
+    """As `ModelCheckpoint(save_on_exception=True)` does: a collective, to which the others don't come."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        trainer.strategy.barrier()
+
+
+def main(what: str, launcher: str) -> None:
+    plan = {"mlp.0": "colwise", "mlp.2": "rowwise"}
+    strategy = ltp.TPStrategy(tp=2, plan=plan, timeout=timedelta(seconds=4 if what in ("sleep", "only") else 600))
+    if launcher in ("fork", "spawn"):
+        from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+        def configure() -> None:
+            strategy._launcher = _MultiProcessingLauncher(strategy, start_method=launcher)  # type: ignore[arg-type]
+
+        strategy._configure_launcher = configure  # type: ignore[method-assign]
+    callbacks: list[L.Callback] = {"callback": [Fails()], "saves": [SavesOnException()]}.get(what, [])
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if launcher in ("fork", "spawn"):
+        del strategy._configure_launcher  # does not pickle
+    trainer.fit(Net("step" if what == "saves" else what), DataLoader(Data(what), batch_size=2))
+    print("came to the end", flush=True)
+
+
+def launch(what: str, launcher: str, tmp_path: Path) -> tuple[int, str, float]:
+    """(exit status, all output, seconds): also fails the test if a process is left."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    script = [str(Path(__file__)), what, launcher]
+    command = [sys.executable, *script]
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", *script]
+    mark = f"ltp-test-{os.getpid()}-{time.monotonic_ns()}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "LTP_MARK": mark}
+    environment.pop("MASTER_PORT", None)
+    log = tmp_path / "log"
+    began = time.monotonic()
+    with log.open("wb") as out:
+        code = subprocess.run(command, stdout=out, stderr=out, env=environment, timeout=100, check=False).returncode
+        seconds = time.monotonic() - began
+        until = time.monotonic() + 10
+        while (left := marked(mark)) and time.monotonic() < until:
+            time.sleep(0.2)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    output = log.read_text(errors="replace")
+    assert not left, f"processes are left\n{output}"
+    return code, output, time.monotonic() - began if not left else seconds
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if f"LTP_MARK={mark}".encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
