@@ -82,7 +82,7 @@ class SavesOnException(L.Callback):
 
 def main(what: str, launcher: str) -> None:
     plan = {"mlp.0": "colwise", "mlp.2": "rowwise"}
-    strategy = ltp.TPStrategy(tp=2, plan=plan, timeout=timedelta(seconds=4 if what in ("sleep", "only") else 600))
+    strategy = ltp.TPStrategy(tp=2, plan=plan, timeout=timedelta(seconds=15 if what in ("sleep", "only") else 600))
     if launcher in ("fork", "spawn"):
         from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
