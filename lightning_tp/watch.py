@@ -33,7 +33,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from typing_extensions import override
 
-from lightning_tp._compat import own_connection
+from lightning_tp._compat import own_connection, replace_for_a_while
 from lightning_tp.errors import HEAD_START, TPError, stopped_in_silence
 
 PERIOD = 1.0  # seconds between two looks
@@ -42,7 +42,9 @@ ALWAYS = 30.0  # seconds until it is ended though it moves
 ANSWERS = 2.5  # seconds that ranks have to say where they are
 
 _TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
-_OF_A_COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|tcpstore|peer|abort", re.IGNORECASE)
+_OF_A_COLLECTIVE = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|tcpstore|peer|abort", re.IGNORECASE
+)
 _CALL = re.compile(
     r"\b_?(all_?reduce|all_?gather\w*|reduce_?scatter\w*|broadcast\w*|barrier|all_?to_?all\w*|scatter|gather|recv|send|wait)\b",
 )
@@ -71,6 +73,7 @@ class Watch(Callback):
         self._own_clock = timeout is not None and dist.get_backend() != "gloo"  # NCCL ends the process, and does not raise
         self._main = threading.main_thread()
         self._raised = False
+        self._first: dict[str, Any] | None = None  # the failure of another rank, once the thread has seen it
         self._over = threading.Event()
         self._neighbour = self.rank + 1 if local_rank + 1 < num_local else self.rank - local_rank
         self._pid: int | None = None  # the neighbour's
@@ -85,6 +88,9 @@ class Watch(Callback):
         self._thread.start()
         atexit.register(self._join)
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+        self._undo = replace_for_a_while(
+            trainer, "_run_stage", self._stage
+        )  # processes that were forked or spawned have no `on_exception`
 
     def stop(self, failed: bool) -> None:
         """The run is over on this rank. Rank 0, with whom the store ends, waits a moment for the others."""
@@ -92,6 +98,7 @@ class Watch(Callback):
             return
         if self in self._trainer.callbacks:  # type: ignore[attr-defined]
             self._trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+            self._undo()
         if not failed and not self._raised:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"done/{self.rank}", "")
@@ -108,9 +115,18 @@ class Watch(Callback):
 
     # -------------------------------------------------------------------------------------------- this rank has failed
 
+    def _stage(self) -> Any:
+        try:
+            return type(self._trainer)._run_stage(self._trainer)
+        except BaseException as exception:
+            self.on_exception(self._trainer, self._trainer.lightning_module, exception)
+            raise
+
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the others, before any other callback sees the exception; a mere consequence of another rank's end is not shown."""
+        if self._raised:
+            return
         self._raised = True
         try:
             self._store.set(f"raised/{self.rank}", "")
@@ -125,7 +141,7 @@ class Watch(Callback):
         except RuntimeError:  # the store is gone, and rank 0 with it
             if not isinstance(exception, RuntimeError):
                 return  # this rank's own mistake: it is shown
-            first, follows, hanging = _gone(), True, None
+            first, follows, hanging = self._first or _gone(), True, None
         if hanging is not None:
             self._join()
             raise TPError(hanging) from None
@@ -133,7 +149,7 @@ class Watch(Callback):
             return
         if follows:
             self._leave(first)
-        if (first["type"], first["text"]) == (type(exception).__name__, str(exception)[:2000]):
+        if first["text"] and first["text"] in str(exception):
             _show_once(exception, self.rank, first["rank"])
 
     def _wait_for_a_reason(self) -> None:
@@ -200,6 +216,7 @@ class Watch(Callback):
     def _see_off(self, first: dict[str, Any]) -> None:
         """Some rank has failed: say where this one is, leave it time to end by itself, else end it."""
         began = time.monotonic()
+        self._first = first
         with contextlib.suppress(RuntimeError):
             if not self._threads_store.check([f"where/{self.rank}"]):
                 self._threads_store.set(f"where/{self.rank}", json.dumps(self._where(self._frame())))
@@ -260,6 +277,7 @@ class Watch(Callback):
             at = [names.get(id(f.f_locals.get("self"))) for f in frames if f.f_code.co_name == "forward"]
             found["module"] = next((name for name in at if name), None)
             at_callback = [f.f_locals["self"] for f in frames if isinstance(f.f_locals.get("self"), Callback)]
+            at_callback = [callback for callback in at_callback if callback is not self]
             if found["module"] is None and at_callback:
                 found["module"] = type(at_callback[0]).__name__
         return found
@@ -317,7 +335,7 @@ def hang_report(where: dict[int, Any], waited: int, timeout: timedelta | None) -
 
 
 def _show_once(exception: BaseException, rank: int, first: int) -> None:
-    """If this exception ends the process, one line is printed of it: another rank shows the same."""
+    """If this exception ends the process, one line is printed of it: another rank shows what it says."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
@@ -393,4 +411,3 @@ def _line(frame: FrameType | None) -> str:
     if frame is None:
         return "an unknown line"
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}: `{_source(frame)[:120]}`"
-

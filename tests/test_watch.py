@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,30 @@ from torch.utils.data import DataLoader, Dataset
 import lightning_tp as ltp
 from lightning_tp.watch import hang_report
 
-LAUNCHERS = ["script", "torchrun", "fork", "spawn"]
+TIMEOUT = 15
+QUICK = [("step", "script"), ("all", "torchrun"), ("kill", "fork")]
+SLOW = [
+    ("step", "torchrun"),
+    ("step", "spawn"),
+    ("callback", "torchrun"),
+    ("loader", "torchrun"),
+    ("first", "script"),
+    ("all", "script"),
+    ("kill", "script"),
+    ("kill", "torchrun"),
+    ("kill0", "script"),
+    ("saves", "script"),
+]
+
+
+def fails(text: str) -> None:
+    print(f"FAILS AT {time.time()}", flush=True)
+    raise ValueError(text)
+
+
+def sleeps() -> None:
+    print(f"FAILS AT {time.time()}", flush=True)
+    time.sleep(1000)
 
 
 class Data(Dataset[Tensor]):
@@ -33,8 +57,8 @@ class Data(Dataset[Tensor]):
         return 64
 
     def __getitem__(self, index: int) -> Tensor:
-        if self.what == "loader" and index >= 8 and os.environ["LOCAL_RANK"] == "1":
-            raise ValueError("boom in the loader")
+        if self.what == "loader" and index >= 8 and os.environ["LOCAL_RANK"] == "0":
+            fails("boom in the loader")
         return torch.full((8,), index / 64)
 
 
@@ -48,19 +72,20 @@ class Net(L.LightningModule):
         rank = self.global_rank
         what = self.what if batch_idx == 3 else ""
         if what == "step" and rank == 1:
-            raise ValueError("boom in the step")
+            fails("boom in the step")
         if what == "first" and rank == 0:
-            raise ValueError("boom on rank 0")
+            fails("boom on rank 0")
         if what == "all":
-            raise ValueError("boom on all")
-        if what == "kill" and rank == 1 or what == "kill0" and rank == 0:
+            fails("boom on all")
+        if (what == "kill" and rank == 1) or (what == "kill0" and rank == 0):
+            print(f"FAILS AT {time.time()}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "sleep" and rank == 1:
-            time.sleep(1000)
+            sleeps()
         if what == "only" and rank == 0:
             dist.all_reduce(torch.ones(3))
         if what == "only" and rank == 1:
-            time.sleep(1000)
+            sleeps()
         return self.mlp(batch).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -70,7 +95,7 @@ class Net(L.LightningModule):
 class Fails(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 3 and trainer.global_rank == 1:
-            raise ValueError("boom in a callback")
+            fails("boom in a callback")
 
 
 class SavesOnException(L.Callback):
@@ -82,7 +107,7 @@ class SavesOnException(L.Callback):
 
 def main(what: str, launcher: str) -> None:
     plan = {"mlp.0": "colwise", "mlp.2": "rowwise"}
-    strategy = ltp.TPStrategy(tp=2, plan=plan, timeout=timedelta(seconds=15 if what in ("sleep", "only") else 600))
+    strategy = ltp.TPStrategy(tp=2, plan=plan, timeout=timedelta(seconds=TIMEOUT if what in ("sleep", "only") else 600))
     if launcher in ("fork", "spawn"):
         from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -109,7 +134,7 @@ def main(what: str, launcher: str) -> None:
 
 
 def launch(what: str, launcher: str, tmp_path: Path) -> tuple[int, str, float]:
-    """(exit status, all output, seconds): also fails the test if a process is left."""
+    """(exit status, all output, seconds since the failure): also fails the test if a process is left."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -121,10 +146,9 @@ def launch(what: str, launcher: str, tmp_path: Path) -> tuple[int, str, float]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "LTP_MARK": mark}
     environment.pop("MASTER_PORT", None)
     log = tmp_path / "log"
-    began = time.monotonic()
     with log.open("wb") as out:
         code = subprocess.run(command, stdout=out, stderr=out, env=environment, timeout=100, check=False).returncode
-        seconds = time.monotonic() - began
+        ended = time.time()
         until = time.monotonic() + 10
         while (left := marked(mark)) and time.monotonic() < until:
             time.sleep(0.2)
@@ -132,7 +156,8 @@ def launch(what: str, launcher: str, tmp_path: Path) -> tuple[int, str, float]:
         os.kill(pid, signal.SIGKILL)
     output = log.read_text(errors="replace")
     assert not left, f"processes are left\n{output}"
-    return code, output, time.monotonic() - began if not left else seconds
+    times = [float(t) for t in re.findall(r"FAILS AT ([\d.]+)", output)]
+    return code, output, ended - times[0] if times else 0.0
 
 
 def marked(mark: str) -> list[int]:
@@ -145,6 +170,50 @@ def marked(mark: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+@pytest.mark.parametrize(("what", "launcher"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_the_others_stop(what: str, launcher: str, tmp_path: Path) -> None:
+    code, output, seconds = launch(what, launcher, tmp_path)
+    assert code != 0 and "came to the end" not in output
+    assert seconds < 30, output  # of which a launcher takes its share; on an idle machine 2 to 10
+    shown = re.findall(r"^(?:\[rank\d\]: )?ValueError: boom.*$", output, flags=re.MULTILINE)
+    assert len(set(shown)) == (0 if what.startswith("kill") else 1), output
+    if launcher != "fork":  # its parent shows the one that it saw
+        assert len(shown) == (0 if what.startswith("kill") else 1), output
+    if what == "kill0" or (what == "kill" and launcher == "script"):
+        assert "has ended without a word" in output
+
+
+@pytest.mark.parametrize(
+    ("what", "launcher"),
+    [
+        ("sleep", "torchrun"),
+        pytest.param("only", "script", marks=pytest.mark.slow),
+        pytest.param("sleep", "spawn", marks=pytest.mark.slow),
+    ],
+)
+def test_a_hang_is_named(what: str, launcher: str, tmp_path: Path) -> None:
+    code, output, seconds = launch(what, launcher, tmp_path)
+    assert code != 0 and seconds < TIMEOUT + 30
+    assert len(re.findall(r"Rank 0 waited in all_?reduce for 15 s: rank\(s\) 1 did not come\.", output)) == 1, output
+    assert re.search(r"rank 1 is in no collective, step 3, at .*test_watch.py:\d+ in sleeps: `time.sleep\(1000\)`", output), output
+    assert "Timed out waiting" not in output
+
+
+def at(collective: str | None, line: str = "train.py:3 in step: `x`") -> dict[str, Any]:
+    return {"collective": collective, "line": line, "module": "layers.0", "step": 7}
+
+
+def test_what_a_hang_report_says() -> None:
+    limit = timedelta(seconds=60)
+    gone = hang_report({0: at("barrier"), 1: None, 2: at(None)}, 0, limit)
+    assert gone.startswith("Rank 0 waited in barrier for 60 s: rank(s) 1, 2 did not come.")
+    assert "rank 1 does not answer" in gone and "rank 2 is in no collective, in `layers.0`, step 7, at train.py:3" in gone
+    other = hang_report({0: at("gather", "train.py:9 in step: `logits.argmax()`"), 1: at("all_reduce")}, 0, limit)
+    assert "rank(s) 1 went to another one" in other and "logits.argmax()" in other and "waits in all_reduce" in other
+    assert "one time more" in hang_report({0: at("barrier"), 1: at("barrier")}, 0, None)
+    assert len(hang_report({rank: at(None) for rank in range(64)} | {0: at("barrier")}, 0, limit).splitlines()) < 15
 
 
 if __name__ == "__main__":

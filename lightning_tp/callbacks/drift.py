@@ -27,7 +27,6 @@ from typing_extensions import override
 from lightning_tp._compat import local_tensor
 from lightning_tp.callbacks.shards import find_mesh
 from lightning_tp.errors import TPError, on_one_screen
-from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 
 RNG = "the random state"
 _NONE = torch.iinfo(torch.int64).min  # of a rank that does not hold it
@@ -95,7 +94,7 @@ class DriftWatch(L.Callback):
         self._checked = step
         states: dict[Tensor, dict[str, Any]] = {}
         for optimizer in trainer.optimizers:
-            states.update(optimizer.state)  # type: ignore[arg-type]
+            states.update(optimizer.state)
         buffers = dict(pl_module.named_buffers())  # read anew: some code replaces them
         sums = checksums(self._copies, states, buffers, trainer.strategy.root_device)
         drifted = compare(self._copies, sums)
