@@ -6,6 +6,7 @@ What is listed here is the API; anything else may change.
 from lightning_tp.apply import parallelize as parallelize
 from lightning_tp.border import full_gradients as full_gradients
 from lightning_tp.border import full_state_dict as full_state_dict
+from lightning_tp.callbacks.drift import DriftWatch as DriftWatch
 from lightning_tp.callbacks.throughput import Throughput as Throughput
 from lightning_tp.data.random_tokens import RandomTokens as RandomTokens
 from lightning_tp.errors import TPError as TPError

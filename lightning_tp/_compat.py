@@ -188,6 +188,15 @@ def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor
     utils.get_total_norm = wrapped
 
 
+def own_connection() -> torch.distributed.Store | None:
+    """A connection of the caller's own to the store of the process group, for another thread; None if it isn't one over TCP."""
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    under = store
+    while isinstance(under, torch.distributed.PrefixStore):
+        under = under.underlying_store
+    return store.clone() if isinstance(under, torch.distributed.TCPStore) and hasattr(store, "clone") else None
+
+
 def replace_for_a_while(owner: Any, name: str, value: Any) -> Callable[[], None]:
     """Set an attribute, and hand back what undoes it: Lightning and torchmetrics have no other way in for some things."""
     had = name in vars(owner)

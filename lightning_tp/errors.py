@@ -44,13 +44,13 @@ def on_one_screen(rank: int, head_start: float | None = None) -> Iterator[None]:
     except TPError:
         if rank == 0:
             raise
-        with _stopped_in_silence():
+        with stopped_in_silence():
             time.sleep(HEAD_START if head_start is None else head_start)
         raise SystemExit(1) from None
 
 
 @contextmanager
-def _stopped_in_silence() -> Iterator[None]:
+def stopped_in_silence() -> Iterator[None]:
     """Let a launcher's SIGTERM end this process as it is; Lightning's handler would talk to ranks that are gone, and say so."""
     if threading.current_thread() is not threading.main_thread():
         yield

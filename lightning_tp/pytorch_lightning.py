@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING, Any
 from lightning_tp.errors import TPError
 from lightning_tp.module import TensorParallel as TensorParallel
 
-TWINS = ("averaging", "callbacks", "launch", "numbers", "precision", "strategy", "tuner")  # modules and folders that know a Trainer
+TWINS = (
+    "averaging",
+    "callbacks",
+    "launch",
+    "numbers",
+    "precision",
+    "strategy",
+    "tuner",
+    "watch",
+)  # modules and folders that know a Trainer
 NAMES = {
     r"\blightning\.pytorch\b": "pytorch_lightning",
     r"\blightning\.fabric\b": "lightning_fabric",

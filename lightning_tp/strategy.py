@@ -51,6 +51,7 @@ from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsd
 from lightning_tp.recompute import Recompute
 from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
 from lightning_tp.tuner import check_callbacks, find_lr_by_mean_loss, refuse_batch_size_finder
+from lightning_tp.watch import Watch
 
 CHECKED_BATCHES = 3
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint
@@ -156,6 +157,7 @@ class TPStrategy(ModelParallelStrategy):
         self._ranks: Ranks | None = None
         self._numbers: Numbers | None = None
         self._averaging: Averaging | None = None
+        self._watch: Watch | None = None
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -211,6 +213,7 @@ class TPStrategy(ModelParallelStrategy):
             if self._averaging.callbacks and self.backend == "dtensor":
                 name = type(self._averaging.callbacks[0]).__name__
                 raise TPError(f"`{name}` works with `backend='local'`, and the strategy has 'dtensor'.")
+        self._watch = Watch(self.lightning_module.trainer, self.local_rank, self.num_processes, self._timeout)
 
     @contextmanager
     @override
@@ -440,6 +443,10 @@ class TPStrategy(ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._watch is not None:
+            assert self.lightning_module is not None
+            self._watch.stop(failed=self.lightning_module.trainer.interrupted)
+            self._watch = None
         if self._numbers is not None:
             self._numbers.close(self.lightning_module)
             self._numbers = None

@@ -40,6 +40,7 @@ LAYERS: list[set[str]] = [
         "fabric",
         "parity",
         "tuner",
+        "watch",
     },
     {"pytorch_lightning", "cli", "__main__"},
     {"__init__"},
@@ -47,6 +48,7 @@ LAYERS: list[set[str]] = [
 KNOWS_LIGHTNING = {
     "averaging",
     "tuner",
+    "watch",
     "callbacks",
     "fabric",
     "launch",

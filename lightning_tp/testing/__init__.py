@@ -1,10 +1,11 @@
 """Tools for tests of sharded models: real ranks on one machine, and comparison with one process.
 
 `run_ranks` runs a function in several real processes, `fake_world` pretends a world in this one, `assert_trees_close`
-compares named tensors and `randomize_` gives a model weights that hide no mistake. The pytest fixtures and `run_if`
-need pytest, so they are imported from `lightning_tp.testing.fixtures`.
+compares named tensors, `assert_parity` a split model with the whole one, and `randomize_` gives a model weights that hide
+no mistake. The pytest fixtures and `run_if` need pytest, so they are imported from `lightning_tp.testing.fixtures`.
 """
 
+from lightning_tp.testing.compare import assert_parity as assert_parity
 from lightning_tp.testing.compare import assert_trees_close as assert_trees_close
 from lightning_tp.testing.compare import randomize_ as randomize_
 from lightning_tp.testing.ranks import RankError as RankError

@@ -8,13 +8,16 @@ relative to the largest value in the whole tree, stands in.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tp.errors import TPError
+
+if TYPE_CHECKING:
+    from lightning_tp.parity import ParityReport
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -76,6 +79,41 @@ def assert_trees_close(
         lines += [f"  extra (only in got): {', '.join(extra)}"] if extra else []
         raise AssertionError("\n".join(lines))
     return max((d.error for d in differences), default=0.0)
+
+
+def assert_parity(
+    model_fn: Callable[[], nn.Module],
+    inputs: Any,
+    loss_fn: Callable[..., Tensor],
+    *,
+    tp: int = 2,
+    rtol: float = 1e-3,
+    **options: Any,
+) -> ParityReport:
+    """Raise an `AssertionError` unless the model trains the same on `tp` processes as in one: loss, gradients, weights.
+
+    Args:
+        model_fn: builds the model, on the CPU.
+        inputs: what forward is called with: keyword arguments, a tuple, or a function that returns them.
+        loss_fn: `loss_fn(output)` or `loss_fn(output, inputs)`; returns a scalar.
+        tp: ranks that share one model.
+        rtol: the largest error allowed, relative to the largest value of a tensor.
+        **options: those of `lightning_tp.verify`: `dp`, `plan`, `steps`, `timeout`, ..
+
+    Returns:
+        The report; the message of the error is that report, the worst parameter first.
+
+    Example:
+        >>> model = lambda: nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> assert_parity(model, (torch.ones(2, 4, 8),), lambda y: y.square().mean(), tp=2, steps=1).ok
+        True
+    """
+    from lightning_tp.parity import verify  # which uses these tools itself
+
+    report = verify(model_fn, inputs, loss_fn, tp=tp, rtol=rtol, **options)
+    if not report.ok:
+        raise AssertionError(str(report))
+    return report
 
 
 def randomize_(model: M, seed: int = 0) -> M:

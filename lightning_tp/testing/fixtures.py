@@ -4,17 +4,20 @@ Load them in the `conftest.py` at the top of your tests:
 
     pytest_plugins = ["lightning_tp.testing.fixtures"]
 
-The autouse fixtures then guard every test: no process group, environment variable or thread is left, and torch's random
-state and global flags are as before. `gloo` gives a test a process group of one rank; `run_ranks` gives more.
+The autouse fixtures then guard every test: no process group, environment variable, thread, process or file in the working directory is
+left, and torch's random state and global flags are as before. `gloo` gives a test a process group of one rank; `run_ranks` gives more.
+A test marked `run_if(standalone=True)` runs only where `LTP_RUN_STANDALONE_TESTS=1`, and then no others do.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +94,55 @@ def no_threads_left() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def no_processes_left() -> Iterator[None]:
+    """Kill processes that the test started and left, and fail it for them."""
+    before = set(_children())
+    yield
+    deadline = time.monotonic() + 2
+    while (left := {pid: name for pid, name in _children().items() if pid not in before}) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    if left:
+        pytest.fail(f"the test left processes running: {', '.join(f'{name} ({pid})' for pid, name in left.items())}; wait for them")
+
+
+def _children() -> dict[int, str]:
+    """pid -> name of the processes that this one started and that run; none where there is no /proc."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            head, _, rest = stat.read_text().rpartition(")")
+        except OSError:
+            continue
+        state, parent = rest.split()[:2]
+        name = head.partition("(")[2]
+        if int(parent) == os.getpid() and state not in "ZX" and not _is_a_helper(stat.parent):
+            found[int(stat.parent.name)] = name
+    return found
+
+
+def _is_a_helper(process: Path) -> bool:
+    """Python's own, which it keeps until it ends: the resource tracker and the fork server; torch.compile's workers."""
+    try:
+        command = (process / "cmdline").read_bytes()
+    except OSError:
+        return True
+    return any(word in command for word in (b"resource_tracker", b"forkserver", b"compile_worker"))
+
+
+@pytest.fixture(autouse=True)
+def no_files_left() -> Iterator[None]:
+    """Fail a test that leaves a file or folder in the working directory, as a Trainer's default logger does."""
+    here = Path.cwd()
+    before = set(os.listdir(here))
+    yield
+    left = sorted(name for name in set(os.listdir(here)) - before if not name.startswith((".", "__pycache__")))
+    if left:
+        pytest.fail(f"the test left {', '.join(left)} in {here}; use `tmp_path`, and `Trainer(default_root_dir=tmp_path)`")
+
+
+@pytest.fixture(autouse=True)
 def torch_state_restored() -> Iterator[None]:
     """Restore what a test may change freely: random states, default dtype, threads, determinism, precision."""
     rng, python_rng = torch.get_rng_state(), random.getstate()
@@ -128,11 +180,26 @@ def gloo() -> Iterator[dist.ProcessGroup]:
             dist.destroy_process_group()
 
 
-def run_if(*, min_gpus: int = 0, **needs: Any) -> pytest.MarkDecorator:
+STANDALONE = "LTP_RUN_STANDALONE_TESTS"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `LTP_RUN_STANDALONE_TESTS=1`, keep the tests marked `run_if(standalone=True)` only."""
+    if os.environ.get(STANDALONE) != "1":
+        return
+    kept = [item for item in items if any(mark.kwargs.get("standalone") for mark in item.iter_markers("skipif"))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def run_if(*, min_gpus: int = 0, standalone: bool = False, **needs: Any) -> pytest.MarkDecorator:
     """Mark a test to be skipped unless this machine has what it needs; the twin of a CPU test that runs on GPUs.
 
     Args:
         min_gpus: Number of CUDA devices.
+        standalone: The test has to be alone in its process, as one in which a Trainer starts the other ranks by running the command
+            line again. Run these one by one: `LTP_RUN_STANDALONE_TESTS=1 pytest path::test`.
         **needs: Lightning's own conditions, such as `min_torch="2.12"`, `bf16_cuda=True`, `dynamo=True`,
             `skip_windows=True`, `linux_only=True`.
 
@@ -144,4 +211,8 @@ def run_if(*, min_gpus: int = 0, **needs: Any) -> pytest.MarkDecorator:
     from lightning.fabric.utilities.testing._runif import _runif_reasons  # what Lightning's own RunIf is made of
 
     reasons, _ = _runif_reasons(min_cuda_gpus=min_gpus, **needs)
+    if standalone and os.environ.get(STANDALONE) != "1":
+        reasons.append(f"{STANDALONE}=1")
+    if standalone:
+        return pytest.mark.skipif(bool(reasons), reason=f"needs {', '.join(reasons)}", standalone=True)  # type: ignore[call-arg]
     return pytest.mark.skipif(bool(reasons), reason=f"needs {', '.join(reasons)}")
