@@ -158,6 +158,7 @@ def test_as_in_one_process(mesh: tuple[int, int], sharded: bool, reference: Any,
         assert_trees_close(ref[f"{name} Net resumed"][0], ref[f"{name} Net"][0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_files_and_meshes_are_exchanged(reference: Any, tmp_path: Path) -> None:
     """What one process has averaged so far goes on in a split run; what 2 x 2 ranks have, on two and one."""
     ref, one = reference

@@ -201,7 +201,7 @@ def test_whose_masks_are_equal(how: str, sequence: bool) -> None:
         assert not torch.equal(rank[1]["blocks.0.inner"] == 0, rank[2]["blocks.0.inner"] == 0)
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 2), id="tp2"), pytest.param((2, 2), id="2x2", marks=pytest.mark.slow)])
 def test_a_block_that_is_run_again_drops_the_same(mesh: tuple[int, int]) -> None:
     """Bitwise the same steps with activation checkpointing, ours or one around the modules; replicas stay equal."""
     from torch.utils.checkpoint import checkpoint
@@ -422,7 +422,7 @@ def fit(name: str, attention: str, how: Any) -> tuple[list[float], dict[str, Ten
     return module.losses, ltp.full_state_dict(module)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_models_of_others_under_a_trainer(attention: str) -> None:
     """Derived plans: exact masks are those of one process; independent ones are others, and keep what is whole equal."""
     names = ["gpt2", "bert", "vit", "bart", "encoder"]

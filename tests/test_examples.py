@@ -78,7 +78,7 @@ def test_hugging_face() -> None:
     assert difference and float(difference[1]) < 1e-4
 
 
-@pytest.mark.parametrize("by", ["itself", "fabric run"])
+@pytest.mark.parametrize("by", [pytest.param("itself", marks=pytest.mark.slow), "fabric run"])
 def test_fabric(by: str) -> None:
     if by == "itself":
         output = run("examples/06_fabric.py", "--fast")

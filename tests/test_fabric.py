@@ -27,7 +27,7 @@ from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
 TP2, MESH_2X2 = (1, 2), (2, 2)
-both = pytest.mark.parametrize("mesh", [TP2, MESH_2X2], ids=["tp2", "2x2"])
+both = pytest.mark.parametrize("mesh", [pytest.param(TP2, id="tp2"), pytest.param(MESH_2X2, id="2x2", marks=pytest.mark.slow)])
 INPUTS = (torch.zeros(2, 12, dtype=torch.long),)
 
 
@@ -224,7 +224,9 @@ def test_a_model_that_declares_its_plan() -> None:
 
 
 @pytest.mark.parametrize("distributed", [True, False], ids=["folder", "file"])
-@pytest.mark.parametrize(("source", "target"), [(TP2, MESH_2X2), (MESH_2X2, TP2), ((1, 1), TP2)], ids=str)
+@pytest.mark.parametrize(
+    ("source", "target"), [(TP2, MESH_2X2), pytest.param(MESH_2X2, TP2, marks=pytest.mark.slow), ((1, 1), TP2)], ids=str
+)
 def test_save_and_load_on_another_mesh(source: tuple[int, int], target: tuple[int, int], distributed: bool, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
 

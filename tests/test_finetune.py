@@ -25,7 +25,7 @@ from tests.test_apply import Sent
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 CONFIG = LlamaConfig(vocab_size=103, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=45, max_seq_len=32, bias=True)
 RULES = {f"model.{name}": style for name, style in PLAN.items()}
-MESHES = pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
+MESHES = pytest.mark.parametrize("mesh", [pytest.param((1, 2), id="tp2"), pytest.param((2, 2), id="2x2", marks=pytest.mark.slow)])
 
 
 class Lora(nn.Module):

@@ -11,6 +11,7 @@ import torch
 
 import lightning_tp as ltp
 from lightning_tp.errors import TPError
+from lightning_tp.testing.ranks import RankError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_strategy import TP2, Flat, Net, assert_same, both, data, on, reference, result_of, strategy, trainer_of
@@ -37,11 +38,19 @@ class Manual(Net):
         self.automatic_optimization = False
 
 
-def message_of(module: Any, chosen: Any, **options: Any) -> str:
-    """What the first rank shows; the others end quietly."""
-    with pytest.raises((TPError, SystemExit)) as caught:
-        trainer_of(chosen, **options).fit(module, data())
-    return str(caught.value)
+def message_of(module: Any, chosen: Any) -> str:
+    """What the first rank shows, before a step; the others end by themselves."""
+
+    def body() -> None:
+        try:
+            trainer_of(chosen).fit(module, data())
+        except TPError:
+            assert module.losses == []
+            raise
+
+    with pytest.raises(RankError) as caught:
+        on(2, body)
+    return caught.value.errors[0].message
 
 
 @both
@@ -59,14 +68,9 @@ def test_training_goes_on_as_without(mesh: tuple[int, int]) -> None:
 
 
 def test_what_differs_is_found_before_the_first_step() -> None:
-    def body() -> tuple[str, list[float]]:
-        module = Net()
-        return message_of(module, Wrong(tp=2, verify=True)), module.losses
-
-    (message, losses), (other, _) = on(2, body)
+    message = message_of(Net(), Wrong(tp=2, verify=True))
     assert "on the first batch the split model is not as one process" in message
     assert "grad of model.layers." in message and "allowed 0.001" in message
-    assert losses == [] and other == "1"
 
 
 def test_precision_and_dropout() -> None:
@@ -84,5 +88,4 @@ def test_precision_and_dropout() -> None:
 
 
 def test_what_cannot_be_verified_is_refused() -> None:
-    message, _ = on(2, lambda: message_of(Manual(), strategy(TP2, verify=True)))
-    assert "this module steps them by itself" in message
+    assert "this module steps them by itself" in message_of(Manual(), strategy(TP2, verify=True))

@@ -492,7 +492,8 @@ def files(folder: Path) -> set[str]:
     return {re.sub(r"events.out.*|-\d(?=\.txt$)", "", name) for name in found}  # of profiles there is one for each rank
 
 
-@pytest.mark.parametrize("mesh", ["tp2", pytest.param("2x2", marks=pytest.mark.slow), pytest.param("1x1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", list(MESHES))
 @pytest.mark.parametrize("name", list(SCENARIOS))
 def test_as_in_one_process(name: str, mesh: str, folder: Path) -> None:
     ref = results(None, folder / "one")[0][name]

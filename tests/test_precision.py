@@ -30,7 +30,7 @@ from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 ONE, TP2, MESH_2X2 = (1, 1), (1, 2), (2, 2)
-both = pytest.mark.parametrize("mesh", [TP2, MESH_2X2], ids=["tp2", "2x2"])
+both = pytest.mark.parametrize("mesh", [pytest.param(TP2, id="tp2"), pytest.param(MESH_2X2, id="2x2", marks=pytest.mark.slow)])
 STEPS = 6
 
 

@@ -79,6 +79,7 @@ def test_precision_is_the_other_packages(tmp_path: Path) -> None:
         assert loss == pytest.approx(ref[0], rel=2e-2) and module == "lightning_tp.pytorch_lightning.precision"
 
 
+@pytest.mark.slow
 def test_on_a_mesh_of_two_by_two(tmp_path: Path) -> None:
     ref = run_ranks(fit, 1, Net, "auto", tmp_path / "ref", init=False)[0]
     for loss, weights, _ in run_ranks(

@@ -238,7 +238,7 @@ def on_ranks() -> dict[str, str]:
     return failed
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_one_process_at_any_length(tp: int) -> None:
     for failed in run_ranks(on_ranks, tp):
         assert not failed, "\n".join(f"{k}: {v}" for k, v in failed.items())
