@@ -44,7 +44,10 @@ def past_observation(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("case", [Case(1, 2), Case(2, 2, model=dict(num_kv_heads=1))], ids=["tp2", "2x2"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(Case(1, 2), id="tp2"), pytest.param(Case(2, 2, model=dict(num_kv_heads=1)), id="2x2", marks=pytest.mark.slow)],
+)
 def test_runs_as_in_one_process(case: Case) -> None:
     hows = [{}, BLOCK] if case.dp > 1 else [{}, BLOCK, NO_SP, {**NO_SP, **BLOCK}]
 

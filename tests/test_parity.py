@@ -93,7 +93,7 @@ def test_a_declared_plan() -> None:
     inputs = {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}
     report = verify(lambda: transformers.LlamaForCausalLM(config), inputs, lambda out: out.loss, tp=2, dp=2)
     assert report.ok, str(report)
-    assert report.plan.source == "declared by LlamaForCausalLM"
+    assert report.plan.source == "inferred: as declared by LlamaForCausalLM, and with sequence parallelism"
 
 
 def test_an_inferred_plan() -> None:
