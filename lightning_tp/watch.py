@@ -110,7 +110,9 @@ class Watch(Callback):
         """End the thread before Python ends: one that then wakes up inside the store brings the process down."""
         self._over.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=2 * PERIOD)
+            self._thread.join(timeout=10 * PERIOD)  # it may wait for an answer of the store, on a machine that is busy
+            if self._thread.is_alive():
+                return  # once more when Python ends
         atexit.unregister(self._join)
 
     # -------------------------------------------------------------------------------------------- this rank has failed
