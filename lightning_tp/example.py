@@ -31,7 +31,7 @@ def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
     Raises:
         TPError: if there is nothing to run it on, it can't be run, or nothing in it can be split.
     """
-    call, inputs = what_to_run(module, trainer)
+    call, inputs = _what_to_run(module, trainer)
     with quiet(module):
         found = choose_plan(module, call, inputs, tp)
     if not any_split(found.check(module, tp).entries):
@@ -39,7 +39,7 @@ def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
     return found
 
 
-def what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Callable[[Any, Any], Any], Any]:
+def _what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Callable[[Any, Any], Any], Any]:
     """`(call, inputs)` so that `call(module, inputs)` runs it: its forward on its own example, or its step on the first batch."""
     example = module.example_input_array
     if example is not None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_tp.fsdp import find_blocks
 from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.trace import CHANCE, KEPT, Shadow, Tracer, _untraced, run
+from lightning_tp.infer.trace import Shadow, Tracer, Values, _untraced, run
 from lightning_tp.plan import Rule
 from lightning_tp.styles import PrepareInput, PrepareOutput
 
@@ -26,11 +26,11 @@ FEWEST = 4  # blocks of one kind, from which it is worth to look
 Alike = dict[str, str]  # a block's name -> that of the first that does the same
 
 
-class _Log(Tracer):
+class _Log(Values):
     """Writes down the operations inside blocks, and follows nothing."""
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-        super().__init__(model, set(), {})
+        super().__init__(model)
         self.blocks = blocks
         self.lists: dict[str, list[Any]] = {}
         self.inside: str | None = None
@@ -55,14 +55,7 @@ class _Log(Tracer):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return self._looked_at(args[0])
-        out = func(*args, **kwargs)
-        if func in CHANCE and out.numel() == 1:
-            out.fill_(KEPT)
-        if self.on_meta:
-            with _untraced():
-                self._known(func, args, kwargs, out, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.inside is not None:
             ops = self.lists[self.inside]
             where = self.stack[-1].removeprefix(self.inside)

@@ -699,22 +699,26 @@ def _explained(plan: Plan, whole: dict[Key, str], names: dict[str, Any]) -> Plan
         ancestors = accumulate(name.split("."), lambda a, b: f"{a}.{b}")
         if not any(r.matches(a) for a in ancestors for r in rules if r.style.splits_parameters):
             left[_star(name)].append(name)
-    summed = {}
-    for rule in rules:  # what works inside the doors of a region is summed, and given up all the same
-        of = [n for n in names if rule.matches(n)] if isinstance(rule.style, Replicate) else []
+
+    def numel(of: list[str]) -> int:
+        return sum(names[n].numel() for n in of)
+
+    def reason(of: list[str]) -> str | None:
         why = next((whole[n, d] for n in of for d in range(names[n].ndim) if whole.get((n, d), TABLE) != TABLE), None)
+        return None if why is None else f"{why}; {numel(of) / total:.2%} of the weights"
+
+    for i, rule in enumerate(rules):  # what works inside the doors of a region is summed, and given up all the same
+        why = reason([n for n in names if rule.matches(n)]) if isinstance(rule.style, Replicate) else None
         if why is not None:
-            summed[rule] = Rule(rule.pattern, rule.style, f"{why}; {sum(names[n].numel() for n in of) / total:.2%} of the weights")
-    rules = [summed.get(rule, rule) for rule in rules]
+            rules[i] = Rule(rule.pattern, rule.style, why)
     others = 0
     for star, of in left.items():
-        numel = sum(names[n].numel() for n in of)
-        why = next((whole[n, d] for n in of for d in range(names[n].ndim) if whole.get((n, d), TABLE) != TABLE), None)
+        why = reason(of)
         if why is None:
-            others += numel
+            others += numel(of)
             continue
         matches = [n for n in names if _star(n) == star]
         patterns = [star] if len(matches) == len(of) else of
-        rules += [Rule(n, Replicate(partial_grad=False), f"{why}; {numel / total:.2%} of the weights") for n in patterns]
+        rules += [Rule(n, Replicate(partial_grad=False), why) for n in patterns]
     rules.append(Rule(rest.pattern, rest.style, f"no split features reach the rest; {others / max(total, 1):.2%} of the weights"))
     return Plan(rules, plan.source)

@@ -117,7 +117,6 @@ RANDOM = {
 }  # writes what depends on no features
 CHANCE = {torch.ops.aten.rand.default, torch.ops.aten.uniform_.default}
 KEPT = 0.99
-SAME_SHAPE = {"_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "cumprod"}
 
 
 class Tracer(TorchDispatchMode):
@@ -136,7 +135,6 @@ class Tracer(TorchDispatchMode):
         self.shadows: dict[int, tuple[Tensor, Shadow]] = {}
         self.stack: list[str] = [""]
         self.shared = shared
-        self.watched: dict[int, set[str]] = {}  # tensors, and the modules that read them
         self.on_meta = any(p.is_meta for p in model.parameters())
         self.values: dict[int, tuple[Tensor, Tensor]] = {}  # of meta tensors that no weight has a part in
         self.events: list[tuple[str, str]] = []  # ("out" | "in" | "local", parameter) of the call that runs now
@@ -194,13 +192,7 @@ class Tracer(TorchDispatchMode):
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._looked_at(args[0])
-        if self.watched:
-            for t in tensors:
-                if id(t) in self.watched:
-                    self.watched[id(t)].add(self.stack[-1])
-        out = func(*args, **kwargs)
-        if func in CHANCE and out.numel() == 1:
-            out.fill_(KEPT)  # whether a whole block is dropped: not while its weights are looked for
+        out = _run(func, args, kwargs)
         if self.on_meta:
             with _untraced():
                 self._known(func, args, kwargs, out, tensors)
@@ -566,6 +558,13 @@ def _called(func: Any) -> str:
     return "scaled_dot_product_attention" if name.startswith("scaled_dot_product") else name
 
 
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    if func in CHANCE and out.numel() == 1:
+        out.fill_(KEPT)  # whether a whole block is dropped: not while its weights are looked for
+    return out
+
+
 class Values(Tracer):
     """Follows nothing, but knows what does not depend on weights: for a model on the meta device whose code decides by positions or masks."""
 
@@ -577,9 +576,10 @@ class Values(Tracer):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._looked_at(args[0])
-        out = func(*args, **kwargs)
-        with _untraced():
-            self._known(func, args, kwargs, out, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
+        out = _run(func, args, kwargs)
+        if self.on_meta:
+            with _untraced():
+                self._known(func, args, kwargs, out, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
         return out
 
 
