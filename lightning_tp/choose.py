@@ -38,7 +38,7 @@ def choose_plan(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs:
         return declared
     if declared is None:
         return inferred
-    total, by_declared = numels(declared.check(model, tp))
+    total, by_declared = numels(declared)
     by_inferred = numels(inferred.check(model, tp))[1]
     if by_declared > AS_GOOD * by_inferred:
         why = f"a rank holds {by_inferred / total:.0%} of the weights; as {declared.source}, {by_declared / total:.0%}"
@@ -50,12 +50,12 @@ def choose_plan(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs:
 
 
 def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, tp: int) -> Plan | None:
-    """What the model declares, if it fits and runs."""
+    """What the model declares, checked, if it fits and runs."""
     try:
         declared = declared_plan(model, tp)
         if declared is None:
             return None
-        declared.check(model, tp)
+        declared = declared.check(model, tp)
     except TPError:
         return None  # not believed
     with as_it_was(model):

@@ -49,9 +49,9 @@ from lightning_tp.declared import declared_plan
 from lightning_tp.dropout import Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.infer.solve import call_with
-from lightning_tp.launch import LAUNCHERS, Launcher, from_file, one_thread, own_error, refuse_used_cuda, start_method, to_file
+from lightning_tp.launch import Launcher, OnMesh, check_launcher, from_file, one_thread, own_error, refuse_used_cuda, to_file
 from lightning_tp.logits import SplitLogits
-from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
+from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
 from lightning_tp.plan_check import any_split, splits_nothing
@@ -61,7 +61,7 @@ from lightning_tp.rng import seed_mesh
 CHECKED_BATCHES = 3
 
 
-class FabricTPStrategy(ModelParallelStrategy):
+class FabricTPStrategy(OnMesh, ModelParallelStrategy):
     """Split a model over `tp` ranks in `fabric.setup`, and shard it by FSDP2 over the others.
 
     `Fabric(devices=4, strategy=FabricTPStrategy(tp=2, inputs=..))` is a mesh of 2 x 2 ranks: data-parallel x tensor-parallel.
@@ -119,8 +119,7 @@ class FabricTPStrategy(ModelParallelStrategy):
             timeout=timeout,
         )
         with on_one_screen(rank_zero_only.rank):  # type: ignore[attr-defined]
-            if launcher not in LAUNCHERS:
-                raise TPError(f"`launcher={launcher!r}`: there are {', '.join(map(repr, LAUNCHERS))}.")
+            check_launcher(launcher)
             if inputs is not None and not isinstance(inputs, (Mapping, tuple)):
                 raise TPError(
                     f"`inputs` is a {type(inputs).__name__}: give a tuple of what `forward` is called with, `(tokens,)`, or a dict of its "
@@ -140,29 +139,14 @@ class FabricTPStrategy(ModelParallelStrategy):
 
     # ------------------------------------------------------------------------------------------- the Fabric is made
 
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        external = self.cluster_environment.creates_processes_externally
-        with on_one_screen(self.cluster_environment.global_rank() if external else 0):
-            if not isinstance(self.accelerator, Accelerator):
-                raise TPError("This Fabric is that of `lightning_fabric`. Import it from `lightning.fabric`.")
-            self.sizes  # noqa: B018  refuse sizes that don't fit here, before any other process is started
-            method = "popen" if external else start_method(self._launch_by)
-        if method == "popen":
-            super()._configure_launcher()
-        else:
-            self._launcher = _ProcessLauncher(self, start_method=method)
-
     @property
-    def sizes(self) -> tuple[int, int]:
-        """(dp, tp) in this world.
+    def _launcher_class(self) -> type[_ProcessLauncher]:
+        return _ProcessLauncher
 
-        Raises:
-            TPError: if there are none.
-        """
-        tp, dp = self._asked
-        return mesh_sizes(tp, dp, self.num_nodes * self.num_processes, ranks_per_node=self.num_processes)
+    @override
+    def _check_package(self) -> None:
+        if not isinstance(self.accelerator, Accelerator):
+            raise TPError("This Fabric is that of `lightning_fabric`. Import it from `lightning.fabric`.")
 
     @property
     @override

@@ -23,7 +23,8 @@ from torch.multiprocessing import ProcessRaisedException
 from typing_extensions import override
 
 from lightning_tp.border import full_state_dict
-from lightning_tp.errors import TPError
+from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.mesh import mesh_sizes
 
 Launcher = Literal["auto", "popen", "fork", "spawn"]
 LAUNCHERS = ("auto", "popen", "fork", "spawn")
@@ -43,6 +44,49 @@ def start_method(launcher: Launcher) -> Literal["popen", "fork", "spawn"]:
             "use `launcher='fork'` (`strategy=\"tp_notebook\"`); or run a script."
         )
     return "fork"
+
+
+class OnMesh:
+    """What the strategies of a Trainer and of Fabric share: the sizes of the mesh, and how ranks are started."""
+
+    _asked: tuple[int | Literal["auto"], int | Literal["auto"]]  # tp, dp
+    _launch_by: Launcher
+    _launcher_class: Any  # for ranks that are forked or spawned
+
+    def _check_package(self) -> None:
+        """Raise `TPError` if this belongs to the other of Lightning's two packages."""
+
+    def _configure_launcher(self: Any) -> None:
+        assert self.cluster_environment is not None
+        external = self.cluster_environment.creates_processes_externally
+        with on_one_screen(self.cluster_environment.global_rank() if external else 0):
+            self._check_package()
+            self.sizes  # noqa: B018  refuse sizes that don't fit here, before any other process is started
+            method = "popen" if external else start_method(self._launch_by)
+        if method == "popen":
+            super()._configure_launcher()  # type: ignore[misc]  # that of the strategy beside
+        else:
+            self._launcher = self._launcher_class(self, start_method=method)
+
+    @property
+    def sizes(self: Any) -> tuple[int, int]:
+        """(dp, tp) in this world.
+
+        Raises:
+            TPError: if there are none.
+        """
+        tp, dp = self._asked
+        return mesh_sizes(tp, dp, self.num_nodes * self.num_processes, ranks_per_node=self.num_processes)
+
+
+def check_launcher(launcher: Launcher) -> None:
+    """Refuse a launcher that does not exist.
+
+    Raises:
+        TPError: it says which there are.
+    """
+    if launcher not in LAUNCHERS:
+        raise TPError(f"`launcher={launcher!r}`: there are {', '.join(map(repr, LAUNCHERS))}.")
 
 
 class ProcessLauncher(_MultiProcessingLauncher):

@@ -41,8 +41,8 @@ from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
-from lightning_tp.launch import LAUNCHERS, Launcher, ProcessLauncher, start_method
-from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes, same_mesh
+from lightning_tp.launch import Launcher, OnMesh, ProcessLauncher, check_launcher
+from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, same_mesh
 from lightning_tp.numbers import Numbers, all_gather, plain
 from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
@@ -61,7 +61,7 @@ OTHER_PACKAGE = (
 )
 
 
-class TPStrategy(ModelParallelStrategy):
+class TPStrategy(OnMesh, ModelParallelStrategy):
     """Train a transformer split over `tp` ranks, and sharded by FSDP2 over the others.
 
     `Trainer(devices=4, strategy=TPStrategy(tp=2))` is a mesh of 2 x 2 ranks: data-parallel x tensor-parallel, the ranks of one
@@ -105,6 +105,7 @@ class TPStrategy(ModelParallelStrategy):
     """
 
     strategy_name = "tp"
+    _launcher_class = ProcessLauncher
 
     def __init__(
         self,
@@ -135,8 +136,7 @@ class TPStrategy(ModelParallelStrategy):
             if backend not in ("local", "dtensor"):
                 raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
             check_options(activation_checkpointing, compile, dropout, backend)
-            if launcher not in LAUNCHERS:
-                raise TPError(f"`launcher={launcher!r}`: there are {', '.join(map(repr, LAUNCHERS))}.")
+            check_launcher(launcher)
             self.plan = Plan.of(plan) if plan is not None else None
         if (other := sys.modules.get("pytorch_lightning.strategies")) is not None:  # lets its Trainer come to `OTHER_PACKAGE`
             other.Strategy.register(type(self))
@@ -162,29 +162,9 @@ class TPStrategy(ModelParallelStrategy):
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
     @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        rank = self.cluster_environment.global_rank() if self.cluster_environment.creates_processes_externally else 0
-        with on_one_screen(rank):
-            if not isinstance(self.accelerator, pl.accelerators.Accelerator):
-                raise TPError(OTHER_PACKAGE)
-            self.sizes  # noqa: B018  refuse sizes that don't fit here, before any other process is started
-            external = self.cluster_environment.creates_processes_externally
-            method = "popen" if external else start_method(self._launch_by)
-        if method == "popen":
-            super()._configure_launcher()
-        else:
-            self._launcher = ProcessLauncher(self, start_method=method)
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """(dp, tp) in this world.
-
-        Raises:
-            TPError: if there are none.
-        """
-        tp, dp = self._asked
-        return mesh_sizes(tp, dp, self.num_nodes * self.num_processes, ranks_per_node=self.num_processes)
+    def _check_package(self) -> None:
+        if not isinstance(self.accelerator, pl.accelerators.Accelerator):
+            raise TPError(OTHER_PACKAGE)
 
     @property
     @override
