@@ -506,6 +506,8 @@ def _report(job: _Job, rank: int, call: Call | None) -> tuple[bytes, int]:
                 world_size=job.world,
                 timeout=timedelta(seconds=job.timeout + 60),  # the parent's clock comes first, and says where it hangs
             )
+            if "gloo" in job.backend:
+                dist.barrier()  # a function that soon ends would close connections that another rank is still making
         try:
             value = fn(*args, **kwargs)
         except SystemExit as end:
