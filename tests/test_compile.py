@@ -121,6 +121,7 @@ def steps(model: nn.Module, tokens: Tensor, count: int = 5) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_hugging_face_model_with_dropout() -> None:
     """The same masks with and without, whole ones and those of shards; a copy of the model is compiled for itself."""
     tokens = torch.randint(0, 96, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -207,6 +208,7 @@ def fit(module: Any, world: int, **how: Any) -> tuple[list[float], dict[str, Ten
     return module.losses, weights, [str(w.message) for w in caught if "compile" in str(w.message) and "jit" not in str(w.message)]
 
 
+@pytest.mark.slow
 def test_what_users_compile_themselves() -> None:
     ref = fit(Net(), 1)
     backend_all = lambda: dict(plan={f"model.{k}": v for k, v in PLAN.items()})  # noqa: E731
