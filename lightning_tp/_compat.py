@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -195,6 +198,16 @@ def own_connection() -> torch.distributed.Store | None:
     while isinstance(under, torch.distributed.PrefixStore):
         under = under.underlying_store
     return store.clone() if isinstance(under, torch.distributed.TCPStore) and hasattr(store, "clone") else None
+
+
+@functools.cache
+def let_gloo_end_first() -> None:
+    """Leave gloo's threads a moment before Python ends.
+
+    The last of them to let go of a tensor of a collective asks for the interpreter, and if that is gone, brings the process down with
+    "terminate called without an active exception". Destroying the process group does not help while anybody refers to it.
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 def replace_for_a_while(owner: Any, name: str, value: Any) -> Callable[[], None]:
