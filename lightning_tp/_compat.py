@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
+import errno
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -106,6 +109,58 @@ def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
         return [(tuple(o), t) for o, t in zip(local.local_offsets(), local.local_shards(), strict=True)]
     chunk = tensor.__create_chunk_list__()[0]
     return [(tuple(chunk.offsets), local)]
+
+
+def copy_dtensor(tensor: DTensor, copy: Callable[[Tensor, str], Tensor]) -> DTensor:
+    """The same DTensor of copies: `copy` gets each tensor that this rank holds of it, and a name for that."""
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+    local: Any = tensor._local_tensor
+    if is_in_pieces(tensor):
+        pieces = [copy(piece, str(i)) for i, piece in enumerate(local.local_shards())]
+        offsets = [tuple(offset) for offset in local.local_offsets()]
+        return DTensor(LocalShardsWrapper(pieces, offsets), tensor._spec, requires_grad=False)
+    return DTensor(copy(local, ""), tensor._spec, requires_grad=False)
+
+
+# What torch pickles into the `.metadata` of a distributed checkpoint, by module and name; and what makes a dtype, a layout.
+METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+}
+
+
+def rename_exchange(a: str, b: str) -> bool:
+    """Let two names of a file system change places, at one instant; False if the system or the file system can't.
+
+    Raises:
+        OSError: for other reasons (one of them is missing).
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_fdcwd, exchange = -100, 2
+    if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), a, None, b)
 
 
 def compile_function(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.accelerators import Accelerator
 from lightning.fabric.connector import _Connector
 from lightning.fabric.plugins import Precision
@@ -29,7 +28,7 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.strategies import STRATEGY_REGISTRY, ModelParallelStrategy
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.fabric.strategies.strategy import _apply_filter, _BackwardSyncControl, _validate_keys_for_strict_loading
-from lightning.fabric.utilities.load import _METADATA_FILENAME, _move_state_into
+from lightning.fabric.utilities.load import _move_state_into
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.fabric.utilities.types import _Stateful
@@ -43,6 +42,7 @@ from typing_extensions import override
 
 from lightning_tp import border, checkpoint, grad, materialize
 from lightning_tp.apply import PlanLike, adopt, parallelize
+from lightning_tp.checkpoint import Content, Manifest, Place, World
 from lightning_tp.choose import choose_plan
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.declared import declared_plan
@@ -59,6 +59,7 @@ from lightning_tp.precision import REFUSED_BY_LIGHTNING, MeshGradScaler, fsdp_po
 from lightning_tp.rng import seed_mesh
 
 CHECKED_BATCHES = 3
+_STEPS, _EPOCHS = ("global_step", "step", "iteration", "iter"), ("current_epoch", "epoch")  # what loops call them, for the manifest
 
 
 class FabricTPStrategy(OnMesh, ModelParallelStrategy):
@@ -81,6 +82,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         activation_checkpointing: "block" keeps only the input of each repeated block for the backward.
         dropout: "independent" or "exact", as in `TPStrategy`.
         save_distributed_checkpoint: False gathers a checkpoint in one file, on rank 0.
+        safe_globals: classes of your own that a checkpoint may have in it, and be loaded.
         launcher: "popen", "fork", "spawn" or "auto", as in `TPStrategy`; with "fork" and "spawn", `fabric.launch` needs a function.
         process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
         timeout: of its collectives.
@@ -106,6 +108,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         activation_checkpointing: Literal["block"] | None = None,
         dropout: Dropout = "independent",
         save_distributed_checkpoint: bool = True,
+        safe_globals: list[Any] | None = None,
         launcher: Launcher = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -134,6 +137,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             "dropout": dropout,
         }
         self._asked = (tp, dp)
+        self.safe_globals: list[Any] = list(safe_globals or [])
         self._launch_by: Launcher = launcher
         self._backward_sync_control = _Unsummed()
 
@@ -286,11 +290,9 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        path = Path(self.broadcast(path))
-        if storage_options is not None or (filter and self._save_distributed_checkpoint):
-            raise TPError(
-                "`save`: `filter` needs `save_distributed_checkpoint=False`, and `storage_options` are not known here. Leave them out."
-            )
+        place = Place(str(self.broadcast(str(path))), storage_options)
+        if filter and self._save_distributed_checkpoint:
+            raise TPError("`save`: `filter` needs `save_distributed_checkpoint=False`. Leave it out.")
         whole: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for key, value in state.items():
@@ -303,43 +305,47 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             else:
                 target, value = rest, value.state_dict() if isinstance(value, _Stateful) else value
             _apply_filter(key, filter or {}, value, target)
+        world = World()
         if not self._save_distributed_checkpoint:
-            if self.is_global_zero:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({**whole, **rest}, path)
+            world.from_first(lambda: checkpoint.save_file(place, lambda stream: torch.save({**whole, **rest}, stream)))
             return
-        path.mkdir(parents=True, exist_ok=True)
-        dcp.save(whole, checkpoint_id=path)
-        if self.is_global_zero:
-            torch.save(rest, path / _METADATA_FILENAME)
+        step, epoch = (next((v for k, v in rest.items() if k in names and type(v) is int), 0) for names in (_STEPS, _EPOCHS))
+        sizes = dict(zip((DATA_PARALLEL, TENSOR_PARALLEL), self.sizes))
+        optimizers = any(isinstance(value, Optimizer) for value in state.values())
+        about = Manifest(step=step, epoch=epoch, mesh=sizes, versions=checkpoint.versions(), weights_only=not optimizers)
+        data = checkpoint.to_bytes(rest) if self.is_global_zero else None
+        checkpoint.save_folder(place, Content(whole, rest=data, about=about), world)
 
     @override
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        path = Path(self.broadcast(path))
+        path = str(self.broadcast(str(path)))
         with on_one_screen(self.global_rank):
             if not state or isinstance(state, Optimizer):
                 raise TPError("`load`: say into what, `fabric.load(path, {'model': model, 'optimizer': optimizer})`.")
             if isinstance(state, nn.Module):  # load_raw
-                _inner(state).load_state_dict(torch.load(path, map_location="cpu", weights_only=weights_only), strict=strict)
+                place, _ = checkpoint.choose(Place(path), World())
+                raw = checkpoint.load(place, safe_globals=self.safe_globals, weights_only=weights_only)
+                _inner(state).load_state_dict(raw, strict=strict)
                 return {}
-            return self._load(path, state, strict, weights_only)
+            place, _ = checkpoint.choose(Place(path), World())
+            return self._load(place, state, strict, weights_only)
 
-    def _load(self, path: Path, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
+    def _load(self, path: Place, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
         one_file = path.is_file()
-        if not one_file and not (path / _METADATA_FILENAME).is_file():
-            raise TPError(f"`{path}` is no checkpoint: neither a file nor a folder with `{_METADATA_FILENAME}` in it.")
-        stored: dict[str, Any] = torch.load(
-            path if one_file else path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only
-        )
+        safe: dict[str, Any] = {"safe_globals": self.safe_globals, "weights_only": weights_only}
+        stored: dict[str, Any] = checkpoint.load(path if one_file else path / "meta.pt", **safe)
         rest = [key for key, value in state.items() if not isinstance(value, (nn.Module, Optimizer))]
         for key in [key for key in state if key not in rest]:  # in the same order on all ranks
             value = state[key]
             if one_file and key not in stored:
                 raise TPError(f"`{path}` has no `{key}`, but {sorted(map(str, stored))}.")
             if isinstance(value, Optimizer):
-                border.load_optimizer_state(value, stored.pop(key)) if one_file else checkpoint.load_optimizer(value, path, key)
+                if one_file:
+                    border.load_optimizer_state(value, stored.pop(key))
+                else:
+                    checkpoint.load_optimizer(value, path, key, **safe)
             elif one_file:
                 _inner(value).load_state_dict(stored.pop(key), strict=strict)
             else:

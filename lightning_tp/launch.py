@@ -115,7 +115,9 @@ class ProcessLauncher(_MultiProcessingLauncher):
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
         trained = None
         if trainer.state.fn == TrainerFn.FITTING:  # every rank takes part
-            trained = full_state_dict(trainer.lightning_module), trainer.fit_loop.state_dict()
+            progress = trainer.fit_loop.state_dict()
+            progress["state_dict"].pop("combined_loader", None)  # of loaders that end with the ranks
+            trained = full_state_dict(trainer.lightning_module), progress
         if self._strategy.local_rank != 0:
             return None
         best = getattr(trainer.checkpoint_callback, "best_model_path", None)

@@ -85,20 +85,47 @@ def _mixed(point: int, rank: int) -> int:
 # --------------------------------------------------------------------------------------------------- saved and restored
 
 
-def rng_state(mesh: DeviceMesh) -> dict[str, Any]:
-    """The random states of all ranks (torch, Python, NumPy if it is loaded), for a checkpoint: plain data and tensors. A collective.
-
-    Returns:
-        `{"mesh": (dp, tp), "ranks": [state of rank 0, ..]}`, ranks in the order of the mesh; the same on every rank.
-    """
+def local_state(*, cuda: bool = False) -> dict[str, Any]:
+    """The random states of this process (torch, Python, NumPy if it is loaded): plain data and tensors."""
     mine: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
-    if mesh.device_type == "cuda":
+    if cuda:
         mine["cuda"] = torch.cuda.get_rng_state()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
         mine["numpy"] = (kind, torch.tensor(keys.tolist()), *rest)
+    return mine
+
+
+def set_local_state(mine: Mapping[str, Any], *, cuda: bool = False) -> None:
+    """The inverse of `local_state`.
+
+    Example:
+        >>> state = local_state()
+        >>> a = torch.rand(2), random.random()
+        >>> set_local_state(state)
+        >>> torch.equal(torch.rand(2), a[0]), random.random() == a[1]
+        (True, True)
+    """
+    torch.set_rng_state(mine["cpu"])
+    version, numbers, gauss = mine["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if cuda and "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"])
+    if "numpy" in mine:
+        import numpy
+
+        kind, keys, *rest = mine["numpy"]
+        numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+
+
+def rng_state(mesh: DeviceMesh) -> dict[str, Any]:
+    """The random states of all ranks, for a checkpoint. A collective.
+
+    Returns:
+        `{"mesh": (dp, tp), "ranks": [state of rank 0, ..]}`, ranks in the order of the mesh; the same on every rank.
+    """
     every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
+    dist.all_gather_object(every, local_state(cuda=mesh.device_type == "cuda"))
     return {"mesh": tuple(mesh.mesh.shape), "ranks": [every[rank] for rank in mesh.mesh.flatten().tolist()]}
 
 
@@ -114,13 +141,29 @@ def set_rng_state(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
             f"{' x '.join(map(str, mesh.mesh.shape))}: each rank has its own. Resume on the same mesh, or seed anew."
         )
     mine = state["ranks"][mesh.mesh.flatten().tolist().index(dist.get_rank())]
-    torch.set_rng_state(mine["cpu"])
-    version, numbers, gauss = mine["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if mesh.device_type == "cuda" and "cuda" in mine:
-        torch.cuda.set_rng_state(mine["cuda"])
-    if "numpy" in mine:
-        import numpy
+    set_local_state(mine, cuda=mesh.device_type == "cuda")
 
-        kind, keys, *rest = mine["numpy"]
-        numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+
+def set_shared_state(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
+    """As `set_rng_state`, from a mesh of any shape: the shared stream of each tensor-parallel group goes on, so that what one process would draw
+    (the order of the data, masks of whole activations) is drawn. Groups further along the data-parallel axis than there were begin a
+    stream of their own."""
+    dp, tp = state["mesh"]
+    dp_rank = mesh.get_local_rank(DATA_PARALLEL)
+    same = (dp, tp) == tuple(mesh.mesh.shape)
+    if same:
+        set_rng_state(mesh, state)
+        return
+    first = state["ranks"][dp_rank * tp if dp_rank < dp else 0]
+    set_local_state({k: v for k, v in first.items() if k != "cuda"})
+    if dp_rank >= dp:
+        torch.manual_seed(_mixed(int(torch.empty((), dtype=torch.int64).random_()), dp_rank))
+    elif mesh.device_type == "cuda":
+        torch.cuda.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=_copy_of_default())))
+
+
+def _copy_of_default() -> torch.Generator:
+    """A generator at the point where torch's default one is."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return generator

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -14,14 +14,17 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
-from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer import trainer as trainer_module
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -30,11 +33,27 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_tp import border, checkpoint, grad, materialize
-from lightning_tp._compat import backend_of_context
+from lightning_tp._compat import backend_of_context, replace_for_a_while
 from lightning_tp.apply import PlanLike, adopt, check_options, parallelize, same_weights_everywhere
 from lightning_tp.averaging import Averaging
-from lightning_tp.checkpoint import save_apart, without_dtensors
+from lightning_tp.checkpoint import (
+    Background,
+    Content,
+    HostCopy,
+    Manifest,
+    Place,
+    World,
+    group_for_saving,
+    put_aside,
+    remove,
+    save_file,
+    save_folder,
+    to_bytes,
+    versions,
+    without_dtensors,
+)
 from lightning_tp.compiled import Compile, take_back
+from lightning_tp.data.position import Position, Positioned
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.data.shared import Ranks, share_loader
 from lightning_tp.dropout import Draws, Dropout, draws_of
@@ -49,12 +68,13 @@ from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
 from lightning_tp.recompute import Recompute
-from lightning_tp.rng import rng_state, seed_mesh, set_rng_state
+from lightning_tp.rng import rng_state, seed_mesh, set_shared_state
 from lightning_tp.tuner import check_callbacks, find_lr_by_mean_loss, refuse_batch_size_finder
 from lightning_tp.watch import Watch
 
 CHECKED_BATCHES = 3
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint
+LOADERS = "lightning_tp_loaders"  # likewise: where the training loaders of each data-parallel rank stood
 OTHER_PACKAGE = (
     "This Trainer is that of `pytorch_lightning`, whose classes are others than those of `lightning`. Write `from lightning_tp.pytorch_lightning "
     "import TPStrategy` for it (callbacks likewise), or `import lightning.pytorch as pl` in the place of `import pytorch_lightning as pl`."
@@ -85,6 +105,10 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         verify: True runs the first batch in one process and split before training, and stops if loss or a gradient differ. The whole
             model has to fit on every rank.
         save_distributed_checkpoint: False gathers a checkpoint in one file, on rank 0.
+        async_checkpoint: True writes checkpoints beside training, which waits for a copy in host memory only. One at a time; an error
+            is raised at the next one, or at the end.
+        on_save_error: what happens if a checkpoint can't be written (a full disk): "raise", or "warn" and go on. Those before it are kept.
+        safe_globals: classes of your own that a checkpoint may have in it (hyperparameters, states of callbacks), and be loaded.
         launcher: how a process that is alone starts the others: "popen" runs the script again for each; "fork" and "spawn" run `fit` in
             processes of its own, which end before it returns. "auto": "fork" in a notebook, else "popen".
         process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
@@ -121,6 +145,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         backend: Literal["local", "dtensor"] = "local",
         verify: bool = False,
         save_distributed_checkpoint: bool = True,
+        async_checkpoint: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
+        safe_globals: list[Any] | None = None,
         launcher: Launcher = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -137,6 +164,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
             check_options(activation_checkpointing, compile, dropout, backend)
             check_launcher(launcher)
+            if on_save_error not in ("raise", "warn"):
+                raise TPError(f"`on_save_error={on_save_error!r}`: there are 'raise' and 'warn'.")
             self.plan = Plan.of(plan) if plan is not None else None
         if (other := sys.modules.get("pytorch_lightning.strategies")) is not None:  # lets its Trainer come to `OTHER_PACKAGE`
             other.Strategy.register(type(self))
@@ -153,6 +182,15 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._redirect: nn.Module | None = None
         self._checked: dict[str, int] = {}
         self._draws: Draws | None = None
+        self.async_checkpoint = async_checkpoint
+        self.on_save_error: Literal["raise", "warn"] = on_save_error
+        self.safe_globals: list[Any] = list(safe_globals or [])
+        self._background, self._host_copy = Background(), HostCopy()
+        self._save_failed = False  # the last one: what it was to take the place of stays
+        self._ckpt_word: str | None = None  # `ckpt_path="last"`, if that is how a checkpoint was asked for
+        self._ckpt_weights_only: bool | None = None
+        self._positions: list[Position] = []  # of the training loaders, from a checkpoint
+        self._pass_is_over = False
         self._rng_at_step: dict[str, Any] | None = None  # the random states of a checkpoint from the middle of an epoch
         self._ranks: Ranks | None = None
         self._numbers: Numbers | None = None
@@ -313,13 +351,25 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self._ranks = Ranks(self.device_mesh)
         _auto_add_worker_init_fn(dataloader, self._ranks.dp_rank)  # Lightning would seed by the global rank
         predicts = trainer.state.fn == TrainerFn.PREDICTING
-        return share_loader(
+        shared = share_loader(
             dataloader,
             self._ranks,
             shadow=self._shadow_step if predicts else None,
             limit=trainer.limit_predict_batches if predicts else 1.0,
             where=f"a loader of `trainer.{trainer.state.fn.value}`" if trainer.state.fn is not None else "a loader",
         )
+        if trainer.state.fn != TrainerFn.FITTING or not trainer.training:
+            return shared
+        resume = self._positions.pop(0) if self._positions else None
+        if resume is not None and not self._pass_is_over:
+            return Positioned(shared, resume=resume, then=None if resume.get("prefetched") else self._rng_is_reached)
+        return Positioned(shared, resume=resume, finished=True)
+
+    def _rng_is_reached(self) -> None:
+        """The loader stands where it stood: go on with the random numbers of the checkpoint."""
+        if self._rng_at_step is not None:
+            set_shared_state(self.device_mesh, self._rng_at_step)
+            self._rng_at_step = None
 
     def _shadow_step(self, loader: Any, batch: Any, batch_idx: int) -> None:
         """A step of `predict` that is nobody's: FSDP2's collectives need this rank, which has no batch of its own left."""
@@ -338,7 +388,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._rng_at_step is not None:
-            set_rng_state(self.device_mesh, self._rng_at_step)
+            set_shared_state(self.device_mesh, self._rng_at_step)
             self._rng_at_step = None
         with nullcontext() if self._draws is None else self._draws.step():
             return self._step("training_step", self.precision_plugin.train_step_context(), *args, **kwargs)
@@ -423,9 +473,16 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        assert self.lightning_module is not None
+        failed = self.lightning_module.trainer.interrupted
+        try:
+            self._finish_saving(quietly=failed)
+        finally:
+            self._teardown(failed)
+
+    def _teardown(self, failed: bool) -> None:
         if self._watch is not None:
-            assert self.lightning_module is not None
-            self._watch.stop(failed=self.lightning_module.trainer.interrupted)
+            self._watch.stop(failed=failed)
             self._watch = None
         if self._numbers is not None:
             self._numbers.close(self.lightning_module)
@@ -461,71 +518,244 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
-        if self.backend == "dtensor":
-            return super().load_checkpoint(path, weights_only)
+        assert self.lightning_module is not None
+        weights_only = self._ckpt_weights_only if weights_only is None else weights_only
+        self._finish_saving()
         with on_one_screen(self.global_rank):
-            loaded = self._load_checkpoint(path, weights_only)
+            place = self._whole_checkpoint(str(self.broadcast(str(checkpoint_path))))
+            loaded = self._load_checkpoint(place, weights_only)
         self._restore_rng(loaded)
+        self._restore_positions(loaded)
         return loaded
 
+    def _whole_checkpoint(self, path: str) -> Place:
+        """What was asked for; if it was asked for as the last or the best and is damaged, the newest one that is whole."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        instead: list[str] | None = None
+        if self._ckpt_word is not None:
+            of = trainer.checkpoint_callback
+            instead = []
+            if self._ckpt_word == "best" and isinstance(of, ModelCheckpoint):
+                instead = sorted(of.best_k_models, key=lambda p: float(of.best_k_models[p]), reverse=of.mode == "max")
+        place, said = checkpoint.choose(Place(path), World(), instead=instead)
+        if said is not None:
+            rank_zero_warn(f"`ckpt_path={self._ckpt_word!r}`: {said}")
+            trainer._checkpoint_connector._ckpt_path = place.url
+        return place
+
     def _restore_rng(self, loaded: dict[str, Any]) -> None:
-        """Go on with the random numbers of the run that was saved, if it is trained on and the mesh is the same."""
+        """Go on with the random numbers of the run that was saved, if it is trained on."""
         assert self.lightning_module is not None
         state = loaded.get(RNG_STATE)
+        self._rng_at_step = None
         if state is None or self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return
         if tuple(state["mesh"]) != self.sizes:
             rank_zero_info(
-                f"The checkpoint is from a mesh of {state['mesh']} ranks: random numbers (dropout) go on differently on {self.sizes}."
+                f"The checkpoint is from a mesh of {state['mesh']} ranks: random numbers of split activations (dropout) go on differently "
+                f"on {self.sizes}."
             )
-            return
-        set_rng_state(self.device_mesh, state)
-        batch = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-        if batch.get("current", {}).get("ready") and not batch.get("is_last_batch"):
+        set_shared_state(self.device_mesh, state)
+        if _is_mid_epoch(loaded):
             self._rng_at_step = state  # its epoch had begun: what a loader draws when it begins one was drawn before
 
-    def _load_checkpoint(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+    def _restore_positions(self, loaded: dict[str, Any]) -> None:
+        """Where this rank's training loaders go on, once they are there."""
+        assert self.lightning_module is not None
+        self._positions = []
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        fit_loop = loaded.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        states = fit_loop.pop("combined_loader", [])  # Lightning's list knows those of one rank
+        self._pass_is_over = not _is_mid_epoch(loaded)
+        saved = loaded.get(LOADERS)
+        if saved is None:
+            self._positions = [{"loader": state} for state in states]
+            return
+        ranks, dp_rank = saved["ranks"], self.device_mesh.get_local_rank(DATA_PARALLEL)
+        if len(ranks) != self.sizes[0] and any("loader" in p for p in ranks[0]) and not all(_same(ranks[0], r) for r in ranks):
+            rank_zero_warn(
+                f"The loaders' states in the checkpoint are of {len(ranks)} data-parallel ranks, each its own, and there are {self.sizes[0]} now: "
+                "all go on from that of the first. Give loaders a state that does not depend on the rank, or resume with as many."
+            )
+        self._positions = list(ranks[dp_rank if len(ranks) == self.sizes[0] else 0])
+        for position in self._positions:
+            position["prefetched"] = saved["prefetched"] > 0
+
+    def _load_checkpoint(self, place: Place, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
         trains = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         optimizers = self.optimizers if trains else []  # a validation after training still has them
-        if path.is_file():
-            loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        safe: dict[str, Any] = {"safe_globals": self.safe_globals, "weights_only": weights_only}
+        if self.backend == "dtensor":
+            return self._load_dtensors(place, safe)
+        if place.is_file():
+            loaded: dict[str, Any] = checkpoint.load(place, mmap=True, **safe)
             self.lightning_module.load_state_dict(loaded["state_dict"], strict=self.lightning_module.strict_loading)
             if self._averaging is None or not self._averaging.callbacks:
                 del loaded["state_dict"]
             for optimizer, state in zip(optimizers, loaded.get("optimizer_states", ()), strict=False):
                 border.load_optimizer_state(optimizer, state)
             return loaded
-        if not (path / _METADATA_FILENAME).is_file():
-            raise TPError(f"`{path}` is no checkpoint: neither a file nor a folder with `{_METADATA_FILENAME}` in it.")
-        checkpoint.load_model(self.lightning_module, path, strict=self.lightning_module.strict_loading)
+        metadata: dict[str, Any] = checkpoint.load(place / "meta.pt", **safe)
+        checkpoint.load_model(self.lightning_module, place, strict=self.lightning_module.strict_loading)
         for i, optimizer in enumerate(optimizers):
-            checkpoint.load_optimizer(optimizer, path, f"optimizer_{i}")
-        metadata: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
-        metadata = checkpoint.with_dtensors(metadata, path, self.lightning_module)
+            checkpoint.load_optimizer(optimizer, place, f"optimizer_{i}", **safe)
+        metadata = checkpoint.with_dtensors(metadata, place, self.lightning_module)
         if self._averaging is not None and self._averaging.callbacks:
             metadata["state_dict"] = self.lightning_module.state_dict()
         return metadata
 
+    def _load_dtensors(self, place: Place, safe: dict[str, Any]) -> dict[str, Any]:
+        """By Lightning's own functions, whose reader would unpickle anything."""
+
+        def load(state: dict[str, Any], checkpoint_id: Any) -> None:
+            checkpoint.dcp_load(state, Place(checkpoint_id), **safe)
+
+        undo = replace_for_a_while(dcp, "load", load)
+        try:
+            with torch.serialization.safe_globals(self.safe_globals):
+                return super().load_checkpoint(Path(place.path), safe["weights_only"])
+        finally:
+            undo()
+
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self._device_mesh is None:  # the ranks were forked, and have ended: this process has the whole weights
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+            self._save_file(checkpoint, Place(filepath, storage_options), storage_options)
             return
+        place = Place(str(self.broadcast(str(filepath))), storage_options)
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
-        path = Path(self.broadcast(filepath))
+        self._add_positions(checkpoint)
+        self._finish_saving()
+        if not self._save_distributed_checkpoint:
+            if self.async_checkpoint:
+                whole: dict[str, Any] = {
+                    k: checkpoint.pop(k) for k in ("state_dict", "optimizer_states") if k in checkpoint
+                }  # copies already
+                checkpoint = copy.deepcopy(checkpoint) | whole
+            world = World(self._group_for_saving())
+            self._save(place, lambda: world.from_first(lambda: self._save_file(checkpoint, place, storage_options)))
+            return
+        content = self._content_of(checkpoint)
+        if self.async_checkpoint:
+            content.sharded, content.apart = self._host_copy.of((content.sharded, content.apart))
+        world = World(self._group_for_saving())
+        self._save(place, lambda: save_folder(place, content, world))
+
+    def _group_for_saving(self) -> Any:
+        return group_for_saving() if self.async_checkpoint else None
+
+    def _content_of(self, checkpoint: dict[str, Any]) -> Content:
+        """What goes into a folder, of what Lightning wants to be saved."""
+        about = Manifest(
+            step=int(checkpoint.get("global_step", 0)),
+            epoch=int(checkpoint.get("epoch", 0)),
+            mesh=dict(zip((DATA_PARALLEL, TENSOR_PARALLEL), self.sizes)),
+            versions=versions(),
+            weights_only="optimizer_states" not in checkpoint,
+        )
         apart: dict[str, Any] = {}
-        if self._save_distributed_checkpoint:
-            for key in checkpoint.keys() - {"state_dict", "optimizer_states"}:
-                checkpoint[key] = without_dtensors(checkpoint[key], apart, key)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # `last.ckpt` is written anew every time
-            super().save_checkpoint(checkpoint, path, storage_options)
-            save_apart(apart, path)
+        sharded = {"state_dict": checkpoint.pop("state_dict")}
+        sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        for key in list(checkpoint):
+            checkpoint[key] = without_dtensors(checkpoint[key], apart, key)
         plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
-        if self.is_global_zero and path.is_dir() and plan is not None:
-            (path / "plan.json").write_text(plan.to_json())
+        rest = to_bytes(checkpoint) if self.is_global_zero else None
+        return Content(sharded, apart, rest, plan.to_json() if plan is not None and self.is_global_zero else None, about)
+
+    def _save_file(self, checkpoint: dict[str, Any], place: Place, storage_options: Any) -> None:
+        if type(self.checkpoint_io) is TorchCheckpointIO:
+            save_file(place, lambda stream: torch.save(checkpoint, stream))
+        else:  # the user's own
+            self.checkpoint_io.save_checkpoint(checkpoint, place.url, storage_options)
+
+    def _save(self, place: Place, work: Callable[[], None]) -> None:
+        self._save_failed = False
+        if self.async_checkpoint:
+            self._background.start(f"Saving `{place}`", work)
+            return
+        try:
+            work()
+        except TPError as error:
+            self._could_not_save(error)
+
+    def _finish_saving(self, *, quietly: bool = False) -> None:
+        """Until no save is under way.
+
+        Raises:
+            TPError: if it failed, unless the run goes on without it, or has failed before.
+        """
+        try:
+            self._background.wait()
+        except TPError as error:
+            if quietly:
+                rank_zero_warn(str(error))
+            else:
+                self._could_not_save(error)
+
+    def _could_not_save(self, error: TPError) -> None:
+        self._save_failed = True
+        if self.on_save_error == "raise":
+            raise error
+        rank_zero_warn(f"{error} Training goes on without it.")
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Once what takes its place is there."""
+        if not self.is_global_zero or self._save_failed:
+            return
+        if type(self.checkpoint_io) is not TorchCheckpointIO and not Place(filepath).is_dir():
+            super().remove_checkpoint(filepath)
+            return
+        self._background.after(lambda: remove(Place(filepath)))
+
+    def _add_positions(self, checkpoint: dict[str, Any]) -> None:
+        """Where the training loaders of each data-parallel rank stand. A collective."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        combined, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+        loaders: list[Any] = [x for x in (combined.flattened if combined is not None else ()) if type(x) is Positioned]
+        fit_loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        fit_loop.pop("combined_loader", None)
+        if not loaders or trainer.state.fn != TrainerFn.FITTING:
+            return
+        prefetched = len(getattr(fetcher, "batches", ()))
+        every = World().gather([loader.position(prefetched) for loader in loaders])
+        ranks = [every[row[0]] for row in self.device_mesh.mesh.tolist()]
+        checkpoint[LOADERS] = {"prefetched": prefetched, "ranks": ranks}
+        if states := [p["loader"] for p in ranks[0] if "loader" in p]:
+            fit_loop["combined_loader"] = states  # for a Trainer without this package
+
+    def find_checkpoint(self, trainer: pl.Trainer, asked: Any, found: Any) -> Any:
+        """What `ckpt_path=asked` comes down to, where Lightning has found `found`."""
+        words = ("last", "best", "hpc")
+        self._ckpt_word = asked if asked in words else None
+        if asked is None and found is not None:  # it was asked for by a callback, SLURM, or an evaluation after training
+            self._ckpt_word = "last"
+        if asked != "last":
+            return found
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
+        folders = [Place(c._ModelCheckpoint__resolve_ckpt_dir(trainer)) for c in callbacks]  # type: ignore[attr-defined]
+        for folder in folders:
+            for name in put_aside(folder):
+                if name.startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST):
+                    return (folder / name).url
+        if found is not None:
+            return found
+        return next((place.url for folder in folders for place in checkpoint.candidates(folder)), None)
+
+
+def _is_mid_epoch(loaded: dict[str, Any]) -> bool:
+    """Whether a checkpoint is from between two batches of one epoch."""
+    batch = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return bool(batch.get("current", {}).get("ready") and not batch.get("is_last_batch"))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nestings of plain data and tensors are equal."""
+    return to_bytes(a) == to_bytes(b)
 
 
 def _applied_to(module: nn.Module) -> Plan | None:
@@ -575,8 +805,31 @@ def allow_compiled(strategy: type) -> None:
     trainer_module._verify_strategy_supports_compile = verify  # type: ignore[assignment]
 
 
+def follow_ckpt_path(strategy: type[TPStrategy]) -> None:
+    """Let a strategy know how a Trainer was asked for a checkpoint (`"last"`, `weights_only=False`), which Lightning keeps to itself; once."""
+    parse: Any = _CheckpointConnector._parse_ckpt_path
+    run: Any = trainer_module.Trainer._run
+    if hasattr(parse, "_lightning_tp"):
+        return
+
+    def parse_ckpt_path(self: Any, state_fn: TrainerFn, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
+        found = parse(self, state_fn, ckpt_path, *args, **kwargs)
+        of = self.trainer.strategy
+        return of.find_checkpoint(self.trainer, ckpt_path, found) if isinstance(of, strategy) else found
+
+    def _run(self: Any, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
+        if isinstance(self.strategy, strategy):
+            self.strategy._ckpt_weights_only = weights_only
+        return run(self, model, ckpt_path=ckpt_path, weights_only=weights_only)
+
+    parse_ckpt_path._lightning_tp = True  # type: ignore[attr-defined]
+    _CheckpointConnector._parse_ckpt_path = parse_ckpt_path  # type: ignore[method-assign]
+    trainer_module.Trainer._run = _run  # type: ignore[method-assign]
+
+
 register(StrategyRegistry)
 allow_compiled(TPStrategy)
+follow_ckpt_path(TPStrategy)
 allow_all_precisions(TPStrategy)
 wrap_grad_norm()
 refuse_batch_size_finder(TPStrategy)

@@ -1,4 +1,4 @@
-"""Save and load a sharded run through torch's distributed checkpoint: every rank writes what it holds, of global tensors.
+"""A sharded run in torch's distributed checkpoint: every rank reads what it holds, of global tensors.
 
 The state dict holds DTensors over the 2D mesh (`border.py`), so a checkpoint can be loaded on another mesh. Layout as Lightning's
 `ModelParallelStrategy`: a folder with `.metadata`, a file or more for each rank, `meta.pt` for the rest; here with `plan.json`.
@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from lightning_tp.border import Shard, load_optimizer_state
+from lightning_tp.checkpoint.commit import ELSEWHERE  # in the place of a DTensor: its key in the folder of that name
+from lightning_tp.checkpoint.place import Place
+from lightning_tp.checkpoint.safe import SafeGlobals, dcp_load, read_metadata
 from lightning_tp.errors import TPError
 
-ELSEWHERE = "lightning_tp_sharded"  # in the place of a DTensor: its key in the folder of that name
 
-
-def load_model(model: nn.Module, path: Path, *, strict: bool = True, key: str = "state_dict") -> None:
+def load_model(model: nn.Module, path: Path | Place, *, strict: bool = True, key: str = "state_dict") -> None:
     """Read this rank's pieces of every parameter and buffer from the folder, where `key` is the model's name in it.
 
     Raises:
         TPError: if the checkpoint lacks one, has another shape for it, or has one that the model has not.
     """
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    folder = _place(path)
+    stored = read_metadata(folder).state_dict_metadata
     state = model.state_dict()
     for name, value in list(state.items()):
         there = stored.get(f"{key}.{name}")
@@ -46,17 +47,27 @@ def load_model(model: nn.Module, path: Path, *, strict: bool = True, key: str = 
             + ", which the model has not. Load "
             "with `strict_loading = False`, or use the model that wrote it."
         )
-    dcp.load({key: state}, checkpoint_id=path)
+    dcp_load({key: state}, folder)
     model.load_state_dict(state, strict=strict)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, key: str) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    path: Path | Place,
+    key: str,
+    *,
+    safe_globals: SafeGlobals = (),
+    weights_only: bool | None = None,
+) -> None:
     """Read this rank's pieces of an optimizer's state from the folder, where `key` is its name in it ("optimizer_0").
+
+    Values that are no tensors are plain data, or of `safe_globals`, unless `weights_only=False`.
 
     Raises:
         TPError: if it is not there.
     """
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    folder = _place(path)
+    stored = read_metadata(folder).state_dict_metadata
     if not any(k.startswith(f"{key}.") for k in stored):
         raise TPError(
             f"`{path}` has no `{key}`, so training can't go on from it: it was saved with weights only, or with fewer optimizers. Save with "
@@ -80,7 +91,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, key: str) -> No
         for i, g in enumerate(optimizer.param_groups)
     ]
     loaded = {key: {"state": state, "param_groups": groups}}
-    dcp.load(loaded, checkpoint_id=path)
+    dcp_load(loaded, folder, safe_globals=safe_globals, weights_only=weights_only)
     load_optimizer_state(optimizer, loaded[key])
 
 
@@ -111,27 +122,26 @@ def without_dtensors(tree: Any, found: dict[str, DTensor], where: str = "") -> A
     return tree
 
 
-def save_apart(found: dict[str, DTensor], path: Path) -> None:
-    """What `without_dtensors` has found, into a folder beside the rest."""
-    if found:
-        dcp.save(dict(found), checkpoint_id=path / ELSEWHERE)
-
-
-def with_dtensors(tree: Any, path: Path, model: nn.Module) -> Any:
+def with_dtensors(tree: Any, path: Path | Place, model: nn.Module, *, no_dist: bool = False) -> Any:
     """The inverse: reads what is marked from the folder; as a DTensor of this mesh what has a parameter's name and shape, else whole."""
     marks: dict[str, str] = {}
     _find_marks(tree, marks)
     if not marks:
         return tree
-    stored = dcp.FileSystemReader(path / ELSEWHERE).read_metadata().state_dict_metadata
+    folder = _place(path) / ELSEWHERE
+    stored = read_metadata(folder).state_dict_metadata
     parameters = {p._ltp.name: p for p in model.parameters() if hasattr(p, "_ltp")}
     values: dict[str, Any] = {}
     for where, name in marks.items():
         there: Any = stored[where]
         p = parameters.get(name)
         values[where] = torch.empty(there.size, dtype=there.properties.dtype) if p is None else _template(p._ltp, there, p.device)
-    dcp.load(values, checkpoint_id=path / ELSEWHERE)
+    dcp_load(values, folder, no_dist=no_dist)
     return _fill_marks(tree, values)
+
+
+def _place(path: Path | Place) -> Place:
+    return path if isinstance(path, Place) else Place(path)
 
 
 def _find_marks(tree: Any, found: dict[str, str]) -> None:

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp import border
-from lightning_tp.checkpoint import load_model, load_optimizer, save_apart, with_dtensors, without_dtensors
+from lightning_tp.checkpoint import (
+    Content,
+    Place,
+    World,
+    load_model,
+    load_optimizer,
+    save_folder,
+    to_bytes,
+    with_dtensors,
+    without_dtensors,
+)
 from lightning_tp.mesh import DATA_PARALLEL, make_mesh
 from lightning_tp.testing import randomize_, run_ranks
 
@@ -162,9 +172,8 @@ def test_dtensors_of_callbacks(tmp_path: Path) -> None:
         left = without_dtensors(tree, found)
         assert left["plain"] is plain and left["mine"]["rest"][0] is plain and len(found) == len(state) + 1
         assert tree["mine"]["state"] is state and not any(isinstance(v, dict) for v in state.values())  # the user's own
-        if torch.distributed.get_rank() == 0:
-            torch.save(left, tmp_path / "meta.pt")
-        save_apart(found, tmp_path)
+        rest = to_bytes(left) if torch.distributed.get_rank() == 0 else None
+        save_folder(Place(tmp_path), Content({"state_dict": {}}, apart=found, rest=rest), World())
         return ltp.full_state_dict(model)
 
     ends.update(run_ranks(write, 4)[0])

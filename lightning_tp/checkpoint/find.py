@@ -1,0 +1,123 @@
+"""Which checkpoint to load: one that is whole. What is damaged is found, and named, before anything of it is read.
+
+Each rank checks a share of the files against the manifest; what one finds, all know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lightning_tp.checkpoint.commit import META, is_unfinished, put_aside, recover
+from lightning_tp.checkpoint.manifest import MANIFEST, Manifest, damage_of_archive, damage_of_file, read
+from lightning_tp.checkpoint.place import Place
+from lightning_tp.checkpoint.world import World
+from lightning_tp.errors import TPError
+
+SUFFIX = ".ckpt"
+
+
+def damage(place: Place, world: World) -> str | None:
+    """What is wrong with a checkpoint, the same on all ranks; None: nothing, or nothing that could be known. A collective."""
+
+    def look() -> tuple[str | None, Manifest | None, bool]:
+        if place.is_file():
+            return None, None, True
+        if not place.is_dir():
+            return "there is nothing of this name", None, False
+        if is_unfinished(place):
+            return "it was begun, and never completed: there is no manifest yet", None, False
+        try:
+            found = read(place)
+        except TPError as error:
+            return str(error), None, False
+        if found is None and not place.has(META):
+            return f"it is no checkpoint: neither a file nor a folder with `{META}` in it", None, False
+        return None, found, False
+
+    problem, manifest, is_file = world.from_first(look)
+    if problem is not None:
+        return problem
+    try:
+        if is_file:
+            mine = damage_of_archive(place, world.rank, world.size)
+        elif manifest is None:
+            return None
+        else:
+            largest_first = sorted(manifest.files, key=lambda name: -int(manifest.files[name]["bytes"]))
+            problems = (damage_of_file(place, name, manifest.files[name]) for name in largest_first[world.rank :: world.size])
+            mine = next((p for p in problems if p is not None), None)
+    except OSError as error:
+        mine = f"it can't be read: {type(error).__name__}: {error}"
+    return world.first_said(mine)
+
+
+def candidates(folder: Place) -> list[Place]:
+    """What has a checkpoint's name in a folder, the newest first."""
+    names = {name for name in folder.names() if name.endswith(SUFFIX) or (folder / name / MANIFEST).is_file()}
+    places = [folder / name for name in sorted({n for n in names if not n.startswith(".")} | set(put_aside(folder)))]
+    found = [(_changed(place), place) for place in places]
+    return [place for _, place in sorted(found, key=lambda pair: -pair[0])]
+
+
+def newest_complete(folder: Place, world: World, *, but: Iterable[str] = ()) -> Place | None:
+    """The newest checkpoint of a folder that is whole, the same on all ranks. A collective.
+
+    Args:
+        folder: where to look.
+        world: who looks.
+        but: paths that are known not to be.
+    """
+    skipped = set(but)
+    urls = world.from_first(lambda: [place.url for place in candidates(folder) if place.path not in skipped])
+    for url in urls:
+        place = Place(url, folder.options)
+        world.from_first(lambda place=place: recover(place))  # type: ignore[misc]
+        if damage(place, world) is None:
+            return place
+    return None
+
+
+def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) -> tuple[Place, str | None]:
+    """The checkpoint to load, which is whole: the one that was asked for, or another one if that may be. A collective.
+
+    Args:
+        place: the one that was asked for.
+        world: who loads.
+        instead: whether another one will do (it was asked for as the last, or the best), and which to try first; None: no other one.
+
+    Returns:
+        It, and a line to say if it is another one.
+
+    Raises:
+        TPError: on all ranks, if it is damaged: what is wrong with it, and which one of its folder is whole.
+    """
+    world.from_first(lambda: recover(place))
+    problem = damage(place, world)
+    if problem is None:
+        return place, None
+    if problem.startswith(_NONE):
+        raise TPError(f"`{place}` is no checkpoint: neither a file nor a folder with `{META}` in it.")
+    said = f"The checkpoint `{place}` is damaged: {problem}."
+    other = None
+    for path in instead or ():
+        one = Place(path, place.options)
+        if one.path != place.path and damage(one, world) is None:
+            other = one
+            break
+    other = other or newest_complete(place.parent, world, but=[place.path])
+    if instead is None or other is None:
+        newest = (
+            f"The newest one there that is whole is `{other}`."
+            if other is not None
+            else "There is no other one there that is whole."
+        )
+        raise TPError(f"{said} Nothing of it was loaded. {newest}")
+    return other, f"{said} `{other}` is loaded in its place."
+
+
+_NONE = "it is no checkpoint"
+
+
+def _changed(place: Place) -> float:
+    inside = place / MANIFEST
+    return inside.changed() if inside.is_file() else place.changed()
