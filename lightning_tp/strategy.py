@@ -570,8 +570,10 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         states = fit_loop.pop("combined_loader", [])  # Lightning's list knows those of one rank
         self._pass_is_over = not _is_mid_epoch(loaded)
         saved = loaded.get(LOADERS)
-        if saved is None:
-            self._positions = [{"loader": state} for state in states]
+        if saved is None:  # of a Trainer without this package: how many batches it has taken
+            progress = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+            read = progress.get("current", {}).get("ready", 0)
+            self._positions = [{"read": read, "loader": state} for state in states] or [{"read": read}]
             return
         ranks, dp_rank = saved["ranks"], self.device_mesh.get_local_rank(DATA_PARALLEL)
         if len(ranks) != self.sizes[0] and any("loader" in p for p in ranks[0]) and not all(_same(ranks[0], r) for r in ranks):

@@ -1,7 +1,7 @@
 """Where a training loader stands in its pass, so that a run goes on with the batch after the last one, in the same order.
 
 A loader that has `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`) says it itself. Of any other one the position is: the
-random states with which the pass began (its order, and its workers' seeds, were drawn from them), and how many batches were
+random states and seeds with which the pass began (its order, and its workers' seeds, were drawn from them), and how many batches were
 read. Going on, the pass begins again from these states, that many batches are read and left out, and the random states of the
 checkpoint are put back: the next batch is what it would have been.
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import DistributedSampler
 
 from lightning_tp.rng import local_state, set_local_state
 
@@ -55,6 +56,8 @@ class Positioned:
         self._has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         if resume is None:
             return
+        for sampler, seed in zip(_seeded(loader), resume.get("seeds", [])):
+            sampler.seed = seed
         if finished:
             _set_generators(loader, resume.get("generators", []))
         if "loader" in resume and self._has_state:
@@ -88,15 +91,16 @@ class Positioned:
         return self._pass(iterator, resume, again)
 
     def _pass(self, iterator: Iterator[Any], resume: Mapping[str, Any] | None, again: bool) -> Iterator[Any]:
-        if resume is not None and again:
+        if resume is not None and self._has_state:
+            self._read = resume.get("read", 0)
+        elif resume is not None:
             before = local_state()
-            set_local_state(resume.get("first") or resume["begun"])
+            if again:
+                set_local_state(resume.get("first") or resume["begun"])
             self._first = local_state()
             while self._read < resume["read"] and next(iterator, _END) is not _END:
                 self._read += 1
             set_local_state(before)
-        elif resume is not None:
-            self._read = resume.get("read", 0)
         if resume is not None and self._then is not None:
             self._then()
         if self._first is None:
@@ -112,6 +116,7 @@ class Positioned:
             prefetched: batches that were read, and are not used yet.
         """
         found: Position = {"read": self._read - prefetched, "generators": _generators(self.positioned)}
+        found["seeds"] = [sampler.seed for sampler in _seeded(self.positioned)]
         if self._has_state:
             found["loader"] = self.positioned.state_dict()
         elif self._begun is not None:
@@ -140,6 +145,12 @@ def _sources(loader: Any) -> list[torch.Generator]:
     of: list[Any] = [loader, sampler, batches, getattr(batches, "sampler", None), getattr(loader, "dataset", None)]
     found = [getattr(x, "generator", None) for x in of if x is not None]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _seeded(loader: Any) -> list[Any]:
+    """Samplers that draw an epoch's order from a seed and its number (`DistributedSampler`): Lightning makes the seed of the environment's."""
+    sampler = getattr(loader, "sampler", None)
+    return [sampler] if isinstance(sampler, DistributedSampler) else []
 
 
 def _generators(loader: Any) -> list[torch.Tensor]:

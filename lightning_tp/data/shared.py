@@ -18,6 +18,7 @@ that FSDP2's collectives meet.
 
 from __future__ import annotations
 
+import copy
 import pickle
 import random
 import sys
@@ -225,9 +226,13 @@ class _Stream(_Shared):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.drawn: tuple[Iterator[Any], list[Any]] | None = None  # of a stream that can be read only once
+        has_state = hasattr(self.loader, "state_dict") and hasattr(self.loader, "load_state_dict")
+        state = copy.deepcopy(self.loader.state_dict()) if has_state else None
         with _seeded_alike():
             iterator = iter(self.loader)
             first = list(_take(iterator, 1))
+        if has_state and iterator is not self.loader:  # its place would be behind what was drawn here
+            self.loader.load_state_dict(state)
         once = iterator is self.loader
         every = self.ranks.over_tp(fingerprint(first, whole=True) if first else END)
         like_first = len(set(every)) == 1
