@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer import trainer as trainer_module
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
@@ -473,8 +473,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        assert self.lightning_module is not None
-        failed = self.lightning_module.trainer.interrupted
+        failed = self.lightning_module is not None and self.lightning_module.trainer.interrupted
         try:
             self._finish_saving(quietly=failed)
         finally:
@@ -538,9 +537,10 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             instead = []
             if self._ckpt_word == "best" and isinstance(of, ModelCheckpoint):
                 instead = sorted(of.best_k_models, key=lambda p: float(of.best_k_models[p]), reverse=of.mode == "max")
+        word, self._ckpt_word = self._ckpt_word, None
         place, said = checkpoint.choose(Place(path), World(), instead=instead)
         if said is not None:
-            rank_zero_warn(f"`ckpt_path={self._ckpt_word!r}`: {said}")
+            rank_zero_warn(f"`ckpt_path={word!r}`: {said}")
             trainer._checkpoint_connector._ckpt_path = place.url
         return place
 
@@ -674,14 +674,19 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, place.url, storage_options)
 
     def _save(self, place: Place, work: Callable[[], None]) -> None:
+        assert self.lightning_module is not None
         self._save_failed = False
-        if self.async_checkpoint:
-            self._background.start(f"Saving `{place}`", work)
+        running = self.lightning_module.trainer.state.status == TrainerStatus.RUNNING
+        requeued = place.name.startswith("hpc_ckpt_")  # SLURM ends the job right after
+        if not self.async_checkpoint:
+            try:
+                work()
+            except TPError as error:
+                self._could_not_save(error)
             return
-        try:
-            work()
-        except TPError as error:
-            self._could_not_save(error)
+        self._background.start(f"Saving `{place}`", work)
+        if not running or requeued:  # nobody would wait for it
+            self._finish_saving()
 
     def _finish_saving(self, *, quietly: bool = False) -> None:
         """Until no save is under way.
@@ -732,10 +737,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     def find_checkpoint(self, trainer: pl.Trainer, asked: Any, found: Any) -> Any:
         """What `ckpt_path=asked` comes down to, where Lightning has found `found`."""
-        words = ("last", "best", "hpc")
-        self._ckpt_word = asked if asked in words else None
-        if asked is None and found is not None:  # it was asked for by a callback, SLURM, or an evaluation after training
-            self._ckpt_word = "last"
+        self._ckpt_word = asked if asked in ("last", "best", "hpc") else None
+        if asked is None and found is not None:  # by a callback or SLURM, or an evaluation after training
+            self._ckpt_word = "last" if trainer.state.fn == TrainerFn.FITTING else "best"
         if asked != "last":
             return found
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_last]

@@ -167,7 +167,7 @@ trainer(strategy=dict(async_checkpoint=True)).fit(Stops(), data())
 """
 
 
-@pytest.mark.parametrize("how", ["sys.exit(3)", "raise KeyError('mine')"])
+@pytest.mark.parametrize("how", [pytest.param("sys.exit(3)", marks=pytest.mark.slow), "raise KeyError('mine')"])
 def test_the_process_does_not_end_with_a_save_under_way(how: str, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     env = {k: v for k, v in os.environ.items() if k not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
