@@ -473,7 +473,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        failed = self.lightning_module is not None and self.lightning_module.trainer.interrupted
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        failed = trainer is not None and trainer.interrupted
         try:
             self._finish_saving(quietly=failed)
         finally:

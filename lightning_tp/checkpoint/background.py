@@ -88,6 +88,13 @@ class Background:
         self._lock = threading.Lock()
         self._what = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of nothing that is under way: a spawned process begins anew."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+
     @property
     def busy(self) -> bool:
         """Whether something was begun whose end nobody has waited for."""

@@ -14,6 +14,7 @@ from lightning_tp.checkpoint.world import World
 from lightning_tp.errors import TPError
 
 SUFFIX = ".ckpt"
+_NONE = "it is no checkpoint"
 
 
 def damage(place: Place, world: World) -> str | None:
@@ -23,7 +24,7 @@ def damage(place: Place, world: World) -> str | None:
         if place.is_file():
             return None, None, True
         if not place.is_dir():
-            return "there is nothing of this name", None, False
+            return f"{_NONE}: there is nothing of this name", None, False
         if is_unfinished(place):
             return "it was begun, and never completed: there is no manifest yet", None, False
         try:
@@ -31,7 +32,7 @@ def damage(place: Place, world: World) -> str | None:
         except TPError as error:
             return str(error), None, False
         if found is None and not place.has(META):
-            return f"it is no checkpoint: neither a file nor a folder with `{META}` in it", None, False
+            return f"{_NONE}: neither a file nor a folder with `{META}` in it", None, False
         return None, found, False
 
     problem, manifest, is_file = world.from_first(look)
@@ -96,8 +97,9 @@ def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) 
     if problem is None:
         return place, None
     if problem.startswith(_NONE):
-        raise TPError(f"`{place}` is no checkpoint: neither a file nor a folder with `{META}` in it.")
-    said = f"The checkpoint `{place}` is damaged: {problem}."
+        said = f"`{place}` is no checkpoint{problem.removeprefix(_NONE)}."
+    else:
+        said = f"The checkpoint `{place}` is damaged: {problem}. Nothing of it was loaded."
     other = None
     for path in instead or ():
         one = Place(path, place.options)
@@ -113,9 +115,6 @@ def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) 
         )
         raise TPError(f"{said} Nothing of it was loaded. {newest}")
     return other, f"{said} `{other}` is loaded in its place."
-
-
-_NONE = "it is no checkpoint"
 
 
 def _changed(place: Place) -> float:

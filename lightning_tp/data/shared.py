@@ -181,8 +181,13 @@ class _Indexed(_Shared):
             )
 
     def __iter__(self) -> Iterator[Any]:
-        receives = self.shared and self.ranks.tp_rank > 0
-        reader = None if receives else _Reader(self.loader, track=self.shared and self.ranks.tp > 1)
+        if self.shared:
+            return self._batches(None)
+        return self._batches(_Reader(self.loader, track=False))  # now, as one process does: that draws random numbers
+
+    def _batches(self, reader: _Reader | None) -> Iterator[Any]:
+        if self.shared and self.ranks.tp_rank == 0:
+            reader = _Reader(self.loader, track=self.ranks.tp > 1)
         batch, index = None, 0
         while self.size is None or self.shadow is not None or index < self.size:
             message = self._next(reader, index)

@@ -277,3 +277,17 @@ def test_loaders_with_a_state_keep_one_for_each_data_parallel_rank(tmp_path: Pat
         return module.seen[:2]
 
     assert run_ranks(body, 2, init=False) == [[3, 4], [13, 14]]
+
+
+def test_dropout_of_one_process_goes_on_on_another_mesh(tmp_path: Path) -> None:
+    """`dropout="exact"`, and an order of the data that torch's generator draws, between meshes of the same data-parallel size."""
+
+    def run(mesh: Any, path: Path | None) -> dict[str, Any]:
+        L.seed_everything(7 if path is None else 8, verbose=False)
+        trainer, module = trainer_of(mesh, Counts(), SavesAt(tmp_path, 2), strategy=dict(dropout="exact")), Net(dropout=0.2)
+        loader = DataLoader(ltp.RandomTokens(4 * STEPS, 12, 103), batch_size=4, shuffle=True)
+        trainer.fit(module, loader, ckpt_path=path)
+        return result(trainer, module)
+
+    whole = run_ranks(lambda: run((1, 1), None), 1, init=False)[0]
+    check(run_ranks(lambda: run((1, 2), tmp_path / "step=2.ckpt"), 2, init=False)[0], whole, "1x1 -> 1x2", after=2, bitwise=False)
