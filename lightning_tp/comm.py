@@ -283,6 +283,9 @@ class _ReplicateToWidth(Function):
         return all_gather(grad, grad.ndim - 1, ctx.width, ctx.axis), None
 
 
+left_compiled_code = 0  # how often: what has run once must not run again, if a compiler fails further on
+
+
 @torch.compiler.disable
 def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`function(*args)`; where code is compiled, between two pieces of it, as if it were not.
@@ -293,6 +296,8 @@ def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         >>> outside(max, 1, 2)
         2
     """
+    global left_compiled_code
+    left_compiled_code += 1
     return function(*args, **kwargs)
 
 
