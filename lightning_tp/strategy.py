@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -41,6 +41,7 @@ from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
+from lightning_tp.global_batch import keep_global_batch
 from lightning_tp.launch import Launcher, OnMesh, ProcessLauncher, check_launcher
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, same_mesh
 from lightning_tp.numbers import Numbers, all_gather, plain
@@ -85,6 +86,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         verify: True runs the first batch in one process and split before training, and stops if loss or a gradient differ. The whole
             model has to fit on every rank.
         save_distributed_checkpoint: False gathers a checkpoint in one file, on rank 0.
+        global_batch: items of one optimizer step over all ranks: batches are accumulated until they are that many, on whatever mesh the run
+            goes on. None: as `accumulate_grad_batches` says.
         launcher: how a process that is alone starts the others: "popen" runs the script again for each; "fork" and "spawn" run `fit` in
             processes of its own, which end before it returns. "auto": "fork" in a notebook, else "popen".
         process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
@@ -121,6 +124,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         backend: Literal["local", "dtensor"] = "local",
         verify: bool = False,
         save_distributed_checkpoint: bool = True,
+        global_batch: int | None = None,
         launcher: Launcher = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -137,6 +141,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
             check_options(activation_checkpointing, compile, dropout, backend)
             check_launcher(launcher)
+            if global_batch is not None and (not isinstance(global_batch, int) or global_batch < 1):
+                raise TPError(f"`global_batch={global_batch!r}`: give a number of items, 1 or more.")
             self.plan = Plan.of(plan) if plan is not None else None
         if (other := sys.modules.get("pytorch_lightning.strategies")) is not None:  # lets its Trainer come to `OTHER_PACKAGE`
             other.Strategy.register(type(self))
@@ -147,6 +153,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self.dropout: Dropout = dropout
         self.backend = backend
         self.verify = verify
+        self.global_batch = global_batch
         self._launch_by: Launcher = launcher
         self._first: FirstBatch | None = None
         self._asked = (tp, dp)
@@ -158,6 +165,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._numbers: Numbers | None = None
         self._averaging: Averaging | None = None
         self._watch: Watch | None = None
+        self._accumulation: Callable[[], None] | None = None  # undoes what `global_batch` has set
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -279,6 +287,12 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         if self._numbers is not None:  # of a run that did not come to its end
             self._numbers.close(self.lightning_module)
         self._numbers = Numbers(trainer, self.device_mesh)
+        if self._accumulation is not None:
+            self._accumulation()
+            self._accumulation = None
+        if self.global_batch is not None and trainer.state.fn == TrainerFn.FITTING:
+            with on_one_screen(self.global_rank):
+                self._accumulation = keep_global_batch(trainer, self.global_batch, self.sizes[0])
         seed_mesh(self.device_mesh)
         if isinstance(self.precision_plugin, MeshMixedPrecision):
             self.precision_plugin.span(self.device_mesh.get_all_groups())
@@ -433,6 +447,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         if self._averaging is not None:
             self._averaging.close()
             self._averaging = None
+        if self._accumulation is not None:
+            self._accumulation()
+            self._accumulation = None
         super().teardown()
         self.checkpoint_io.teardown()
 
