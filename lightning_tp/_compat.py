@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401
+from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401
 from torch.amp.grad_scaler import OptState as OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor

@@ -97,6 +97,8 @@ class Axis:
 
 # ---------------------------------------------------------------------------------------------------- on plain tensors
 
+unseen = torch._C.DisableTorchFunction  # by function modes: a module that has its calls changed would look at each one in here
+
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum over the ranks, in place: `x` has to be this rank's own."""
@@ -106,35 +108,37 @@ def all_reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
     """Shards (.., ceil(length / tp), ..) -> the whole (.., length, ..), the padding of the last shards cut off."""
-    x = x.contiguous()
-    shape, tp = x.shape, axis.size
-    out = x.new_empty((tp * shape[0], *shape[1:]))
-    axis.group._allgather_base(out, x).wait()
-    if dim == 0 or (dim == 1 and shape[0] == 1):  # the shards lie behind each other already
-        whole = out if dim == 0 else out.view(1, tp * shape[1], *shape[2:])
-        return whole if tp * shape[dim] == length else whole.narrow(dim, 0, length)
-    shards = out.chunk(tp)
-    if tp * x.shape[dim] != length:  # cut before they are joined: code that calls `view` counts on a contiguous whole
-        shards = tuple(s.narrow(dim, 0, len(even_shard(length, rank, tp))) for rank, s in enumerate(shards))
-    return torch.cat(shards, dim)
+    with unseen():
+        x = x.contiguous()
+        shape, tp = x.shape, axis.size
+        out = x.new_empty((tp * shape[0], *shape[1:]))
+        axis.group._allgather_base(out, x).wait()
+        if dim == 0 or (dim == 1 and shape[0] == 1):  # the shards lie behind each other already
+            whole = out if dim == 0 else out.view(1, tp * shape[1], *shape[2:])
+            return whole if tp * shape[dim] == length else whole.narrow(dim, 0, length)
+        shards = out.chunk(tp)
+        if tp * shape[dim] != length:  # cut before they are joined: code that calls `view` counts on a contiguous whole
+            shards = tuple(s.narrow(dim, 0, len(even_shard(length, rank, tp))) for rank, s in enumerate(shards))
+        return torch.cat(shards, dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Terms (.., length, ..) -> this rank's shard (.., ceil(length / tp), ..) of their sum, zeros in the padding."""
-    tp = axis.size
-    if dim == 1 and x.shape[0] > 1 and x.transpose(0, 1).is_contiguous():  # sequence first in memory: no copy, and it stays so
-        return reduce_scatter(x.transpose(0, 1), 0, axis).transpose(0, 1)
-    if x.shape[dim] % tp:
-        x = _pad(x, dim, tp)
-    shape = x.shape
-    if dim == 1 and shape[0] == 1:
-        size = (1, shape[1] // tp, *shape[2:])
-        rows, out = x.contiguous().view(tp, *size[1:]), x.new_empty(size)
-    else:
-        rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(tp, dim), 0)
-        out = x.new_empty((rows.shape[0] // tp, *rows.shape[1:]))
-    axis.group._reduce_scatter_base(out, rows).wait()  # type: ignore[call-arg]  # its options have a default
-    return out
+    with unseen():
+        tp, shape = axis.size, x.shape
+        if dim == 1 and shape[0] > 1 and x.stride(0) < x.stride(1) and x.transpose(0, 1).is_contiguous():
+            return reduce_scatter(x.transpose(0, 1), 0, axis).transpose(0, 1)  # sequence first in memory: no copy, and it stays so
+        if shape[dim] % tp:
+            x = _pad(x, dim, tp)
+            shape = x.shape
+        if dim == 1 and shape[0] == 1:
+            size = (1, shape[1] // tp, *shape[2:])
+            rows, out = x.contiguous().view(tp, *size[1:]), x.new_empty(size)
+        else:
+            rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(tp, dim), 0)
+            out = x.new_empty((rows.shape[0] // tp, *rows.shape[1:]))
+        axis.group._reduce_scatter_base(out, rows).wait()  # type: ignore[call-arg]  # its options have a default
+        return out
 
 
 def cut(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -279,6 +283,9 @@ class _ReplicateToWidth(Function):
         return all_gather(grad, grad.ndim - 1, ctx.width, ctx.axis), None
 
 
+left_compiled_code = 0  # how often: what has run once must not run again, if a compiler fails further on
+
+
 @torch.compiler.disable
 def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`function(*args)`; where code is compiled, between two pieces of it, as if it were not.
@@ -289,6 +296,8 @@ def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         >>> outside(max, 1, 2)
         2
     """
+    global left_compiled_code
+    left_compiled_code += 1
     return function(*args, **kwargs)
 
 

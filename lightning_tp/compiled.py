@@ -11,7 +11,7 @@ A block is compiled in pieces. What stands between them runs as it would without
 | split logits (`logits.py`) | they are no plain tensors |
 
 Alike blocks share the compiled code. Where the compiler fails, that piece runs as it is, on this rank alone if need be, with one line of
-warning: no collective is made twice or left out.
+warning: no collective is made twice or left out. Where torch can't even make the pieces and has run some of a block by then, it is an error.
 
 What users have compiled themselves (`torch.compile(model)`, `model.compile()`, `torch.compile(LitModule())`) is taken back before the model is
 split, and compiled in this way with the same backend.
@@ -27,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from lightning_tp import comm
 from lightning_tp._compat import backend_of, compile_function, function_modes, is_compiler_error, take_compiled
 from lightning_tp.dropout import Draws
 from lightning_tp.errors import TPError
@@ -120,11 +121,17 @@ class _Compiled(nn.Module):
         of = self._compiling
         if of.off or "_sites" in self.__dict__ or of.is_looked_into():
             return super().forward(*args, **kwargs)
+        before = comm.left_compiled_code
         try:
             return of.compiled(super().forward.__func__)(self, *args, **kwargs)  # type: ignore[attr-defined]
         except Exception as error:
             if not is_compiler_error(error):
                 raise
+            if comm.left_compiled_code != before:
+                raise TPError(
+                    f"`compile`: failed in the middle of a block, when some of its collectives had been made: {type(error).__name__}: {error}. "
+                    "Leave `compile` out for this model."
+                ) from error
             of.fail(error)
             of.off = True
         return super().forward(*args, **kwargs)

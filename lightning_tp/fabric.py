@@ -167,7 +167,8 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
         state = torch.get_rng_state()
-        super().setup_environment()
+        with self._one_start():
+            super().setup_environment()
         torch.set_rng_state(state)  # Lightning seeds anew here: go on as one process would
         scaler = getattr(self.precision, "scaler", None)
         if isinstance(scaler, MeshGradScaler):

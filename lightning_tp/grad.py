@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import local_tensor, queue_after_backward, wrap_total_norm
+from lightning_tp._compat import flatten, local_tensor, queue_after_backward, unflatten, wrap_total_norm
 from lightning_tp.border import Shard
 from lightning_tp.comm import Axis
 from lightning_tp.errors import TPError
@@ -187,10 +187,9 @@ def _sum_over(group: dist.ProcessGroup, grads: list[Tensor]) -> None:
     if len(grads) == 1 and grads[0].is_contiguous():
         group.allreduce(grads).wait()
         return
-    flat = torch.cat([g.reshape(-1) for g in grads])
+    flat = flatten(grads)
     group.allreduce([flat]).wait()
-    sums = [s.view(g.shape) for s, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
-    torch._foreach_copy_(grads, sums)
+    torch._foreach_copy_(grads, unflatten(flat, grads))
 
 
 # ---------------------------------------------------------------------------------------------------------------- norms

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from typing_extensions import override
 
 from lightning_tp.border import full_state_dict
 from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.meeting import one_start
 from lightning_tp.mesh import mesh_sizes
 
 Launcher = Literal["auto", "popen", "fork", "spawn"]
@@ -67,6 +69,11 @@ class OnMesh:
             super()._configure_launcher()  # type: ignore[misc]  # that of the strategy beside
         else:
             self._launcher = self._launcher_class(self, start_method=method)
+
+    def _one_start(self: Any) -> AbstractContextManager[None]:
+        """Around the making of the process group."""
+        dp, tp = self.sizes
+        return one_start(self.cluster_environment.global_rank(), dp * tp, self._timeout)
 
     @property
     def sizes(self: Any) -> tuple[int, int]:

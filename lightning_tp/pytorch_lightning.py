@@ -28,6 +28,7 @@ from lightning_tp.module import TensorParallel as TensorParallel
 TWINS = (
     "averaging",
     "callbacks",
+    "global_batch",
     "launch",
     "numbers",
     "precision",

@@ -60,6 +60,7 @@ from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
+from lightning_tp.global_batch import keep_global_batch
 from lightning_tp.launch import Launcher, OnMesh, ProcessLauncher, check_launcher
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, same_mesh
 from lightning_tp.numbers import Numbers, all_gather, plain
@@ -109,6 +110,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             is raised at the next one, or at the end.
         on_save_error: what happens if a checkpoint can't be written (a full disk): "raise", or "warn" and go on. Those before it are kept.
         safe_globals: classes of your own that a checkpoint may have in it (hyperparameters, states of callbacks), and be loaded.
+        global_batch: items of one optimizer step over all ranks: batches are accumulated until they are that many, on whatever mesh the run
+            goes on. None: as `accumulate_grad_batches` says.
         launcher: how a process that is alone starts the others: "popen" runs the script again for each; "fork" and "spawn" run `fit` in
             processes of its own, which end before it returns. "auto": "fork" in a notebook, else "popen".
         process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
@@ -148,6 +151,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         async_checkpoint: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         safe_globals: list[Any] | None = None,
+        global_batch: int | None = None,
         launcher: Launcher = "auto",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -166,6 +170,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             check_launcher(launcher)
             if on_save_error not in ("raise", "warn"):
                 raise TPError(f"`on_save_error={on_save_error!r}`: there are 'raise' and 'warn'.")
+            if global_batch is not None and (not isinstance(global_batch, int) or global_batch < 1):
+                raise TPError(f"`global_batch={global_batch!r}`: give a number of items, 1 or more.")
             self.plan = Plan.of(plan) if plan is not None else None
         if (other := sys.modules.get("pytorch_lightning.strategies")) is not None:  # lets its Trainer come to `OTHER_PACKAGE`
             other.Strategy.register(type(self))
@@ -176,6 +182,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self.dropout: Dropout = dropout
         self.backend = backend
         self.verify = verify
+        self.global_batch = global_batch
         self._launch_by: Launcher = launcher
         self._first: FirstBatch | None = None
         self._asked = (tp, dp)
@@ -196,6 +203,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._numbers: Numbers | None = None
         self._averaging: Averaging | None = None
         self._watch: Watch | None = None
+        self._accumulation: Callable[[], None] | None = None  # undoes what `global_batch` has set
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -219,7 +227,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.sizes
         state = torch.get_rng_state()
-        self._setup_distributed()  # all that Lightning does here, but for its mesh, which would be a new one for each run
+        with self._one_start():
+            self._setup_distributed()  # all that Lightning does here, but for its mesh, which would be a new one for each run
         self._device_mesh = same_mesh(self.root_device.type, *self.sizes)
         torch.set_rng_state(state)  # Lightning seeds anew here: go on as one process would
         if self._averaging is not None:  # of a run that did not come to its end
@@ -317,6 +326,12 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         if self._numbers is not None:  # of a run that did not come to its end
             self._numbers.close(self.lightning_module)
         self._numbers = Numbers(trainer, self.device_mesh)
+        if self._accumulation is not None:
+            self._accumulation()
+            self._accumulation = None
+        if self.global_batch is not None and trainer.state.fn == TrainerFn.FITTING:
+            with on_one_screen(self.global_rank):
+                self._accumulation = keep_global_batch(trainer, self.global_batch, self.sizes[0])
         seed_mesh(self.device_mesh)
         if isinstance(self.precision_plugin, MeshMixedPrecision):
             self.precision_plugin.span(self.device_mesh.get_all_groups())
@@ -490,6 +505,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         if self._averaging is not None:
             self._averaging.close()
             self._averaging = None
+        if self._accumulation is not None:
+            self._accumulation()
+            self._accumulation = None
         super().teardown()
         self.checkpoint_io.teardown()
 

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from examples.llama import PLAN
+from lightning_tp.comm import outside
+from lightning_tp.compiled import compile_blocks
 from lightning_tp.dropout import draws_of
 from lightning_tp.mesh import make_mesh
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
@@ -99,6 +101,26 @@ def test_a_compiler_that_fails_is_left_out_with_one_line() -> None:
         assert pieces == 1
         assert lines == [f"`compile`: goes on without (rank {rank}): RuntimeError: no compiler"]
         assert_same_run(run, reference(case), rtol=2e-4)
+
+
+@pytest.mark.parametrize("collectives", [0, 1])
+def test_what_torch_cannot_cut_into_pieces_runs_once(collectives: int) -> None:
+    """As it is, if nothing has run yet; else it must not run again on this rank alone."""
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
+    of = compile_blocks(blocks, "eager")
+
+    def fails(*args: Any) -> Any:
+        for _ in range(collectives):
+            outside(max, 1, 2)
+        raise torch._dynamo.exc.InternalTorchDynamoError("lost")
+
+    of.compiled = lambda forward: fails  # type: ignore[method-assign]
+    if collectives:
+        with pytest.raises(ltp.TPError, match="in the middle of a block"):
+            blocks[0](torch.ones(1, 2))
+    else:
+        with pytest.warns(UserWarning, match="goes on without"):
+            assert torch.equal(blocks[0](torch.ones(1, 2)), blocks[0][0](torch.ones(1, 2)))
 
 
 def gpt2(dropout: float) -> nn.Module:

@@ -20,7 +20,7 @@ ROOT = Path(lightning_tp.__file__).parent
 # From the bottom up; a unit may import what stands in its own row or in one before. A folder is one unit.
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"_compat", "mesh", "comm"},
+    {"_compat", "mesh", "meeting", "comm"},
     {"loss", "logits", "deferred", "rng", "fsdp"},
     {"styles"},
     {"plan", "plan_check", "plan_table"},
@@ -32,6 +32,7 @@ LAYERS: list[set[str]] = [
         "callbacks",
         "example",
         "first_batch",
+        "global_batch",
         "module",
         "numbers",
         "precision",
@@ -51,6 +52,7 @@ KNOWS_LIGHTNING = {
     "watch",
     "callbacks",
     "fabric",
+    "global_batch",
     "launch",
     "module",
     "numbers",

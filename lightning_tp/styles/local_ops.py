@@ -2,8 +2,9 @@
 
 `x.view(B, T, n_head, C // n_head)` says how many heads there are in all; a rank has some of them. Inference has followed every dim
 through the code and knows for each call what has to change: a size, the bounds of a slice, an operand that every rank has whole and of
-which it needs its part, a gradient or a result that is summed over ranks. While the module runs, a `TorchFunctionMode` looks up each call by
-the place in the code that it comes from. It costs a microsecond or two for each call of a torch function inside the module.
+which it needs its part, a gradient or a result that is summed over ranks. Where the module's own source shows those calls, it runs a copy
+of its functions that hands them over (`rewrite.py`). Else a `TorchFunctionMode` looks up each call by the place in the code that it comes
+from, at a microsecond or two for each call of a torch function inside the module.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lightning_tp.comm import Axis, State, length_of, outside, replicate_to_gath
 from lightning_tp.errors import TPError
 from lightning_tp.styles.attention import bind_attention
 from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
+from lightning_tp.styles.rewrite import rewritten
 
 SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
 WITH_BIAS: dict[str, Callable[..., Any]] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
@@ -152,7 +154,12 @@ class LocalOps(Style):
     def bind(self, module: nn.Module, site: Site) -> None:
         if isinstance(module, nn.MultiheadAttention):
             bind_attention(module, site.axis)
-        if self.calls:
+        if not self.calls:
+            return
+        mixin = _own_functions(type(module), self.calls)  # type: ignore[arg-type]  # as in `become`
+        if mixin is not None and not any(isinstance(m, type(module)) for m in module.modules() if m is not module):
+            become(module, mixin, _calls=self.calls, _call_axis=site.axis)
+        else:
             become(module, _LocalOps, _mode=_Mode(self.calls, site.axis))
 
     def __post_init__(self) -> None:
@@ -224,10 +231,34 @@ class _LocalOps(nn.Module):
             mode.end()
 
 
+def _local_call(self: Any, number: int, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the functions that `rewrite.py` makes call: a method of the module."""
+    call = self._calls[number]
+    of = getattr(func, "__self__", None)
+    if isinstance(of, Tensor):
+        args, func = (of, *args), getattr(Tensor, call.name)
+    running = _Mode._running
+    running.append(None)  # a mode around this module has no business with what is called here
+    try:
+        return run_call(call, func, args, kwargs, self._call_axis)
+    finally:
+        running.pop()
+
+
+@lru_cache(maxsize=256)
+def _own_functions(cls: type[nn.Module], calls: tuple[Call, ...]) -> type | None:
+    """A mixin with the functions of this class that hand these calls over; None if its source does not show them."""
+    if any(c.__module__.startswith(f"{__package__}.") for c in cls.__mro__):
+        return None  # another style runs around its forward
+    functions = rewritten(cls, [(c.name, c.at) for c in calls], "_local_call")
+    own = {"__call__": _LocalOps.__call__, "_local_call": _local_call}
+    return None if functions is None else type("_LocalOps", (nn.Module,), {**own, **functions})
+
+
 class _Mode(TorchFunctionMode):
     """Looks up each call of a torch function while its module runs."""
 
-    _running: ClassVar[list[_Mode]] = []  # the module whose own code runs is the last
+    _running: ClassVar[list[_Mode | None]] = []  # the module whose own code runs is the last
 
     def __init__(self, calls: tuple[Call, ...], axis: Axis) -> None:
         super().__init__()
