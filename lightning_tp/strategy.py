@@ -313,6 +313,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         self._checked.clear()
+        self._positions, self._rng_at_step = [], None  # a checkpoint that this run begins with comes later
         self._draws = draws_of(self.lightning_module)
         if self._numbers is not None:  # of a run that did not come to its end
             self._numbers.close(self.lightning_module)
