@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn, _set_sampler_epoch
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -322,6 +322,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         self._checked.clear()
+        self._positions, self._rng_at_step = [], None  # a checkpoint that this run begins with comes later
         self._draws = draws_of(self.lightning_module)
         if self._numbers is not None:  # of a run that did not come to its end
             self._numbers.close(self.lightning_module)
@@ -366,6 +367,13 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self._ranks = Ranks(self.device_mesh)
         _auto_add_worker_init_fn(dataloader, self._ranks.dp_rank)  # Lightning would seed by the global rank
         predicts = trainer.state.fn == TrainerFn.PREDICTING
+        trains = trainer.state.fn == TrainerFn.FITTING and trainer.training
+        if (
+            trains
+        ):  # Lightning does it once the loader's workers have begun, with the order of epoch 0 where a run goes on from a later one
+            progress: Any = trainer.fit_loop.epoch_progress.current
+            mid_epoch = bool(self._positions) and not self._pass_is_over
+            _set_sampler_epoch(dataloader, progress.processed if mid_epoch else progress.ready)
         shared = share_loader(
             dataloader,
             self._ranks,
@@ -373,7 +381,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             limit=trainer.limit_predict_batches if predicts else 1.0,
             where=f"a loader of `trainer.{trainer.state.fn.value}`" if trainer.state.fn is not None else "a loader",
         )
-        if trainer.state.fn != TrainerFn.FITTING or not trainer.training:
+        if not trains:
             return shared
         resume = self._positions.pop(0) if self._positions else None
         if resume is not None and not self._pass_is_over:
@@ -768,7 +776,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 if name.startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST):
                     return (folder / name).url
         if found is not None:
-            return found
+            place = Place(found)
+            here = any(folder.path == place.parent.path for folder in folders)
+            return checkpoint.newer(place).url if here else found
         return next((place.url for folder in folders for place in checkpoint.candidates(folder)), None)
 
 

@@ -3,7 +3,7 @@
 from lightning_tp.checkpoint.background import Background, HostCopy, group_for_saving
 from lightning_tp.checkpoint.commit import Content, put_aside, recover, remove, save_file, save_folder, to_bytes
 from lightning_tp.checkpoint.consolidate import consolidate
-from lightning_tp.checkpoint.find import candidates, choose
+from lightning_tp.checkpoint.find import candidates, choose, newer
 from lightning_tp.checkpoint.manifest import Manifest, versions
 from lightning_tp.checkpoint.place import Place
 from lightning_tp.checkpoint.safe import dcp_load, load, read_metadata
@@ -25,6 +25,7 @@ __all__ = [
     "load",
     "load_model",
     "load_optimizer",
+    "newer",
     "put_aside",
     "read_metadata",
     "recover",

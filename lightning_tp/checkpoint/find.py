@@ -78,6 +78,27 @@ def newest_complete(folder: Place, world: World, *, but: Iterable[str] = ()) -> 
     return None
 
 
+def newer(place: Place) -> Place:
+    """A checkpoint beside this one that was written later, and is further: a run was stopped before it could be called the last. Else this one."""
+    step = _step(place)
+    if step is None:
+        return place
+    for other in candidates(place.parent):
+        if _changed(other) < _changed(place):
+            break
+        if (further := _step(other)) is not None and further > step:
+            return other
+    return place
+
+
+def _step(place: Place) -> int | None:
+    try:
+        manifest = read(place)
+    except TPError:
+        return None
+    return manifest.step if manifest is not None else None
+
+
 def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) -> tuple[Place, str | None]:
     """The checkpoint to load, which is whole: the one that was asked for, or another one if that may be. A collective.
 

@@ -126,6 +126,22 @@ def test_the_last_and_the_best_of_a_trainer(tmp_path: Path) -> None:
             flip(tmp_path / "last.ckpt" / "__1_0.distcp")
         dist.barrier()
 
+        # stopped between a checkpoint and `last`: nothing that was committed is lost
+        if rank == 0:
+            os.rename(tmp_path / "last.ckpt", tmp_path / "kept")
+            shutil.copytree(tmp_path / "step=3.ckpt", tmp_path / "last.ckpt")
+            os.utime(tmp_path / "last.ckpt" / "manifest.json", (time.time() - 97,) * 2)
+        dist.barrier()
+        module = Net(seed=1)
+        trainer(callback(), max_epochs=2).fit(module, data(), ckpt_path="last")
+        assert module.trainer.ckpt_path.endswith("step=4.ckpt")
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(tmp_path / "last-v1.ckpt", ignore_errors=True)
+            shutil.rmtree(tmp_path / "last.ckpt")
+            os.rename(tmp_path / "kept", tmp_path / "last.ckpt")
+        dist.barrier()
+
         # by name: an error, before any weight is touched
         errors.HEAD_START = 0.0
         module = Net(seed=1)

@@ -19,6 +19,8 @@ from lightning_tp.checkpoint import Content, Place, World, commit, dcp_load, loa
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # of `dcp.save` in one process
+
 
 class Evil:
     """Makes a file when it is unpickled."""
