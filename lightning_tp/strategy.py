@@ -34,6 +34,9 @@ from lightning_tp._compat import backend_of_context
 from lightning_tp.apply import PlanLike, adopt, check_options, parallelize, same_weights_everywhere
 from lightning_tp.averaging import Averaging
 from lightning_tp.checkpoint import save_apart, without_dtensors
+from lightning_tp.checkpoint.export import HF_CONFIG, config_in
+from lightning_tp.checkpoint.pretrained import load_pretrained
+from lightning_tp.checkpoint.read import Folder
 from lightning_tp.compiled import Compile, take_back
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.data.shared import Ranks, share_loader
@@ -158,6 +161,27 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._numbers: Numbers | None = None
         self._averaging: Averaging | None = None
         self._watch: Watch | None = None
+        self._pretrained: list[tuple[Any, bool]] = []
+
+    def load_pretrained(self, path: Any, *, strict: bool = True) -> None:
+        """Give the LightningModule the weights of a Hugging Face folder: each rank reads its slices only, if the module is on the meta device.
+
+        Before `fit` or in `configure_model`, then it is done when the module is split; later, at once. See `lightning_tp.load_pretrained`. For
+        a run that goes on from a checkpoint the checkpoint's weights come after it.
+
+        Args:
+            path: the folder, or a file of safetensors, or any checkpoint.
+            strict: False passes over what is missing or too much, with a warning.
+
+        Raises:
+            TPError: one, that lists what does not fit; then, not now, if the module is not there yet.
+        """
+        module = self.lightning_module
+        if module is not None and _applied_to(module) is not None:
+            with on_one_screen(self.global_rank):
+                load_pretrained(module, path, strict=strict)
+        else:
+            self._pretrained.append((path, strict))
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -220,6 +244,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 self.precision_plugin.convert_module(module)
             compile = take_back(module) or module.__dict__.pop("_ltp_compile", None) or self.compile
             root = _fsdp_root(module)
+            while self._pretrained:
+                path, strict = self._pretrained.pop(0)
+                load_pretrained(module, path, strict=strict)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
             if plan is None and self.sizes[1] > 1:
                 plan = self._found_plan(module)
@@ -499,7 +526,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             return loaded
         if not (path / _METADATA_FILENAME).is_file():
             raise TPError(f"`{path}` is no checkpoint: neither a file nor a folder with `{_METADATA_FILENAME}` in it.")
-        checkpoint.load_model(self.lightning_module, path, strict=self.lightning_module.strict_loading)
+        key = Folder(path).model_key or "state_dict"  # "model": of FSDPStrategy
+        checkpoint.load_model(self.lightning_module, path, strict=self.lightning_module.strict_loading, key=key)
         for i, optimizer in enumerate(optimizers):
             checkpoint.load_optimizer(optimizer, path, f"optimizer_{i}")
         metadata: dict[str, Any] = torch.load(path / _METADATA_FILENAME, weights_only=weights_only)
@@ -514,6 +542,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
             return
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
+        if self.lightning_module is not None and (configs := config_in(self.lightning_module)):
+            checkpoint[HF_CONFIG] = configs
         path = Path(self.broadcast(filepath))
         apart: dict[str, Any] = {}
         if self._save_distributed_checkpoint:
