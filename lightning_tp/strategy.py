@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.load import _METADATA_FILENAME
@@ -24,6 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer import trainer as trainer_module
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,6 +39,7 @@ from lightning_tp.checkpoint import save_apart, without_dtensors
 from lightning_tp.checkpoint.export import HF_CONFIG, config_in
 from lightning_tp.checkpoint.pretrained import load_pretrained
 from lightning_tp.checkpoint.read import Folder
+from lightning_tp.checkpoint.whole import save_whole
 from lightning_tp.compiled import Compile, take_back
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.data.shared import Ranks, share_loader
@@ -465,10 +468,19 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
+    @property
+    def _streams(self) -> bool:
+        """Whether a checkpoint in one file is written tensor by tensor. Not where somebody's code wants to see all of it, whole, before."""
+        return (
+            self.backend == "local"
+            and type(self.checkpoint_io) is TorchCheckpointIO
+            and not is_overridden("on_save_checkpoint", self.lightning_module)
+        )
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        if self._save_distributed_checkpoint:
+        if self._save_distributed_checkpoint or self._streams:
             return self.lightning_module.state_dict()
         whole = border.full_state_dict(self.lightning_module)
         if type(self.lightning_module).state_dict is not nn.Module.state_dict:  # its own, which may leave out what is frozen
@@ -481,7 +493,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         if self.backend == "dtensor":
             return super().optimizer_state(optimizer)
-        if self._save_distributed_checkpoint:
+        if self._save_distributed_checkpoint or self._streams:
             return border.optimizer_state(optimizer)
         whole = border.full_optimizer_state(optimizer)
         return whole if self.is_global_zero else {}
@@ -551,7 +563,11 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 checkpoint[key] = without_dtensors(checkpoint[key], apart, key)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected an existing checkpoint")  # `last.ckpt` is written anew every time
-            super().save_checkpoint(checkpoint, path, storage_options)
+            if not self._save_distributed_checkpoint and self._streams:
+                with on_one_screen(self.global_rank):
+                    save_whole(checkpoint, path)
+            else:
+                super().save_checkpoint(checkpoint, path, storage_options)
             save_apart(apart, path)
         plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
         if self.is_global_zero and path.is_dir() and plan is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -251,8 +252,10 @@ def write_torch(tree: Any, path: Path) -> None:
     bare = _without_data(tree, leaves, {})
     try:
         saved_without_data(bare, path)
-    except (AttributeError, TypeError) as error:  # something that does not pickle
-        raise TPError(f"The checkpoint has something in it that `torch.save` can't write: {error}") from error
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise TPError(f"The checkpoint has something in it that does not pickle: {error}") from error
+    except RuntimeError as error:  # of torch's writer
+        raise TPError(f"`{path}` can't be written: {(str(error).splitlines() or [''])[0]}") from error
     with TorchFile(path) as file:
         for i, stored in enumerate(leaves):
             file.fill(i, stored)
