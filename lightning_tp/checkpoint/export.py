@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp._compat import fake_like, saved_without_data
+from lightning_tp.checkpoint.hugging_face import apart, names_in_files
 from lightning_tp.checkpoint.read import DTYPES, INDEX, Contents, Stored, bytes_of, in_memory, open_checkpoint, unique
 from lightning_tp.errors import TPError
 
@@ -225,7 +226,7 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Stored], limit: int) -
 
 
 def _write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
-    in_order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # so that each is aligned
+    in_order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, s in in_order:
@@ -428,7 +429,7 @@ def _as_hugging_face(
     built.save_pretrained(out)
     if getattr(model, "generation_config", None) is not None and model.can_generate():
         model.generation_config.save_pretrained(out)
-    return tensors
+    return apart(tensors, names_in_files(model))
 
 
 def _config_of(contents: Contents, config: str | Path | None, prefix: str | None) -> tuple[dict[str, Any], str | None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_tp._compat import local_tensor, replace_for_a_while
 from lightning_tp.border import persistent, reshard
+from lightning_tp.checkpoint.hugging_face import names_in_files, together
 from lightning_tp.checkpoint.read import METADATA, Stored, narrow, open_checkpoint, open_folder, open_safetensors
 from lightning_tp.checkpoint.read import is_safetensors as _is_safetensors
 from lightning_tp.errors import TPError
@@ -120,8 +121,9 @@ def matched(model: nn.Module, stored: Mapping[str, Stored], path: Path, *, stric
     """
     tensors = _named(model)
     names = [n for n in persistent(model) if n in tensors]
-    strip, add = _place(names, stored)
-    renamed = {add + name[len(strip) :]: s for name, s in stored.items() if name.startswith(strip)}
+    parts = names_in_files(model)
+    strip, add = _place([*names, *(parts.keys() - set(names))], stored)
+    renamed = together({add + name[len(strip) :]: s for name, s in stored.items() if name.startswith(strip)}, parts)
     extra = [name for name in stored if not name.startswith(strip)]
     ties: dict[int, list[str]] = {}
     for n in names:
@@ -154,11 +156,8 @@ def matched(model: nn.Module, stored: Mapping[str, Stored], path: Path, *, stric
         raise TPError(
             f"`{path}` is not what {type(model).__name__} needs: {'; '.join(lines[:6])}{more}. "
             + ("" if bad or not found else "`strict=False` takes what is there. ")
-            + ("" if not _converts(model) or not (missing or extra) else
-               "transformers has other names for this model in memory than in files: load the folder by `from_pretrained` once, and write it by "
-               "`save_pretrained(.., save_original_format=False)`. ")
             + "Nothing was changed."
-        )  # fmt: skip
+        )
     if of := missing + outside:
         warnings.warn(
             f"`{path}` has not {len(of)} tensors of the model, which keep their initial values: {', '.join(of[:4])}" + (", .." if len(of) > 4 else ""),
@@ -183,12 +182,6 @@ def _place(names: list[str], stored: Mapping[str, Any]) -> tuple[str, str]:
     known = set(names)
     fits = {place: sum(place[1] + n[len(place[0]) :] in known for n in stored if n.startswith(place[0])) for place in votes}
     return max(fits, key=lambda place: (fits[place], -len(place[0]) - len(place[1])), default=("", ""))
-
-
-def _converts(model: nn.Module) -> bool:
-    """Whether transformers puts several tensors of a file together for this model (experts, say)."""
-    return any(str(getattr(m.config, "model_type", "")) and "experts" in n for m in model.modules() if hasattr(m, "config")
-               for n, _ in m.named_parameters())  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- a folder in one process
