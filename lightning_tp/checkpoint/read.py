@@ -14,11 +14,13 @@ import math
 import mmap
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -438,28 +440,24 @@ def load_file(path: Path, *, weights_only: bool = True) -> Any:
         TPError: if it is no such file, or has classes in it that `weights_only` refuses.
     """
     try:
-        with fake_tensors():
-            tree = torch.load(path, map_location="cpu", weights_only=weights_only)
-        lazy = True
+        if is_zipfile(path):  # what `torch.save` writes since 1.6: tensors have a place there
+            with fake_tensors():
+                return _as_stored(torch.load(path, map_location="cpu", weights_only=weights_only), path)
+        return _as_stored(torch.load(path, map_location="cpu", weights_only=weights_only), None)
     except pickle.UnpicklingError as error:
         raise _refused(path, error, weights_only) from None
-    except Exception:  # a file of before torch 1.6, or values that fake tensors can't stand for: as it is
-        try:
-            tree, lazy = torch.load(path, map_location="cpu", weights_only=weights_only), False
-        except pickle.UnpicklingError as error:
-            raise _refused(path, error, weights_only) from None
-        except Exception as error:
-            text = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TPError(f"`{path}` is no checkpoint that `torch.load` can read: {text}") from None
-    return _as_stored(tree, path if lazy else None)
+    except TPError:
+        raise
+    except Exception as error:  # of whatever stands there in the place of a checkpoint
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TPError(f"`{path}` is no checkpoint that `torch.load` can read: {text}") from None
 
 
 def _refused(path: Path, error: Exception, weights_only: bool) -> TPError:
     text = str(error)
-    if weights_only and "Unsupported" in text:
-        what = text.partition("Unsupported")[2].splitlines()[0]
+    if weights_only and (match := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", text)):
         return TPError(
-            f"`{path}` has a class in it that is no plain data (unsupported{what}), so it is not loaded. If you trust who wrote it: "
+            f"`{path}` has the class {match[1]} in it, which is no plain data, so it is not loaded. If you trust who wrote it: "
             "`weights_only=False`, on the command line `--trust`."
         )
     return TPError(f"`{path}` is no checkpoint that `torch.load` can read: {(text.splitlines() or [''])[0]}")
@@ -467,8 +465,11 @@ def _refused(path: Path, error: Exception, weights_only: bool) -> TPError:
 
 def _as_stored(node: Any, path: Path | None) -> Any:
     if isinstance(node, Tensor):
-        if path is None or (offset := offset_in_file(node)) is None:
+        if path is None:
             return in_memory(node)
+        offset = offset_in_file(node)
+        if offset is None:
+            raise TPError(f"`{path}` has a {type(node).__name__} in it that does not lie there as plain numbers, and can't be read here.")
         return _in_file(node, path, offset)
     if isinstance(node, dict):
         return {k: _as_stored(v, path) for k, v in node.items()}
