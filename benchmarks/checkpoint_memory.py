@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class Net(L.LightningModule):
         self.save_hyperparameters()
         self.embed = nn.Embedding(vocab, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)) for _ in range(blocks)
+            nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False))
+            for _ in range(blocks)
         )
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
@@ -110,8 +112,8 @@ def on_ranks(blocks: int, folder: str) -> dict[str, tuple[int, float]]:
         t.fit(net, loader())
         t.strategy.optimizers[0].zero_grad()
         path = os.path.join(folder, name.replace(" ", "-"))
-        measure(f"save, {name}", lambda: t.save_checkpoint(path))  # noqa: B023
-        measure(f"load, {name}", lambda: t.strategy.load_checkpoint(path, weights_only=True))  # noqa: B023
+        measure(f"save, {name}", partial(t.save_checkpoint, path))
+        measure(f"load, {name}", partial(t.strategy.load_checkpoint, path, weights_only=True))
         del t, net
         gc.collect()
     return found
@@ -150,7 +152,9 @@ def main() -> None:
     largest = 32768 * 2048 * 4
     blocks = max(1, round((args.gb * 1e9 - largest) / (2 * 4 * 2048 * 2048 * 4)))
     total = largest + blocks * 2 * 4 * 2048 * 2048 * 4
-    print(f"model: {total / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB; peak of anonymous memory beside what was held before")
+    print(
+        f"model: {total / 1e9:.2f} GB, largest tensor {largest / 2**20:.0f} MiB; peak of anonymous memory beside what was held before"
+    )
     folder = tempfile.mkdtemp(prefix="checkpoint_memory-", dir=args.out)
 
     def show(name: str, *of: tuple[int, float]) -> None:
@@ -161,7 +165,13 @@ def main() -> None:
         results = run_ranks(on_ranks, 2, blocks, folder, init=False, timeout=900)
         for name in results[0]:
             show(name, *(of[name] for of in results))
-        for what in ("export safetensors", "export safetensors bf16", "export torch", "consolidate", "load_from_checkpoint(folder)"):
+        for what in (
+            "export safetensors",
+            "export safetensors bf16",
+            "export torch",
+            "consolidate",
+            "load_from_checkpoint(folder)",
+        ):
             show(what, *run_ranks(alone, 1, what, folder, blocks, init=False, timeout=900))
             for name in ("st16", "one.pt", "one.ckpt"):
                 path = Path(folder) / name

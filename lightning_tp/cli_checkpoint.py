@@ -39,7 +39,9 @@ def add_commands(commands: Any) -> None:
     one.add_argument("out", metavar="OUT.ckpt", help="the file")
     for command in (out, one):
         command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    look = commands.add_parser("inspect", help="what a checkpoint is, and whether it is complete", epilog=EXAMPLES, formatter_class=style)
+    look = commands.add_parser(
+        "inspect", help="what a checkpoint is, and whether it is complete", epilog=EXAMPLES, formatter_class=style
+    )
     look.set_defaults(run=_inspect)
     look.add_argument("checkpoint", metavar="CKPT", help="a folder or a file of any kind")
     look.add_argument("--json", action="store_true", help="as JSON")

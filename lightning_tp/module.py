@@ -75,7 +75,13 @@ def allow_folders(where: Any) -> None:
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        options = {"map_location": map_location, "hparams_file": hparams_file, "strict": strict, "weights_only": weights_only, **kwargs}
+        options = {
+            "map_location": map_location,
+            "hparams_file": hparams_file,
+            "strict": strict,
+            "weights_only": weights_only,
+            **kwargs,
+        }
         if isinstance(checkpoint_path, (str, os.PathLike)) and (Path(checkpoint_path) / METADATA).is_file():
             return load_from_checkpoint(cls, Path(checkpoint_path), **options)
         return own(cls, checkpoint_path, **options)

@@ -352,7 +352,7 @@ def config_in(module: nn.Module) -> dict[str, Any]:
         if any(name.startswith(f"{p}.") if p else name for p in found) or not hasattr(getattr(m, "config", None), "to_json_string"):
             continue
         try:
-            config = json.loads(m.config.to_json_string())  # type: ignore[operator, union-attr]
+            config = json.loads(m.config.to_json_string())
         except (TypeError, ValueError):
             continue
         if "model_type" in config:
@@ -421,7 +421,9 @@ def _as_hugging_face(
             f"{'; '.join(lines[:6])}{more}. Give the right `config` and `prefix`; `format='safetensors'` writes any model with its own names."
         )
     if left := [n for n in names if not n.startswith(start)]:
-        warnings.warn(f"{len(left)} tensors are not of the {name} in `{where}` and are left out: {', '.join(left[:4])}", stacklevel=4)
+        warnings.warn(
+            f"{len(left)} tensors are not of the {name} in `{where}` and are left out: {', '.join(left[:4])}", stacklevel=4
+        )
     common = Counter(s.dtype for s in tensors.values() if s.dtype.is_floating_point).most_common(1)
     if common:
         built.dtype = common[0][0]

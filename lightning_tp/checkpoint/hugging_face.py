@@ -53,7 +53,7 @@ def names_in_files(model: nn.Module) -> dict[str, Part]:
     own = {t.untyped_storage()._cdata: n for n, t in whole.items()}
     try:
         with _Views():
-            apart: Mapping[str, Any] = revert_weight_conversion(within, dict(whole))  # type: ignore[arg-type]
+            apart: Mapping[str, Any] = revert_weight_conversion(within, dict(whole))
     except Exception:  # of a version that does it in another way: then the names are taken as they are
         return {}
     parts: dict[str, Part] = {}
@@ -108,8 +108,8 @@ def apart(tensors: Mapping[str, Stored], parts: Mapping[str, Part]) -> dict[str,
     found: dict[str, Stored] = {}
     for of, source in tensors.items():
         for name in by_source.get(of, [of]):
-            part = parts.get(name)
-            found[name] = source if part is None or part.shape == source.shape else _part(of, source, part, last)
+            whole = name not in parts or parts[name].shape == source.shape
+            found[name] = source if whole else _part(of, source, parts[name], last)
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tp.checkpoint.export import HF_CONFIG
-from lightning_tp.checkpoint.read import METADATA, Contents, Folder, Stored, open_checkpoint, unique
+from lightning_tp.checkpoint.read import METADATA, Contents, Folder, Stored, is_safetensors, open_checkpoint, unique
 from lightning_tp.errors import TPError
 
 MANIFEST = "manifest.json"
@@ -105,9 +105,9 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, weights_only: 
         TPError: if it is nothing that could be a checkpoint. A broken one is no error, but has `problems`.
     """
     path = Path(path)
-    if path.is_dir() and not (path / METADATA).is_file() and not (path / MANIFEST).is_file() and not list(path.glob("*.distcp")):
-        open_checkpoint(path)  # safetensors, or an error that says what it is instead
-    files = {f.relative_to(path).as_posix(): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()} if path.is_dir() else {}
+    files = (
+        {f.relative_to(path).as_posix(): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()} if path.is_dir() else {}
+    )
     if path.is_file():
         files = {path.name: path.stat().st_size}
     found = Summary(str(path), "a broken checkpoint", files=files)
@@ -115,7 +115,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, weights_only: 
     try:
         contents = open_checkpoint(path, weights_only=weights_only)
     except TPError as error:
-        if not path.is_dir():
+        if not _should_be_one(path):
             raise
         found.problems.append(str(error))
         contents = None
@@ -131,13 +131,22 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, weights_only: 
         found.checked = "sizes and checksums as in its manifest" if verify else "sizes as in its manifest"
     elif contents is not None and contents.kind == "folder":
         found.problems += _lacking(path)
-        found.checked = "no manifest: all that `.metadata` names is there"
+        found.checked = "as far as can be seen, without a manifest: all that `.metadata` names is there"
     else:
         found.checked = "all tensors lie inside"
     if verify and manifest is None and contents is not None:
         found.problems += _unreadable(contents)
         found.checked += "; every tensor was read, and there are no checksums"
     return found
+
+
+def _should_be_one(path: Path) -> bool:
+    """Whether somebody meant it to be a checkpoint."""
+    if path.is_dir():
+        return (
+            (path / METADATA).is_file() or (path / MANIFEST).is_file() or bool(list(path.glob("*.distcp"))) or is_safetensors(path)
+        )
+    return path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def _describe(contents: Contents, found: Summary) -> None:

@@ -66,6 +66,7 @@ def load_pretrained(model: nn.Module, path: str | Path, *, strict: bool = True) 
         TPError: one, that lists what is missing, what is too much, and what has another shape; nothing is changed then.
     """
     path = Path(path)
+    reshard(model)
     stored = open_safetensors(path, bytes_read) if _is_safetensors(path) else open_checkpoint(path).model
     found = matched(model, stored, path, strict=strict)
     tensors = _named(model)
@@ -129,7 +130,9 @@ def matched(model: nn.Module, stored: Mapping[str, Stored], path: Path, *, stric
     for n in names:
         ties.setdefault(id(tensors[n]), []).append(n)
     found: dict[str, Stored] = {}
-    missing, bad, outside = [], [], []
+    missing: list[str] = []
+    outside: list[str] = []
+    bad: list[str] = []
     for n in names:
         source = renamed.get(n)
         if source is None:
@@ -144,7 +147,9 @@ def matched(model: nn.Module, stored: Mapping[str, Stored], path: Path, *, stric
             found[n] = source
     known = set(names)
     extra += [n for n in renamed if n not in known and n not in tensors]
-    ignored = [p for m in model.modules() for p in getattr(m, "_keys_to_ignore_on_load_unexpected", None) or ()] + [r"rotary_emb\.inv_freq"]
+    ignored = [p for m in model.modules() for p in getattr(m, "_keys_to_ignore_on_load_unexpected", None) or ()] + [
+        r"rotary_emb\.inv_freq"
+    ]
     extra = [n for n in extra if not any(re.search(p, n) for p in ignored)]
     lines = [*bad]
     if strict:
@@ -160,7 +165,8 @@ def matched(model: nn.Module, stored: Mapping[str, Stored], path: Path, *, stric
         )
     if of := missing + outside:
         warnings.warn(
-            f"`{path}` has not {len(of)} tensors of the model, which keep their initial values: {', '.join(of[:4])}" + (", .." if len(of) > 4 else ""),
+            f"`{path}` has not {len(of)} tensors of the model, which keep their initial values: {', '.join(of[:4])}"
+            + (", .." if len(of) > 4 else ""),
             stacklevel=3,
         )
     return found

@@ -228,7 +228,9 @@ def read_metadata(path: str | Path) -> Metadata:
         with file.open("rb") as f:
             found = _Restricted(f).load()
     except FileNotFoundError:
-        raise TPError(f"`{path}` has no `{METADATA}`: it is no folder of a distributed checkpoint, or its save was cut off.") from None
+        raise TPError(
+            f"`{path}` has no `{METADATA}`: it is no folder of a distributed checkpoint, or its save was cut off."
+        ) from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise TPError(f"`{file}` can't be read: {error}. It is broken, or no metadata of torch's distributed checkpoint.") from None
     if not isinstance(found, Metadata):
@@ -240,7 +242,7 @@ class _Window(io.RawIOBase):
     """A part of a file as a file, so that `torch.load` reads a tensor's bytes to where they stay."""
 
     def __init__(self, path: Path, offset: int, length: int) -> None:
-        self.name = str(path)  # type: ignore[misc]
+        self.name = str(path)
         self._fd = os.open(path, os.O_RDONLY)
         self._offset, self._length, self._at = offset, length, 0
 
@@ -304,7 +306,9 @@ class Folder:
     @cached_property
     def model_key(self) -> str | None:
         """Under what name the model's state dict was saved: "state_dict" by Trainers, "model" by FSDPStrategy and Fabric; None: at the top."""
-        return next((k for k in ("state_dict", "model") if any(f.startswith(f"{k}.") for f in self.metadata.state_dict_metadata)), None)
+        return next(
+            (k for k in ("state_dict", "model") if any(f.startswith(f"{k}.") for f in self.metadata.state_dict_metadata)), None
+        )
 
     def value(self, key: str) -> Any:
         """A `Stored` for a tensor, anything else itself.
@@ -327,14 +331,18 @@ class Folder:
         if info is None:
             raise TPError(f"`{self.path}`: `{METADATA}` does not say where `{key}` lies. The checkpoint is broken.")
         if getattr(info, "transform_descriptors", None):
-            raise TPError(f"`{self.path}`: `{key}` is compressed ({', '.join(info.transform_descriptors)}), which can't be read here.")
+            raise TPError(
+                f"`{self.path}`: `{key}` is compressed ({', '.join(info.transform_descriptors)}), which can't be read here."
+            )
         if os.path.isabs(info.relative_path) or ".." in Path(info.relative_path).parts:
             raise TPError(f"`{self.path}`: `{key}` lies outside of the folder, in {info.relative_path}.")
         try:
             with _Window(self.path / info.relative_path, info.offset, info.length) as window:
                 return torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except FileNotFoundError:
-            raise TPError(f"`{self.path}` lacks the file {info.relative_path}, which has `{key}`. The checkpoint is not complete.") from None
+            raise TPError(
+                f"`{self.path}` lacks the file {info.relative_path}, which has `{key}`. The checkpoint is not complete."
+            ) from None
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
             raise TPError(
                 f"`{self.path / info.relative_path}` can't be read at `{key}`: the file is broken or cut off ({str(error).splitlines()[0]})."
@@ -399,7 +407,9 @@ def open_folder(path: Path, *, weights_only: bool = True) -> Contents:
             value = folder.value(name)
             if isinstance(value, Stored):
                 model[name if key is None else name[len(key) + 1 :]] = value
-    tops = sorted({str(w[0]) for w in folder.entries if str(w[0]).startswith("optimizer_")}, key=lambda t: int(t.rpartition("_")[2]))
+    tops = sorted(
+        {str(w[0]) for w in folder.entries if str(w[0]).startswith("optimizer_")}, key=lambda t: int(t.rpartition("_")[2])
+    )
     optimizers = [{"state": {}, "param_groups": [], **folder.tree(top)} for top in tops]
     rest: dict[str, Any] = {}
     if (path / META).is_file():
@@ -469,7 +479,9 @@ def _as_stored(node: Any, path: Path | None) -> Any:
             return in_memory(node)
         offset = offset_in_file(node)
         if offset is None:
-            raise TPError(f"`{path}` has a {type(node).__name__} in it that does not lie there as plain numbers, and can't be read here.")
+            raise TPError(
+                f"`{path}` has a {type(node).__name__} in it that does not lie there as plain numbers, and can't be read here."
+            )
         return _in_file(node, path, offset)
     if isinstance(node, dict):
         return {k: _as_stored(v, path) for k, v in node.items()}
@@ -481,8 +493,8 @@ def _as_stored(node: Any, path: Path | None) -> Any:
 def _in_file(fake: Tensor, path: Path, offset: int) -> Stored:
     """The tensor whose storage begins at this byte of the file."""
     shape, stride, dtype = tuple(fake.shape), fake.stride(), fake.dtype
-    start = offset + fake.storage_offset() * dtype.itemsize
-    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else 0
+    start = offset + int(fake.storage_offset()) * dtype.itemsize
+    span: int = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else 0
 
     def load(box: Box | None, to: torch.dtype) -> Tensor:
         if not span:
@@ -587,7 +599,9 @@ def open_safetensors(path: str | Path, count: Callable[[int], None] | None = Non
                 raise TPError(f"`{path}` has `{name}` in two files.")
             found[name] = stored
     if not found:
-        raise TPError(f"`{path}` has no safetensors: it should be a `.safetensors` file, or a folder with `model.safetensors` or `{INDEX}`.")
+        raise TPError(
+            f"`{path}` has no safetensors: it should be a `.safetensors` file, or a folder with `model.safetensors` or `{INDEX}`."
+        )
     return found
 
 
@@ -597,7 +611,9 @@ def _of_file(file: Path, count: Callable[[int], None]) -> Iterator[tuple[str, St
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if length > min(size - 8, 100_000_000):
-                raise TPError(f"`{file}` is no safetensors file, or cut off: its header should have {length} bytes, the file has {size}.")
+                raise TPError(
+                    f"`{file}` is no safetensors file, or cut off: its header should have {length} bytes, the file has {size}."
+                )
             header = json.loads(f.read(length))
         entries = [(n, DTYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != "__metadata__"]
     except FileNotFoundError:
@@ -608,7 +624,9 @@ def _of_file(file: Path, count: Callable[[int], None]) -> Iterator[tuple[str, St
         raise TPError(f"`{file}` is no safetensors file: its header can't be read ({error}).") from None
     for name, dtype, shape, start, stop in entries:
         if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
-            raise TPError(f"`{file}`: `{name}` should end at byte {8 + length + stop}, and the file has {size}. It is cut off or broken.")
+            raise TPError(
+                f"`{file}`: `{name}` should end at byte {8 + length + stop}, and the file has {size}. It is cut off or broken."
+            )
         yield name, _of_bytes(file, 8 + length + start, shape, dtype, count)
 
 

@@ -39,7 +39,9 @@ def save_whole(tree: Any, path: str | Path) -> None:
     dist.all_gather_object(every, mine)
     if lacks := [(rank, p) for rank, of in enumerate(every) for p, boxes in zip(order[0], of, strict=True) if boxes is None]:
         rank, place = lacks[0]
-        raise TPError(f"`{'.'.join(map(str, place))}` is in the checkpoint of rank 0, and not in that of rank {rank}. Change it on all ranks alike.")
+        raise TPError(
+            f"`{'.'.join(map(str, place))}` is in the checkpoint of rank 0, and not in that of rank {rank}. Change it on all ranks alike."
+        )
     owners = [_owners([of[i] for of in every]) for i in range(len(order[0]))]
     failed: list[Any] = [None]
     if group_rank == 0:

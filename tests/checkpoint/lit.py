@@ -48,7 +48,9 @@ def ours(tp: int, **options: Any) -> ltp.TPStrategy:
     return ltp.TPStrategy(tp=tp, plan={f"model.{k}": v for k, v in PLAN.items()}, **options)
 
 
-def train(tp: int, world: int, steps: int, *, resume: Any = None, save: Path | None = None, tied: bool = False, **options: Any) -> dict[str, Tensor]:
+def train(
+    tp: int, world: int, steps: int, *, resume: Any = None, save: Path | None = None, tied: bool = False, **options: Any
+) -> dict[str, Tensor]:
     """Fit under `TPStrategy`, resuming from and saving to what is given; the whole weights."""
     t = trainer(ours(tp, **options), world, steps)
     module = Lit(seed=1 if resume is not None else 0, tied=tied)

@@ -123,7 +123,15 @@ class Mine:
 def test_files_of_torch_save(tmp_path: Path) -> None:
     """Views, tied weights, empty and scalar tensors, the old format; classes only where they are trusted."""
     base = torch.randn(6, 4)
-    tensors = {"a": base, "tied": base, "t": base.t(), "rows": base[2:4, 1:], "scalar": torch.tensor(3), "none": torch.empty(0, 4), "b": torch.ones(3, dtype=torch.bool)}
+    tensors = {
+        "a": base,
+        "tied": base,
+        "t": base.t(),
+        "rows": base[2:4, 1:],
+        "scalar": torch.tensor(3),
+        "none": torch.empty(0, 4),
+        "b": torch.ones(3, dtype=torch.bool),
+    }
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "new.ckpt")
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     for name in ("new.ckpt", "old.ckpt"):
@@ -142,7 +150,12 @@ def test_safetensors(tmp_path: Path) -> None:
     """As the package `safetensors` writes them; a box is read alone, and counted."""
     from safetensors.torch import save_file
 
-    tensors = {"a": torch.randn(7, 5), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.arange(6).view(2, 3), "e": torch.empty(0, 3)}
+    tensors = {
+        "a": torch.randn(7, 5),
+        "b": torch.ones((), dtype=torch.bfloat16),
+        "c": torch.arange(6).view(2, 3),
+        "e": torch.empty(0, 3),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     count: list[int] = []
     stored = open_safetensors(tmp_path, count.append)
@@ -150,7 +163,11 @@ def test_safetensors(tmp_path: Path) -> None:
     count.clear()
     assert torch.equal(stored["a"].read(((2, 1), (3, 2))), tensors["a"][2:5, 1:3]) and count == [3 * 2 * 4]
     whole = (tmp_path / "model.safetensors").read_bytes()
-    for broken, text in ((whole[:-1], "cut off or broken"), (whole[:5], "no safetensors file"), (b"\xff" * 80, "no safetensors file, or cut off")):
+    for broken, text in (
+        (whole[:-1], "cut off or broken"),
+        (whole[:5], "no safetensors file"),
+        (b"\xff" * 80, "no safetensors file, or cut off"),
+    ):
         (tmp_path / "model.safetensors").write_bytes(broken)
         with pytest.raises(ltp.TPError, match=text):
             open_safetensors(tmp_path)
@@ -168,9 +185,8 @@ class OnTwo(Lit):
 
         if self.device_mesh["tensor_parallel"].size() > 1:
             for block in self.model.layers:  # type: ignore[union-attr]
-                parallelize_module(
-                    block.feed_forward, self.device_mesh["tensor_parallel"], {"w1": ColwiseParallel(), "w3": ColwiseParallel(), "w2": RowwiseParallel()}
-                )  # fmt: skip
+                styles = {"w1": ColwiseParallel(), "w3": ColwiseParallel(), "w2": RowwiseParallel()}
+                parallelize_module(block.feed_forward, self.device_mesh["tensor_parallel"], styles)
         for block in self.model.layers:  # type: ignore[union-attr]
             fully_shard(block, mesh=self.device_mesh["data_parallel"])
         fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
@@ -217,7 +233,14 @@ def test_what_lightnings_strategies_write(kind: str, tmp_path: Path) -> None:
         t = trainer(ours(2), 2, 1)
         return t.validate(Lit(seed=5), loader(), ckpt_path=path, verbose=False, weights_only=True)[0]["val_loss"]
 
-    alone = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    alone = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     ref = alone.validate(ltp.load_from_checkpoint(Lit, path, seed=5, weights_only=True), loader(), verbose=False)[0]["val_loss"]
     assert run_ranks(validate, 2, init=False)[0] == pytest.approx(ref, rel=1e-5)
     assert Folder(path).model_key == ("model" if kind == "fsdp_sharded" else "state_dict") if path.is_dir() else True
