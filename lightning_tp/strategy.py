@@ -242,14 +242,13 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                     raise TPError(
                         f"This module is split for tp={applied.tp} already, and the strategy has tp={self.sizes[1]}. Make a new one."
                     )
+                self._take_pretrained(module)
                 return
             if not any(p.is_meta for p in module.parameters()):
                 self.precision_plugin.convert_module(module)
             compile = take_back(module) or module.__dict__.pop("_ltp_compile", None) or self.compile
             root = _fsdp_root(module)
-            while self._pretrained:
-                path, strict = self._pretrained.pop(0)
-                load_pretrained(module, path, strict=strict)
+            self._take_pretrained(module)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
             if plan is None and self.sizes[1] > 1:
                 plan = self._found_plan(module)
@@ -273,6 +272,11 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             )
         self._redirect = module if self.sizes[0] > 1 and root is module else None
         rank_zero_info(str(_applied_to(module)))
+
+    def _take_pretrained(self, module: pl.LightningModule) -> None:
+        while self._pretrained:
+            path, strict = self._pretrained.pop(0)
+            load_pretrained(module, path, strict=strict)
 
     def _found_plan(self, module: pl.LightningModule) -> Plan:
         """The plan that the first rank finds; the same on all."""

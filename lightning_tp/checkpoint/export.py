@@ -26,7 +26,18 @@ from torch import Tensor, nn
 
 from lightning_tp._compat import fake_like, saved_without_data
 from lightning_tp.checkpoint.hugging_face import apart, names_in_files
-from lightning_tp.checkpoint.read import DTYPES, INDEX, Contents, Stored, bytes_of, in_memory, open_checkpoint, unique
+from lightning_tp.checkpoint.read import (
+    DTYPES,
+    INDEX,
+    METADATA,
+    Contents,
+    Stored,
+    bytes_of,
+    in_memory,
+    is_safetensors,
+    open_checkpoint,
+    unique,
+)
 from lightning_tp.errors import TPError
 
 Format = Literal["safetensors", "hf", "torch"]
@@ -141,21 +152,25 @@ def beside(out: str | Path, *, overwrite: bool, source: Path | None = None) -> I
         raise TPError(f"`{out}` lies in the checkpoint that is read. Give another place.")
     if out.exists() and not overwrite:
         raise TPError(f"`{out}` is there already. Give another name, or `overwrite=True`, on the command line `--overwrite`.")
+    if out.is_dir() and any(out.iterdir()) and not (is_safetensors(out) or (out / METADATA).is_file()):
+        raise TPError(
+            f"`{out}` is a folder with other things in it than a checkpoint, and is not replaced. Remove it yourself, or give another name."
+        )
     temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
     old = out.parent / f".{out.name}.replaced-{os.getpid()}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
-        if out.exists():
+        if out.is_dir() or (out.exists() and temporary.is_dir()):  # which no rename replaces
             out.rename(old)
-        temporary.rename(out)
+        temporary.replace(out)
         _sync(out.parent)
     except OSError as error:
-        if old.exists() and not out.exists():
-            old.rename(out)
         raise TPError(f"`{out}` can't be written: {error.strerror or error}. Nothing of it is left.") from error
     finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
         for path in (temporary, old):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -212,7 +212,12 @@ def test_mistakes_leave_nothing(mesh: tuple[Path, dict[str, Tensor]], tmp_path: 
         assert main(arguments) == 2
         assert text in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
-    assert main(["export", str(path), str(tmp_path / "there"), "--overwrite"]) == 0
+    (tmp_path / "there" / "thesis.tex").write_text("mine")
+    assert main(["export", str(path), str(tmp_path / "there"), "--overwrite"]) == 2
+    assert "other things in it than a checkpoint" in capsys.readouterr().err
+    (tmp_path / "there" / "thesis.tex").unlink()
+    for _ in range(2):
+        assert main(["export", str(path), str(tmp_path / "there"), "--overwrite"]) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["there"] and (tmp_path / "there" / "model.safetensors").is_file()
 
 
