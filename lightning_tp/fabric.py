@@ -43,6 +43,7 @@ from typing_extensions import override
 
 from lightning_tp import border, checkpoint, grad, materialize
 from lightning_tp.apply import PlanLike, adopt, parallelize
+from lightning_tp.checkpoint.whole import save_whole
 from lightning_tp.choose import choose_plan
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.declared import declared_plan
@@ -296,17 +297,15 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         for key, value in state.items():
             target = whole
             if isinstance(value, nn.Module):
-                module = _inner(value)
-                value = module.state_dict() if self._save_distributed_checkpoint else border.full_state_dict(module)
+                value = _inner(value).state_dict()
             elif isinstance(value, Optimizer):
-                value = (border.optimizer_state if self._save_distributed_checkpoint else border.full_optimizer_state)(value)
+                value = border.optimizer_state(value)
             else:
                 target, value = rest, value.state_dict() if isinstance(value, _Stateful) else value
             _apply_filter(key, filter or {}, value, target)
         if not self._save_distributed_checkpoint:
-            if self.is_global_zero:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({**whole, **rest}, path)
+            with on_one_screen(self.global_rank):
+                save_whole({**whole, **rest}, path)
             return
         path.mkdir(parents=True, exist_ok=True)
         dcp.save(whole, checkpoint_id=path)
@@ -322,7 +321,9 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             if not state or isinstance(state, Optimizer):
                 raise TPError("`load`: say into what, `fabric.load(path, {'model': model, 'optimizer': optimizer})`.")
             if isinstance(state, nn.Module):  # load_raw
-                _inner(state).load_state_dict(torch.load(path, map_location="cpu", weights_only=weights_only), strict=strict)
+                _inner(state).load_state_dict(
+                    torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only), strict=strict
+                )
                 return {}
             return self._load(path, state, strict, weights_only)
 
@@ -331,7 +332,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         if not one_file and not (path / _METADATA_FILENAME).is_file():
             raise TPError(f"`{path}` is no checkpoint: neither a file nor a folder with `{_METADATA_FILENAME}` in it.")
         stored: dict[str, Any] = torch.load(
-            path if one_file else path / _METADATA_FILENAME, map_location="cpu", weights_only=weights_only
+            path if one_file else path / _METADATA_FILENAME, map_location="cpu", mmap=one_file, weights_only=weights_only
         )
         rest = [key for key, value in state.items() if not isinstance(value, (nn.Module, Optimizer))]
         for key in [key for key in state if key not in rest]:  # in the same order on all ranks
