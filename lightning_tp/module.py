@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch.core.module as lightning_module
-
 from lightning_tp.checkpoint.pretrained import load_from_checkpoint
 from lightning_tp.checkpoint.read import METADATA
 from lightning_tp.errors import TPError
@@ -88,6 +86,3 @@ def allow_folders(where: Any) -> None:
 
     load._lightning_tp = True  # type: ignore[attr-defined]
     where._load_from_checkpoint = load
-
-
-allow_folders(lightning_module)

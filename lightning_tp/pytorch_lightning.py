@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import sys
-from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_file_location
@@ -25,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tp.errors import TPError
 from lightning_tp.module import TensorParallel as TensorParallel
-from lightning_tp.module import allow_folders
 
 TWINS = (
     "averaging",
@@ -73,7 +71,6 @@ class _Twins(MetaPathFinder, Loader):
 if find_spec("pytorch_lightning") is None:
     raise TPError("`lightning_tp.pytorch_lightning` is for the package `pytorch_lightning`, which is not installed here.")
 sys.meta_path.insert(0, _Twins())  # before the one that would find the sources as they are
-allow_folders(import_module("pytorch_lightning.core.module"))
 
 if TYPE_CHECKING:
     from lightning_tp.callbacks import ShardSummary as ShardSummary

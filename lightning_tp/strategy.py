@@ -20,6 +20,7 @@ from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.core import module as core_module
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer import trainer as trainer_module
@@ -49,6 +50,7 @@ from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
 from lightning_tp.launch import Launcher, OnMesh, ProcessLauncher, check_launcher
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, same_mesh
+from lightning_tp.module import allow_folders
 from lightning_tp.numbers import Numbers, all_gather, plain
 from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
@@ -627,6 +629,7 @@ def allow_compiled(strategy: type) -> None:
 
 register(StrategyRegistry)
 allow_compiled(TPStrategy)
+allow_folders(core_module)
 allow_all_precisions(TPStrategy)
 wrap_grad_norm()
 refuse_batch_size_finder(TPStrategy)
