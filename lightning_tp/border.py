@@ -337,6 +337,7 @@ def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         local = shard.to_local(value, prefix + name)
         with torch.no_grad():  # at once: whoever collects them first holds all shards twice
             local_tensor(p).copy_(local)
+        del local  # before the next one is made
         state[prefix + name] = p.detach()
 
 
