@@ -8,7 +8,10 @@ from lightning_tp.border import full_gradients as full_gradients
 from lightning_tp.border import full_state_dict as full_state_dict
 from lightning_tp.callbacks.drift import DriftWatch as DriftWatch
 from lightning_tp.callbacks.throughput import Throughput as Throughput
-from lightning_tp.checkpoint import consolidate as consolidate
+from lightning_tp.checkpoint.export import consolidate as consolidate
+from lightning_tp.checkpoint.export import export as export
+from lightning_tp.checkpoint.pretrained import load_from_checkpoint as load_from_checkpoint
+from lightning_tp.checkpoint.pretrained import load_pretrained as load_pretrained
 from lightning_tp.data.random_tokens import RandomTokens as RandomTokens
 from lightning_tp.errors import TPError as TPError
 from lightning_tp.fabric import FabricTPStrategy as FabricTPStrategy

@@ -280,3 +280,33 @@ def replace_for_a_while(owner: Any, name: str, value: Any) -> Callable[[], None]
             delattr(owner, name)
 
     return undo
+
+
+def fake_tensors() -> Any:
+    """A context in which new tensors have no memory; `torch.load` then says of each where in the file it lies."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def offset_in_file(fake: Tensor) -> int | None:
+    """At what byte of a file that was loaded under `fake_tensors` the storage of this tensor begins."""
+    offset: int | None = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
+    return offset
+
+
+@functools.cache
+def _fakes() -> Any:
+    return fake_tensors()
+
+
+def fake_like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU without memory, for `saved_without_data`."""
+    with _fakes():
+        return torch.empty(shape, dtype=dtype)
+
+
+def saved_without_data(tree: Any, path: Any) -> None:
+    """`torch.save` of tensors without memory: a file with room for their bytes."""
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(tree, path)

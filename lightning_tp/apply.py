@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp import border, grad, materialize
+from lightning_tp.checkpoint.pretrained import read_shards, waiting
 from lightning_tp.comm import Axis
 from lightning_tp.compiled import Compile, check_compile, compile_blocks, take_back
 from lightning_tp.declared import declared_plan
@@ -95,7 +96,8 @@ def parallelize(
         warnings.warn(splits_nothing(plan, model, tp_mesh.size()), stacklevel=2)
     blocks = [block for _, block in find_blocks(model)]
     again = chosen(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
-    whole_values = materialize.source_of(model)
+    stored = waiting(model)
+    whole_values = materialize.source_of(model, stored)
     if whole_values is not None and backend == "dtensor":
         raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
     same_weights_everywhere(model, mesh)
@@ -118,6 +120,7 @@ def parallelize(
     gradients = grad.PartialGradients(axis, sum_groups(plan, mesh))
     model._ltp_adopt = _Adopt(shards, gradients)  # type: ignore[assignment]
     adopt(model)
+    read_shards(model, stored)
     border.attach_state_dict(model)
     if tp_mesh.size() > 1:
         bind_dropout(model, axis, dropout)

@@ -256,7 +256,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    names = _persistent(model)
+    names = persistent(model)
     for name in names:
         t = tensors[name]
         if id(t) not in done:
@@ -302,7 +302,7 @@ def _whole(of: Tensor, value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
-def _persistent(model: nn.Module) -> list[str]:
+def persistent(model: nn.Module) -> list[str]:
     """The names that `model.state_dict()` has, without building it (hooks would turn it into DTensors)."""
     names = []
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -335,7 +335,10 @@ def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         if shard is None or not isinstance(value := state.get(prefix + name), Tensor):
             continue
         local = shard.to_local(value, prefix + name)
-        state[prefix + name] = like(p, local.to(p.device)) if isinstance(p, DTensor) else local
+        with torch.no_grad():  # at once: whoever collects them first holds all shards twice
+            local_tensor(p).copy_(local)
+        del local  # before the next one is made
+        state[prefix + name] = p.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------- optimizers

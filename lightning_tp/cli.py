@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from lightning_tp.apply import parallelize
+from lightning_tp.cli_checkpoint import add_commands
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     style: Any = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("lightning-tp", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=style)
-    commands = parser.add_subparsers(required=True, metavar="plan | verify")
+    commands = parser.add_subparsers(required=True, metavar="plan | verify | export | consolidate | inspect")
     plan = commands.add_parser(
         "plan",
         help="how a model is split, and what one rank holds",
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--rtol", type=float, default=1e-3, metavar="X", help="the largest relative error allowed (default: %(default)s)"
     )
+    add_commands(commands)
     return parser
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -245,11 +245,12 @@ class Tape(TorchDispatchMode):
 
     # ---- playing back
 
-    def replay(self, tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    def replay(self, tensors: Sequence[Tensor], *, to_the_end: bool = True) -> Iterator[tuple[list[int], Tensor]]:
         """Yield ``(positions, value)`` for each different one of `tensors`, in the order in which they are complete.
 
         A value is a real CPU tensor and belongs to the caller. Tensors that look at the same memory in the same way
-        come once, with all their positions. A second call draws the same values again.
+        come once, with all their positions. A second call draws the same values again. Without `to_the_end` nothing runs
+        but what leads to them, and `rng_state` is not set.
         """
         wanted: dict[_Key, dict[_View, list[int]]] = {}
         for position, tensor in enumerate(tensors):
@@ -259,6 +260,9 @@ class Tape(TorchDispatchMode):
 
         def play() -> Iterator[tuple[list[int], Tensor]]:  # apart, so that what is wanted is settled before it starts
             states: dict[int, Tensor] = {}
+            if not to_the_end:
+                yield from self._play(wanted, torch.empty(0), states)
+                return
             yield from self._play(wanted, self._end, states)
             self.rng_state = states[self._end] if isinstance(self._end, int) else self._end
 
@@ -440,12 +444,13 @@ def deferred_init() -> Iterator[Tape]:
         tape._close()
 
 
-def values(model: nn.Module, tape: Tape) -> Iterator[tuple[list[str], Tensor]]:
+def values(model: nn.Module, tape: Tape, skip: Collection[str] = ()) -> Iterator[tuple[list[str], Tensor]]:
     """Yield ``(names, value)`` for each parameter and buffer of `model` that is on the tape, whole, one by one.
 
     Tied weights come once, with all their names. The value belongs to the caller, who keeps a shard or all of it;
     nobody else holds it. What is real already is left out. Meta tensors that modules keep as plain attributes, also in
     a list or dict (a table of angles, a metric's states), are not yielded but given their values here, as they pass by.
+    Those whose name is in `skip` are left out, and what is drawn for them alone is not drawn.
 
     Example:
         >>> with deferred_init() as tape:
@@ -457,6 +462,8 @@ def values(model: nn.Module, tape: Tape) -> Iterator[tuple[list[str], Tensor]]:
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     named = [(name, tensor) for name, tensor in named if tensor.is_meta]
     attributes = _attributes(model, {id(tensor) for _, tensor in named})
+    skipped = {id(tensor) for name, tensor in named if name in skip}
+    named = [(name, tensor) for name, tensor in named if id(tensor) not in skipped]
     every = named + [(name, container[key]) for name, container, key in attributes]
     if unknown := [f"`{name}`" for name, tensor in every if not tape.holds(tensor)]:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
@@ -465,7 +472,7 @@ def values(model: nn.Module, tape: Tape) -> Iterator[tuple[list[str], Tensor]]:
             " values are unknown. Build the whole model inside the context, or give them values before this call."
         )
 
-    replay = tape.replay([tensor for _, tensor in every])
+    replay = tape.replay([tensor for _, tensor in every], to_the_end=not skip)
 
     def stream() -> Iterator[tuple[list[str], Tensor]]:
         for positions, value in replay:

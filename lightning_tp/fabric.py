@@ -43,6 +43,7 @@ from typing_extensions import override
 from lightning_tp import border, checkpoint, grad, materialize
 from lightning_tp.apply import PlanLike, adopt, parallelize
 from lightning_tp.checkpoint import Content, Manifest, Place, World
+from lightning_tp.checkpoint.whole import save_whole
 from lightning_tp.choose import choose_plan
 from lightning_tp.data.same import check_same_batch
 from lightning_tp.declared import declared_plan
@@ -299,16 +300,16 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         for key, value in state.items():
             target = whole
             if isinstance(value, nn.Module):
-                module = _inner(value)
-                value = module.state_dict() if self._save_distributed_checkpoint else border.full_state_dict(module)
+                value = _inner(value).state_dict()
             elif isinstance(value, Optimizer):
-                value = (border.optimizer_state if self._save_distributed_checkpoint else border.full_optimizer_state)(value)
+                value = border.optimizer_state(value)
             else:
                 target, value = rest, value.state_dict() if isinstance(value, _Stateful) else value
             _apply_filter(key, filter or {}, value, target)
         world = World()
         if not self._save_distributed_checkpoint:
-            world.from_first(lambda: checkpoint.save_file(place, lambda stream: torch.save({**whole, **rest}, stream)))
+            with on_one_screen(self.global_rank):
+                save_whole({**whole, **rest}, place)
             return
         step, epoch = (next((v for k, v in rest.items() if k in names and type(v) is int), 0) for names in (_STEPS, _EPOCHS))
         sizes = dict(zip((DATA_PARALLEL, TENSOR_PARALLEL), self.sizes))
@@ -336,7 +337,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
     def _load(self, path: Place, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
         one_file = path.is_file()
         safe: dict[str, Any] = {"safe_globals": self.safe_globals, "weights_only": weights_only}
-        stored: dict[str, Any] = checkpoint.load(path if one_file else path / "meta.pt", **safe)
+        stored: dict[str, Any] = checkpoint.load(path if one_file else path / "meta.pt", mmap=one_file, **safe)
         rest = [key for key, value in state.items() if not isinstance(value, (nn.Module, Optimizer))]
         for key in [key for key in state if key not in rest]:  # in the same order on all ranks
             value = state[key]

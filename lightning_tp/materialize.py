@@ -9,7 +9,7 @@ for any mesh, but not what its constructor would have drawn.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,10 +40,14 @@ def init_on_meta() -> Iterator[None]:
     _tapes.append(tape)
 
 
-def source_of(model: nn.Module) -> Values | None:
+def source_of(model: nn.Module, known: Collection[str] = ()) -> Values | None:
     """The whole values of what `model` has on the meta device, one after the other; None if it has nothing there.
 
     To be called before the model is split; the values are drawn when they are asked for.
+
+    Args:
+        model: perhaps on the meta device.
+        known: names of what gets its values from elsewhere (`load_pretrained`), and is left out.
 
     Raises:
         TPError: if nothing is known about how to draw some of them.
@@ -58,8 +62,10 @@ def source_of(model: nn.Module) -> Values | None:
     if not tensors:
         return None
     tape = next((tape for tape in reversed(_tapes) if all(tape.holds(t) for t in tensors.values())), None)
+    for i in [i for i, of in names.items() if any(n in known for n in of)]:
+        del names[i], tensors[i]
     if tape is not None:
-        return _from_tape(tape, values(model, tape))
+        return _from_tape(tape, values(model, tape, known))
     return _from_reset_parameters(model, tensors, names)
 
 
@@ -72,7 +78,7 @@ def _from_reset_parameters(model: nn.Module, tensors: dict[int, Tensor], names: 
     owners = [
         (prefix, module)
         for prefix, module in model.named_modules()
-        if any(t is not None and t.is_meta for t in (*module._parameters.values(), *module._buffers.values()))
+        if any(id(t) in tensors for t in (*module._parameters.values(), *module._buffers.values()))
     ]
     without = [f"`{p}` ({type(m).__name__})" for p, m in owners if not callable(getattr(m, "reset_parameters", None))]
     if without:
@@ -108,7 +114,7 @@ def _reset(whole: list[tuple[str, nn.Module]], names: dict[int, list[str]], ids:
             for of in tables:
                 for name in list(of):
                     full = f"{prefix}.{name}" if prefix else name
-                    if full in ids:
+                    if full in ids:  # not what is known from elsewhere
                         yield names[ids[full]], of[name].detach()
                         of[name] = None
 

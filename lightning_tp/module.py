@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from pathlib import Path
 from typing import Any
 
+from lightning_tp.checkpoint.pretrained import load_from_checkpoint
+from lightning_tp.checkpoint.read import METADATA
 from lightning_tp.errors import TPError
 
 
@@ -46,3 +51,38 @@ class TensorParallel:
         strategy = getattr(getattr(self, "_trainer", None), "strategy", None)
         if strategy is not None and hasattr(strategy, "apply_plan"):
             strategy.apply_plan(self)
+
+
+def allow_folders(where: Any) -> None:
+    """Let `MyModule.load_from_checkpoint(path)` take a checkpoint that is a folder, which Lightning refuses with `IsADirectoryError`; once.
+
+    Args:
+        where: Lightning's module in which LightningModule is.
+    """
+    own: Any = where._load_from_checkpoint
+    if hasattr(own, "_lightning_tp"):
+        return
+
+    @functools.wraps(own)
+    def load(
+        cls: Any,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        options = {
+            "map_location": map_location,
+            "hparams_file": hparams_file,
+            "strict": strict,
+            "weights_only": weights_only,
+            **kwargs,
+        }
+        if isinstance(checkpoint_path, (str, os.PathLike)) and (Path(checkpoint_path) / METADATA).is_file():
+            return load_from_checkpoint(cls, Path(checkpoint_path), **options)
+        return own(cls, checkpoint_path, **options)
+
+    load._lightning_tp = True  # type: ignore[attr-defined]
+    where._load_from_checkpoint = load

@@ -21,12 +21,14 @@ from lightning.fabric.utilities.data import _auto_add_worker_init_fn, _set_sampl
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core import module as core_module
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer import trainer as trainer_module
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -52,6 +54,10 @@ from lightning_tp.checkpoint import (
     versions,
     without_dtensors,
 )
+from lightning_tp.checkpoint.export import HF_CONFIG, config_in
+from lightning_tp.checkpoint.pretrained import load_pretrained
+from lightning_tp.checkpoint.read import model_key
+from lightning_tp.checkpoint.whole import save_whole
 from lightning_tp.compiled import Compile, take_back
 from lightning_tp.data.position import Position, Positioned
 from lightning_tp.data.same import check_same_batch
@@ -63,6 +69,7 @@ from lightning_tp.first_batch import FirstBatch
 from lightning_tp.global_batch import keep_global_batch
 from lightning_tp.launch import Launcher, OnMesh, ProcessLauncher, check_launcher
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, same_mesh
+from lightning_tp.module import allow_folders
 from lightning_tp.numbers import Numbers, all_gather, plain
 from lightning_tp.optimizers import look_at_optimizer
 from lightning_tp.plan import Plan
@@ -204,6 +211,27 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._averaging: Averaging | None = None
         self._watch: Watch | None = None
         self._accumulation: Callable[[], None] | None = None  # undoes what `global_batch` has set
+        self._pretrained: list[tuple[Any, bool]] = []
+
+    def load_pretrained(self, path: Any, *, strict: bool = True) -> None:
+        """Give the LightningModule the weights of a Hugging Face folder: each rank reads its slices only, if the module is on the meta device.
+
+        Before `fit` or in `configure_model`, then it is done when the module is split; later, at once. See `lightning_tp.load_pretrained`. For
+        a run that goes on from a checkpoint the checkpoint's weights come after it.
+
+        Args:
+            path: the folder, or a file of safetensors, or any checkpoint.
+            strict: False passes over what is missing or too much, with a warning.
+
+        Raises:
+            TPError: one, that lists what does not fit; then, not now, if the module is not there yet.
+        """
+        module = self.lightning_module
+        if module is not None and _applied_to(module) is not None:
+            with on_one_screen(self.global_rank):
+                load_pretrained(module, path, strict=strict)
+        else:
+            self._pretrained.append((path, strict))
 
     # ------------------------------------------------------------------------------------------ the Trainer is made
 
@@ -262,11 +290,13 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                     raise TPError(
                         f"This module is split for tp={applied.tp} already, and the strategy has tp={self.sizes[1]}. Make a new one."
                     )
+                self._take_pretrained(module)
                 return
             if not any(p.is_meta for p in module.parameters()):
                 self.precision_plugin.convert_module(module)
             compile = take_back(module) or module.__dict__.pop("_ltp_compile", None) or self.compile
             root = _fsdp_root(module)
+            self._take_pretrained(module)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
             if plan is None and self.sizes[1] > 1:
                 plan = self._found_plan(module)
@@ -290,6 +320,11 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             )
         self._redirect = module if self.sizes[0] > 1 and root is module else None
         rank_zero_info(str(_applied_to(module)))
+
+    def _take_pretrained(self, module: pl.LightningModule) -> None:
+        while self._pretrained:
+            path, strict = self._pretrained.pop(0)
+            load_pretrained(module, path, strict=strict)
 
     def _found_plan(self, module: pl.LightningModule) -> Plan:
         """The plan that the first rank finds; the same on all."""
@@ -521,10 +556,20 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
+    @property
+    def _streams(self) -> bool:
+        """Whether a checkpoint in one file is written tensor by tensor. Not where somebody's code wants to see all of it, whole, before."""
+        return (
+            self.backend == "local"
+            and not self.async_checkpoint
+            and type(self.checkpoint_io) is TorchCheckpointIO
+            and not is_overridden("on_save_checkpoint", self.lightning_module)
+        )
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        if self._save_distributed_checkpoint:
+        if self._save_distributed_checkpoint or self._streams:
             return self.lightning_module.state_dict()
         whole = border.full_state_dict(self.lightning_module)
         if type(self.lightning_module).state_dict is not nn.Module.state_dict:  # its own, which may leave out what is frozen
@@ -537,7 +582,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         if self.backend == "dtensor":
             return super().optimizer_state(optimizer)
-        if self._save_distributed_checkpoint:
+        if self._save_distributed_checkpoint or self._streams:
             return border.optimizer_state(optimizer)
         whole = border.full_optimizer_state(optimizer)
         return whole if self.is_global_zero else {}
@@ -628,7 +673,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 border.load_optimizer_state(optimizer, state)
             return loaded
         metadata: dict[str, Any] = checkpoint.load(place / "meta.pt", **safe)
-        checkpoint.load_model(self.lightning_module, place, strict=self.lightning_module.strict_loading)
+        key = model_key(checkpoint.read_metadata(place).state_dict_metadata) or "state_dict"  # "model": of FSDPStrategy
+        checkpoint.load_model(self.lightning_module, place, strict=self.lightning_module.strict_loading, key=key)
         for i, optimizer in enumerate(optimizers):
             checkpoint.load_optimizer(optimizer, place, f"optimizer_{i}", **safe)
         metadata = checkpoint.with_dtensors(metadata, place, self.lightning_module)
@@ -658,6 +704,11 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
         self._add_positions(checkpoint)
         self._finish_saving()
+        if self.lightning_module is not None and (configs := config_in(self.lightning_module)):
+            checkpoint[HF_CONFIG] = configs
+        if not self._save_distributed_checkpoint and self._streams:
+            self._save(place, lambda: save_whole(checkpoint, place))
+            return
         if not self._save_distributed_checkpoint:
             if self.async_checkpoint:
                 whole: dict[str, Any] = {
@@ -865,6 +916,7 @@ def follow_ckpt_path(strategy: type[TPStrategy]) -> None:
 register(StrategyRegistry)
 allow_compiled(TPStrategy)
 follow_ckpt_path(TPStrategy)
+allow_folders(core_module)
 allow_all_precisions(TPStrategy)
 wrap_grad_norm()
 refuse_batch_size_finder(TPStrategy)

@@ -2,7 +2,6 @@
 
 from lightning_tp.checkpoint.background import Background, HostCopy, group_for_saving
 from lightning_tp.checkpoint.commit import Content, put_aside, recover, remove, save_file, save_folder, to_bytes
-from lightning_tp.checkpoint.consolidate import consolidate
 from lightning_tp.checkpoint.find import candidates, choose, newer
 from lightning_tp.checkpoint.manifest import Manifest, versions
 from lightning_tp.checkpoint.place import Place
@@ -19,7 +18,6 @@ __all__ = [
     "World",
     "candidates",
     "choose",
-    "consolidate",
     "dcp_load",
     "group_for_saving",
     "load",

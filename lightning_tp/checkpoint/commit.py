@@ -16,10 +16,12 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +125,34 @@ def save_file(target: Place, write: Callable[[Any], None]) -> None:
         raise TPError(_why(failed, None, target, summed.bytes if summed is not None else 0)) from error
     except BaseException:
         _undo(written, target)
+        raise
+
+
+@contextmanager
+def file_beside(target: Place) -> Iterator[Path]:
+    """A path to write one file to, which is committed under the target's name at the end. By one rank.
+
+    Raises:
+        TPError: if it can't be written; what was there before is untouched then.
+    """
+    if not target.is_local:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "checkpoint"
+            yield file
+            with file.open("rb") as written:
+                save_file(target, lambda stream: shutil.copyfileobj(written, stream))
+        return
+    made = Place(_begin(target, folder=False))
+    try:
+        yield Path(made.path)
+        made.sync()
+        _take_place(made, target)
+    except (OSError, RuntimeError) as error:
+        size = made.size() if made.is_file() else 0
+        _undo(made, target)
+        raise TPError(_why(error, None, target, size)) from error
+    except BaseException:
+        _undo(made, target)
         raise
 
 

@@ -59,7 +59,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         run.save_checkpoint(tmp_path / "a.ckpt")
 
     run_ranks(body, 1, init=False)
-    with pytest.raises(ltp.TPError, match="is no folder of a checkpoint"):
+    with pytest.raises(ltp.TPError, match="is no checkpoint: there is no such file"):
         ltp.consolidate(tmp_path / "nothing", tmp_path / "one.ckpt")
     flip(tmp_path / "a.ckpt" / "__0_0.distcp")
     with pytest.raises(ltp.TPError, match=r"`__0_0\.distcp` has the checksum"):
