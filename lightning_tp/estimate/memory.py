@@ -197,8 +197,9 @@ def memory_of(
             extra.update(change)
             if backward:
                 extra.subtract(own)
-        elif piece.again:
-            extra.subtract(_minus(end, start))
+        elif piece.again:  # with the block before, which is not followed either
+            extra.subtract(_minus(end, before))
+        before = start
         if not backward:
             after_forward = dict(_named(labels.sum(piece.end) + extra if piece.like is None else end + extra, ""))
     if fsdp and root.summed:

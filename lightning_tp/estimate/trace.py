@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_tp._compat import sequence_number, sequence_number_of_backward
 from lightning_tp.comm import Axis
+from lightning_tp.errors import TPError
 from lightning_tp.estimate.kernels import attention_flops
 from lightning_tp.infer.trace import Values
 from lightning_tp.logits import SplitLogits
@@ -420,6 +421,12 @@ class Recorder(Values):
             return
         shape = _product(name, ins)
         if shape is not None or name.startswith("convolution"):
+            if len({t.dtype for t in ins if t.ndim > 1}) > 1:  # on the meta device nothing complains
+                kinds = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in ins}))
+                raise TPError(
+                    f"`{where or 'the loss'}` multiplies {kinds}, which raises on a real device. Cast one of them in the model (a table of positions, "
+                    "for example), or use a precision with autocast ('bf16-mixed')."
+                )
             flops = 2 * shape[0] * shape[1] * shape[2] * shape[3] if shape is not None else _convolution(name, ins, outs)
             size = sum(_size(t) for t in (*ins, *outs))
             self._compute(Op("product", name, where, phase, flops, flops, size, shape or (), dtype))
