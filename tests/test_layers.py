@@ -42,7 +42,7 @@ LAYERS: list[set[str]] = [
         "tuner",
         "watch",
     },
-    {"pytorch_lightning", "cli", "__main__"},
+    {"pytorch_lightning", "cli", "cli_estimate", "__main__"},
     {"__init__"},
 ]
 KNOWS_LIGHTNING = {

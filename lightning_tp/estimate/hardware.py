@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,13 @@ def hardware(which: str | Path | Hardware) -> Hardware:
     known = known_hardware()
     if text.lower() not in known:
         raise TPError(
-            f"`hardware={text!r}` is not known. There are {', '.join(known)}; or give the path of a JSON file with your own, in the form of {FILE.name} "
-            "of this package."
+            f"`hardware={text!r}` is not known. There are {', '.join(known)}; or give the path of a JSON file with your own, in "
+            f"the form of {FILE.name} of this package."
         )
     return known[text.lower()]
 
 
-@cache
+@lru_cache(maxsize=1)
 def known_hardware() -> dict[str, Hardware]:
     """Those that come with the package."""
     return _read(FILE)
@@ -131,27 +131,45 @@ def _read(path: Path) -> dict[str, Hardware]:
     if not isinstance(data, dict):
         raise TPError(f"`hardware`: `{path}` has to be an object of devices by name, as {FILE.name} of this package.")
     names = {f.name for f in fields(Hardware)}
-    found = {}
+    found: dict[str, Hardware] = {}
     for key, values in data.items():
         if key == "comment":
             continue
         if not isinstance(values, dict):
             raise TPError(f"`hardware`: `{path}`: `{key}` is no object of numbers.")
-        base = known_hardware()[values["like"]] if path != FILE and values.get("like") in known_hardware() else None
+        like: str | None = values.get("like")
+        base = None if like is None else found.get(like) or (known_hardware().get(like) if path != FILE else None)
+        if like is not None and base is None:
+            raise TPError(
+                f"`hardware`: `{path}`: `{key}` is like {like!r}, which is not known. There are {', '.join(known_hardware())}."
+            )
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k not in ("like", "comment")}
         unknown = set(given) - names
         if unknown:
-            raise TPError(f"`hardware`: `{path}`: `{key}` has {', '.join(sorted(unknown))}, which mean nothing here; there are {', '.join(sorted(names))}.")
-        whole = ({f.name: getattr(base, f.name) for f in fields(Hardware)} if base is not None else {}) | {"name": key} | given | {"key": key}
+            raise TPError(
+                f"`hardware`: `{path}`: `{key}` has {', '.join(sorted(unknown))}, which mean nothing here; there are "
+                f"{', '.join(sorted(names))}."
+            )
+        whole = (
+            ({f.name: getattr(base, f.name) for f in fields(Hardware)} if base is not None else {})
+            | {"name": key}
+            | given
+            | {"key": key}
+        )
         try:
             made = Hardware(**whole)
         except TypeError as error:
             missing = str(error).partition(": ")[2]
-            raise TPError(f"`hardware`: `{path}`: `{key}` lacks {missing}. Give them, or `\"like\": \"h100\"` for what is not said.") from None
+            raise TPError(
+                f'`hardware`: `{path}`: `{key}` lacks {missing}. Give them, or `"like": "h100"` for what is not said.'
+            ) from None
         for f in fields(Hardware):
             value = getattr(made, f.name)
             numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-            if any(isinstance(n, (int, float)) and (n < 0 or (n == 0 and f.name not in ("reserved_bytes", "fragmentation"))) for n in numbers):
+            if any(
+                isinstance(n, (int, float)) and (n < 0 or (n == 0 and f.name not in ("reserved_bytes", "fragmentation")))
+                for n in numbers
+            ):
                 raise TPError(f"`hardware`: `{path}`: `{key}`: `{f.name}` is {value}; it has to be above 0.")
         found[key] = made
     return found

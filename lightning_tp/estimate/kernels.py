@@ -1,12 +1,13 @@
 """Run a model on the meta device as it would run on the device in question: under autocast, and with that device's fused kernels.
 
 On the meta device there is no autocast, attention is written out, and dropout keeps a mask in the activation's own dtype. Here a
-`TorchFunctionMode` puts in their place what a GPU (or the CPU) has: it keeps the same tensors for the backward, so that what is counted on meta is what is
+`TorchFunctionMode` puts in their place what a GPU (or the CPU) has: it keeps the same tensors for the backward, so that what is counted on
+meta is what is
 held there.
 
 | call | in its place, on "cuda" | on "cpu" |
 |---|---|---|
-| `F.scaled_dot_product_attention` | keeps q, k, v, the mask, the output and one float32 a row (flash attention) | the same, but written out under dropout |
+| `F.scaled_dot_product_attention` | keeps q, k, v, mask, output and a float32 a row (flash attention) | the same, but written out under dropout |
 | `F.dropout` | keeps one byte an element | as it is |
 | `F.rms_norm` | keeps its input and one float32 a row | as it is |
 | products under autocast | their operands in half precision | the same |
@@ -17,7 +18,6 @@ The lists of autocast are the essential part of PyTorch's (docs, "Autocast Op Re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +36,9 @@ HALF = frozenset(
         torch.conv1d, torch.conv2d, torch.conv3d, torch.chain_matmul, F.conv1d, F.conv2d, F.conv3d, SDPA,
     }
 )  # fmt: skip
-LOSSES = frozenset({F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits, F.kl_div, F.l1_loss, F.smooth_l1_loss})
+LOSSES = frozenset(
+    {F.cross_entropy, F.nll_loss, F.mse_loss, F.binary_cross_entropy_with_logits, F.kl_div, F.l1_loss, F.smooth_l1_loss}
+)
 FLOAT = LOSSES | frozenset(
     {
         F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax, Tensor.log_softmax, F.layer_norm, torch.layer_norm,
@@ -158,5 +160,3 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> int:
     b, h, s, d = q.shape
     forward = 2 * b * h * s * k.shape[-2] * (d + v.shape[-1])
     return forward * 5 // 2 if backward else forward
-
-

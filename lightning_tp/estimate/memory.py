@@ -1,6 +1,7 @@
 """What is in the memory of one rank over a step, by kind: from the trace, and from how FSDP2 and the optimizer keep things.
 
-FSDP2's own buffers follow its sources (`torch/distributed/fsdp/_fully_shard`): a unit's parameters whole while it runs, beside the flat tensor they were
+FSDP2's own buffers follow its sources (`torch/distributed/fsdp/_fully_shard`): a unit's parameters whole while it runs, beside the flat
+tensor they were
 gathered into (in the forward until the next unit's; in the backward, the flat tensor of the unit that is gathered ahead), the flat input of a unit's
 reduce-scatter until the next unit's, and the root's parameters and gradients whole from the first module to the end of the backward.
 
@@ -13,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lightning_tp.estimate.trace import Label, Levels, Piece
 from lightning_tp.estimate.world import Held, Precision, World
@@ -114,9 +116,7 @@ def trained(world: World) -> list[Held]:
     return [h for h in world.held if h.trained and h.name in got]
 
 
-def memory_of(
-    world: World, precision: Precision, dp: int, *, optimizer: int, scratch: int, accumulate: int = 1
-) -> Memory:
+def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, scratch: int, accumulate: int = 1) -> Memory:
     """The memory of a rank over a step.
 
     Args:
@@ -142,12 +142,13 @@ def memory_of(
     grads = 0 if fsdp or accumulate == 1 else gradient  # held already when a piece begins
 
     extra: Counter[str] = Counter()  # of blocks that are not followed
+    stand_in: Counter[str] = Counter()  # at the start of the last piece
     moments: list[Moment] = []
     after_forward: dict[str, int] = {}
     trace = world.trace
     order = [p.block for p in trace.pieces if p.phase == "forward" and p.block in units]
-    ahead = {name: before for before, name in zip(order, order[1:])}  # gathered while this one's backward runs
-    behind = {before: name for before, name in zip(order, order[1:])}
+    ahead = {name: before for before, name in pairwise(order)}  # gathered while this one's backward runs
+    behind = {before: name for before, name in pairwise(order)}
     root = units.get("", Unit(0, 0, 0, 0))
     for piece in trace.pieces:
         of = trace.of(piece)
@@ -198,8 +199,8 @@ def memory_of(
             if backward:
                 extra.subtract(own)
         elif piece.again:  # with the block before, which is not followed either
-            extra.subtract(_minus(end, before))
-        before = start
+            extra.subtract(_minus(end, stand_in))
+        stand_in = start
         if not backward:
             after_forward = dict(_named(labels.sum(piece.end) + extra if piece.like is None else end + extra, ""))
     if fsdp and root.summed:

@@ -56,7 +56,9 @@ def optimizer_cost(optimizer: OptimizerLike, held: Iterable[Held], *, together: 
     """
     make = KNOWN.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
     if make is None:
-        raise TPError(f"`optimizer={optimizer!r}`: there are {', '.join(KNOWN)}, or a class, or a function of a list of parameters.")
+        raise TPError(
+            f"`optimizer={optimizer!r}`: there are {', '.join(KNOWN)}, or a class, or a function of a list of parameters."
+        )
     state = scratch = traffic = 0
     for (shape, dtype), n in Counter((h.local_shape, h.dtype) for h in held).items():
         kept, needed, moved = _one(make, shape, dtype, together)

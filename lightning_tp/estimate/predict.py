@@ -79,7 +79,9 @@ class Tracer:
                 self._plans[key] = self._plan(tp, sequence_parallel)
             except TPError as error:
                 fit = [n for n in TRIED if n != tp and self._fits(n, sequence_parallel)]
-                raise TPError(f"tp={tp} does not fit {type(self.model).__name__}: {error} These fit: tp={', '.join(map(str, fit))}.") from error
+                raise TPError(
+                    f"tp={tp} does not fit {type(self.model).__name__}: {error} These fit: tp={', '.join(map(str, fit))}."
+                ) from error
         return self._plans[key]
 
     def _plan(self, tp: int, sequence_parallel: bool) -> Plan:
@@ -134,14 +136,16 @@ def estimate(
 ) -> Estimate:
     """Predict memory, communication, FLOPs and time of a training step on one rank, without any of the devices.
 
-    The model runs once, forward and backward, on the meta device with the shapes of one rank; of repeated blocks two of each kind. Nothing is changed in
+    The model runs once, forward and backward, on the meta device with the shapes of one rank; of repeated blocks two of each kind. Nothing
+    is changed in
     it, and no process group is made: a world of 16,384 ranks costs what one of two does.
 
     Args:
         model: on any device; on the meta device, it may be of any size.
         inputs: what forward is called with, on one data-parallel rank: keyword arguments, or a tuple.
         mesh_shape: (dp, tp), or a mapping with the axes "data_parallel" and "tensor_parallel".
-        precision: a Trainer's ("32-true", "bf16-mixed", "16-mixed", "bf16-true", ..), "bf16-fsdp" (FSDP2 gathers in bfloat16, no autocast), or FSDP2's policy.
+        precision: a Trainer's ("32-true", "bf16-mixed", "16-mixed", "bf16-true", ..), "bf16-fsdp" (FSDP2 gathers in bfloat16, no autocast),
+            or FSDP2's policy.
         optimizer: a name ("adamw", "sgd", ..), a class, or a function of a list of parameters.
         activation_checkpointing: as for `parallelize`.
         sequence_parallel: as for `parallelize`.
@@ -242,7 +246,9 @@ def sizes_of(mesh_shape: tuple[int, int] | Mapping[str, int]) -> tuple[int, int]
     """
     if isinstance(mesh_shape, Mapping):
         if set(mesh_shape) != {DATA_PARALLEL, TENSOR_PARALLEL}:
-            raise TPError(f"`mesh_shape`: it has the axes {', '.join(mesh_shape)}; it needs '{DATA_PARALLEL}' and '{TENSOR_PARALLEL}'.")
+            raise TPError(
+                f"`mesh_shape`: it has the axes {', '.join(mesh_shape)}; it needs '{DATA_PARALLEL}' and '{TENSOR_PARALLEL}'."
+            )
         mesh_shape = (mesh_shape[DATA_PARALLEL], mesh_shape[TENSOR_PARALLEL])
     if not isinstance(mesh_shape, (tuple, list)) or len(mesh_shape) != 2:
         raise TPError(f"`mesh_shape={mesh_shape!r}`: give (dp, tp), such as (256, 8).")
@@ -299,20 +305,26 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
         f"{hw.name}: {hw.peak(precision.autocast or precision.gathered or precision.held or torch.float32) / 1e12:g} TFLOP/s, "
         f"{hw.memory_bandwidth / 1e9:,.0f} GB/s, {hw.memory_bytes / 1e9:.1f} GB, {hw.per_node} in a node at {hw.intra_bandwidth / 1e9:g} GB/s, "
         f"{hw.inter_bandwidth / 1e9:g} GB/s each between nodes",
-        f"reached of these: {hw.product_efficiency:.0%} by large products (less by the last wave of {hw.tile[0]} x {hw.tile[1]} tiles on {hw.units} units), "
+        f"reached of these: {hw.product_efficiency:.0%} by large products (less by the last wave "
+        f"of {hw.tile[0]} x {hw.tile[1]} tiles on {hw.units} units), "
         f"{hw.attention_efficiency:.0%} by attention, {hw.memory_efficiency:.0%} of the memory's bandwidth, {hw.link_efficiency:.0%} of the links'",
         f"a hop of a ring takes {hw.intra_latency[0] * 1e6:g} us in a node and {hw.inter_latency[0] * 1e6:g} us between nodes (small messages "
         f"{hw.intra_latency[1] * 1e6:g} and {hw.inter_latency[1] * 1e6:g})",
         f"of {len(world.blocks)} blocks {kinds} were followed, the others are like one of these",
-        f"the peak allows for {hw.fragmentation:.0%} that the allocator can't use and {hw.reserved_bytes / 1e9:g} GB that are taken before (context, NCCL)",
+        f"the peak allows for {hw.fragmentation:.0%} that the allocator can't use and "
+        f"{hw.reserved_bytes / 1e9:g} GB that are taken before (context, NCCL)",
         "attention is fused and keeps no scores" if options.fused_attention else "attention is written out and keeps its scores",
-        "kernels between products are one, as a compiler makes them" if options.compile else "each operation is a kernel (eager mode)",
+        "kernels between products are one, as a compiler makes them"
+        if options.compile
+        else "each operation is a kernel (eager mode)",
         "model FLOPs count attention in full, and nothing that is run again; causal attention computes half",
     ]
     if dp > 1:
         found.append(
-            "FSDP2 gathers each block anew for the backward, the next unit while one computes, and keeps what is outside of blocks whole; "
-            f"gathers in {precision.gathered or precision.held or 'the model' + chr(39) + 's dtype'}, sums in {precision.reduced or precision.gathered or precision.held or 'the same'}"
+            "FSDP2 gathers each block anew for the backward, the next unit while one computes, and keeps what is outside of "
+            "blocks whole; "
+            f"gathers in {precision.gathered or precision.held or 'the dtype of the model'}, "
+            f"sums in {precision.reduced or precision.gathered or precision.held or 'the same'}"
         )
     if tp > 1:
         found.append("collectives on the tensor-parallel axis are waited for")
@@ -321,7 +333,7 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
     if options.accumulate > 1 and dp > 1:
         found.append("gradients stay unsharded until the last micro-batch (as `accumulate_grad_batches` under `TPStrategy`)")
     if options.optimizer == "adamw" and hw.device != "cpu":
-        found.append("the optimizer updates all parameters together (foreach), with a copy of one state meanwhile; `fused=True` needs none")
+        found.append(
+            "the optimizer updates all parameters together (foreach), with a copy of one state meanwhile; `fused=True` needs none"
+        )
     return [line.replace("torch.", "") for line in found]
-
-

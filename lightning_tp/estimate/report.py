@@ -13,6 +13,8 @@ from lightning_tp.estimate.hardware import Hardware
 from lightning_tp.estimate.memory import Memory
 from lightning_tp.estimate.roofline import Time
 
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -96,14 +98,18 @@ class Estimate:
         values["memory"]["peak"]["total"] = self.memory.peak.total
         return json.dumps(values, indent=1)
 
-    def tables(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    def tables(self) -> list[Table]:
         """(title, column names, rows) of all that is shown."""
         m, t = self.memory, self.time
-        memory = [(kind, size(n), share(n, m.peak.total)) for kind, n in sorted(m.peak.kinds.items(), key=lambda x: -x[1])]
+        memory: list[tuple[str, ...]] = [
+            (kind, size(n), share(n, m.peak.total)) for kind, n in sorted(m.peak.kinds.items(), key=lambda x: -x[1])
+        ]
         memory.append(("together", size(m.peak.total), "100%"))
         memory.append(("on a device, with what can't be used", size(self.needed), f"of {size(self.hardware.memory_bytes)}"))
-        kept = [(f"kept for the backward: {kind}", size(n), "") for kind, n in sorted(m.activations.items(), key=lambda x: -x[1])]
-        held = [
+        kept: list[tuple[str, ...]] = [
+            (f"kept for the backward: {kind}", size(n), "") for kind, n in sorted(m.activations.items(), key=lambda x: -x[1])
+        ]
+        held: list[tuple[str, ...]] = [
             ("parameters", size(m.parameters), ""),
             ("gradients", size(m.gradients), ""),
             ("optimizer", size(m.optimizer), ""),
@@ -114,8 +120,10 @@ class Estimate:
         for c in self.collectives:
             by[c.axis, c.kind, c.ranks] += c.count
             sent[c.axis, c.kind, c.ranks] += c.count * c.bytes
-        moved = [(axis, kind, str(n), f"{by[axis, kind, n]:,}", size(sent[axis, kind, n])) for axis, kind, n in sorted(by)]
-        times = [
+        moved: list[tuple[str, ...]] = [
+            (axis, kind, str(n), f"{by[axis, kind, n]:,}", size(sent[axis, kind, n])) for axis, kind, n in sorted(by)
+        ]
+        times: list[tuple[str, ...]] = [
             ("matrix products", seconds(t.products)),
             ("attention", seconds(t.attention)),
             ("other kernels", seconds(t.other)),
@@ -142,7 +150,8 @@ class Estimate:
             else f"does NOT fit in {self.hardware.name}: {size(self.needed)}, {size(self.over)} too much"
         )
         return (
-            f"{self.model} ({count(self.parameters)} parameters) on {self.dp * self.tp:,} x {self.hardware.name}, tp={self.tp} x dp={self.dp}: {fit}\n"
+            f"{self.model} ({count(self.parameters)} parameters) on {self.dp * self.tp:,} x {self.hardware.name}, "
+            f"tp={self.tp} x dp={self.dp}: {fit}\n"
             f"{seconds(self.time.step)} a step of {self.tokens:,} tokens: {self.tokens_per_s_per_device:,.0f} tokens/s on a device, "
             f"{self.tokens_per_s:,.0f} on all, MFU {self.mfu:.1%}"
         )
@@ -154,7 +163,9 @@ class Estimate:
             table = [names, *rows] if any(names[:1]) else rows
             widths = [max(len(row[i]) for row in table) for i in range(len(names))]
             for row in table:
-                cells = [c.ljust(w) if i == 0 or (len(names) > 3 and i < 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+                cells = [
+                    c.ljust(w) if i == 0 or (len(names) > 3 and i < 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+                ]
                 lines.append("  " + "  ".join(cells).rstrip())
         lines += ["", "Assumed:", *(f"  - {a}" for a in self.assumptions)]
         return "\n".join(lines)
@@ -210,5 +221,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
     return value
-
-

@@ -1,14 +1,18 @@
 """How long a step takes: each kernel by what it computes or moves, each collective by bandwidth and latency, and what overlaps.
 
-A kernel takes the longer of its FLOPs at the reachable peak and its bytes at the reachable bandwidth, and no less than a launch. A product is computed in
+A kernel takes the longer of its FLOPs at the reachable peak and its bytes at the reachable bandwidth, and no less than a launch. A product
+is computed in
 tiles, as many at a time as the device has units: a last wave that is not full costs as much as a full one. A piece of the step (a block forward, a
 block backward) can't take less than the host needs to start its kernels.
 
-A ring over p ranks hands (p - 1) / p of the bytes on in p - 1 hops. The latency of the hops grows with p, however fast links are: it is the reason why FSDP
-alone ends somewhere. Small messages take the protocol with a shorter latency and a quarter of the bandwidth, if that is faster; sums over many nodes a tree.
+A ring over p ranks hands (p - 1) / p of the bytes on in p - 1 hops. The latency of the hops grows with p, however fast links are: it is the
+reason why FSDP
+alone ends somewhere. Small messages take the protocol with a shorter latency and a quarter of the bandwidth, if that is faster; sums over
+many nodes a tree.
 The ranks of a tensor-parallel group are neighbours. A data-parallel group has per_node / tp ranks in a node, whose network ports it uses together.
 
-Collectives on the tensor-parallel axis are waited for. FSDP2's gather of the next unit and its reduce-scatter of the one before run beside the computation
+Collectives on the tensor-parallel axis are waited for. FSDP2's gather of the next unit and its reduce-scatter of the one before run beside
+the computation
 of a block: with overlap a piece takes the longer of the two.
 """
 
@@ -90,7 +94,13 @@ def collective_seconds(hw: Hardware, kind: str, size: int, ranks: int, in_node: 
         return 0.0
     nodes = math.ceil(ranks / in_node)
     times = 2 if kind == "all-reduce" else 1
-    bandwidth = hw.intra_bandwidth if nodes == 1 else min(hw.intra_bandwidth, in_node * hw.inter_bandwidth) if in_node > 1 else hw.inter_bandwidth
+    bandwidth = (
+        hw.intra_bandwidth
+        if nodes == 1
+        else min(hw.intra_bandwidth, in_node * hw.inter_bandwidth)
+        if in_node > 1
+        else hw.inter_bandwidth
+    )
     bandwidth *= hw.link_efficiency
     moved = times * size * (ranks - 1) / ranks
     between = nodes if nodes > 1 else 0
@@ -131,19 +141,21 @@ def time_of(
             ops = piece.fused if compile else piece.ops
             for op, n in ops.items():
                 kinds[op.kind] += n * kernel_seconds(hw, op)
-            sent = sum(
-                n * collective_seconds(hw, s.kind, s.bytes, tp, in_node(hw, "tp", tp, tp)) for s, n in piece.sent.items()
-            )
+            sent = sum(n * collective_seconds(hw, s.kind, s.bytes, tp, in_node(hw, "tp", tp, tp)) for s, n in piece.sent.items())
             found = costs[id(piece)] = (kinds, sent, sum(ops.values()) + sum(piece.sent.values()))
         return found
 
-    beside: dict[tuple[str, str], float] = defaultdict(float)  # (block, phase) -> seconds of FSDP2 that can run beside its computation
+    beside: dict[tuple[str, str], float] = defaultdict(
+        float
+    )  # (block, phase) -> seconds of FSDP2 that can run beside its computation
     alone = dp = 0.0
     step_sent = 0.0
     for c in collectives:
         seconds = collective_seconds(hw, c.kind, c.bytes, c.ranks, in_node(hw, c.axis, tp, c.ranks))
         if c.axis == "tp":
-            step_sent += seconds * c.count if c.where in ("shares of gradients", "norm of gradients", "whether gradients are finite") else 0
+            step_sent += (
+                seconds * c.count if c.where in ("shares of gradients", "norm of gradients", "whether gradients are finite") else 0
+            )
             continue
         dp += seconds * c.count
         if c.where in world.blocks:

@@ -1,10 +1,13 @@
 """Follow one step of a model on the meta device: what is alive at any time, what is computed, what is sent. One block of a kind is followed.
 
-The model runs forward and backward with the shapes of one rank. A `TorchDispatchMode` sees every operation: it counts the bytes of the storages that are
+The model runs forward and backward with the shapes of one rank. A `TorchDispatchMode` sees every operation: it counts the bytes of the
+storages that are
 alive, by the module that made them, and writes down products, the bytes that other kernels read and write, and collectives.
 
-A step falls into pieces: from where a block begins to where the next one does, forward and backward, and what lies before, between and after. Of blocks
-of a kind (same class, shapes, settings and inputs) the first two run; in the place of each further one stands an empty tensor, and its pieces are those of the
+A step falls into pieces: from where a block begins to where the next one does, forward and backward, and what lies before, between and
+after. Of blocks
+of a kind (same class, shapes, settings and inputs) the first two run; in the place of each further one stands an empty tensor, and its
+pieces are those of the
 second one, which has what a block in the middle has: an input that its predecessor has made. So the cost does not depend on how many there are.
 
 Not seen: code that compiles, custom CUDA kernels without a meta implementation, and what allocators round up.
@@ -339,9 +342,7 @@ class Recorder(Values):
         sources = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
         wanted = [d for d, at in zip(described, places) if at is None and isinstance(d, tuple)]
         made = iter(_StandIn.apply(self, tuple(wanted), *sources))
-        outs = [
-            given[at] if at is not None else next(made) if isinstance(d, tuple) else d for d, at in zip(described, places)
-        ]
+        outs = [given[at] if at is not None else next(made) if isinstance(d, tuple) else d for d, at in zip(described, places)]
         return tree_unflatten(outs, spec)
 
     def _begin_backward_of(self, name: str) -> None:
@@ -416,7 +417,17 @@ class Recorder(Values):
             b, h, length, d = q.shape
             size = sum(_size(t) for t in (*ins, *outs))
             self._compute(
-                Op("attention", name, where, phase, flops, flops // 2 if flag else flops, size, (b * h, length, k.shape[2], d), dtype)
+                Op(
+                    "attention",
+                    name,
+                    where,
+                    phase,
+                    flops,
+                    flops // 2 if flag else flops,
+                    size,
+                    (b * h, length, k.shape[2], d),
+                    dtype,
+                )
             )
             return
         shape = _product(name, ins)
@@ -424,8 +435,8 @@ class Recorder(Values):
             if len({t.dtype for t in ins if t.ndim > 1}) > 1:  # on the meta device nothing complains
                 kinds = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in ins}))
                 raise TPError(
-                    f"`{where or 'the loss'}` multiplies {kinds}, which raises on a real device. Cast one of them in the model (a table of positions, "
-                    "for example), or use a precision with autocast ('bf16-mixed')."
+                    f"`{where or 'the loss'}` multiplies {kinds}, which raises on a real device. Cast one of them in the model (a table of "
+                    "positions, for example), or use a precision with autocast ('bf16-mixed')."
                 )
             flops = 2 * shape[0] * shape[1] * shape[2] * shape[3] if shape is not None else _convolution(name, ins, outs)
             size = sum(_size(t) for t in (*ins, *outs))
@@ -460,9 +471,7 @@ class Recorder(Values):
         """What a compiler would make one kernel of ends here: it reads what was there before, and writes what is alive now."""
         if not self._fresh:
             return
-        size = sum(self._read.values()) + sum(
-            n for key, n in self._written.items() if key in self.alive or key in self.uncounted
-        )
+        size = sum(self._read.values()) + sum(n for key, n in self._written.items() if key in self.alive or key in self.uncounted)
         where, phase = self._run
         self.piece.fused[Op("other", "fused", where, phase, 0, 0, size, (), torch.float32)] += 1  # type: ignore[arg-type]
         self._fresh.clear()
@@ -543,5 +552,3 @@ def _convolution(name: str, ins: list[Tensor], outs: list[Tensor]) -> int:
         return 2 * outs[0].numel() * ins[1][0].numel()
     grad, _, weight = ins[:3]
     return 2 * grad.numel() * weight[0].numel() * sum(1 for t in outs[:2] if t is not None)
-
-

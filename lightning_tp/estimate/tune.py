@@ -1,11 +1,14 @@
 """Which mesh, micro-batch, activation checkpointing and precision: all that are possible, estimated, the fastest first; and why the others are none.
 
-The model is traced once for each size of the tensor-parallel axis, micro-batch, checkpointing and precision (a second or so each); more data-parallel ranks or
+The model is traced once for each size of the tensor-parallel axis, micro-batch, checkpointing and precision (a second or so each); more
+data-parallel ranks or
 micro-batches only change the arithmetic. What can't fit is not traced: a larger micro-batch than one that does not fit.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +58,13 @@ class Tuned:
     refused: tuple[Refused, ...]
     global_batch: int
     gpus: int
+
+    def to_json(self) -> str:
+        """All choices with their main numbers, and what is refused."""
+        names = ("tp", "dp", "batch", "accumulate", "activation_checkpointing", "precision", "needed", "tokens_per_s", "mfu")
+        fits = [{n: getattr(e, n) for n in names} | {"step_s": e.time.step} for e in self.fits]
+        refused = [{"what": r.what, "why": r.why} for r in self.refused]
+        return json.dumps({"gpus": self.gpus, "global_batch": self.global_batch, "fits": fits, "refused": refused}, indent=1)
 
     def __str__(self) -> str:
         head = f"{len(self.fits)} choices fit on {self.gpus} devices at {self.global_batch} samples a step"
@@ -131,7 +141,10 @@ def tune(
         dp = gpus // tp
         if global_batch % dp:
             refused.append(
-                Refused(f"tp={tp} x dp={dp}", f"{global_batch} samples can't be dealt out evenly over {dp} data-parallel ranks: {global_batch / dp:.3g} each")
+                Refused(
+                    f"tp={tp} x dp={dp}",
+                    f"{global_batch} samples can't be dealt out evenly over {dp} data-parallel ranks: {global_batch / dp:.3g} each",
+                )
             )
             continue
         try:
@@ -166,7 +179,6 @@ def _fill(
 ) -> None:
     for how in checkpointing:
         over: Estimate | None = None
-        tried = []
         for batch in (b for b in range(1, min(each, LARGEST_BATCH) + 1) if each % b == 0):
             found = predict(
                 tracer,
@@ -178,16 +190,18 @@ def _fill(
             )
             if not found.fits:
                 over = found
-                if each // batch == 1 or found.accumulate == 1 or tried or batch > 1:
-                    break
-                continue
-            tried.append(batch)
+                break  # and no larger one does
             fits.append(found)
         if over is not None:
             named = how if isinstance(how, str) else "none"
-            what = f"tp={tp} x dp={dp}, {options.precision}, checkpointing {named}, batch {over.batch}" + ("" if over.batch == each else " or more")
+            what = f"tp={tp} x dp={dp}, {options.precision}, checkpointing {named}, batch {over.batch}" + (
+                "" if over.batch == each else " or more"
+            )
             refused.append(
-                Refused(what, f"{size(over.over)} over the memory of {hw.name} ({size(over.needed)} needed, most at the {over.memory.peak.name})")
+                Refused(
+                    what,
+                    f"{size(over.over)} over the memory of {hw.name} ({size(over.needed)} needed, most at the {over.memory.peak.name})",
+                )
             )
 
 
@@ -202,14 +216,8 @@ def _whole(plan: Any, model: nn.Module, tp: int) -> str | None:
             shape = plan.shapes[name]
             if len(shape) < 2:
                 continue
-            n = 1
-            for s in shape:
-                n *= s
-            local = 1
-            for s in split.local_shape(shape, 0):
-                local *= s
-            total += n
-            held += local
+            total += math.prod(shape)
+            held += math.prod(split.local_shape(shape, 0))
             if split.dim is None:
                 reasons[f"`{entry.where}` {entry.reason}"] = None
     if not total or held <= MOST_WHOLE * total / tp:

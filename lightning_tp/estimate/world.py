@@ -7,8 +7,7 @@ its gathers and buffers are added in `memory.py` and `collectives.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp._compat import backward_under_modes
 from lightning_tp.apply import bind_styles
-from lightning_tp.comm import even_shard
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.kernels import Kernels, memory_of_casts
 from lightning_tp.estimate.trace import Recorder, Trace, alone
@@ -178,7 +176,12 @@ def default_loss(output: Any, inputs: Any) -> Tensor:
         )
     value = values[0]
     tokens = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 2), None)
-    if tokens is not None and value.ndim == 3 and value.shape[:2] == tokens.shape and (tokens.is_meta or int(tokens.max()) < value.shape[2]):
+    if (
+        tokens is not None
+        and value.ndim == 3
+        and value.shape[:2] == tokens.shape
+        and (tokens.is_meta or int(tokens.max()) < value.shape[2])
+    ):
         return nn.functional.cross_entropy(value.flatten(0, 1)[:-1], tokens.flatten()[1:])
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value.device, value.dtype)
     return (value * noise).sum() / math.sqrt(max(1, value.numel()))
@@ -193,7 +196,9 @@ def resized(inputs: Any, batch: int | None, seq: int | None) -> Any:
     tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.ndim]
     tokens = next((t for t in tensors if t.ndim >= 2 and not t.is_floating_point()), None)
     if seq is not None and tokens is None:
-        raise TPError("`seq`: the inputs have no tokens (integers of two dims), so there is no length to change. Give inputs of that length.")
+        raise TPError(
+            "`seq`: the inputs have no tokens (integers of two dims), so there is no length to change. Give inputs of that length."
+        )
     length = tokens.shape[1] if tokens is not None else None
     size = (tokens if tokens is not None else tensors[0]).shape[0] if tensors else 0
 
@@ -202,7 +207,12 @@ def resized(inputs: Any, batch: int | None, seq: int | None) -> Any:
         if t.ndim and batch is not None and t.shape[0] == size:
             whole[0] = batch
         for dim in range(1, t.ndim):
-            if seq is not None and t.shape[dim] == length and (dim == 1 or t.ndim == 4) and not (t.is_floating_point() and t.ndim < 4):
+            if (
+                seq is not None
+                and t.shape[dim] == length
+                and (dim == 1 or t.ndim == 4)
+                and not (t.is_floating_point() and t.ndim < 4)
+            ):
                 whole[dim] = seq
         if whole == list(t.shape):
             return t
@@ -259,9 +269,7 @@ def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, setti
     return World(held, sum(buffers.values()), trace, tuple(units), classes, tuple(n for n, _ in find_blocks(model)))
 
 
-def _follow(
-    model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings, kinds: Mapping[str, Any]
-) -> Trace:
+def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings, kinds: Mapping[str, Any]) -> Trace:
     blocks = dict(find_blocks(model))
     axis = alone(settings.rank, settings.tp)
     if settings.tp > 1:
@@ -281,7 +289,9 @@ def _follow(
             with memory_of_casts(kernels):
                 loss = loss_of(model, given)
             if not loss.requires_grad:
-                raise TPError("The loss does not depend on any parameter that is trained, so that there is no backward to estimate.")
+                raise TPError(
+                    "The loss does not depend on any parameter that is trained, so that there is no backward to estimate."
+                )
             recorder.begin_backward()
             backward_under_modes(loss)
             del loss
@@ -300,8 +310,6 @@ def _follow(
     return Trace(recorder.pieces, recorder.followed, recorder.gradients)
 
 
-
-
 def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:
     """Meta parameters in the shapes of the rank, in the dtype that modules compute in; tied ones stay one."""
     precision = settings.precision
@@ -313,9 +321,10 @@ def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:
             names.setdefault(id(p), name)
     keep = list(model.parameters())  # ids must not be used again
     for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is None:
+        for name, own in module._parameters.items():
+            if own is None:
                 continue
+            p = own
             if id(p) not in done:
                 split = splits[names[id(p)]] if id(p) in names else Split()
                 shape = split.local_shape(tuple(p.shape), settings.rank)
@@ -361,5 +370,3 @@ def _plain(value: Any, place: set[int]) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value in place:
         return "its place"
     return value
-
-

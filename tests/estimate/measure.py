@@ -71,7 +71,9 @@ class Watch(TorchDispatchMode):
         if name not in NAMES:
             return
         tensors = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
-        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+        group = next(
+            dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+        )
         self.sent[NAMES[name], group.size(), max(t.numel() * t.itemsize for t in tensors)] += 1
 
 
@@ -139,9 +141,9 @@ def measured(
         kept_saved = sum(n for key, n in saved.items() if key not in parameters)
         return {"kept": kept, "saved": kept_saved}
 
-    watch.ignore = {
-        (p._local_tensor if isinstance(p, DTensor) else p).untyped_storage()._cdata for p in model.parameters()
-    } | {b.untyped_storage()._cdata for b in model.buffers()}
+    watch.ignore = {(p._local_tensor if isinstance(p, DTensor) else p).untyped_storage()._cdata for p in model.parameters()} | {
+        b.untyped_storage()._cdata for b in model.buffers()
+    }
     with watch:
         for _ in range(3):
             step()

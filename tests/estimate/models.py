@@ -48,7 +48,13 @@ def vit() -> Model:
     from transformers import AutoModelForImageClassification, ViTConfig
 
     config = ViTConfig(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=8, intermediate_size=512, image_size=64, patch_size=8, num_labels=10
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        intermediate_size=512,
+        image_size=64,
+        patch_size=8,
+        num_labels=10,
     )
     pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     return (

@@ -49,7 +49,9 @@ def check(found: Estimate, real: dict[str, Any], where: str) -> None:
     if found.activation_checkpointing == "none":
         assert kept == pytest.approx(real["saved"], rel=0.1), f"{where}: saved for the backward"
     if found.dp == 1:
-        assert kept == pytest.approx(real["kept"] - real["before"] + real["gradients"], rel=0.1 if found.activation_checkpointing == "none" else 0.2)
+        assert kept == pytest.approx(
+            real["kept"] - real["before"] + real["gradients"], rel=0.1 if found.activation_checkpointing == "none" else 0.2
+        )
     assert memory.peak.total == pytest.approx(real["peak"], rel=0.1), f"{where}: peak"
     sent: Counter[Any] = Counter()
     for c in found.collectives:
