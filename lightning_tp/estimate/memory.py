@@ -177,7 +177,8 @@ def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, sc
         name = _moment(piece, world)
         grads_kind = "unsharded gradients" if fsdp else "gradients"
         at_peak = _named(peak + extra, grads_kind if accumulate == 1 or fsdp else "")
-        moments.append(_as_moment(name, around + at_peak))
+        if not piece.again:
+            moments.append(_as_moment(name, around + at_peak))
         if backward and unit is not None and unit.summed:  # the gradients go into one flat tensor; the whole parameters are gone
             reducing = Counter(around)
             reducing["gathered parameters"] -= unit.gathered

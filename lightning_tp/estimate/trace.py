@@ -15,6 +15,7 @@ Not seen: code that compiles, custom CUDA kernels without a meta implementation,
 
 from __future__ import annotations
 
+import sys
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -192,6 +193,7 @@ class Recorder(Values):
         self.pieces = [self.piece]
         self.followed: dict[str, str] = {}
         self.in_backward = False
+        self.failed: str | None = None  # the module whose forward raised, the innermost
         self.levels: Levels = {}
         self.total = self.most = 0
         self.alive: dict[int, tuple[Any, Label, int]] = {}
@@ -247,6 +249,8 @@ class Recorder(Values):
             self.places.append((sequence_number(), self.stack[-1]))
 
     def _leave(self) -> None:
+        if self.failed is None and sys.exc_info()[1] is not None:
+            self.failed = self.stack[-1]
         self.stack.pop()
         if not self.in_backward:
             self.places.append((sequence_number(), self.stack[-1]))

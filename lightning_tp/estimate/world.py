@@ -298,7 +298,7 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
     except TPError:
         raise
     except Exception as error:
-        where = recorder.where[0]
+        where = recorder.failed or recorder.where[0]
         raise TPError(
             f"{type(model).__name__} can't be followed on the meta device: `{where or type(model).__name__}` ended with {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]} (in the {'backward' if recorder.in_backward else 'forward'}, tp={settings.tp}). See that it "
@@ -332,6 +332,9 @@ def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:
                 done[id(p)] = nn.Parameter(torch.empty(shape, dtype=new, device="meta"), p.requires_grad)
                 done[id(p)].__dict__.update(p.__dict__)
             module._parameters[name] = done[id(p)]
+        for name, buffer in module._buffers.items():
+            if precision.held in (_BF16, _FP16, torch.float64) and buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(precision.held)  # as `Module.to` does
     del keep
 
 

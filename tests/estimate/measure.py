@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lightning_tp.apply import parallelize
-from lightning_tp.choose import choose_plan
 from lightning_tp.grad import clip_grad_norm_
-from lightning_tp.infer.solve import call_with
 from lightning_tp.mesh import make_mesh
+from lightning_tp.plan import Plan
 
 NAMES = {
     "allreduce_": "all-reduce",
@@ -93,6 +92,7 @@ def measured(
     loss_of: Callable[[nn.Module, Any], Tensor],
     dp: int,
     tp: int,
+    plan: Plan | None,
     **options: Any,
 ) -> dict[str, Any]:
     """On a rank: the fourth step of AdamW."""
@@ -100,7 +100,6 @@ def measured(
     model = build()
     model.train()
     mesh = make_mesh("cpu", dp, tp)
-    plan = choose_plan(model, call_with, inputs, tp) if tp > 1 else None
     parallelize(model, mesh, plan, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     saved: dict[int, int] = {}
