@@ -146,7 +146,7 @@ def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, sc
     moments: list[Moment] = []
     after_forward: dict[str, int] = {}
     trace = world.trace
-    order = [p.block for p in trace.pieces if p.phase == "forward" and p.block in units]
+    order = [p.block for p in trace.pieces if p.phase == "forward" and p.block and p.block in units]
     ahead = {name: before for before, name in pairwise(order)}  # gathered while this one's backward runs
     behind = {before: name for before, name in pairwise(order)}
     root = units.get("", Unit(0, 0, 0, 0))
@@ -160,7 +160,7 @@ def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, sc
         else:
             peak, end = start + _minus(of_peak, of_start), start + _minus(of_end, of_start)
         backward = piece.phase == "backward"
-        unit = units.get(piece.block) if fsdp else None
+        unit = units.get(piece.block) if fsdp and piece.block else None
         around: Counter[str] = Counter(fixed)
         if fsdp:
             around["gathered parameters"] = root.gathered

@@ -388,7 +388,8 @@ class Recorder(Values):
         """A tensor that is counted, as of the module that runs."""
         with torch.utils._python_dispatch._disable_current_modes():
             t = torch.empty(shape, dtype=dtype, device="meta")
-            self._born(t.untyped_storage(), (self.where[0], "kept"))
+            where, phase = self.where
+            self._born(t.untyped_storage(), (where, "backward" if phase == "backward" else "kept"))
         return t
 
     def _operation(self, func: Any, ins: list[Tensor], outs: list[Tensor], flag: bool) -> None:
