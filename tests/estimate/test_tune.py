@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from tests.estimate.test_predict import TOKENS, llama
 
 
 def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
-    from dataclasses import replace
+    from llama import PLAN
 
     model = llama(layers=6, vocab_size=8192)
     need = estimate(model, TOKENS, (2, 2), batch=1, seq=256).memory.peak.total
     small = replace(hardware("h100"), memory_bytes=1.5 * need, reserved_bytes=0, per_node=16)
-    found = tune(model, TOKENS, 16, 8, hardware_=small, seq=256)
+    found = tune(model, TOKENS, 16, 8, hardware_=small, seq=256, plan=PLAN)
     assert found.fits and all(e.fits and e.dp * e.tp == 16 for e in found.fits)
     assert all(e.batch * e.accumulate * e.dp == 8 for e in found.fits)
     times = [e.time.step for e in found.fits]
