@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/estimate_time.py
 
-Llama 2 70B on 2,048 and Llama 3.1 405B on 16,384 devices, all blocks, from nothing: the plan is inferred and the step traced. Each in a process of its own,
-whose largest resident size is printed; the time is without importing torch and transformers.
+Llama 2 70B on 2,048 and Llama 3.1 405B on 16,384 devices, all blocks, from nothing: the plan is inferred and the step traced.
+Each in a process of its own, whose largest resident size is printed; the time is without importing torch and transformers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def one(name: str) -> None:
         vocab_size=vocab, max_position_embeddings=tokens,
     )  # fmt: skip
     ids = torch.zeros(1, 32, dtype=torch.long)
-    hf.LlamaForCausalLM  # noqa: B018  # imported late by transformers: not what is measured
+    build = hf.LlamaForCausalLM  # imported late by transformers: not what is measured
     start, busy = time.perf_counter(), time.process_time()
     with torch.device("meta"):
-        model = hf.LlamaForCausalLM(config)
+        model = build(config)
     found = estimate(
         model, {"input_ids": ids, "labels": ids, "use_cache": False}, mesh, seq=tokens, activation_checkpointing="block"
     )
