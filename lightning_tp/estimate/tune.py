@@ -133,6 +133,7 @@ def tune(
     tracer = Tracer(model, inputs, loss_of(loss_fn), plan)
     fits: list[Estimate] = []
     refused: list[Refused] = []
+    failed: TPError | None = None
     for tp in asked:
         check_size("tp", tp)
         if gpus % tp:
@@ -159,7 +160,13 @@ def tune(
         each = global_batch // dp
         for precision in precisions:
             options = Options(precision=precision, optimizer=optimizer, compile=compile)
-            _fill(tracer, inputs, seq, dp, tp, each, hw, options, checkpointing, fits, refused)
+            try:
+                _fill(tracer, inputs, seq, dp, tp, each, hw, options, checkpointing, fits, refused)
+            except TPError as error:
+                failed = failed or error
+                refused.append(Refused(f"tp={tp}, {precision}", str(error)))
+    if failed is not None and not fits:
+        raise failed
     fits.sort(key=lambda e: e.time.step)
     return Tuned(tuple(fits[:most]), tuple(refused), global_batch, gpus)
 

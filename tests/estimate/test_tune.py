@@ -18,7 +18,7 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
 
     model = llama(layers=6, vocab_size=8192)
     need = estimate(model, TOKENS, (2, 2), batch=1, seq=256).memory.peak.total
-    small = replace(hardware("h100"), memory_bytes=1.5 * need, reserved_bytes=0, per_node=16)
+    small = replace(hardware("h100"), memory_bytes=0.65 * need, reserved_bytes=0, per_node=16)
     found = tune(model, TOKENS, 16, 8, hardware_=small, seq=256, plan=PLAN)
     assert found.fits and all(e.fits and e.dp * e.tp == 16 for e in found.fits)
     assert all(e.batch * e.accumulate * e.dp == 8 for e in found.fits)
