@@ -14,6 +14,8 @@ from lightning_tp.checkpoint.pretrained import load_from_checkpoint as load_from
 from lightning_tp.checkpoint.pretrained import load_pretrained as load_pretrained
 from lightning_tp.data.random_tokens import RandomTokens as RandomTokens
 from lightning_tp.errors import TPError as TPError
+from lightning_tp.estimate import Estimate as Estimate
+from lightning_tp.estimate import estimate as estimate
 from lightning_tp.fabric import FabricTPStrategy as FabricTPStrategy
 from lightning_tp.grad import clip_grad_norm_ as clip_grad_norm_
 from lightning_tp.grad import grad_norms as grad_norms

@@ -310,3 +310,20 @@ def saved_without_data(tree: Any, path: Any) -> None:
     """`torch.save` of tensors without memory: a file with room for their bytes."""
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(tree, path)
+
+
+def sequence_number() -> int:
+    """The number that the next node of autograd's graph gets."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def sequence_number_of_backward() -> int | None:
+    """The number of the node whose backward runs now; None outside of a backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
+
+
+def backward_under_modes(loss: Tensor) -> None:
+    """`loss.backward()`; code that is run again for it sees the `TorchFunctionMode`s that are on, as in the forward."""
+    engine: Any = torch.autograd.graph._engine_run_backward
+    engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)

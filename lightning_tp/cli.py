@@ -1,7 +1,7 @@
 """`lightning-tp`: look at the plan of a model, and check it against one process, from the command line.
 
-`plan` needs no devices and no process group: the model may be on the meta device, and tp and dp of any size. `verify` runs real
-processes on the CPU of this machine.
+`plan`, `estimate` and `tune` need no devices and no process group: the model may be on the meta device, and tp and dp of any size. `verify` runs
+real processes on the CPU of this machine.
 
 Exit status: 0 it is well, 1 the split model differs from one process, 2 a mistake of the user.
 """
@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from lightning_tp import cli_checkpoint, cli_estimate
 from lightning_tp.apply import parallelize
-from lightning_tp.cli_checkpoint import add_commands
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
+from lightning_tp.estimate.world import default_loss
 from lightning_tp.infer import infer_plan
 from lightning_tp.infer.trial import count_collectives
 from lightning_tp.mesh import make_mesh
@@ -63,6 +63,10 @@ examples:
   lightning-tp plan my_model.py:build --tp 2 --emit-python split.py the same for plain PyTorch
   lightning-tp verify my_model.py:build --tp 2 --dp 2               train a few steps on 4 processes, compare with one
   lightning-tp verify my_model.py:build --tp 2 --plan plan.json     with a plan that you have edited
+  lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --seq 4096 --batch 1 --hardware h100
+                                                                    memory, communication and time of a step, on a rank
+  lightning-tp tune llama-3-8b/config.json --gpus 64 --hardware h100 --global-batch 512 --seq 8192
+                                                                    which mesh, micro-batch and checkpointing
 """
 
 
@@ -80,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     style: Any = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("lightning-tp", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=style)
-    commands = parser.add_subparsers(required=True, metavar="plan | verify | export | consolidate | inspect")
+    commands = parser.add_subparsers(required=True, metavar="plan | verify | estimate | tune | export | consolidate | inspect")
     plan = commands.add_parser(
         "plan",
         help="how a model is split, and what one rank holds",
@@ -118,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--rtol", type=float, default=1e-3, metavar="X", help="the largest relative error allowed (default: %(default)s)"
     )
-    add_commands(commands)
+    cli_estimate.add_commands(commands, DESCRIPTION, EXAMPLES, style)
+    cli_checkpoint.add_commands(commands)
     return parser
 
 
@@ -361,28 +366,6 @@ def _hugging_face(path: Path, weights: bool) -> Target:
     if causal:
         inputs["labels"] = ids
     return Target(build_for_real, model, inputs, default_loss)
-
-
-def default_loss(output: Any, inputs: Inputs) -> Tensor:
-    """The loss that the output carries; else of the next token, where it looks like that; else a random projection."""
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(loss, Tensor):
-        return loss
-    values = [
-        t
-        for t in tree_flatten(dict(output) if isinstance(output, Mapping) else output)[0]
-        if isinstance(t, Tensor) and t.is_floating_point()
-    ]
-    if not values:
-        raise TPError(
-            f"The model returns a {type(output).__name__} without a tensor of floats. Return a loss_fn as the third value."
-        )
-    value = values[0]
-    tokens = next((t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 2), None)
-    if tokens is not None and value.ndim == 3 and value.shape[:2] == tokens.shape and int(tokens.max()) < value.shape[2]:
-        return nn.functional.cross_entropy(value.flatten(0, 1)[:-1], tokens.flatten()[1:])
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value.device, value.dtype)
-    return (value * noise).sum() / math.sqrt(max(1, value.numel()))
 
 
 # -------------------------------------------------------------------------------------------------------------- what it says

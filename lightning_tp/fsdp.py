@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -58,19 +59,18 @@ def apply_fsdp(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = precision or MixedPrecisionPolicy()
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                uses[id(p)] = uses.get(id(p), 0) + 1
-    for block in blocks:
-        inside: dict[int, int] = {}
-        for module in block.modules():
-            for p in module._parameters.values():
-                if p is not None:
-                    inside[id(p)] = inside.get(id(p), 0) + 1
-        if all(uses[i] == n for i, n in inside.items()):
-            fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=True)
-            remember_dtypes(block)
+    for block in own_units(model, blocks):
+        fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=True)
+        remember_dtypes(block)
     fully_shard(model, mesh=dp_mesh, mp_policy=policy)
     remember_dtypes(model)
+
+
+def own_units(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the blocks that are units by themselves: their parameters are used nowhere else."""
+    uses = _uses(model)
+    return [block for block in blocks if all(uses[i] == n for i, n in _uses(block).items())]
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    return Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)

@@ -304,6 +304,10 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 same_weights_everywhere(module, self.device_mesh)
                 step = partial(self._call, "training_step")
                 self._first = FirstBatch(module, module.trainer, self.precision_plugin.train_step_context, step)
+            if self.is_global_zero and module.trainer.state.fn == TrainerFn.FITTING:
+                for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+                    if hasattr(callback, "before_split"):
+                        callback.before_split(module.trainer, module)
             parallelize(
                 module,
                 self.device_mesh,

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_tp.callbacks.predicted import first_of, held_bytes, line, predict_run, twin_of
 from lightning_tp.callbacks.shards import find_mesh, num_global_parameters
 from lightning_tp.errors import TPError
+from lightning_tp.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Throughput(L.Callback):
         window: steps from one reading of the clock to the next.
         warmup: steps at the start that do not count (compilation, memory allocation, first data).
         peak_flops: FLOP/s that one device can do at best (H100 SXM, dense bfloat16: 989e12); if given, MFU is shown.
+        predict: under `TPStrategy`, print at the end also what `estimate` predicts for this run, beside what was measured; times only where the
+            device is known. It takes some seconds after the training.
 
     Example:
         >>> import lightning as L
@@ -70,6 +74,7 @@ class Throughput(L.Callback):
         window: int = 20,
         warmup: int = 3,
         peak_flops: float | None = None,
+        predict: bool = True,
     ) -> None:
         if window < 1 or warmup < 0:
             raise TPError(f"Throughput: `window={window}` must be at least 1 and `warmup={warmup}` at least 0.")
@@ -80,7 +85,19 @@ class Throughput(L.Callback):
         self.warmup = warmup
         self.peak_flops = peak_flops
         self.speed: Speed | None = None
+        self.predict = predict
+        self.predicted: Estimate | None = None
         self._clock: _Clock | None = None
+        self._twin: L.LightningModule | None = None
+        self._batch: Any = None
+
+    def before_split(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called by `TPStrategy` on the first rank, while the module is whole."""
+        if self.predict:
+            try:
+                self._twin = twin_of(pl_module)
+            except Exception:  # something in it can't be copied; `estimate` has other ways in
+                self._twin = None
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,6 +117,8 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self._clock is not None
+        if self._twin is not None and self._batch is None:
+            self._batch = first_of(batch)
         self._num_seen += 1
         if self._num_seen <= self.warmup:
             self._start_clock()  # runs from the end of the last warmup step
@@ -136,6 +155,24 @@ class Throughput(L.Callback):
         if trainer.is_global_zero:
             flops_per_token = num_flops_per_token(trainer, pl_module)
             print(self._summary(flops_per_token, num_devices=trainer.world_size), flush=True)
+            if self._twin is not None and self._batch is not None:
+                print(self._prediction(trainer, pl_module), flush=True)
+        self._twin = self._batch = None
+
+    def _prediction(self, trainer: L.Trainer, module: L.LightningModule) -> str:
+        assert self._twin is not None
+        optimizers = trainer.optimizers
+        plan = next((m.__dict__["_ltp_plan"] for m in module.modules() if "_ltp_plan" in m.__dict__), None)
+        try:
+            self.predicted, timed = predict_run(
+                self._twin, self._batch, trainer, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None
+            )
+        except Exception as error:  # the run itself is done, and well
+            return f"Throughput, predicted: nothing, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        device = trainer.strategy.root_device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        rate = self.speed.tokens_per_s if self.speed is not None else None
+        return line(self.predicted, timed, rate, held_bytes(module, optimizers), peak)
 
     def _start_clock(self) -> None:
         if self._clock is not None and self._num_seen >= self.warmup:

@@ -1,0 +1,140 @@
+"""The commands `lightning-tp estimate` and `lightning-tp tune`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from lightning_tp.errors import TPError
+from lightning_tp.estimate.hardware import hardware, known_hardware
+from lightning_tp.estimate.predict import check_size, estimate
+from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.tune import tune
+from lightning_tp.estimate.world import PRECISIONS
+
+
+def add_commands(commands: Any, description: str, examples: str, style: Any) -> None:
+    """Put them into the parser."""
+    texts = {
+        "estimate": "memory, communication and time of a training step on one rank, at any size",
+        "tune": "the meshes, micro-batches and checkpointings that fit a number of devices, the fastest first",
+    }
+    made = {}
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text, description=description, epilog=examples, formatter_class=style)
+        command.add_argument("target", metavar="TARGET", help="the model: see above")
+        command.add_argument("--seq", type=int, metavar="N", help="length of the sequences (default: that of the inputs)")
+        command.add_argument(
+            "--hardware",
+            default="h100",
+            metavar="NAME",
+            help=f"{', '.join(known_hardware())}, or file.json or file.json:name with your own (default: %(default)s)",
+        )
+        command.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, sgd, .. (default: %(default)s)")
+        command.add_argument("--compile", action="store_true", help="kernels between products are one, as a compiler makes them")
+        command.add_argument("--plan", metavar="FILE", help="the JSON of a plan (default: what TPStrategy would take)")
+        command.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+        made[name] = command
+    one, many = made["estimate"], made["tune"]
+    one.set_defaults(run=_estimate)
+    many.set_defaults(run=_tune)
+    one.add_argument("--tp", type=int, default=2, metavar="N", help="ranks that share one model (default: %(default)s)")
+    one.add_argument("--dp", type=int, default=1, metavar="N", help="such groups; FSDP2 shards over them (default: %(default)s)")
+    one.add_argument("--batch", type=int, metavar="N", help="samples of a micro-batch on a data-parallel rank")
+    one.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default: %(default)s)")
+    one.add_argument("--precision", default="bf16-mixed", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
+    one.add_argument(
+        "--activation-checkpointing", choices=["none", "block", "selective"], default="none", help="(default: %(default)s)"
+    )
+    one.add_argument("--no-sequence-parallel", action="store_true", help="whole activations between the split modules")
+    one.add_argument("--no-loss-parallel", action="store_true", help="gather the logits")
+    many.add_argument("--gpus", type=int, required=True, metavar="N", help="devices, all of them used")
+    many.add_argument("--global-batch", type=int, required=True, metavar="N", help="samples of a step, over all devices")
+    many.add_argument("--precision", default="bf16-mixed", metavar="NAMES", help="one or more, with commas (default: %(default)s)")
+    many.add_argument("--most", type=int, default=20, metavar="N", help="choices that are shown (default: %(default)s)")
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from lightning_tp.cli import load
+
+    for name in ("tp", "dp", "batch", "seq", "accumulate"):
+        check_size(name, getattr(args, name))
+    hardware(args.hardware)  # before the model is built
+    target = load(args.target)
+    how = args.activation_checkpointing
+    found = estimate(
+        target.model,
+        target.inputs,
+        (args.dp, args.tp),
+        precision=args.precision,
+        optimizer=args.optimizer,
+        activation_checkpointing=None if how == "none" else how,
+        sequence_parallel=not args.no_sequence_parallel,
+        loss_parallel=not args.no_loss_parallel,
+        plan=args.plan or target.plan,
+        hardware=args.hardware,
+        loss_fn=target.loss_fn,
+        batch=args.batch,
+        seq=args.seq,
+        accumulate=args.accumulate,
+        compile=args.compile,
+    )
+    if args.json:
+        print(found.to_json())
+    else:
+        show(found)
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from lightning_tp.cli import load
+
+    for name in ("gpus", "global_batch", "seq", "most"):
+        check_size(name, getattr(args, name))
+    hardware(args.hardware)
+    precisions = args.precision.split(",")
+    for name in precisions:
+        if name not in PRECISIONS:
+            raise TPError(f"`--precision {name}`: there are {', '.join(PRECISIONS)}.")
+    target = load(args.target)
+    found = tune(
+        target.model,
+        target.inputs,
+        args.gpus,
+        args.global_batch,
+        hardware_=args.hardware,
+        precisions=precisions,
+        optimizer=args.optimizer,
+        plan=args.plan or target.plan,
+        loss_fn=target.loss_fn,
+        seq=args.seq,
+        compile=args.compile,
+        most=args.most,
+    )
+    print(found.to_json() if args.json else found)
+    return 0
+
+
+def show(found: Estimate) -> None:
+    """The tables of an estimate; in colour on a terminal, if rich is there."""
+    try:
+        if not sys.stdout.isatty():
+            raise ImportError
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        print(found)
+        return
+    console = Console()
+    console.print(Text(found.headline, "green" if found.fits else "red"))
+    console.print(Text(found.plan, "dim"))
+    for title, names, rows in found.tables():
+        table = Table(title=title, title_justify="left", header_style="bold")
+        for i, name in enumerate(names):
+            table.add_column(name, justify="left" if i == 0 or (len(names) > 3 and i < 2) else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(Text("Assumed:\n" + "\n".join(f"  - {a}" for a in found.assumptions), "dim"))

@@ -1,0 +1,339 @@
+"""`estimate`: what one rank of a mesh of any size holds, sends and computes in a step, and how long that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from lightning_tp.apply import PlanLike, check_options, resolve_plan
+from lightning_tp.choose import choose_plan
+from lightning_tp.errors import TPError
+from lightning_tp.estimate.collectives import collectives_of
+from lightning_tp.estimate.flops import flops_of, products_of
+from lightning_tp.estimate.hardware import Hardware, hardware
+from lightning_tp.estimate.memory import memory_of, trained
+from lightning_tp.estimate.optimizer import OptimizerLike, optimizer_cost
+from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.roofline import time_of
+from lightning_tp.estimate.world import LossOf, Precision, Settings, World, default_loss, resized, trace_step
+from lightning_tp.infer.solve import call_with
+from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
+from lightning_tp.plan import Plan
+from lightning_tp.plan_check import any_split, splits_nothing
+from lightning_tp.recompute import Recompute
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes of the axis that are looked at for one that fits
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is trained; see `estimate`."""
+
+    precision: str | MixedPrecisionPolicy = "bf16-mixed"
+    optimizer: OptimizerLike = "adamw"
+    activation_checkpointing: Recompute | None = None
+    sequence_parallel: bool = True
+    loss_parallel: bool = True
+    accumulate: int = 1
+    clip_gradients: bool = True
+    compile: bool = False
+    fused_attention: bool = True
+
+
+@dataclass
+class Tracer:
+    """Traces a model as often as its shapes ask for it, and remembers.
+
+    Args:
+        model: on any device.
+        inputs: of one rank's forward.
+        loss_fn: as for `verify`.
+        plan: given, or None.
+    """
+
+    model: nn.Module
+    inputs: Any
+    loss_of: LossOf
+    plan: PlanLike | None = None
+    _plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
+    _worlds: dict[Any, World] = field(default_factory=dict)
+
+    def plan_of(self, tp: int, sequence_parallel: bool) -> Plan:
+        """The checked plan.
+
+        Raises:
+            TPError: if none fits; it says which tp do.
+        """
+        key = (tp, sequence_parallel)
+        if key not in self._plans:
+            try:
+                self._plans[key] = self._plan(tp, sequence_parallel)
+            except TPError as error:
+                fit = [n for n in TRIED if n != tp and self._fits(n, sequence_parallel)]
+                raise TPError(
+                    f"tp={tp} does not fit {type(self.model).__name__}: {error} These fit: tp={', '.join(map(str, fit))}."
+                ) from error
+        return self._plans[key]
+
+    def _plan(self, tp: int, sequence_parallel: bool) -> Plan:
+        if tp == 1:
+            return Plan({"**": "replicate"}, source="nothing to split over tp=1").check(self.model, 1)
+        plan = self.plan if self.plan is not None else choose_plan(self.model, call_with, self.inputs, tp)
+        found = resolve_plan(self.model, plan, tp, sequence_parallel=sequence_parallel)
+        if not any_split(found.entries):
+            raise TPError(splits_nothing(found, self.model, tp))
+        return found
+
+    def _fits(self, tp: int, sequence_parallel: bool) -> bool:
+        try:
+            self._plan(tp, sequence_parallel)
+        except TPError:
+            return False
+        return True
+
+    def world(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> World:
+        """The model on a rank, traced."""
+        how = settings.activation_checkpointing
+        # more data-parallel ranks change how parameters are cut, not what is traced; that there are any may change their dtype
+        same = replace(settings, dp=min(settings.dp, 2))
+        shapes = tuple((tuple(t.shape), t.dtype) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
+        key = (replace(same, activation_checkpointing=None), how if isinstance(how, str) else id(how), shapes, sequence_parallel)
+        plan = self.plan_of(settings.tp, sequence_parallel)
+        if key not in self._worlds:
+            self._worlds[key] = trace_step(self.model, self.loss_of, inputs, plan, same)
+        found = self._worlds[key]
+        return found if settings.dp == same.dp else found.over(settings.dp)
+
+
+def estimate(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | tuple[Any, ...],
+    mesh_shape: tuple[int, int] | Mapping[str, int],
+    *,
+    precision: str | MixedPrecisionPolicy = "bf16-mixed",
+    optimizer: OptimizerLike = "adamw",
+    activation_checkpointing: Recompute | None = None,
+    sequence_parallel: bool = True,
+    loss_parallel: bool = True,
+    plan: PlanLike | None = None,
+    hardware: str | Path | Hardware = "h100",
+    loss_fn: Callable[..., Tensor] | None = None,
+    batch: int | None = None,
+    seq: int | None = None,
+    accumulate: int = 1,
+    clip_gradients: bool = True,
+    compile: bool = False,
+    fused_attention: bool = True,
+) -> Estimate:
+    """Predict memory, communication, FLOPs and time of a training step on one rank, without any of the devices.
+
+    The model runs once, forward and backward, on the meta device with the shapes of one rank; of repeated blocks two of each kind. Nothing
+    is changed in
+    it, and no process group is made: a world of 16,384 ranks costs what one of two does.
+
+    Args:
+        model: on any device; on the meta device, it may be of any size.
+        inputs: what forward is called with, on one data-parallel rank: keyword arguments, or a tuple.
+        mesh_shape: (dp, tp), or a mapping with the axes "data_parallel" and "tensor_parallel".
+        precision: a Trainer's ("32-true", "bf16-mixed", "16-mixed", "bf16-true", ..), "bf16-fsdp" (FSDP2 gathers in bfloat16, no autocast),
+            or FSDP2's policy.
+        optimizer: a name ("adamw", "sgd", ..), a class, or a function of a list of parameters.
+        activation_checkpointing: as for `parallelize`.
+        sequence_parallel: as for `parallelize`.
+        loss_parallel: as for `parallelize`.
+        plan: as for `parallelize`. Default: what `TPStrategy` would take.
+        hardware: a known device, or the path of a JSON file with your own.
+        loss_fn: `loss_fn(output)` or `loss_fn(output, inputs)`. Default: the loss in the output, or of the next token.
+        batch: samples of a data-parallel rank and micro-batch, instead of those of `inputs`.
+        seq: length of their tokens, instead of that of `inputs`.
+        accumulate: micro-batches of an optimizer step.
+        clip_gradients: whether the norm of all gradients is taken.
+        compile: kernels between products are one, as a compiler makes them.
+        fused_attention: False keeps attention scores, as attention that is written out.
+
+    Raises:
+        TPError: for sizes that are not above 0, unknown hardware, a mesh that does not fit the model, or a model that can't be traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+        >>> found = estimate(model, (torch.ones(2, 4, 8),), (1, 2), loss_fn=lambda y: y.mean(), precision="32-true")
+        >>> found.held, found.memory.parameters, found.memory.optimizer
+        (280, 1120, 2240)
+    """
+    options = Options(
+        precision,
+        optimizer,
+        activation_checkpointing,
+        sequence_parallel,
+        loss_parallel,
+        accumulate,
+        clip_gradients,
+        compile,
+        fused_attention,
+    )
+    dp, tp = sizes_of(mesh_shape)
+    for name, value in (("batch", batch), ("seq", seq), ("accumulate", accumulate)):
+        check_size(name, value)
+    tracer = Tracer(model, inputs, loss_of(loss_fn), plan)
+    return predict(tracer, resized(inputs, batch, seq), dp, tp, hardware, options)
+
+
+def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path | Hardware, options: Options) -> Estimate:
+    """As `estimate`, for a model that has been traced before, it may be."""
+    hw = hardware(hardware_)
+    precision = Precision.of(options.precision)
+    how = options.activation_checkpointing
+    check_options(how, False, "independent", "local")
+    settings = Settings(tp, dp, 0, precision, how, options.loss_parallel, hw.device, options.fused_attention)
+    world = tracer.world(inputs, settings, options.sequence_parallel)
+    whole = tracer.world(inputs, replace(settings, tp=1, dp=1, activation_checkpointing=None), options.sequence_parallel)
+    mine = trained(world)
+    cost = optimizer_cost(options.optimizer, mine, together=hw.device != "cpu")
+    memory = memory_of(world, precision, dp, optimizer=cost.state, scratch=cost.scratch, accumulate=options.accumulate)
+    collectives = collectives_of(world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients)
+    time = time_of(
+        world,
+        collectives,
+        hw,
+        tp,
+        optimizer_bytes=cost.traffic,
+        accumulate=options.accumulate,
+        compile=options.compile,
+    )
+    batch, tokens = _counted(inputs)
+    held = sum(h.numel for h in world.held)
+    dtype = precision.autocast or precision.gathered or precision.held or next(iter(world.held)).dtype
+    total = sum(p.numel() for p in tracer.model.parameters())
+    name = options.optimizer if isinstance(options.optimizer, str) else getattr(options.optimizer, "__name__", "an optimizer")
+    return Estimate(
+        type(tracer.model).__name__,
+        total,
+        held,
+        dp,
+        tp,
+        batch,
+        tokens * dp * options.accumulate,
+        options.accumulate,
+        precision.name,
+        name,
+        how if isinstance(how, str) else "none" if how is None else "by a function",
+        hw,
+        memory,
+        collectives,
+        products_of(world),
+        flops_of(world, whole),
+        time,
+        str(tracer.plan_of(tp, options.sequence_parallel)).splitlines()[0],
+        tuple(_assumptions(world, hw, options, precision, dp, tp)),
+        hw.peak(dtype),
+    )
+
+
+def sizes_of(mesh_shape: tuple[int, int] | Mapping[str, int]) -> tuple[int, int]:
+    """(dp, tp).
+
+    Raises:
+        TPError: if they aren't numbers above 0.
+    """
+    if isinstance(mesh_shape, Mapping):
+        if set(mesh_shape) != {DATA_PARALLEL, TENSOR_PARALLEL}:
+            raise TPError(
+                f"`mesh_shape`: it has the axes {', '.join(mesh_shape)}; it needs '{DATA_PARALLEL}' and '{TENSOR_PARALLEL}'."
+            )
+        mesh_shape = (mesh_shape[DATA_PARALLEL], mesh_shape[TENSOR_PARALLEL])
+    if not isinstance(mesh_shape, (tuple, list)) or len(mesh_shape) != 2:
+        raise TPError(f"`mesh_shape={mesh_shape!r}`: give (dp, tp), such as (256, 8).")
+    dp, tp = mesh_shape
+    check_size("dp", dp)
+    check_size("tp", tp)
+    return dp, tp
+
+
+def check_size(name: str, value: Any) -> None:
+    """Refuse what is no number of something.
+
+    Raises:
+        TPError: with the value.
+    """
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise TPError(f"`{name}={value!r}`: give a whole number, 1 or more.")
+
+
+def loss_of(loss_fn: Callable[..., Tensor] | None) -> LossOf:
+    """(model, inputs) -> the loss."""
+    import inspect
+
+    fn: Callable[..., Tensor] = loss_fn or default_loss
+    try:
+        wants = [p for p in inspect.signature(fn).parameters.values() if p.default is p.empty and p.kind in (0, 1)]
+        two = len(wants) > 1
+    except (TypeError, ValueError):
+        two = False
+
+    def loss(model: nn.Module, inputs: Any) -> Tensor:
+        output = call_with(model, inputs)
+        found = fn(output, inputs) if two else fn(output)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise TPError(f"`loss_fn` returned {what}; it has to be a scalar, such as `.mean()` of it.")
+        return found.reshape(())
+
+    return loss
+
+
+def _counted(inputs: Any) -> tuple[int, int]:
+    """(samples, tokens) of the inputs; samples twice where there are no tokens."""
+    tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.ndim]
+    tokens = next((t for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
+    if tokens is not None:
+        return tokens.shape[0], tokens.numel()
+    return (tensors[0].shape[0],) * 2 if tensors else (1, 1)
+
+
+def _assumptions(world: World, hw: Hardware, options: Options, precision: Precision, dp: int, tp: int) -> list[str]:
+    kinds = len(set(world.trace.followed.values()))
+    found = [
+        f"{hw.name}: {hw.peak(precision.autocast or precision.gathered or precision.held or torch.float32) / 1e12:g} TFLOP/s, "
+        f"{hw.memory_bandwidth / 1e9:,.0f} GB/s, {hw.memory_bytes / 1e9:.1f} GB, {hw.per_node} in a node at {hw.intra_bandwidth / 1e9:g} GB/s, "
+        f"{hw.inter_bandwidth / 1e9:g} GB/s each between nodes",
+        f"reached of these: {hw.product_efficiency:.0%} by large products (less by the last wave "
+        f"of {hw.tile[0]} x {hw.tile[1]} tiles on {hw.units} units), "
+        f"{hw.attention_efficiency:.0%} by attention, {hw.memory_efficiency:.0%} of the memory's bandwidth, {hw.link_efficiency:.0%} of the links'",
+        f"a hop of a ring takes {hw.intra_latency[0] * 1e6:g} us in a node and {hw.inter_latency[0] * 1e6:g} us between nodes (small messages "
+        f"{hw.intra_latency[1] * 1e6:g} and {hw.inter_latency[1] * 1e6:g})",
+        f"of {len(world.blocks)} blocks {kinds} were followed, the others are like one of these",
+        f"the peak allows for {hw.fragmentation:.0%} that the allocator can't use and "
+        f"{hw.reserved_bytes / 1e9:g} GB that are taken before (context, NCCL)",
+        "attention is fused and keeps no scores" if options.fused_attention else "attention is written out and keeps its scores",
+        "kernels between products are one, as a compiler makes them"
+        if options.compile
+        else "each operation is a kernel (eager mode)",
+        "model FLOPs count attention in full, and nothing that is run again; causal attention computes half",
+    ]
+    if dp > 1:
+        found.append(
+            "FSDP2 gathers each block anew for the backward, the next unit while one computes, and keeps what is outside of "
+            "blocks whole; "
+            f"gathers in {precision.gathered or precision.held or 'the dtype of the model'}, "
+            f"sums in {precision.reduced or precision.gathered or precision.held or 'the same'}"
+        )
+    if tp > 1:
+        found.append("collectives on the tensor-parallel axis are waited for")
+        if tp > hw.per_node:
+            found.append(f"tp={tp} is more than the {hw.per_node} devices of a node: its collectives cross nodes")
+    if options.accumulate > 1 and dp > 1:
+        found.append("gradients stay unsharded until the last micro-batch (as `accumulate_grad_batches` under `TPStrategy`)")
+    if options.optimizer == "adamw" and hw.device != "cpu":
+        found.append(
+            "the optimizer updates all parameters together (foreach), with a copy of one state meanwhile; `fused=True` needs none"
+        )
+    return [line.replace("torch.", "") for line in found]

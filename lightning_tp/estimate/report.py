@@ -1,0 +1,223 @@
+"""`Estimate`: what was predicted for one rank of a mesh, as a value, a table and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from lightning_tp.estimate.collectives import Collective
+from lightning_tp.estimate.flops import Flops, Product
+from lightning_tp.estimate.hardware import Hardware
+from lightning_tp.estimate.memory import Memory
+from lightning_tp.estimate.roofline import Time
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step of training on one rank of `dp` x `tp`; `str()` of it is a table.
+
+    Args:
+        model: its class.
+        parameters: of the whole model, and `held` of them on a rank.
+        dp, tp: the mesh.
+        batch: samples of a data-parallel rank and micro-batch.
+        tokens: of all ranks in one optimizer step (samples, where the inputs have no tokens).
+        accumulate: micro-batches of a step.
+        precision, optimizer, activation_checkpointing: as asked for.
+        hardware: what the times are for.
+        memory: bytes on a rank.
+        collectives: of an optimizer step.
+        products: the matrix products of a micro-batch on a rank.
+        flops: of a micro-batch.
+        time: seconds of a step.
+        plan: how the model is split, in a line.
+        assumptions: all that the numbers rest on.
+    """
+
+    model: str
+    parameters: int
+    held: int
+    dp: int
+    tp: int
+    batch: int
+    tokens: int
+    accumulate: int
+    precision: str
+    optimizer: str
+    activation_checkpointing: str
+    hardware: Hardware
+    memory: Memory
+    collectives: tuple[Collective, ...]
+    products: tuple[Product, ...]
+    flops: Flops
+    time: Time
+    plan: str
+    assumptions: tuple[str, ...]
+    peak_flops: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all ranks."""
+        return self.tokens / self.time.step
+
+    @property
+    def tokens_per_s_per_device(self) -> float:
+        """Of one."""
+        return self.tokens_per_s / (self.dp * self.tp)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP/s as a share of the peak of all devices, from 0 to 1."""
+        done = self.flops.model * self.dp * self.accumulate
+        return done / (self.time.step * self.dp * self.tp * self.peak_flops)
+
+    @property
+    def needed(self) -> float:
+        """Bytes that a device needs: the peak, what the allocator can't use, and what is taken before."""
+        return self.memory.peak.total * (1 + self.hardware.fragmentation) + self.hardware.reserved_bytes
+
+    @property
+    def over(self) -> float:
+        """Bytes by which that is more than a device has; below 0 where it fits."""
+        return self.needed - self.hardware.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does."""
+        return self.over <= 0
+
+    def to_json(self) -> str:
+        """All of it, and what follows from it; bytes, seconds, FLOPs."""
+        values: Any = _jsonable(self)
+        for name in ("tokens_per_s", "tokens_per_s_per_device", "mfu", "needed", "fits"):
+            values[name] = getattr(self, name)
+        values["memory"]["peak"]["total"] = self.memory.peak.total
+        return json.dumps(values, indent=1)
+
+    def tables(self) -> list[Table]:
+        """(title, column names, rows) of all that is shown."""
+        m, t = self.memory, self.time
+        memory: list[tuple[str, ...]] = [
+            (kind, size(n), share(n, m.peak.total)) for kind, n in sorted(m.peak.kinds.items(), key=lambda x: -x[1])
+        ]
+        memory.append(("together", size(m.peak.total), "100%"))
+        memory.append(("on a device, with what can't be used", size(self.needed), f"of {size(self.hardware.memory_bytes)}"))
+        kept: list[tuple[str, ...]] = [
+            (f"kept for the backward: {kind}", size(n), "") for kind, n in sorted(m.activations.items(), key=lambda x: -x[1])
+        ]
+        held: list[tuple[str, ...]] = [
+            ("parameters", size(m.parameters), ""),
+            ("gradients", size(m.gradients), ""),
+            ("optimizer", size(m.optimizer), ""),
+            ("buffers", size(m.buffers), ""),
+        ]
+        by: Counter[tuple[str, str, int]] = Counter()
+        sent: Counter[tuple[str, str, int]] = Counter()
+        for c in self.collectives:
+            by[c.axis, c.kind, c.ranks] += c.count
+            sent[c.axis, c.kind, c.ranks] += c.count * c.bytes
+        moved: list[tuple[str, ...]] = [
+            (axis, kind, str(n), f"{by[axis, kind, n]:,}", size(sent[axis, kind, n])) for axis, kind, n in sorted(by)
+        ]
+        times: list[tuple[str, ...]] = [
+            ("matrix products", seconds(t.products)),
+            ("attention", seconds(t.attention)),
+            ("other kernels", seconds(t.other)),
+            ("collectives on the tensor-parallel axis", seconds(t.tp)),
+            ("FSDP2's collectives that nothing hides", f"{seconds(t.dp_exposed)} of {seconds(t.dp)}"),
+            ("waiting for the host", seconds(t.host)),
+            ("optimizer", seconds(t.optimizer)),
+            ("a step", seconds(t.step)),
+            ("a step, nothing overlapping", seconds(t.without_overlap)),
+        ]
+        return [
+            ("Memory of a rank, held", ("", "bytes", ""), held + kept),
+            (f"Memory of a rank at its peak: {m.peak.name}", ("", "bytes", ""), memory),
+            ("Collectives of a step", ("axis", "kind", "ranks", "count", "bytes"), moved),
+            ("Time", ("", "seconds"), times),
+        ]
+
+    @property
+    def headline(self) -> str:
+        """The answer in two lines."""
+        fit = (
+            f"fits in {self.hardware.name} ({size(self.needed)} of {size(self.hardware.memory_bytes)})"
+            if self.fits
+            else f"does NOT fit in {self.hardware.name}: {size(self.needed)}, {size(self.over)} too much"
+        )
+        return (
+            f"{self.model} ({count(self.parameters)} parameters) on {self.dp * self.tp:,} x {self.hardware.name}, "
+            f"tp={self.tp} x dp={self.dp}: {fit}\n"
+            f"{seconds(self.time.step)} a step of {self.tokens:,} tokens: {self.tokens_per_s_per_device:,.0f} tokens/s on a device, "
+            f"{self.tokens_per_s:,.0f} on all, MFU {self.mfu:.1%}"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.headline, self.plan]
+        for title, names, rows in self.tables():
+            lines += ["", title]
+            table = [names, *rows] if any(names[:1]) else rows
+            widths = [max(len(row[i]) for row in table) for i in range(len(names))]
+            for row in table:
+                cells = [
+                    c.ljust(w) if i == 0 or (len(names) > 3 and i < 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
+                ]
+                lines.append("  " + "  ".join(cells).rstrip())
+        lines += ["", "Assumed:", *(f"  - {a}" for a in self.assumptions)]
+        return "\n".join(lines)
+
+
+def size(n: float) -> str:
+    """Bytes, for reading.
+
+    Example:
+        >>> size(3 * 2**30)
+        '3.00 GiB'
+    """
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"
+
+
+def seconds(s: float) -> str:
+    """A time, for reading.
+
+    Example:
+        >>> seconds(0.0123)
+        '12.3 ms'
+    """
+    return f"{s:.2f} s" if s >= 1 else f"{1e3 * s:.1f} ms" if s >= 1e-3 else f"{1e6 * s:.1f} us"
+
+
+def share(n: float, total: float) -> str:
+    """A part, for reading."""
+    return f"{n / max(1, total):.0%}"
+
+
+def count(n: float) -> str:
+    """A number of parameters, for reading.
+
+    Example:
+        >>> count(68.98e9)
+        '69.0B'
+    """
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= scale:
+            return f"{n / scale:.1f}{unit}"
+    return f"{n:.0f}"
+
+
+def _jsonable(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    return value

@@ -1,0 +1,164 @@
+"""A training step on real ranks, with all that is alive and sent counted: what estimates are held against."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from lightning_tp.apply import parallelize
+from lightning_tp.grad import clip_grad_norm_
+from lightning_tp.mesh import make_mesh
+from lightning_tp.plan import Plan
+
+NAMES = {
+    "allreduce_": "all-reduce",
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allgather_into_tensor_coalesced_": "all-gather",
+}
+
+
+class Watch(TorchDispatchMode):
+    """Bytes of all storages that operations have made, as long as they are alive, whatever they were resized to; and collectives."""
+
+    def __init__(self, tp: int) -> None:
+        super().__init__()
+        self.tp = tp
+        self.storages: dict[int, Any] = {}
+        self.most = 0
+        self.sent: Counter[tuple[str, int, int]] = Counter()
+        self.counting = False
+        self.ignore: set[int] = set()
+
+    @property
+    def now(self) -> int:
+        total = 0
+        for key, ref in list(self.storages.items()):
+            storage = ref()
+            if storage is None:
+                del self.storages[key]
+            else:
+                total += storage.nbytes()
+        return total
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            self._send(func, args)
+        elif func is torch.ops.lightning_tp.sum_over_ranks.default:  # one operator, which calls a collective where no mode looks
+            self.sent["reduce-scatter" if args[2] else "all-reduce", self.tp, args[0].numel() * args[0].itemsize] += 1
+        for t in tree_flatten(out)[0]:
+            if isinstance(t, Tensor) and type(t) is not DTensor and not hasattr(t, "local"):
+                s = t.untyped_storage()
+                known = self.storages.get(s._cdata)
+                if s._cdata not in self.ignore and (known is None or known() is None):  # an address is used again
+                    self.storages[s._cdata] = weakref.ref(s)
+        if self.counting:
+            self.most = max(self.most, self.now)
+        return out
+
+    def _send(self, func: Any, args: Any) -> None:
+        name = func.overloadpacket.__name__
+        if name not in NAMES:
+            return
+        tensors = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
+        group = next(
+            dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+        )
+        self.sent[NAMES[name], group.size(), max(t.numel() * t.itemsize for t in tensors)] += 1
+
+
+def held(tensors: Any) -> int:
+    """Bytes of the storages of these, each counted once."""
+    found = {}
+    for t in tensors:
+        local = t._local_tensor if isinstance(t, DTensor) else t
+        if isinstance(local, Tensor) and local.numel():
+            found[local.untyped_storage()._cdata] = local.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def measured(
+    build: Callable[[], nn.Module],
+    inputs: Any,
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    dp: int,
+    tp: int,
+    plan: Plan | None,
+    **options: Any,
+) -> dict[str, Any]:
+    """On a rank: the fourth step of AdamW."""
+    torch.manual_seed(0)
+    model = build()
+    model.train()
+    mesh = make_mesh("cpu", dp, tp)
+    parallelize(model, mesh, plan, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    saved: dict[int, int] = {}
+    parameters = set()
+    watch = Watch(tp)
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage()._cdata not in parameters:
+            saved[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    def step() -> dict[str, int]:
+        optimizer.zero_grad()
+        saved.clear()
+        parameters.clear()
+        watch.most = watch.now
+        watch.sent.clear()
+        handles = [
+            m.register_forward_pre_hook(
+                lambda m, _: parameters.update(
+                    p.untyped_storage()._cdata for p in m.parameters(recurse=False) if not isinstance(p, DTensor)
+                )
+            )
+            for m in model.modules()
+        ]
+        if options.get("activation_checkpointing") is None:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                loss = loss_of(model, inputs)
+        else:
+            loss = loss_of(model, inputs)
+        kept = watch.now
+        loss.backward()
+        for h in handles:
+            h.remove()
+        del loss
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        kept_saved = sum(n for key, n in saved.items() if key not in parameters)
+        return {"kept": kept, "saved": kept_saved}
+
+    watch.ignore = {(p._local_tensor if isinstance(p, DTensor) else p).untyped_storage()._cdata for p in model.parameters()} | {
+        b.untyped_storage()._cdata for b in model.buffers()
+    }
+    with watch:
+        for _ in range(3):
+            step()
+        before = watch.now  # dropout looks at its calls in the first, second, third and fifth step
+        watch.counting = True
+        found = step()
+    parameters_held = held(model.parameters())
+    return {
+        "parameters": parameters_held,
+        "gradients": held(p.grad for p in model.parameters() if p.grad is not None),
+        "optimizer": held(t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.ndim),
+        "peak": watch.most + parameters_held + held(model.buffers()),
+        "before": before,
+        "sent": dict(watch.sent),
+        **found,
+    }

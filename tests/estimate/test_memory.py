@@ -1,0 +1,92 @@
+"""The formulas of Korthikanti et al. 2022 (arXiv 2205.05198, section 4) come out of the trace, for a layer of a GPT with 16-bit activations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_tp.estimate import estimate
+
+S, B, H, A = 256, 3, 512, 8
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(H), nn.LayerNorm(H)
+        self.q, self.k, self.v, self.o = (nn.Linear(H, H) for _ in range(4))
+        self.up, self.down = nn.Linear(H, 4 * H), nn.Linear(4 * H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        q, k, v = (layer(y).unflatten(2, (-1, H // A)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = F.softmax(q @ (k.transpose(2, 3) / math.sqrt(H // A)), -1)
+            y = F.dropout(scores, 0.1, self.training) @ v
+        x = x + F.dropout(self.o(y.transpose(1, 2).flatten(2)), 0.1, self.training)
+        y = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + F.dropout(y, 0.1, self.training)
+
+    fused = False
+
+
+class FusedLayer(Layer):
+    fused = True
+
+
+class GPT(nn.Module):
+    def __init__(self, layers: int, layer: type[Layer]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, H)
+        self.layers = nn.ModuleList(layer() for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(H), nn.Linear(H, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def of_a_layer(layer: type[Layer] = Layer, tp: int = 1, **options: object) -> float:
+    """Bytes that one layer in the middle keeps, in units of s b h."""
+    kept = []
+    for layers in (8, 9):
+        with torch.device("meta"):
+            model = GPT(layers, layer)
+        ids = torch.zeros(B, S, dtype=torch.int64)
+        found = estimate(model, (ids,), (1, tp), precision="bf16-true", **options)  # type: ignore[arg-type]
+        kept.append(sum(found.memory.activations.values()))
+    return (kept[1] - kept[0]) / (S * B * H)
+
+
+SCORES = 5 * A * S / H
+
+
+def test_all_kept() -> None:
+    assert of_a_layer() == pytest.approx(34 + SCORES, rel=0.03)
+
+
+def test_tensor_parallel() -> None:
+    t = 4
+    assert of_a_layer(tp=t, sequence_parallel=False) == pytest.approx(10 + 24 / t + SCORES / t, rel=0.05)
+
+
+def test_sequence_parallel_keeps_what_it_has_gathered() -> None:
+    """The paper divides all 34 by t: it gathers the inputs of both column-wise layers again in the backward. Here these two are kept whole."""
+    t = 4
+    assert of_a_layer(tp=t) == pytest.approx(2 * 2 + 30 / t + SCORES / t, rel=0.05)
+
+
+def test_fused_attention_keeps_no_scores() -> None:
+    assert of_a_layer(FusedLayer) == pytest.approx(34, rel=0.03)
+
+
+def test_all_run_again() -> None:
+    assert of_a_layer(activation_checkpointing="block") == pytest.approx(2, rel=0.01)

@@ -1,0 +1,86 @@
+"""Estimates held against real ranks: bytes held, activations, peak, and every collective."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+
+from lightning_tp.choose import choose_plan
+from lightning_tp.estimate import Estimate, estimate
+from lightning_tp.estimate.predict import loss_of
+from lightning_tp.infer.solve import call_with
+from lightning_tp.plan import Plan
+from lightning_tp.testing import run_ranks
+from tests.estimate.measure import measured
+from tests.estimate.models import MODELS
+
+Case = tuple[str, int, int, dict[str, Any]]
+PLAIN: list[Case] = [(name, dp, tp, {}) for name in MODELS for dp, tp in ((1, 2), (2, 1), (2, 2))]
+AGAIN: list[Case] = [(name, dp, tp, {"activation_checkpointing": "block"}) for name, dp, tp, _ in PLAIN]
+OTHERS: list[Case] = [
+    ("llama", 2, 2, {"activation_checkpointing": "selective"}),
+    ("llama", 2, 2, {"sequence_parallel": False}),
+    ("gpt2", 1, 2, {"sequence_parallel": False}),
+    ("llama", 1, 2, {"loss_parallel": False}),
+]
+
+
+@cache
+def plan_of(name: str, tp: int) -> Plan | None:
+    build, inputs, _ = MODELS[name]()
+    return choose_plan(build(), call_with, inputs, tp) if tp > 1 else None
+
+
+def on_a_rank(cases: list[Case]) -> list[dict[str, Any]]:
+    found = []
+    for name, dp, tp, options in cases:
+        build, inputs, loss_fn = MODELS[name]()
+        found.append(measured(build, inputs, loss_of(loss_fn), dp, tp, plan_of(name, tp), **options))
+    return found
+
+
+def hold(cases: list[Case]) -> None:
+    for world in (2, 4):
+        mine = [c for c in cases if c[1] * c[2] == world]
+        for name, _, tp, _ in mine:
+            plan_of(name, tp)  # once, and not on each rank: they are forked
+        for (name, dp, tp, options), real in zip(mine, run_ranks(on_a_rank, world, mine, timeout=250)[0] if mine else []):
+            build, inputs, loss_fn = MODELS[name]()
+            found = estimate(
+                build(), inputs, (dp, tp), precision="32-true", hardware="cpu", loss_fn=loss_fn, plan=plan_of(name, tp), **options
+            )
+            check(found, real, f"{name}, dp={dp} x tp={tp}, {options}")
+
+
+def check(found: Estimate, real: dict[str, Any], where: str) -> None:
+    memory = found.memory
+    for kind in ("parameters", "gradients", "optimizer"):
+        assert getattr(memory, kind) == pytest.approx(real[kind], rel=0.03), f"{where}: {kind}"
+    kept = sum(memory.activations.values())
+    if found.activation_checkpointing == "none":
+        assert kept == pytest.approx(real["saved"], rel=0.1), f"{where}: saved for the backward"
+    if found.dp == 1:
+        assert kept == pytest.approx(
+            real["kept"] - real["before"] + real["gradients"], rel=0.1 if found.activation_checkpointing == "none" else 0.2
+        )
+    assert memory.peak.total == pytest.approx(real["peak"], rel=0.1), f"{where}: peak"
+    sent: Counter[Any] = Counter()
+    for c in found.collectives:
+        sent[c.kind, c.ranks, c.bytes] += c.count
+    assert dict(sent) == real["sent"], f"{where}: collectives"
+
+
+def test_bytes_and_collectives_are_those_of_real_ranks() -> None:
+    hold(PLAIN)
+
+
+def test_blocks_that_are_run_again() -> None:
+    hold([c for c in AGAIN if c[0] == "llama" and c[1:3] != (2, 1)])
+
+
+@pytest.mark.slow
+def test_all_that_is_run_again_and_other_options() -> None:
+    hold(AGAIN + OTHERS)
