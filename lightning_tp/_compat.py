@@ -9,6 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -255,6 +256,12 @@ def own_connection() -> torch.distributed.Store | None:
     while isinstance(under, torch.distributed.PrefixStore):
         under = under.underlying_store
     return store.clone() if isinstance(under, torch.distributed.TCPStore) and hasattr(store, "clone") else None
+
+
+def limit_waiting(groups: Iterable[torch.distributed.ProcessGroup], timeout: timedelta) -> None:
+    """Let the collectives of these groups fail after this time: those of a mesh are made with torch's own default of half an hour."""
+    for group in groups:
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 @functools.cache

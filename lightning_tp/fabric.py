@@ -170,6 +170,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         state = torch.get_rng_state()
         with self._one_start():
             super().setup_environment()
+        self._limit_waiting()
         torch.set_rng_state(state)  # Lightning seeds anew here: go on as one process would
         scaler = getattr(self.precision, "scaler", None)
         if isinstance(scaler, MeshGradScaler):

@@ -40,8 +40,13 @@ def batches_to_accumulate(global_batch: int, batch_size: int, dp: int) -> int:
     return global_batch // (batch_size * dp)
 
 
-def keep_global_batch(trainer: pl.Trainer, global_batch: int, dp: int) -> Callable[[], None]:
-    """Let the Trainer accumulate what `global_batch` asks for, as soon as it has its training loader; returns what undoes it."""
+def keep_global_batch(
+    trainer: pl.Trainer, global_batch: int, dp: int, expected: Callable[[], float | None] = lambda: None
+) -> Callable[[], None]:
+    """Let the Trainer accumulate what `global_batch` asks for, as soon as it has its training loader; returns what undoes it.
+
+    `expected` says how many batches that must be, in an epoch that was begun on another mesh.
+    """
     automatic = trainer.lightning_module.automatic_optimization
     if trainer.accumulate_grad_batches != 1 or any(_changes(c) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise TPError(
@@ -63,7 +68,13 @@ def keep_global_batch(trainer: pl.Trainer, global_batch: int, dp: int) -> Callab
                     f"`TPStrategy(global_batch={global_batch})` needs one batch size, and the training loaders have "
                     f"{sorted(map(str, sizes))}. Set `Trainer(accumulate_grad_batches=..)` yourself."
                 )
-            trainer.accumulate_grad_batches = batches_to_accumulate(global_batch, sizes.pop() or 1, dp)
+            found = batches_to_accumulate(global_batch, sizes.pop() or 1, dp)
+            if (must := expected()) is not None and found != must:
+                raise TPError(
+                    f"The checkpoint is from the middle of an epoch, and {found} batches a step on this mesh are not what it had taken ({must:g} "
+                    "would be): its place in the data is not known. Keep `global_batch` and the batch size, or resume from the end of an epoch."
+                )
+            trainer.accumulate_grad_batches = found
 
     undo = replace_for_a_while(loop, "setup_data", setup_data)
 
@@ -72,6 +83,23 @@ def keep_global_batch(trainer: pl.Trainer, global_batch: int, dp: int) -> Callab
         trainer.accumulate_grad_batches = 1
 
     return close
+
+
+def rescale(loaded: dict[str, Any], positions: list[dict[str, Any]], before: int, now: int) -> None:
+    """Count what was read of an epoch in the batches of `now` data-parallel ranks, where `before` ranks have counted it; in place.
+
+    Raises:
+        TPError: if it is no whole number of them.
+    """
+    progress = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    counts = [(of, name) for of in (progress.get("total", {}), progress.get("current", {})) for name in of]
+    for of, name in [*counts, *((position, "read") for position in positions)]:
+        if of[name] * before % now:
+            raise TPError(
+                f"The checkpoint is from the middle of an epoch, after {of[name]} batches on each of {before} data-parallel ranks, which is no "
+                f"whole number of batches on {now}. Resume from the end of an epoch, or on another mesh."
+            )
+        of[name] = of[name] * before // now
 
 
 def _changes(callback: Any) -> bool:

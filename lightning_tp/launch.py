@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.multiprocessing import ProcessRaisedException
 from typing_extensions import override
 
+from lightning_tp._compat import limit_waiting
 from lightning_tp.border import full_state_dict
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.meeting import one_start
@@ -74,6 +75,10 @@ class OnMesh:
         """Around the making of the process group."""
         dp, tp = self.sizes
         return one_start(self.cluster_environment.global_rank(), dp * tp, self._timeout)
+
+    def _limit_waiting(self: Any) -> None:
+        if self._timeout is not None:
+            limit_waiting(self.device_mesh.get_all_groups(), self._timeout)
 
     @property
     def sizes(self: Any) -> tuple[int, int]:

@@ -66,7 +66,7 @@ from lightning_tp.dropout import Draws, Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
 from lightning_tp.example import find_plan
 from lightning_tp.first_batch import FirstBatch
-from lightning_tp.global_batch import keep_global_batch
+from lightning_tp.global_batch import keep_global_batch, rescale
 from lightning_tp.launch import Launcher, OnMesh, ProcessLauncher, check_launcher
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL, same_mesh
 from lightning_tp.module import allow_folders
@@ -211,6 +211,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._averaging: Averaging | None = None
         self._watch: Watch | None = None
         self._accumulation: Callable[[], None] | None = None  # undoes what `global_batch` has set
+        self._expected: float | None = None  # batches to accumulate, in the rest of an epoch that was begun with as many items each
         self._pretrained: list[tuple[Any, bool]] = []
 
     def load_pretrained(self, path: Any, *, strict: bool = True) -> None:
@@ -258,6 +259,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         with self._one_start():
             self._setup_distributed()  # all that Lightning does here, but for its mesh, which would be a new one for each run
         self._device_mesh = same_mesh(self.root_device.type, *self.sizes)
+        self._limit_waiting()
         torch.set_rng_state(state)  # Lightning seeds anew here: go on as one process would
         if self._averaging is not None:  # of a run that did not come to its end
             self._averaging.close()
@@ -371,7 +373,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self._accumulation = None
         if self.global_batch is not None and trainer.state.fn == TrainerFn.FITTING:
             with on_one_screen(self.global_rank):
-                self._accumulation = keep_global_batch(trainer, self.global_batch, self.sizes[0])
+                self._expected = None  # a checkpoint that this run begins with comes later
+                self._accumulation = keep_global_batch(trainer, self.global_batch, self.sizes[0], lambda: self._expected)
         seed_mesh(self.device_mesh)
         if isinstance(self.precision_plugin, MeshMixedPrecision):
             self.precision_plugin.span(self.device_mesh.get_all_groups())
@@ -660,6 +663,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._positions = list(ranks[dp_rank if len(ranks) == self.sizes[0] else 0])
         for position in self._positions:
             position["prefetched"] = saved["prefetched"] > 0
+        if self.global_batch is not None and "accumulated" in saved and not self._pass_is_over:
+            self._expected = saved["accumulated"] * len(ranks) / self.sizes[0]
+            rescale(loaded, self._positions, len(ranks), self.sizes[0])
 
     def _load_checkpoint(self, place: Place, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
@@ -814,6 +820,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         every = World().gather([loader.position(prefetched) for loader in loaders])
         ranks = [every[row[0]] for row in self.device_mesh.mesh.tolist()]
         checkpoint[LOADERS] = {"prefetched": prefetched, "ranks": ranks}
+        if self.global_batch is not None:
+            checkpoint[LOADERS]["accumulated"] = trainer.accumulate_grad_batches
         if states := [p["loader"] for p in ranks[0] if "loader" in p]:
             fit_loop["combined_loader"] = states  # for a Trainer without this package
 

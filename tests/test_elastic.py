@@ -147,6 +147,7 @@ def check(nodes: Nodes, weights: dict[str, torch.Tensor]) -> None:
     assert taken[-1] == STEPS and set(range(1, STEPS + 1)) <= set(taken)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(290)
 def test_a_worker_is_killed(nodes: Nodes, weights: dict[str, torch.Tensor]) -> None:
     """All workers start again, on both nodes, and go on from the last checkpoint."""

@@ -60,6 +60,7 @@ def test_random_tokens() -> None:
     assert re.search(r"Loss \d\.\d+ after 8 steps", output)
 
 
+@pytest.mark.slow
 def test_text() -> None:
     output = run("examples/02_llama_text.py", "--fast")
     bigram, llama = (re.search(rf"^{name}.* (\d\.\d+) +(\d\.\d+)$", output, re.M) for name in ("counting pairs", "Llama after"))
@@ -69,6 +70,7 @@ def test_text() -> None:
         assert float(bits) == pytest.approx(float(nats) / 0.693147, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_hugging_face() -> None:
     pytest.importorskip("transformers")
     output = run("examples/03_hugging_face_llama.py", "--fast")
@@ -91,6 +93,7 @@ def test_fabric(by: str) -> None:
     assert before == after
 
 
+@pytest.mark.slow
 def test_cli() -> None:
     pytest.importorskip("jsonargparse")
     output = run("examples/04_lightning_cli.py", "fit", "--trainer.devices=2", "--trainer.strategy=tp", "--trainer.max_steps=4")

@@ -93,6 +93,7 @@ def test_cells_as_in_one_process(name: str, tmp_path: Path) -> None:
     assert_same(whole_run(make, 2, tmp_path), reference(tmp_path / "ref"))
 
 
+@pytest.mark.slow
 def test_spawned() -> None:
     module, trainer = Net(), trainer_of("tp_spawn", 2, enable_checkpointing=False)
     trainer.fit(module, data())
@@ -101,6 +102,7 @@ def test_spawned() -> None:
     assert_trees_close(dict(module.state_dict()), weights, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_cells_on_a_mesh_of_two_by_two(tmp_path: Path) -> None:
     (tmp_path / "ref").mkdir()
     got, ref = whole_run(lambda: ltp.TPStrategy(tp=2, launcher="fork"), 4, tmp_path, dp=2), reference(tmp_path / "ref")

@@ -62,6 +62,7 @@ def test_flops_are_those_that_are_counted_by_hand() -> None:
     assert again.flops.model == found.flops.model and again.flops.rank > found.flops.rank
 
 
+@pytest.mark.slow
 def test_cost_does_not_depend_on_ranks_or_blocks() -> None:
     of()
     start = time.process_time()
