@@ -161,7 +161,7 @@ def test_a_worker_is_killed(nodes: Nodes, weights: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(290)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("what", ["kill", "cut"])
 def test_a_node_is_lost(what: str, nodes: Nodes, weights: dict[str, torch.Tensor]) -> None:
     """The other one goes on alone, by the same global batch; the lost one ends, and never trains on."""
@@ -176,7 +176,7 @@ def test_a_node_is_lost(what: str, nodes: Nodes, weights: dict[str, torch.Tensor
     worlds = [w for _, w, _ in nodes.steps()]
     assert worlds == sorted(worlds, reverse=True) and worlds[-1] == 2
     check(nodes, weights)
-    assert nodes.wait("b", 90) != 0
+    assert nodes.wait("b", 400) != 0  # its agent waits for the rendezvous, each time until a timeout of torch's own
     assert max(step for step, _, _ in nodes.steps(rank=2)) < STEPS
 
 
