@@ -7,6 +7,7 @@ import ctypes
 import errno
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -247,6 +248,23 @@ def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor
     wrapped._lightning_tp = True
     clip_grad._get_total_norm = wrapped  # what clip_grad_norm_ calls, however that was imported
     utils.get_total_norm = wrapped
+
+
+def let_store_fail(after: timedelta) -> None:
+    """Let calls of the process group's store fail where its machine has not taken what was sent for this long: `check` would wait forever."""
+    under: Any = torch.distributed.distributed_c10d._get_default_store()
+    while isinstance(under, torch.distributed.PrefixStore):
+        under = under.underlying_store
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+    if option is None or not isinstance(under, torch.distributed.TCPStore):
+        return
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+                if connection.getpeername()[1:2] == (under.port,):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, int(after.total_seconds() * 1000))
+        except (OSError, TypeError):  # no socket, or closed by now
+            continue
 
 
 def own_connection() -> torch.distributed.Store | None:

@@ -33,12 +33,13 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from typing_extensions import override
 
-from lightning_tp._compat import own_connection, replace_for_a_while
+from lightning_tp._compat import let_store_fail, own_connection, replace_for_a_while
 from lightning_tp.errors import HEAD_START, TPError, stopped_in_silence
 
 PERIOD = 1.0  # seconds between two looks
 GRACE = 3.0  # seconds that the main thread may stand still after another rank has failed
 ALWAYS = 30.0  # seconds until it is ended though it moves
+ANSWER = 60.0  # seconds that the store may take: it is out of reach then
 ANSWERS = 2.5  # seconds that ranks have to say where they are
 
 _TIMEOUT = re.compile(r"timed? ?out", re.IGNORECASE)
@@ -82,6 +83,7 @@ class Watch(Callback):
         connections = [own_connection(), own_connection()] if self.world > 1 else [None]
         if any(c is None for c in connections):
             return
+        let_store_fail(timedelta(seconds=ANSWER))
         self._store, self._threads_store = (dist.PrefixStore(f"lightning_tp_{run}", c) for c in connections)  # type: ignore[arg-type]
         self._store.set(f"who/{self.rank}", f"{_machine()} {os.getpid()}")
         self._thread = threading.Thread(target=self._look, name="lightning_tp watch", daemon=True)
