@@ -8,6 +8,7 @@ import errno
 import functools
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -258,12 +259,15 @@ def let_store_fail(after: timedelta) -> None:
     option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
     if option is None or not isinstance(under, torch.distributed.TCPStore):
         return
-    for descriptor in os.listdir("/proc/self/fd"):
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
         try:
-            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
                 if connection.getpeername()[1:2] == (under.port,):
                     connection.setsockopt(socket.IPPROTO_TCP, option, int(after.total_seconds() * 1000))
-        except (OSError, TypeError):  # no socket, or closed by now
+        except (OSError, TypeError):  # closed by now, or not connected
             continue
 
 
