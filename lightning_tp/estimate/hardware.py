@@ -37,6 +37,8 @@ class Hardware:
         units: that compute tiles at the same time.
         reserved_bytes: taken before the first tensor.
         fragmentation: share of the allocator's memory that can't be used.
+        fsdp_traffic: bytes of the device's memory that are read and written for each byte that FSDP2 gathers or scatters: its copies in and
+            out, and what NCCL itself reads and writes. Kernels that run beside it are slower by that.
     """
 
     key: str
@@ -60,6 +62,7 @@ class Hardware:
     units: int = 1
     reserved_bytes: float = 0
     fragmentation: float = 0.0
+    fsdp_traffic: float = 4.0
     matches: tuple[str, ...] = ()
 
     def peak(self, dtype: torch.dtype) -> float:

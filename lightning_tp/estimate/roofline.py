@@ -138,16 +138,15 @@ def time_of(
         found = costs.get(id(piece))
         if found is None:
             kinds: dict[str, float] = defaultdict(float)
-            ops = piece.fused if compile else piece.ops
+            ops = piece.fused if compile and piece.block else piece.ops  # as `compile=True` of the strategy: block by block
             for op, n in ops.items():
                 kinds[op.kind] += n * kernel_seconds(hw, op)
             sent = sum(n * collective_seconds(hw, s.kind, s.bytes, tp, in_node(hw, "tp", tp, tp)) for s, n in piece.sent.items())
             found = costs[id(piece)] = (kinds, sent, sum(ops.values()) + sum(piece.sent.values()))
         return found
 
-    beside: dict[tuple[str, str], float] = defaultdict(
-        float
-    )  # (block, phase) -> seconds of FSDP2 that can run beside its computation
+    beside: dict[tuple[str, str], float] = defaultdict(float)  # (block, phase) -> seconds of FSDP2 that run beside its computation
+    slowed: dict[tuple[str, str], float] = defaultdict(float)  # the same -> seconds that the computation takes longer for it
     alone = dp = 0.0
     step_sent = 0.0
     for c in collectives:
@@ -160,6 +159,7 @@ def time_of(
         dp += seconds * c.count
         if c.where in world.blocks:
             beside[c.where, c.phase] += seconds * c.count / accumulate
+            slowed[c.where, c.phase] += c.bytes * c.count * hw.fsdp_traffic / (hw.memory_bandwidth * hw.memory_efficiency) / accumulate
         else:
             alone += seconds * c.count
     kernels: dict[str, float] = defaultdict(float)
@@ -172,7 +172,7 @@ def time_of(
             continue
         of = world.trace.of(piece)
         kinds, sent, starts = cost(of)
-        busy = sum(kinds.values()) + sent
+        busy = sum(kinds.values()) + sent + slowed.get((piece.block, piece.phase), 0.0)
         waits = max(0.0, starts * hw.host_s - busy) if hw.device != "cpu" else starts * hw.host_s
         fsdp = beside.get((piece.block, piece.phase), 0.0)
         hidden = min(fsdp, busy + waits) if piece.block != first_gather or piece.phase != "forward" else 0.0
