@@ -33,7 +33,7 @@ class Hardware:
         product_efficiency, attention_efficiency, memory_efficiency, link_efficiency: what share of the peaks is reached at best.
         kernel_s: the least time of a kernel.
         host_s: of the host to start one.
-        tile: rows and columns of a product that one unit computes at a time.
+        tile: rows and columns of a product that one unit computes at a time, at most; see `tiles.py`.
         units: that compute tiles at the same time.
         reserved_bytes: taken before the first tensor.
         fragmentation: share of the allocator's memory that can't be used.

@@ -305,8 +305,8 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
         f"{hw.name}: {hw.peak(precision.autocast or precision.gathered or precision.held or torch.float32) / 1e12:g} TFLOP/s, "
         f"{hw.memory_bandwidth / 1e9:,.0f} GB/s, {hw.memory_bytes / 1e9:.1f} GB, {hw.per_node} in a node at {hw.intra_bandwidth / 1e9:g} GB/s, "
         f"{hw.inter_bandwidth / 1e9:g} GB/s each between nodes",
-        f"reached of these: {hw.product_efficiency:.0%} by large products (less by the last wave "
-        f"of {hw.tile[0]} x {hw.tile[1]} tiles on {hw.units} units), "
+        f"reached of these: {hw.product_efficiency:.0%} by large products (less what tiles "
+        f"of up to {hw.tile[0]} x {hw.tile[1]} on {hw.units} units leave idle), "
         f"{hw.attention_efficiency:.0%} by attention, {hw.memory_efficiency:.0%} of the memory's bandwidth, {hw.link_efficiency:.0%} of the links'",
         f"a hop of a ring takes {hw.intra_latency[0] * 1e6:g} us in a node and {hw.inter_latency[0] * 1e6:g} us between nodes (small messages "
         f"{hw.intra_latency[1] * 1e6:g} and {hw.inter_latency[1] * 1e6:g})",

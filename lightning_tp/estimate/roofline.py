@@ -1,8 +1,7 @@
 """How long a step takes: each kernel by what it computes or moves, each collective by bandwidth and latency, and what overlaps.
 
 A kernel takes the longer of its FLOPs at the reachable peak and its bytes at the reachable bandwidth, and no less than a launch. A product
-is computed in
-tiles, as many at a time as the device has units: a last wave that is not full costs as much as a full one. A piece of the step (a block forward, a
+is computed in tiles, as `tiles.py` says. A piece of the step (a block forward, a
 block backward) can't take less than the host needs to start its kernels.
 
 A ring over p ranks hands (p - 1) / p of the bytes on in p - 1 hops. The latency of the hops grows with p, however fast links are: it is the
@@ -27,6 +26,7 @@ import torch
 
 from lightning_tp.estimate.collectives import Collective
 from lightning_tp.estimate.hardware import Hardware
+from lightning_tp.estimate.tiles import tiling
 from lightning_tp.estimate.trace import Op, Piece
 from lightning_tp.estimate.world import World
 
@@ -60,13 +60,7 @@ class Time:
 
 def product_seconds(hw: Hardware, batch: int, m: int, n: int, k: int, dtype: torch.dtype, size: int) -> float:
     """One product, `batch` times (m, k) x (k, n), that moves `size` bytes."""
-    tiles = batch * math.ceil(m / hw.tile[0]) * math.ceil(n / hw.tile[1])
-    other = batch * math.ceil(m / hw.tile[1]) * math.ceil(n / hw.tile[0])
-    waves = math.ceil(min(tiles, other) / hw.units)
-    computed = 2 * waves * hw.units * hw.tile[0] * hw.tile[1] * k
-    at_least = 2 * batch * m * n * k
-    work = max(at_least, min(computed, 1.5 * at_least) if waves == 1 else computed)  # smaller tiles waste less
-    return max(work / (hw.peak(dtype) * hw.product_efficiency), size / (hw.memory_bandwidth * hw.memory_efficiency), hw.kernel_s)
+    return tiling(hw, batch, m, n, k, dtype, size).seconds
 
 
 def kernel_seconds(hw: Hardware, op: Op) -> float:
