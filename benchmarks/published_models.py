@@ -7,6 +7,7 @@ which projections are one. Heads are counted by `-1`, so that a rank may hold so
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ class Size:
     kv_heads: int
     inner: int
     vocab: int
-    head_dim: int = 0
+    tied: bool = False
+    lora: int = 0  # rank of the adapters of queries and values; everything else is frozen then
 
 
 def gpt(width: int, layers: int, heads: int, vocab: int = 50368) -> Size:
@@ -47,6 +49,9 @@ MODELS = {
     "Llama 2 70B": Size("llama", 8192, 80, 64, 8, 28672, 32000),
     "Llama 3 8B": Size("llama", 4096, 32, 32, 8, 14336, 128256),
     "Llama 3 70B": Size("llama", 8192, 80, 64, 8, 28672, 128256),
+    "Llama 3.2 3B": Size("llama", 3072, 28, 24, 8, 8192, 128256, tied=True),
+    "Llama 2 7B, LoRA": Size("llama", 4096, 32, 32, 32, 11008, 32000, lora=8),
+    "Llama 2 13B, LoRA": Size("llama", 5120, 40, 40, 40, 13824, 32000, lora=8),
     "Llama 3 405B": Size("llama", 16384, 126, 128, 8, 53248, 128256),
 }
 
@@ -112,8 +117,9 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.d, self.groups = s.width // s.heads, s.heads // s.kv_heads
         self.norm_1, self.norm_2 = UnfusedNorm(s.width), UnfusedNorm(s.width)
-        self.q = nn.Linear(s.width, s.width, bias=False)
-        self.k, self.v = (nn.Linear(s.width, s.kv_heads * self.d, bias=False) for _ in range(2))
+        adapted = partial(LoRA, s.lora) if s.lora else partial(nn.Linear, bias=False)
+        self.q, self.v = adapted(s.width, s.width), adapted(s.width, s.kv_heads * self.d)
+        self.k = nn.Linear(s.width, s.kv_heads * self.d, bias=False)
         self.out = nn.Linear(s.width, s.width, bias=False)
         self.gate, self.up = (nn.Linear(s.width, s.inner, bias=False) for _ in range(2))
         self.down = nn.Linear(s.inner, s.width, bias=False)
@@ -132,6 +138,18 @@ class LlamaBlock(nn.Module):
         return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
+class LoRA(nn.Module):
+    """A linear layer and a low-rank one beside it (Hu et al. 2021), with dropout before that."""
+
+    def __init__(self, rank: int, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(d_in, d_out, bias=False)
+        self.down, self.up = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(F.dropout(x, 0.05, self.training))) * 2.0
+
+
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """(B, T, H, D), as complex float32 numbers (Su et al. 2021)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
@@ -147,6 +165,11 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(LlamaBlock(s) for _ in range(s.layers))
         self.norm = UnfusedNorm(s.width)
         self.head = nn.Linear(s.width, s.vocab, bias=False)
+        if s.tied:
+            self.head.weight = self.tokens.weight
+        if s.lora:
+            for name, p in self.named_parameters():
+                p.requires_grad = (".q." in name or ".v." in name) and ".base." not in name
         self.register_buffer("turn", torch.ones(seq, s.width // s.heads // 2, dtype=torch.complex64), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class Hardware:
         units: that compute tiles at the same time.
         reserved_bytes: taken before the first tensor.
         fragmentation: share of the allocator's memory that can't be used.
+        sustained: the speed of kernels in training, as a share of what each reaches alone: clocks fall under a power limit, products of the
+            backward read their operands across, eager mode reads what was just written.
         fsdp_traffic: bytes of the device's memory that are read and written for each byte that FSDP2 gathers or scatters: its copies in and
             out, and what NCCL itself reads and writes. Kernels that run beside it are slower by that.
     """
@@ -62,7 +64,8 @@ class Hardware:
     units: int = 1
     reserved_bytes: float = 0
     fragmentation: float = 0.0
-    fsdp_traffic: float = 4.0
+    fsdp_traffic: float = 2.0
+    sustained: float = 1.0
     matches: tuple[str, ...] = ()
 
     def peak(self, dtype: torch.dtype) -> float:

@@ -307,7 +307,8 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
         f"{hw.inter_bandwidth / 1e9:g} GB/s each between nodes",
         f"reached of these: {hw.product_efficiency:.0%} by large products (less what tiles "
         f"of up to {hw.tile[0]} x {hw.tile[1]} on {hw.units} units leave idle), "
-        f"{hw.attention_efficiency:.0%} by attention, {hw.memory_efficiency:.0%} of the memory's bandwidth, {hw.link_efficiency:.0%} of the links'",
+        f"{hw.attention_efficiency:.0%} by attention, {hw.memory_efficiency:.0%} of the memory's bandwidth, {hw.link_efficiency:.0%} of the links'; "
+        f"in training {hw.sustained:.0%} of what a kernel reaches alone",
         f"a hop of a ring takes {hw.intra_latency[0] * 1e6:g} us in a node and {hw.inter_latency[0] * 1e6:g} us between nodes (small messages "
         f"{hw.intra_latency[1] * 1e6:g} and {hw.inter_latency[1] * 1e6:g})",
         f"of {len(world.blocks)} blocks {kinds} were followed, the others are like one of these",
@@ -324,7 +325,8 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
             "FSDP2 gathers each block anew for the backward, the next unit while one computes, and keeps what is outside of "
             "blocks whole; "
             f"gathers in {precision.gathered or precision.held or 'the dtype of the model'}, "
-            f"sums in {precision.reduced or precision.gathered or precision.held or 'the same'}"
+            f"sums in {precision.reduced or precision.gathered or precision.held or 'the same'}; each byte of these slows the kernels "
+            f"beside it by {hw.fsdp_traffic:g} bytes of the memory's bandwidth"
         )
     if tp > 1:
         found.append("collectives on the tensor-parallel axis are waited for")

@@ -1,18 +1,16 @@
 """How long a step takes: each kernel by what it computes or moves, each collective by bandwidth and latency, and what overlaps.
 
 A kernel takes the longer of its FLOPs at the reachable peak and its bytes at the reachable bandwidth, and no less than a launch. A product
-is computed in tiles, as `tiles.py` says. A piece of the step (a block forward, a
-block backward) can't take less than the host needs to start its kernels.
+is computed in tiles, as `tiles.py` says. In training less is reached than by a kernel alone: `Hardware.sustained`. A piece of the step (a
+block forward, a block backward) can't take less than the host needs to start its kernels.
 
 A ring over p ranks hands (p - 1) / p of the bytes on in p - 1 hops. The latency of the hops grows with p, however fast links are: it is the
-reason why FSDP
-alone ends somewhere. Small messages take the protocol with a shorter latency and a quarter of the bandwidth, if that is faster; sums over
-many nodes a tree.
-The ranks of a tensor-parallel group are neighbours. A data-parallel group has per_node / tp ranks in a node, whose network ports it uses together.
+reason why FSDP alone ends somewhere. Small messages take the protocol with a shorter latency and a quarter of the bandwidth, if that is
+faster; sums over many nodes a tree. The ranks of a tensor-parallel group are neighbours. A data-parallel group has per_node / tp ranks in a
+node, whose network ports it uses together.
 
 Collectives on the tensor-parallel axis are waited for. FSDP2's gather of the next unit and its reduce-scatter of the one before run beside
-the computation
-of a block: with overlap a piece takes the longer of the two.
+the computation of a block: with overlap a piece takes the longer of the two. What they read and write (`Hardware.fsdp_traffic`) slows it.
 """
 
 from __future__ import annotations
@@ -59,20 +57,19 @@ class Time:
 
 
 def product_seconds(hw: Hardware, batch: int, m: int, n: int, k: int, dtype: torch.dtype, size: int) -> float:
-    """One product, `batch` times (m, k) x (k, n), that moves `size` bytes."""
+    """One product, `batch` times (m, k) x (k, n), that moves `size` bytes, on a device that does nothing else."""
     return tiling(hw, batch, m, n, k, dtype, size).seconds
 
 
 def kernel_seconds(hw: Hardware, op: Op) -> float:
-    """One kernel."""
+    """One kernel, in the middle of training."""
     if op.kind == "product" and op.shape:
         batch, m, n, k = op.shape
-        return product_seconds(hw, batch, m, n, k, op.dtype, op.bytes)
+        return product_seconds(hw, batch, m, n, k, op.dtype, op.bytes) / hw.sustained
     moved = op.bytes / (hw.memory_bandwidth * hw.memory_efficiency)
-    if op.kind == "other":
-        return max(moved, hw.kernel_s)
     efficiency = hw.attention_efficiency if op.kind == "attention" else hw.product_efficiency / 2
-    return max(op.work / (hw.peak(op.dtype) * efficiency), moved, hw.kernel_s)
+    computed = op.work / (hw.peak(op.dtype) * efficiency) if op.kind != "other" else 0.0
+    return max(computed / hw.sustained, moved / hw.sustained, hw.kernel_s)
 
 
 def collective_seconds(hw: Hardware, kind: str, size: int, ranks: int, in_node: int) -> float:
@@ -127,6 +124,7 @@ def time_of(
 ) -> Time:
     """A step of `accumulate` micro-batches."""
     costs: dict[int, tuple[dict[str, float], float, int]] = {}
+    moves = hw.memory_bandwidth * hw.memory_efficiency * hw.sustained  # bytes a second
 
     def cost(piece: Piece) -> tuple[dict[str, float], float, int]:
         found = costs.get(id(piece))
@@ -153,7 +151,7 @@ def time_of(
         dp += seconds * c.count
         if c.where in world.blocks:
             beside[c.where, c.phase] += seconds * c.count / accumulate
-            slowed[c.where, c.phase] += c.bytes * c.count * hw.fsdp_traffic / (hw.memory_bandwidth * hw.memory_efficiency) / accumulate
+            slowed[c.where, c.phase] += c.bytes * c.count * hw.fsdp_traffic / moves / accumulate
         else:
             alone += seconds * c.count
     kernels: dict[str, float] = defaultdict(float)
@@ -177,7 +175,7 @@ def time_of(
         tp_seconds += sent
         host += waits
         exposed += fsdp - hidden
-    optimizer = optimizer_bytes / (hw.memory_bandwidth * hw.memory_efficiency)
+    optimizer = optimizer_bytes / moves
     rest = alone + step_sent + optimizer
     return Time(
         once * accumulate + rest,

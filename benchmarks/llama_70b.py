@@ -1,0 +1,168 @@
+"""Llama 2 70B at a global batch of 1,024 sequences of 4,096 tokens: what FSDP alone and tensor parallelism do, from 64 to 4,096 devices.
+
+    OMP_NUM_THREADS=1 python benchmarks/llama_70b.py                               # the tables; some minutes
+    OMP_NUM_THREADS=1 python benchmarks/llama_70b.py --write docs/llama-2-70b.md   # and docs/img/llama-2-70b.svg
+
+Everything is predicted by `tune` and `estimate`; the fastest micro-batch and checkpointing that fit are taken for each mesh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from published_models import build
+from torch import Tensor
+
+from lightning_tp.estimate import estimate
+from lightning_tp.estimate.hardware import hardware
+from lightning_tp.estimate.report import Estimate, seconds, size
+from lightning_tp.estimate.roofline import collective_seconds, in_node
+from lightning_tp.estimate.tune import tune
+
+SEQ, GLOBAL = 4096, 1024
+TPS = (1, 2, 4, 8)
+GPUS = (64, 128, 256, 512, 1024, 2048, 4096)
+COLORS = {1: "#D55E00", 2: "#E69F00", 4: "#56B4E9", 8: "#0072B2"}  # Okabe and Ito's, told apart by everybody
+MARKS = {1: "X", 2: "o", 4: "s", 8: "^"}
+
+
+def loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), inputs["tokens"].flatten())
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was found.
+
+    Args:
+        best: (devices, tp) -> the fastest choice that fits.
+        refused: devices -> (what, why).
+        more: tp=1 on 2,048 devices at twice the global batch, one sequence on each.
+    """
+
+    best: dict[tuple[int, int], Estimate]
+    refused: dict[int, tuple[tuple[str, str], ...]]
+    more: Estimate
+
+
+def study(kind: str, gpus: tuple[int, ...] = GPUS) -> Study:
+    """All of it, on this hardware."""
+    model, inputs = build("Llama 2 70B", SEQ), {"tokens": torch.zeros(1, SEQ, dtype=torch.long)}
+    best: dict[tuple[int, int], Estimate] = {}
+    refused = {}
+    for n in gpus:
+        found = tune(model, inputs, n, GLOBAL, hardware_=kind, tps=TPS, loss_fn=loss, compile=True, most=10_000)
+        refused[n] = tuple((r.what, r.why) for r in found.refused)
+        for e in found.fits:
+            best.setdefault((n, e.tp), e)  # the fastest comes first
+        print(
+            f"{kind}: {n:,} devices",
+            *(f"tp={tp} {e.tokens_per_s_per_device:,.0f}" for (m, tp), e in best.items() if m == n),
+            flush=True,
+        )
+    more = estimate(model, inputs, (2048, 1), loss_fn=loss, hardware=kind, activation_checkpointing="block", compile=True)
+    return Study(best, refused, more)
+
+
+def latency(e: Estimate) -> float:
+    """Seconds of a step that FSDP2's collectives would take if they carried nothing: the hops of their rings."""
+    return sum(
+        c.count * collective_seconds(e.hardware, c.kind, 0, c.ranks, in_node(e.hardware, "dp", e.tp, c.ranks))
+        for c in e.collectives
+        if c.axis == "dp"
+    )
+
+
+def row(e: Estimate) -> list[str]:
+    t = e.time
+    return [
+        f"{e.dp * e.tp:,}",
+        str(e.tp),
+        f"{e.dp:,}",
+        f"{GLOBAL // e.dp}" if e.dp <= GLOBAL else "1 (global batch 2,048)",
+        f"{e.batch}, {e.activation_checkpointing}",
+        size(e.needed),
+        seconds(t.step),
+        f"{e.tokens_per_s_per_device:,.0f}",
+        f"{e.mfu:.0%}",
+        seconds(t.products + t.attention + t.other),
+        seconds(t.tp),
+        f"{seconds(t.dp)}, {seconds(t.dp_exposed)}",
+        seconds(latency(e)),
+    ]
+
+
+COLUMNS = [
+    "devices", "tp", "dp", "sequences of a group", "micro-batch, checkpointing", "memory", "step", "tokens/s/device", "MFU",
+    "kernels", "TP's collectives", "FSDP2's, not hidden", "of these latency",
+]  # fmt: skip
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "--:|" * len(COLUMNS),
+        *("| " + " | ".join(r) + " |" for r in rows),
+    ]
+
+
+def plot(found: dict[str, Study], path: Path) -> None:
+    """Tokens a second on all devices, against devices; one panel for each kind of hardware."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "lightning_tp"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.2), sharey=False, layout="constrained")
+    for ax, (kind, s) in zip(axes if len(found) > 1 else [axes], found.items()):
+        for tp in TPS:
+            points = [(n, e.tokens_per_s / 1e6) for (n, t), e in s.best.items() if t == tp]
+            if points:
+                ax.plot(*zip(*points), color=COLORS[tp], marker=MARKS[tp], label=f"tp={tp}" if tp > 1 else "FSDP alone")
+        most = max(e.tokens_per_s_per_device for e in s.best.values())
+        ax.plot(GPUS, [n * most / 1e6 for n in GPUS], color="0.6", lw=1, ls=":", label="linear", zorder=0)
+        ax.axvline(GLOBAL, color="0.5", lw=1, ls="--")
+        ax.text(GLOBAL * 1.05, ax.get_ylim()[0] * 1.3, "one sequence\non each device", fontsize=8, color="0.35", va="bottom")
+        ax.set(xscale="log", yscale="log", xlabel="devices", ylabel="million tokens/s", title=hardware(kind).name)
+        ax.set_xticks(GPUS, [f"{n:,}" for n in GPUS], rotation=30)
+        ax.minorticks_off()
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hardware", default="h100,a100", help="kinds, with commas (default: %(default)s)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="as Markdown, with a plot beside it in img/")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found = {kind: study(kind) for kind in args.hardware.split(",")}
+    text: list[str] = []
+    for kind, s in found.items():
+        text += ["", f"## On {hardware(kind).name}", "", "2,048 devices:", ""]
+        at = [row(s.best[2048, tp]) for tp in TPS if (2048, tp) in s.best]
+        text += table([row(s.more), *at])
+        text += ["", "Not possible there:", "", *(f"- {what}: {why}" for what, why in s.refused[2048])]
+        text += ["", "The fastest for each size of the tensor-parallel axis, at 1,024 sequences a step:", ""]
+        text += table([row(s.best[n, tp]) for n in GPUS for tp in TPS if (n, tp) in s.best])
+    print("\n".join(text))
+    if args.write:
+        plot(found, args.write.parent / "img" / f"{args.write.stem}.svg")
+        before = args.write.read_text() if args.write.exists() else ""
+        kept = before.split(MARK)[0].rstrip() if MARK in before else f"# {args.write.stem}"
+        args.write.write_text(f"{kept}\n\n{MARK}\n" + "\n".join(text) + "\n")
+
+
+MARK = "<!-- From here on written by benchmarks/llama_70b.py -->"
+
+if __name__ == "__main__":
+    main()
