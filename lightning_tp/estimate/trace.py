@@ -33,6 +33,7 @@ from lightning_tp._compat import sequence_number, sequence_number_of_backward
 from lightning_tp.comm import Axis
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.kernels import attention_flops
+from lightning_tp.estimate.walk import Step, Walk
 from lightning_tp.infer.trace import Values
 from lightning_tp.logits import SplitLogits
 
@@ -124,11 +125,13 @@ class Trace:
         pieces: in their order; those of blocks that were not followed name the one that stands for them.
         followed: block -> the block that was followed for it (itself, if it was).
         gradients: bytes of each parameter's gradient, by name.
+        steps: the modules of the forward in the order in which they ran.
     """
 
     pieces: list[Piece]
     followed: dict[str, str]
     gradients: dict[str, int]
+    steps: tuple[Step, ...] = ()
 
     def of(self, piece: Piece) -> Piece:
         """The piece that was followed for this one."""
@@ -194,6 +197,7 @@ class Recorder(Values):
         self.followed: dict[str, str] = {}
         self.in_backward = False
         self.failed: str | None = None  # the module whose forward raised, the innermost
+        self.walk = Walk()
         self.levels: Levels = {}
         self.total = self.most = 0
         self.alive: dict[int, tuple[Any, Label, int]] = {}
@@ -219,8 +223,8 @@ class Recorder(Values):
         names = {id(m): n for n, m in self.model.named_modules()}
         register = nn.modules.module
         handles: list[Any] = [
-            register.register_module_forward_pre_hook(lambda m, _: self._enter(names.get(id(m)))),
-            register.register_module_forward_hook(lambda m, _, o: self._leave(), always_call=True),
+            register.register_module_forward_pre_hook(lambda m, x: self._enter(names.get(id(m)), x)),
+            register.register_module_forward_hook(lambda m, _, o: self._leave(names.get(id(m)), o), always_call=True),
         ]
         for name, p in self.model.named_parameters():
             if p.requires_grad:
@@ -243,12 +247,16 @@ class Recorder(Values):
             for finalizer, _, _ in self.alive.values():
                 finalizer.detach()
 
-    def _enter(self, name: str | None) -> None:
+    def _enter(self, name: str | None, inputs: Any) -> None:
         self.stack.append(self.stack[-1] if name is None else name)
         if not self.in_backward:
             self.places.append((sequence_number(), self.stack[-1]))
+            if name is not None:
+                self.walk.enter(name, inputs)
 
-    def _leave(self) -> None:
+    def _leave(self, name: str | None, output: Any) -> None:
+        if name is not None and not self.in_backward:
+            self.walk.leave(name, output)
         if self.failed is None and sys.exc_info()[1] is not None:
             self.failed = self.stack[-1]
         self.stack.pop()
@@ -456,6 +464,8 @@ class Recorder(Values):
         if size == 0:
             return
         self.piece.ops[Op("other", name, where, phase, 0, 0, size, (), dtype)] += 1
+        if not self.in_backward:
+            self.walk.op(where, "other", ())
         if self._run != (where, phase) and not self._fresh:
             self._run = (where, phase)
         for t in ins if name != "embedding" else ():
@@ -469,6 +479,8 @@ class Recorder(Values):
 
     def _compute(self, op: Op) -> None:
         self._end_run()
+        if not self.in_backward:
+            self.walk.op(op.module, op.kind, op.shape)
         self.piece.ops[op] += 1
         self.piece.fused[op] += 1
 
@@ -487,6 +499,8 @@ class Recorder(Values):
         """A collective has been called; see `Group`."""
         where, phase = self.where
         self._end_run()
+        if not self.in_backward:
+            self.walk.sent(where, kind, size)
         self.piece.sent[Sent(kind, size, where, phase)] += 1
 
     # ------------------------------------------------------------------------------------------------------ memory

@@ -307,7 +307,7 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
     finally:
         for p in model.parameters():
             p.grad = None
-    return Trace(recorder.pieces, recorder.followed, recorder.gradients)
+    return Trace(recorder.pieces, recorder.followed, recorder.gradients, tuple(recorder.walk.steps))
 
 
 def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:
