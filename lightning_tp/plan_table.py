@@ -24,7 +24,7 @@ def shapes_table(plan: Plan) -> str:
         key = (re.sub(r"\d+", "*", entry.where), str(entry.style), _shapes(entry, plan.tp), entry.reason)
         groups.setdefault(key, []).append(entry)
     rows = [
-        (_fold([e.where for e in entries]) or "(the model)", style, shapes, reason)
+        (fold([e.where for e in entries]) or "(the model)", style, shapes, reason)
         for (_, style, shapes, reason), entries in groups.items()
     ]
     total, held = numels(plan)
@@ -57,7 +57,7 @@ def _shapes(entry: Entry, tp: int) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
-def _fold(names: list[str]) -> str:
+def fold(names: list[str]) -> str:
     """`layers.0.wq`, `layers.1.wq` -> `layers.{0-1}.wq`."""
     parts = [re.split(r"(\d+)", name) for name in names]
     folded = []

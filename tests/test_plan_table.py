@@ -10,7 +10,7 @@ from torch import nn
 
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.plan import Plan, Rule
-from lightning_tp.plan_table import _fold, numels
+from lightning_tp.plan_table import fold, numels
 from lightning_tp.styles import FusedColwise, Replicate
 
 
@@ -87,11 +87,11 @@ def test_blocks_that_differ_are_lines_of_their_own() -> None:
 
 
 def test_fold() -> None:
-    assert _fold(["layers.0.wq"]) == "layers.0.wq"
-    assert _fold([f"layers.{i}.wq" for i in range(12)]) == "layers.{0-11}.wq"
-    assert _fold([f"layers.{i}.wq" for i in (0, 2, 3, 9)]) == "layers.{0,2-3,9}.wq"
-    assert _fold([f"b.{i}.e.{j}.w" for i in range(2) for j in range(3)]) == "b.{0-1}.e.{0-2}.w"
-    assert _fold(["w1", "w3"]) == "w{1,3}"
+    assert fold(["layers.0.wq"]) == "layers.0.wq"
+    assert fold([f"layers.{i}.wq" for i in range(12)]) == "layers.{0-11}.wq"
+    assert fold([f"layers.{i}.wq" for i in (0, 2, 3, 9)]) == "layers.{0,2-3,9}.wq"
+    assert fold([f"b.{i}.e.{j}.w" for i in range(2) for j in range(3)]) == "b.{0-1}.e.{0-2}.w"
+    assert fold(["w1", "w3"]) == "w{1,3}"
 
 
 def test_numbers_are_those_of_the_model_and_of_the_largest_shard() -> None:
