@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from lightning_tp.errors import TPError
 
@@ -195,13 +196,16 @@ class Drawing:
         axes.set_xlim(0, self.width)
         axes.set_ylim(self.height, 0)
         axes.axis("off")
-        dashes = {"": "-", "dashed": (0, (4, 3)), "dotted": (0, (1, 2.5))}
+
+        def dash_of(s: Shape) -> Any:
+            return (0, [float(n) / s.width for n in DASHES[s.dash].split()]) if s.dash else "-"  # in units of the width
+
         for s in self.shapes:
             paint = {
                 "facecolor": colour(s.fill) if s.fill else "none",
                 "edgecolor": colour(s.stroke) if s.stroke else "none",
                 "linewidth": 0.72 * s.width,
-                "linestyle": dashes[s.dash],
+                "linestyle": dash_of(s),
             }
             if s.kind == "rect":
                 (x, y), (w, h) = s.points
@@ -215,7 +219,7 @@ class Drawing:
                 axes.add_patch(Polygon(s.points, closed=True, **paint))
             elif s.kind == "line":
                 xs, ys = zip(*s.points)
-                axes.plot(xs, ys, color=colour(s.stroke), linewidth=0.72 * s.width, linestyle=dashes[s.dash], solid_capstyle="butt")
+                axes.plot(xs, ys, color=colour(s.stroke), linewidth=0.72 * s.width, linestyle=dash_of(s), solid_capstyle="butt")
             else:
                 axes.text(
                     *s.points[0],

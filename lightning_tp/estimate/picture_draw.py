@@ -7,7 +7,7 @@ dotted where each has a term of a sum that is still to be taken. A small square 
 from __future__ import annotations
 
 from lightning_tp.estimate.draw import Drawing, fit, width_of, wrap
-from lightning_tp.estimate.picture import Border, Box, Frame, Picture, Row, Side, State
+from lightning_tp.estimate.picture import Border, Box, Frame, Picture, Row, Side, State, StateKind
 from lightning_tp.estimate.report import size
 
 WIDE, NARROW = 880, 380  # pixels: a page, a phone
@@ -38,6 +38,8 @@ def draw_picture(picture: Picture, width: float = WIDE) -> Drawing:
     pen = _Pen(d, tp)
     y = pen.rows(picture.rows, GUTTER, y + 6, width - GUTTER - 6)
     pen.bar(y, y + 10, State())
+    for top, bottom, kind in pen.stripes:
+        _stripe(d, 16, top, bottom, kind)
     if picture.left_out:
         what = ", ".join(f"{n} {name}" for name, n in sorted(picture.left_out.items(), key=lambda x: -x[1]))
         y += 10
@@ -74,14 +76,18 @@ def _legend(d: Drawing, y: float, width: float, tp: int) -> float:
 class _Pen:
     def __init__(self, drawing: Drawing, tp: int) -> None:
         self.d, self.tp = drawing, tp
-        self.now = State()  # of the activation, at this height
+        self.now: StateKind = "unknown"  # what the activation is at this height
+        self.stripes: list[tuple[float, float, StateKind]] = []
 
     def bar(self, top: float, bottom: float, state: State) -> None:
         """The bar at the left; what is not known stays as it was."""
         if state.kind != "unknown":
-            self.now = state
-        if bottom > top:
-            _stripe(self.d, 16, top, bottom, self.now.kind)
+            self.now = state.kind
+        last = self.stripes[-1] if self.stripes else None
+        if last is not None and last[2] == self.now:
+            self.stripes[-1] = (last[0], bottom, self.now)
+        else:
+            self.stripes.append((top, bottom, self.now))
 
     def rows(self, rows: tuple[Row, ...], x: float, y: float, width: float) -> float:
         """Rows under each other; returns where they end."""
@@ -158,7 +164,12 @@ class _Pen:
         for line in () if beside else more:
             self.d.write(x + PAD, at - 2, line, size=SMALL, fill="dim")
             at += LINE - 1
-        self.bar(y, y + tall, State())
+        self.bar(y, y + tall / 2, State())
+        if border.forward == "all-gather" or (self.now, border.forward) == ("partial", "all-reduce"):
+            self.now = "whole"
+        elif (self.now, border.forward) == ("partial", "reduce-scatter"):
+            self.now = "tokens"
+        self.bar(y + tall / 2, y + tall, State())
         return y + tall
 
     def box(self, box: Box, x: float, y: float, width: float, *, draw: bool = True, tall: float = 0) -> float:

@@ -235,6 +235,7 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
         str(tracer.plan_of(tp, options.sequence_parallel)).splitlines()[0],
         tuple(_assumptions(world, hw, options, precision, dp, tp)),
         hw.peak(dtype),
+        (tracer.plan_of(tp, options.sequence_parallel), world, whole),
     )
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning_tp.estimate.collectives import Collective
 from lightning_tp.estimate.flops import Flops, Product
 from lightning_tp.estimate.hardware import Hardware
 from lightning_tp.estimate.memory import Memory
 from lightning_tp.estimate.roofline import Time
+
+if TYPE_CHECKING:
+    from lightning_tp.estimate.world import World
+    from lightning_tp.plan import Plan
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
@@ -36,6 +41,7 @@ class Estimate:
         time: seconds of a step.
         plan: how the model is split, in a line.
         assumptions: all that the numbers rest on.
+        traced: the plan, the trace of a rank, and that of the whole model, for pictures; not in JSON.
     """
 
     model: str
@@ -58,6 +64,7 @@ class Estimate:
     plan: str
     assumptions: tuple[str, ...]
     peak_flops: float
+    traced: tuple[Plan, World, World] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,6 +104,30 @@ class Estimate:
             values[name] = getattr(self, name)
         values["memory"]["peak"]["total"] = self.memory.peak.total
         return json.dumps(values, indent=1)
+
+    def plot(self, path: str | Path) -> None:
+        """Write plots of memory, collectives and time: .svg, or .png and .pdf through matplotlib.
+
+        Raises:
+            TPError: for another ending, a file that can't be written, or matplotlib that is not there.
+        """
+        from lightning_tp.estimate.plots import plot
+
+        plot(self, path)
+
+    def html(self, path: str | Path, *, command: str = "") -> None:
+        """Write a report: one HTML file that needs nothing else, with the plan as a picture.
+
+        Args:
+            path: of the file.
+            command: that made it, to be shown.
+
+        Raises:
+            TPError: if the file can't be written.
+        """
+        from lightning_tp.estimate.html import write_report
+
+        write_report(self, path, command=command)
 
     def tables(self) -> list[Table]:
         """(title, column names, rows) of all that is shown."""
@@ -215,7 +246,7 @@ def count(n: float) -> str:
 
 def _jsonable(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value) if f.name != "traced"}
     if isinstance(value, dict):
         return {k: _jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,0 +1,149 @@
+"""The numbers behind the plots and the tables of a report: what is drawn is an estimate's own numbers, summed and put in order, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from lightning_tp.estimate.collectives import Collective
+from lightning_tp.estimate.draw import COLOURS
+from lightning_tp.estimate.memory import Moment
+from lightning_tp.estimate.report import Estimate
+from lightning_tp.plan_table import fold
+
+ORDER = tuple(COLOURS)  # of kinds: what lasts first
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Moments behind each other that are alike: "forward of layers.{0-79}".
+
+    Args:
+        name: of them.
+        first, last: their places in the timeline, the last one included.
+        begin, end, most: bytes at the first and the last, and the most of all.
+    """
+
+    name: str
+    first: int
+    last: int
+    begin: int
+    end: int
+    most: int
+
+
+@dataclass(frozen=True)
+class BlockCollective:
+    """Collectives of one block (and of all that are alike), or of what lies outside of blocks.
+
+    Args:
+        where: the blocks, or what it is for.
+        blocks: how many.
+        phase, kind, axis, ranks, bytes: as `Collective`.
+        each: how many in a block and step.
+    """
+
+    where: str
+    blocks: int
+    phase: str
+    kind: str
+    axis: str
+    ranks: int
+    bytes: int
+    each: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in a step, of all blocks."""
+        return self.bytes * self.each * self.blocks
+
+
+def kinds_of(moments: Sequence[Moment]) -> list[str]:
+    """The kinds of memory that there are, in the order in which they are stacked."""
+    found = {k for m in moments for k in m.kinds}
+    return sorted(found, key=lambda k: (ORDER.index(k) if k in ORDER else len(ORDER), k))
+
+
+def memory_series(found: Estimate) -> dict[str, list[int]]:
+    """Bytes of each kind at each moment of `found.memory.timeline`."""
+    moments = found.memory.timeline
+    return {kind: [m.kinds.get(kind, 0) for m in moments] for kind in kinds_of(moments)}
+
+
+def stretches(found: Estimate) -> list[Stretch]:
+    """The timeline in a few lines."""
+    at, lines = 0, []
+    for _, group in groupby(found.memory.timeline, key=lambda m: _starred(m.name)):
+        of = list(group)
+        totals = [m.total for m in of]
+        lines.append(Stretch(_folded([m.name for m in of]), at, at + len(of) - 1, totals[0], totals[-1], max(totals)))
+        at += len(of)
+    return _together(lines)
+
+
+def _together(lines: list[Stretch]) -> list[Stretch]:
+    """Two names that take turns (the backward of a block, the sum of its gradients) as one stretch."""
+    found: list[Stretch] = []
+    i = 0
+    while i < len(lines):
+        pair = (_starred(lines[i].name), _starred(lines[i + 1].name)) if i + 1 < len(lines) else ("", "")
+        j = i
+        while j + 1 < len(lines) and pair[0] != pair[1] and (_starred(lines[j].name), _starred(lines[j + 1].name)) == pair:
+            j += 2
+        if j - i >= 4:
+            run = lines[i:j]
+            name = " / ".join(_folded([s.name for s in run[n::2]]) for n in (0, 1))
+            found.append(Stretch(name, run[0].first, run[-1].last, run[0].begin, run[-1].end, max(s.most for s in run)))
+            i = j
+        else:
+            found.append(lines[i])
+            i += 1
+    return found
+
+
+def time_parts(found: Estimate) -> list[tuple[str, str, float, float]]:
+    """(part, colour, seconds with overlap, seconds one after the other) of a step."""
+    t = found.time
+    parts = [
+        ("matrix products", "parameters", t.products, t.products),
+        ("attention", "attention", t.attention, t.attention),
+        ("other kernels (memory)", "norms", t.other, t.other),
+        ("waiting for the host", "other", t.host, t.host),
+        ("collectives, tensor-parallel axis", "tp", t.tp, t.tp),
+        ("collectives, data-parallel axis", "gathered parameters", t.dp_exposed, t.dp),
+        ("optimizer", "optimizer", t.optimizer, t.optimizer),
+    ]
+    rest = t.step - sum(p[2] for p in parts), t.without_overlap - sum(p[3] for p in parts)
+    if max(rest) > 1e-3 * t.step:
+        parts.append(("the rest", "buffers", max(0.0, rest[0]), max(0.0, rest[1])))
+    return [p for p in parts if p[2] > 0 or p[3] > 0]
+
+
+def block_collectives(found: Estimate) -> list[BlockCollective]:
+    """The collectives of a step by block, blocks with the same ones as one; the blocks first, and of these the most."""
+    by: dict[str, list[Collective]] = {}
+    for c in found.collectives:
+        by.setdefault(c.where, []).append(c)
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for where, of in by.items():
+        what: Counter[tuple[str, str, str, int, int]] = Counter()
+        for c in of:
+            what[c.phase, c.kind, c.axis, c.ranks, c.bytes] += c.count
+        alike.setdefault((_starred(where), *sorted(what.items())), []).append(where)
+    rows = [
+        BlockCollective(_folded(names) or "outside of blocks", len(names), *key, each)  # type: ignore[misc]
+        for (_, *of), names in sorted(alike.items(), key=lambda x: -len(x[1]))
+        for key, each in of  # type: ignore[misc]
+    ]
+    return rows
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _folded(names: list[str]) -> str:
+    return fold(list(dict.fromkeys(names)))
