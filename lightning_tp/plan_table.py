@@ -18,21 +18,26 @@ def rules_table(plan: Plan) -> str:
 
 def shapes_table(plan: Plan) -> str:
     """What each rank holds: one line for each kind of module, the numbers of the blocks folded (`layers.{0-3}.wq`)."""
-    assert plan.tp is not None
-    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
-    for entry in plan.entries:
-        key = (re.sub(r"\d+", "*", entry.where), str(entry.style), _shapes(entry, plan.tp), entry.reason)
-        groups.setdefault(key, []).append(entry)
-    rows = [
-        (fold([e.where for e in entries]) or "(the model)", style, shapes, reason)
-        for (_, style, shapes, reason), entries in groups.items()
-    ]
+    rows = shapes_rows(plan)
     total, held = numels(plan)
     head = (
         f"Plan, {plan.source}, tp={plan.tp}: {total:,} parameters, a rank holds {held:,} ({held / max(total, 1):.1%}); "
         f"sequence parallel {'on' if plan.sequence_parallel else 'off'}"
     )
     return "\n".join([head, *_columns([("modules", "style", "whole -> on a rank", "reason"), *rows])])
+
+
+def shapes_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
+    """(modules, style, whole -> on a rank, reason) of each kind of module of a checked plan."""
+    assert plan.tp is not None
+    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
+    for entry in plan.entries:
+        key = (re.sub(r"\d+", "*", entry.where), str(entry.style), _shapes(entry, plan.tp), entry.reason)
+        groups.setdefault(key, []).append(entry)
+    return [
+        (fold([e.where for e in entries]) or "(the model)", style, shapes, reason)
+        for (_, style, shapes, reason), entries in groups.items()
+    ]
 
 
 def numels(plan: Plan) -> tuple[int, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lightning_tp.estimate.draw import Drawing, fit, width_of, wrap
 from lightning_tp.estimate.picture_draw import NARROW, WIDE
 from lightning_tp.estimate.report import Estimate, seconds, share, size
-from lightning_tp.estimate.series import block_collectives, kinds_of, memory_series, time_parts
+from lightning_tp.estimate.series import block_collectives, kinds_of, memory_series, roofline_points, time_parts
 
 GiB = 2**30
 MOST_BARS = 14
@@ -42,7 +43,7 @@ def memory_over_step(found: Estimate, width: float = WIDE) -> Drawing:
         at = py(value * scale)
         d.line(((left, at), (left + wide, at)), "line", 0.7)
         d.write(left - 5, at + 4, f"{value:g}", size=11, fill="dim", anchor="end")
-    d.write(4, top - 4, unit, size=11, fill="dim")
+    d.write(8, top - 4, unit, size=11, fill="dim")
     below = [0] * n
     for kind, values in series.items():
         above = [a + b for a, b in zip(below, values)]
@@ -66,7 +67,7 @@ def memory_over_step(found: Estimate, width: float = WIDE) -> Drawing:
         d.line(((px(a) + 1, y + 2), (px(b) - 1, y + 2)), "dim", 2)
         if (px(b) - px(a)) > width_of(phase, 11):
             d.write((px(a) + px(b)) / 2, y + 17, phase, size=11, fill="dim", anchor="middle")
-    d.height = _legend(d, [(k, f"{k}") for k in reversed(series) if any(series[k])], y + 30, width)
+    d.height = legend(d, [(k, f"{k}") for k in reversed(series) if any(series[k])], y + 30, width)
     return d
 
 
@@ -108,7 +109,7 @@ def collectives(found: Estimate, width: float = WIDE) -> Drawing:
         d.write(8, y + 12, f"and {len(rows) - MOST_BARS} smaller ones, which are in the table", size=11, fill="dim")
         y += 16
     axes = {"tp": "tensor-parallel axis", "dp": "data-parallel axis (FSDP2)"}
-    d.height = _legend(d, [(a, words) for a, words in axes.items() if any(r.axis == a for r in rows)], y + 8, width)
+    d.height = legend(d, [(a, words) for a, words in axes.items() if any(r.axis == a for r in rows)], y + 8, width)
     return d
 
 
@@ -124,7 +125,44 @@ def time_of_step(found: Estimate, width: float = WIDE) -> Drawing:
         d.write(width - 8, y, seconds(total), size=12, bold=True, anchor="end")
         of = [(p[1], float(p[i]), f"{p[0]}: {seconds(p[i])}") for p in parts]  # type: ignore[arg-type]
         y = _stacked(d, of, 8, y + 6, width - 16, 24, longest) + 8
-    d.height = _legend(d, [(p[1], f"{p[0]}: {seconds(p[2])}" + (f" of {seconds(p[3])}" if p[3] > p[2] else "")) for p in parts], y + 4, width)
+    d.height = legend(d, [(p[1], f"{p[0]}: {seconds(p[2])}" + (f" of {seconds(p[3])}" if p[3] > p[2] else "")) for p in parts], y + 4, width)
+    return d
+
+
+def roofline(found: Estimate, width: float = WIDE) -> Drawing:
+    """The matrix products of a rank under the roof of the device: FLOPs for each byte moved, and FLOP/s."""
+    points, hw = roofline_points(found), found.hardware
+    d = Drawing(width, label=f"Matrix products under the roofline of {hw.name}: {len(points)} kinds")
+    y = _title(d, "Matrix products under the roofline", width)
+    left, right, top, tall = 52.0, 12.0, y + 22, 190.0
+    bottom, wide = top + tall, width - left - right
+    ridge = found.peak_flops / hw.memory_bandwidth
+    xs = [p.intensity for p in points] + [ridge]
+    ys = [p.flops_per_s for p in points] + [found.peak_flops]
+    x0, x1 = math.floor(math.log10(min(xs)) * 2) / 2 - 0.2, math.ceil(math.log10(max(xs)) * 2) / 2 + 0.2
+    y0, y1 = min(math.floor(math.log10(min(ys))), math.log10(found.peak_flops) - 2), math.log10(found.peak_flops) + 0.15
+
+    def px(value: float) -> float:
+        return left + wide * (math.log10(value) - x0) / (x1 - x0)
+
+    def py(value: float) -> float:
+        return bottom - tall * (math.log10(value) - y0) / (y1 - y0)
+
+    for e in range(math.ceil(y0), math.floor(y1) + 1):
+        d.line(((left, py(10**e)), (left + wide, py(10**e))), "line", 0.7)
+        d.write(left - 5, py(10**e) + 4, f"{10 ** (e - 12):g}", size=11, fill="dim", anchor="end")
+    for e in range(math.ceil(x0), math.floor(x1) + 1):
+        d.line(((px(10**e), top), (px(10**e), bottom)), "line", 0.7)
+        d.write(px(10**e), bottom + 14, f"{10**e:g}", size=11, fill="dim", anchor="middle")
+    d.write(8, top - 6, "TFLOP/s", size=11, fill="dim")
+    d.write(left + wide, bottom + 28, "FLOPs for each byte moved", size=11, fill="dim", anchor="end")
+    low = max(10**x0, 10**y0 / hw.memory_bandwidth)
+    d.line(((px(low), py(low * hw.memory_bandwidth)), (px(ridge), py(found.peak_flops)), (left + wide, py(found.peak_flops))), "dim", 2)
+    for p in points:
+        name = {"forward": "parameters", "backward": "backward"}.get(p.phase, "tp")
+        d.rect(px(p.intensity) - 4, py(p.flops_per_s) - 4, 8, 8, name, "box", radius=4, text=p.words)
+    words = [("parameters", "forward"), ("backward", "backward")] + [("tp", "run again")] * any(p.phase == "recompute" for p in points)
+    d.height = legend(d, words, bottom + 34, width)
     return d
 
 
@@ -191,7 +229,8 @@ def _bars(d: Drawing, rows: Sequence[tuple[str, list[tuple[str, float, str]], st
     return y + 4
 
 
-def _legend(d: Drawing, names: Sequence[tuple[str, str]], y: float, width: float) -> float:
+def legend(d: Drawing, names: Sequence[tuple[str, str]], y: float, width: float) -> float:
+    """What the colours mean; returns where it ends."""
     x = 8.0
     for fill, words in names:
         text = fit(words, width - 40, 11)

@@ -200,8 +200,9 @@ class Drawing:
         def dash_of(s: Shape) -> Any:
             return (0, [float(n) / s.width for n in DASHES[s.dash].split()]) if s.dash else "-"  # in units of the width
 
-        for s in self.shapes:
+        for order, s in enumerate(self.shapes):
             paint = {
+                "zorder": order,
                 "facecolor": colour(s.fill) if s.fill else "none",
                 "edgecolor": colour(s.stroke) if s.stroke else "none",
                 "linewidth": 0.72 * s.width,
@@ -219,7 +220,7 @@ class Drawing:
                 axes.add_patch(Polygon(s.points, closed=True, **paint))
             elif s.kind == "line":
                 xs, ys = zip(*s.points)
-                axes.plot(xs, ys, color=colour(s.stroke), linewidth=0.72 * s.width, linestyle=dash_of(s), solid_capstyle="butt")
+                axes.plot(xs, ys, color=colour(s.stroke), linewidth=0.72 * s.width, linestyle=dash_of(s), solid_capstyle="butt", zorder=order)
             else:
                 axes.text(
                     *s.points[0],
@@ -229,6 +230,7 @@ class Drawing:
                     fontweight="bold" if s.bold else "normal",
                     ha={"start": "left", "middle": "center", "end": "right"}[s.anchor],
                     va="baseline",
+                    zorder=order,
                 )
         try:
             figure.savefig(path, dpi=200, facecolor=colour("page"), metadata={"Title": self.label[:200]})

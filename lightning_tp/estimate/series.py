@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
+
 from lightning_tp.estimate.collectives import Collective
 from lightning_tp.estimate.draw import COLOURS
 from lightning_tp.estimate.memory import Moment
 from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.roofline import product_seconds
 from lightning_tp.plan_table import fold
 
 ORDER = tuple(COLOURS)  # of kinds: what lasts first
@@ -122,23 +125,42 @@ def time_parts(found: Estimate) -> list[tuple[str, str, float, float]]:
     return [p for p in parts if p[2] > 0 or p[3] > 0]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A kind of matrix product under the roofline."""
+
+    intensity: float
+    flops_per_s: float
+    phase: str
+    words: str
+
+
+def roofline_points(found: Estimate) -> list[Point]:
+    """The matrix products of a micro-batch, as fast as they are taken to be."""
+    points = []
+    for p in found.products:
+        if p.kind != "product" or not p.k or not p.bytes:
+            continue
+        dtype = getattr(torch, p.dtype)
+        each = product_seconds(found.hardware, p.batch, p.m, p.n, p.k, dtype, p.bytes)
+        flops = p.flops / p.count
+        words = f"{p.module} ({p.phase}): {p.m:,} x {p.k:,} times {p.k:,} x {p.n:,}, {flops / each / 1e12:.3g} TFLOP/s"
+        points.append(Point(flops / p.bytes, flops / each, p.phase, words))
+    return points
+
+
 def block_collectives(found: Estimate) -> list[BlockCollective]:
-    """The collectives of a step by block, blocks with the same ones as one; the blocks first, and of these the most."""
-    by: dict[str, list[Collective]] = {}
+    """The collectives of a step by block; those that many blocks have in one line, and these first."""
+    each: Counter[tuple[str, str, str, str, int, int]] = Counter()
     for c in found.collectives:
-        by.setdefault(c.where, []).append(c)
-    alike: dict[tuple[object, ...], list[str]] = {}
-    for where, of in by.items():
-        what: Counter[tuple[str, str, str, int, int]] = Counter()
-        for c in of:
-            what[c.phase, c.kind, c.axis, c.ranks, c.bytes] += c.count
-        alike.setdefault((_starred(where), *sorted(what.items())), []).append(where)
-    rows = [
-        BlockCollective(_folded(names) or "outside of blocks", len(names), *key, each)  # type: ignore[misc]
-        for (_, *of), names in sorted(alike.items(), key=lambda x: -len(x[1]))
-        for key, each in of  # type: ignore[misc]
+        each[c.where, c.phase, c.kind, c.axis, c.ranks, c.bytes] += c.count
+    alike: dict[tuple[str, str, str, str, int, int, int], list[str]] = {}
+    for (where, *key), n in each.items():
+        alike.setdefault((_starred(where), *key, n), []).append(where)  # type: ignore[arg-type]
+    return [
+        BlockCollective(_folded(names) or "outside of blocks", len(names), *key)
+        for (_, *key), names in sorted(alike.items(), key=lambda x: -len(x[1]))
     ]
-    return rows
 
 
 def _starred(name: str) -> str:
