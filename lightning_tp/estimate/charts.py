@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_tp.estimate.draw import Drawing, fit, width_of, wrap
+from lightning_tp.estimate.draw import BOLD, Drawing, fit, width_of, wrap
 from lightning_tp.estimate.picture_draw import NARROW, WIDE
 from lightning_tp.estimate.report import Estimate, seconds, share, size
 from lightning_tp.estimate.series import block_collectives, kinds_of, memory_series, roofline_points, time_parts
@@ -140,7 +140,7 @@ def roofline(found: Estimate, width: float = WIDE) -> Drawing:
     xs = [p.intensity for p in points] + [ridge]
     ys = [p.flops_per_s for p in points] + [found.peak_flops]
     x0, x1 = math.floor(math.log10(min(xs)) * 2) / 2 - 0.2, math.ceil(math.log10(max(xs)) * 2) / 2 + 0.2
-    y0, y1 = min(math.floor(math.log10(min(ys))), math.log10(found.peak_flops) - 2), math.log10(found.peak_flops) + 0.15
+    y0, y1 = min(math.floor(math.log10(min(ys))), math.log10(found.peak_flops) - 1.2), math.log10(found.peak_flops) + 0.15
 
     def px(value: float) -> float:
         return left + wide * (math.log10(value) - x0) / (x1 - x0)
@@ -160,7 +160,8 @@ def roofline(found: Estimate, width: float = WIDE) -> Drawing:
     d.line(((px(low), py(low * hw.memory_bandwidth)), (px(ridge), py(found.peak_flops)), (left + wide, py(found.peak_flops))), "dim", 2)
     for p in points:
         name = {"forward": "parameters", "backward": "backward"}.get(p.phase, "tp")
-        d.rect(px(p.intensity) - 4, py(p.flops_per_s) - 4, 8, 8, name, "box", radius=4, text=p.words)
+        r = 4 if p.phase == "forward" else 6.5  # around those of the forward, which have the same place
+        d.rect(px(p.intensity) - r, py(p.flops_per_s) - r, 2 * r, 2 * r, name if r == 4 else "", name, radius=r, text=p.words)
     words = [("parameters", "forward"), ("backward", "backward")] + [("tp", "run again")] * any(p.phase == "recompute" for p in points)
     d.height = legend(d, words, bottom + 34, width)
     return d
@@ -187,7 +188,7 @@ def all_of(found: Estimate, width: float = WIDE) -> list[Drawing]:
 
 def _title(d: Drawing, text: str, width: float) -> float:
     y = 4.0
-    for line in wrap(text, width - 16, 14, 2):
+    for line in wrap(text, width - 16, 14 * BOLD, 2):
         y += 16
         d.write(8, y, line, size=14, bold=True)
     return y

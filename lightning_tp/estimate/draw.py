@@ -18,6 +18,7 @@ from lightning_tp.errors import TPError
 SUFFIXES = (".svg", ".png", ".pdf")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
 EM = 0.56  # width of a letter, of the size of the text
+BOLD = 1.14  # how much wider bold ones are
 DASHES = {"": "", "dashed": "5 4", "dotted": "1.5 3.5"}
 
 COLOURS = {  # name -> (on a light page, on a dark one)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from html import escape
@@ -25,6 +26,7 @@ from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels, shapes_rows
 
 PRODUCTS = 15  # largest products that are listed
+SHORT = 34  # letters of a cell that is not broken
 CSS = """
 :root{color-scheme:light dark;--page:#fff;--card:#f4f6f8;--ink:#1b1f24;--dim:#57606a;--line:#d5dbe1;--good:#12714f;--bad:#b42318;--link:#174a7e}
 @media screen and (prefers-color-scheme:dark){:root{--page:#14171a;--card:#1e2328;--ink:#e8eaed;--dim:#a3adb8;--line:#3a424b;--good:#4cc296;
@@ -36,21 +38,21 @@ h1{font-size:1.6em;line-height:1.25;margin:.4em 0 .2em;overflow-wrap:anywhere}h2
 border-top:1px solid var(--line)}
 p{margin:.5em 0;overflow-wrap:anywhere}.dim{color:var(--dim)}.good{color:var(--good);font-weight:600}.bad{color:var(--bad);font-weight:600}
 nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:14px 0}a{color:var(--link)}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:16px 0;padding:0}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(190px,44vw),1fr));gap:10px;margin:16px 0;padding:0}
 .facts div{background:var(--card);border-radius:8px;padding:10px 12px}.facts dt{color:var(--dim);font-size:.85em}
 .facts dd{margin:0;font-size:1.25em;font-weight:600;overflow-wrap:anywhere}.facts small{display:block;font-weight:400;font-size:.65em;color:var(--dim)}
 figure{margin:14px 0}figure svg{display:block;width:100%;height:auto;max-width:880px}figure svg.narrow{display:none}
 figcaption{color:var(--dim);font-size:.9em;margin-top:4px}
 .scroll{overflow-x:auto;margin:8px 0}table{border-collapse:collapse;font-size:.9em;min-width:50%}
 caption{text-align:left;color:var(--dim);padding:4px 0}
-th,td{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
+th,td{text-align:left;padding:4px 14px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--dim);font-weight:600;white-space:nowrap}td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-td.k{min-width:9em}td.w{min-width:14em}td svg{display:block;width:180px;height:18px}
+td.s{white-space:nowrap}td.k{min-width:14em}td.w{min-width:16em;overflow-wrap:anywhere}td svg{display:block;width:180px;height:18px}
 details{margin:10px 0}summary{cursor:pointer;color:var(--link)}
 code,pre{font-family:ui-monospace,'Liberation Mono',Consolas,monospace;font-size:.92em}pre{background:var(--card);border-radius:8px;padding:10px 12px;
 white-space:pre-wrap;overflow-wrap:anywhere}
 li{overflow-wrap:anywhere}
-@media (max-width:640px){body{padding:10px 12px 40px}figure svg{display:none}figure svg.narrow{display:block;max-width:430px;margin:0 auto}}
+@media (max-width:640px){body{padding:10px 12px 40px}h1{font-size:1.35em}td.k{min-width:8em}figure svg{display:none}figure svg.narrow{display:block;max-width:430px;margin:0 auto}}
 @media print{body{max-width:none;font-size:11pt;padding:0}nav,summary{display:none}details::details-content{display:block;content-visibility:visible;
 block-size:auto;opacity:1}h2{break-after:avoid}tr,.facts div{break-inside:avoid}figure.chart{break-inside:avoid}figure svg{display:block!important}
 figure svg.narrow{display:none!important}.scroll{overflow:visible}table{font-size:8.5pt;width:100%}td.k,td.w{min-width:0}
@@ -77,7 +79,7 @@ def report(found: Estimate, *, command: str = "") -> str:
         drawn = _picture(of_world(found.model, plan, world, whole))
         rules = _rules(plan)
     body = [
-        f"<header><h1>{escape(title)}</h1>",
+        f"<header><h1>{_heading(title)}</h1>",
         _sentence(found),
         _facts(found),
         "</header>",
@@ -119,7 +121,7 @@ def write_plan(plan: Plan, picture: Picture, path: str | Path, *, command: str =
     title = f"How {picture.model} is split over tp={picture.tp}"
     head = str(plan).splitlines()[0]
     lines = "".join(f"<p>{escape(line)}</p>" for line in (head, *held))
-    body = [f"<header><h1>{escape(title)}</h1>{lines}</header><main>", _picture(picture), _rules(plan), "</main>", _made(command)]
+    body = [f"<header><h1>{_heading(title)}</h1>{lines}</header><main>", _picture(picture), _rules(plan), "</main>", _made(command)]
     write_text(path, page(title, body))
 
 
@@ -146,7 +148,7 @@ def write_choices(found: Tuned, path: str | Path, *, command: str = "") -> None:
     thin = Drawing(NARROW, label=key.label)
     thin.height = charts.legend(thin, [(k, k) for k in kinds], 4, NARROW)
     body = [
-        f"<header><h1>{escape(title)}</h1><p>{len(found.fits)} choices at {found.global_batch:,} samples a step, the fastest first. The bars are a ",
+        f"<header><h1>{_heading(title)}</h1><p>{len(found.fits)} choices at {found.global_batch:,} samples a step, the fastest first. The bars are a ",
         "rank's memory at its peak by kind; the line is what a device has for it.</p></header><main>",
         _table("Choices that fit", names, rows, right=(0, 1, 2, 3, 4, 8, 9, 10, 11), ready=True),
         f"<figure>{key.svg(name='wide')}{thin.svg(name='narrow')}</figure>" if kinds else "",
@@ -250,11 +252,11 @@ def _flops(found: Estimate) -> str:
         intensity = p.flops / p.count / p.bytes if p.bytes else math.inf
         bound = "FLOPs" if intensity >= ridge else "memory"
         rows.append((p.module or "(the model)", p.phase, many + shape, f"{p.count:,}", _flop(p.flops), share(p.flops, total), f"{intensity:,.0f}", bound))
-    again = f" Of all ranks, {found.flops.rank * found.tp / max(1, found.flops.model):.1%} of the model's are computed (causal attention in half)."
+    again = f" The {found.tp} ranks together: {found.flops.rank * found.tp / max(1, found.flops.model):.1%} of the model's (of causal attention half)."
     heads = ("module", "phase", "sizes", "count", "FLOPs", "share", "FLOPs/byte", "bound by")
     return "".join(
         (
-            f"<p>A micro-batch of a data-parallel rank takes {_flop(found.flops.model)} of the model; a rank computes {_flop(found.flops.rank)}.{again}</p>",
+            f"<p>A micro-batch of a data-parallel rank takes {_flop(found.flops.model)} of the model, and a rank computes {_flop(found.flops.rank)}.{again}</p>",
             _table(f"The largest {len(rows)} of {len(found.products)} kinds of products on a rank", heads, rows, right=(3, 4, 5, 6)),
             _figure(lambda w: charts.roofline(found, w), f"From {ridge:,.0f} FLOPs for each byte on, the device computes rather than waits for its memory."),
         )
@@ -262,7 +264,7 @@ def _flops(found: Estimate) -> str:
 
 
 def _time(found: Estimate) -> str:
-    rows = [(name, seconds(a), share(a, found.time.step), seconds(b)) for name, _, a, b in time_parts(found)]
+    rows = [(name, seconds(a), f"{a / found.time.step:.1%}", seconds(b)) for name, _, a, b in time_parts(found)]
     rows.append(("a step", seconds(found.time.step), "100%", seconds(found.time.without_overlap)))
     return _figure(lambda w: charts.time_of_step(found, w)) + _table(
         "Seconds of a step on a rank", ("part", "with overlap", "share", "one after the other"), rows, right=(1, 2, 3)
@@ -309,17 +311,32 @@ def _table(
 ) -> str:
     """A table; the columns `right` are numbers. `ready`: the cells are HTML already."""
 
-    def kind(i: int) -> str:
-        return ' class="n"' if i in right else ' class="k"' if i == 0 else ' class="w"' if i == len(names) - 1 else ""
+    rows, last = list(rows), len(names) - 1
+    long = {i for i in (0, last) if any(len(row[i]) > SHORT * (0.6 if i == 0 else 1) for row in rows)}
 
-    head = "".join(f'<th scope="col"{kind(i) if i in right else ""}>{escape(n)}</th>' for i, n in enumerate(names))
+    def kind(i: int, text: str) -> str:
+        if i in right:
+            return ' class="n"'
+        return f' class="{"k" if i == 0 else "w"}"' if i in long else ' class="s"' if len(text) <= SHORT else ""
+
+    head = "".join(f'<th scope="col"{kind(i, n) if i in right else ""}>{escape(n)}</th>' for i, n in enumerate(names))
     lines = "\n".join(
-        "<tr>" + "".join(f"<td{kind(i)}>{c if ready else escape(c)}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td{kind(i, c)}>{c if ready else _cell(c)}</td>" for i, c in enumerate(row)) + "</tr>" for row in rows
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
     )
+
+
+def _heading(text: str) -> str:
+    """A title; the name of a class may break before each of its words."""
+    return "<wbr>".join(escape(part) for part in re.split(r"(?<=[a-z0-9])(?=[A-Z])", text))
+
+
+def _cell(text: str) -> str:
+    """The text of a cell; long names may break behind a dot."""
+    return escape(text).replace(".", ".<wbr>") if len(text) > 16 else escape(text)
 
 
 def _more(words: str, inside: str) -> str:

@@ -347,7 +347,7 @@ class _Maker:
             if isinstance(event, Node):
                 rows_of.extend(self.rows(event, inside))
             elif event.what == "sent":
-                border = self._border(event, back, node.module)
+                border = self._border(event, back, node.module, bool(rows_of) and not isinstance(rows_of[-1], Border))
                 last = not node.module and not any(isinstance(e, Node) for e in node.events[node.events.index(event) :])
                 rows_of.append(replace(border, reason="after the last module: the loss") if last else border)
             elif event.what == "op" and event.name in ("attention", "product"):
@@ -383,7 +383,7 @@ class _Maker:
                 if event.name == "attention":
                     notes.append(self._operation(event, self._whole(node)).style)
             else:
-                (after if ran else before).append(self._border(event, back, node.module))
+                (after if ran else before).append(self._border(event, back, node.module, ran))
         entrance = self._entrance(node, back)
         if node.module not in self.own:  # an operation, or something with collectives only
             box = Box(_label(node.module, prefix), self.classes.get(node.module, ""), "no parameters", "", (), arrives, leaves)
@@ -420,7 +420,7 @@ class _Maker:
             f"{what}: {e.reason}" if e.reason else what
             for e in self.entries.get(node.module, ())
             if e.style.name == "local_ops"
-            for what in (f"{len(getattr(e.style, 'calls', ()))} sizes in its code are made this rank's",)
+            for what in (f"{len(getattr(e.style, 'calls', ()))} of the calls in its code with this rank's sizes",)
         )
         reason = "; ".join(dict.fromkeys(e.reason for e in matrices if e.reason))
         name = ", ".join(w.name for w in weights)
@@ -459,20 +459,22 @@ class _Maker:
         at = min(self.calls[node.module], calls) - 1
         return of[at * len(of) // calls : (at + 1) * len(of) // calls]
 
-    def _border(self, step: Step, back: list[Step], module: str) -> Border:
+    def _border(self, step: Step, back: list[Step], module: str, late: bool) -> Border:
         twin = next((b for b in back if b.name == BACK.get(step.name) and b.bytes == step.bytes), None)
         if twin is None and step.name != "all-reduce":
             twin = next((b for b in back if b.name == BACK.get(step.name)), None)
         if twin is not None:
             back.remove(twin)
-        return Border(step.name, twin.name if twin else "", step.bytes, reason=self._why(module))
+        return Border(step.name, twin.name if twin else "", step.bytes, reason=self._why(module, "prepare_output" if late else "prepare_input"))
 
     def _entrance(self, node: Node, back: list[Step]) -> list[Row]:
         """Collectives that the backward alone has: where the module is entered."""
-        return _merged([Border("", b.name, b.bytes, reason=self._why(node.module)) for b in back])
+        alone = not any(isinstance(e, Step) and e.what == "sent" for e in node.events)
+        reason = self._why(node.module, "prepare_input") if alone else ""
+        return _merged([Border("", b.name, b.bytes, reason=reason) for b in back])
 
-    def _why(self, module: str) -> str:
-        return next((e.reason for e in self.entries.get(module, ()) if e.style.name.startswith("prepare") and e.reason), "")
+    def _why(self, module: str, style: str) -> str:
+        return next((e.reason for e in self.entries.get(module, ()) if e.style.name == style and e.reason), "")
 
     def _operation(self, step: Step, whole: Node | None) -> Box:
         b, m, n, k = step.shape or (0, 0, 0, 0)

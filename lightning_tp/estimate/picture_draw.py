@@ -6,7 +6,7 @@ dotted where each has a term of a sum that is still to be taken. A small square 
 
 from __future__ import annotations
 
-from lightning_tp.estimate.draw import Drawing, fit, width_of, wrap
+from lightning_tp.estimate.draw import BOLD, Drawing, fit, width_of, wrap
 from lightning_tp.estimate.picture import Border, Box, Frame, Picture, Row, Side, State, StateKind
 from lightning_tp.estimate.report import size
 
@@ -30,7 +30,7 @@ def draw_picture(picture: Picture, width: float = WIDE) -> Drawing:
     label = f"How {picture.model} is split over tp={tp}: {many} modules and operations, in the order of the forward"
     d = Drawing(width, label=label)
     y = 20.0
-    d.write(8, y, fit(f"{picture.model}, tp={tp}", width - 16, 15), size=15, bold=True)
+    d.write(8, y, fit(f"{picture.model}, tp={tp}", width - 16, 15 * BOLD), size=15, bold=True)
     for line in wrap(f"plan: {picture.source}; from top to bottom {picture.order}", width - 16, SMALL, 3):
         y += LINE
         d.write(8, y, line, size=SMALL, fill="dim")
@@ -127,7 +127,7 @@ class _Pen:
         y += PAD + 10
         of = width_of(frame.of, SMALL)
         room = width - 2 * PAD - (of + 12 if of < width / 2 else 0)
-        self.d.write(x + PAD, y, fit(title, room, 13), size=13, bold=True)
+        self.d.write(x + PAD, y, fit(title, room, 13 * BOLD), size=13, bold=True)
         if of < width / 2:
             self.d.write(x + width - PAD, y, frame.of, size=SMALL, fill="dim", anchor="end")
         y += 9
@@ -148,9 +148,9 @@ class _Pen:
         text = f"{border.where}: {border.words}" if border.where else border.words
         inner = width - 2 * PAD
         right = width_of(of, SMALL) + 8
-        lines = wrap(text, inner - right, 12)
+        lines = wrap(text, inner - right, 12 * BOLD)
         more = wrap(border.reason, inner, SMALL, 2) if border.reason else []
-        beside = bool(more) and len(lines) == 1 and width_of(text, 12) + width_of(border.reason, SMALL) + right + 20 < inner
+        beside = bool(more) and len(lines) == 1 and width_of(text, 12 * BOLD) + width_of(border.reason, SMALL) + right + 20 < inner
         tall = 8 + LINE * len(lines) + (0 if beside else (LINE - 1) * len(more))
         self.d.rect(x, y, width, tall, "sent", "tp", radius=tall / 2 if len(lines) + len(more) < 3 else 8)
         at = y + LINE
@@ -178,7 +178,7 @@ class _Pen:
         inner = width - 2 * PAD - glyph
         title = box.name + (f"  x {box.times}" if box.times > 1 else "")
         of = width_of(box.of, SMALL)
-        own_line = of + width_of(title, 13) + 12 > inner
+        own_line = of + width_of(title, 13 * BOLD) + 12 > inner
         lines: list[tuple[str, str]] = [(line, "ink") for line in wrap(box.style, inner, 12, 4)]
         lines += [(line, "dim") for line in self._weights(box, inner)]
         lines += [(line, "dim") for line in self._states(box, inner)]
@@ -201,7 +201,7 @@ class _Pen:
         if glyph:
             _glyph(self.d, x + PAD, y + PAD, GLYPH, box.cut, self.tp)
         left, at = x + PAD + glyph, y + PAD + 9
-        self.d.write(left, at, fit(title, inner if own_line else inner - of - 10, 13), size=13, bold=True)
+        self.d.write(left, at, fit(title, inner if own_line else inner - of - 10, 13 * BOLD), size=13, bold=True)
         if own_line:
             at += LINE
             self.d.write(left, at, fit(box.of, inner, SMALL), size=SMALL, fill="dim")
