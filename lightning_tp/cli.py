@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import re
+import shlex
 import sys
 import warnings
 from collections import Counter
@@ -59,12 +60,15 @@ EXAMPLES = """\
 examples:
   lightning-tp plan my_model.py:build --tp 2                        the plan as a table
   lightning-tp plan llama-2-7b/config.json --tp 8 --dp 256          at a size that this machine does not have
+  lightning-tp plan my_model.py:build --tp 2 --plot plan.svg        as a picture of the model's blocks
   lightning-tp plan my_model.py:build --tp 2 --json plan.json       for TPStrategy(plan="plan.json")
   lightning-tp plan my_model.py:build --tp 2 --emit-python split.py the same for plain PyTorch
   lightning-tp verify my_model.py:build --tp 2 --dp 2               train a few steps on 4 processes, compare with one
   lightning-tp verify my_model.py:build --tp 2 --plan plan.json     with a plan that you have edited
   lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --seq 4096 --batch 1 --hardware h100
                                                                     memory, communication and time of a step, on a rank
+  lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --html report.html --plot memory.png
+                                                                    the same as a page, and as plots
   lightning-tp tune llama-3-8b/config.json --gpus 64 --hardware h100 --global-batch 512 --seq 8192
                                                                     which mesh, micro-batch and checkpointing
 """
@@ -73,6 +77,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     args = _parser().parse_args(arguments)
+    args.command = shlex.join(["lightning-tp", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         status: int = args.run(args)
         return status
@@ -118,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write `parallelize(model, tp_mesh)` for plain PyTorch, without this package; - for stdout",
     )
+    cli_estimate.add_pictures(plan, "the plan as a picture of the model's blocks", "that picture and the table with its reasons")
     check.add_argument("--steps", type=int, default=3, metavar="N", help="of the optimizer (default: %(default)s)")
     check.add_argument(
         "--rtol", type=float, default=1e-3, metavar="X", help="the largest relative error allowed (default: %(default)s)"
@@ -129,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(args: argparse.Namespace) -> int:
     _check_sizes(args)
+    cli_estimate.check_pictures(args)
     target = load(args.target)
     plan = _choose(target, args)
     written = [(args.json, plan.to_json), (args.emit_python, lambda: python_source(plan, target.model, args.target))]
@@ -141,12 +148,14 @@ def _plan(args: argparse.Namespace) -> int:
             Path(where).write_text(text if text.endswith("\n") else text + "\n")
         except OSError as error:
             raise TPError(f"`{where}` can't be written: {error.strerror}.") from None
-    if "-" not in (args.json, args.emit_python):
+    quiet, lines = "-" in (args.json, args.emit_python), list[str]()
+    if not quiet:
+        lines = [held_by_a_rank(plan, target.model, args.dp), _sent(plan, target, args.dp)]
         show(plan)
-        print(held_by_a_rank(plan, target.model, args.dp))
-        print(_sent(plan, target, args.dp))
-        for where, _ in texts:
-            print(f"Wrote {where}")
+        print("\n".join(lines))
+    drawn = cli_estimate.draw_plan(plan, target, args, lines)
+    for where in () if quiet else (*(where for where, _ in texts), *drawn):
+        print(f"Wrote {where}")
     return 0
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_tp.errors import TPError
+from lightning_tp.estimate.draw import check_page, check_picture
 from lightning_tp.estimate.hardware import hardware, known_hardware
+from lightning_tp.estimate.html import write_plan
+from lightning_tp.estimate.plots import picture_of, plot_plan
 from lightning_tp.estimate.predict import check_size, estimate
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.estimate.tune import tune
 from lightning_tp.estimate.world import PRECISIONS
+from lightning_tp.plan import Plan
 
 
 def add_commands(commands: Any, description: str, examples: str, style: Any) -> None:
@@ -37,6 +42,8 @@ def add_commands(commands: Any, description: str, examples: str, style: Any) -> 
         command.add_argument("--json", action="store_true", help="print JSON, and nothing else")
         made[name] = command
     one, many = made["estimate"], made["tune"]
+    add_pictures(one, "plots of memory, collectives and time", "a report: all numbers, plots, the plan as a picture, assumptions")
+    add_pictures(many, "", "the choices with their memory, and what is refused")
     one.set_defaults(run=_estimate)
     many.set_defaults(run=_tune)
     one.add_argument("--tp", type=int, default=2, metavar="N", help="ranks that share one model (default: %(default)s)")
@@ -55,9 +62,42 @@ def add_commands(commands: Any, description: str, examples: str, style: Any) -> 
     many.add_argument("--most", type=int, default=20, metavar="N", help="choices that are shown (default: %(default)s)")
 
 
+def add_pictures(command: Any, plots: str, page: str) -> None:
+    """The options `--plot` (where there are plots) and `--html`."""
+    if plots:
+        text = f"write {plots}; the ending is the format: .svg, or .png and .pdf (with matplotlib)"
+        command.add_argument("--plot", metavar="FILE", help=text)
+    command.add_argument("--html", metavar="FILE", help=f"write {page}, as one HTML file that needs nothing else")
+
+
+def check_pictures(args: argparse.Namespace) -> None:
+    """Refuse files that could not be written, before the work begins.
+
+    Raises:
+        TPError: as `check_picture` and `check_page`.
+    """
+    if getattr(args, "plot", None) is not None:
+        check_picture(args.plot, "--plot")
+    if args.html is not None:
+        check_page(args.html, "--html")
+
+
+def draw_plan(plan: Plan, target: Any, args: argparse.Namespace, held: Sequence[str]) -> list[str]:
+    """Write the picture of a plan where the options ask for it; returns the files."""
+    if args.plot is None and args.html is None:
+        return []
+    picture = picture_of(target.model, target.inputs, plan, loss_fn=target.loss_fn)
+    if args.plot is not None:
+        plot_plan(picture, args.plot)
+    if args.html is not None:
+        write_plan(plan, picture, args.html, command=args.command, held=held)
+    return [where for where in (args.plot, args.html) if where is not None]
+
+
 def _estimate(args: argparse.Namespace) -> int:
     from lightning_tp.cli import load
 
+    check_pictures(args)
     for name in ("tp", "dp", "batch", "seq", "accumulate"):
         check_size(name, getattr(args, name))
     hardware(args.hardware)  # before the model is built
@@ -84,12 +124,23 @@ def _estimate(args: argparse.Namespace) -> int:
         print(found.to_json())
     else:
         show(found)
+    if args.plot is not None:
+        found.plot(args.plot)
+        _wrote(args.plot, args)
+    if args.html is not None:
+        found.html(args.html, command=args.command)
+        _wrote(args.html, args)
     return 0
+
+
+def _wrote(where: str, args: argparse.Namespace) -> None:
+    print(f"Wrote {where}", file=sys.stderr if args.json else sys.stdout)
 
 
 def _tune(args: argparse.Namespace) -> int:
     from lightning_tp.cli import load
 
+    check_pictures(args)
     for name in ("gpus", "global_batch", "seq", "most"):
         check_size(name, getattr(args, name))
     hardware(args.hardware)
@@ -113,6 +164,9 @@ def _tune(args: argparse.Namespace) -> int:
         most=args.most,
     )
     print(found.to_json() if args.json else found)
+    if args.html is not None:
+        found.html(args.html, command=args.command)
+        _wrote(args.html, args)
     return 0
 
 

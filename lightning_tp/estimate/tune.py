@@ -66,6 +66,12 @@ class Tuned:
         refused = [{"what": r.what, "why": r.why} for r in self.refused]
         return json.dumps({"gpus": self.gpus, "global_batch": self.global_batch, "fits": fits, "refused": refused}, indent=1)
 
+    def html(self, path: str | Path, *, command: str = "") -> None:
+        """Write the choices as HTML, with their memory as bars; see `Estimate.html`."""
+        from lightning_tp.estimate.html import write_choices
+
+        write_choices(self, path, command=command)
+
     def __str__(self) -> str:
         head = f"{len(self.fits)} choices fit on {self.gpus} devices at {self.global_batch} samples a step"
         rows = [("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "step", "tokens/s/device", "MFU")]
