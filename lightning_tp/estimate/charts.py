@@ -77,7 +77,9 @@ def memory_at_peak(found: Estimate, width: float = WIDE) -> Drawing:
     d = Drawing(width, label=f"Memory of a rank at the peak ({peak.name}), by kind: {size(peak.total)} of {size(limit)}")
     y = _title(d, f"Memory at the peak: {peak.name}", width)
     kinds = [k for k in kinds_of([peak]) if peak.kinds[k]]
-    y = _stacked(d, [(k, peak.kinds[k], f"{k}: {size(peak.kinds[k])}") for k in kinds], 8, y + 14, width - 16, 26, max(limit, peak.total))
+    y = _stacked(
+        d, [(k, peak.kinds[k], f"{k}: {size(peak.kinds[k])}") for k in kinds], 8, y + 14, width - 16, 26, max(limit, peak.total)
+    )
     at = 8 + (width - 16) * limit / max(limit, peak.total)
     d.line(((at, y - 32), (at, y + 4)), "alarm", 2)
     words = f"{size(peak.total)} ({share(peak.total, limit)}) of {size(limit)} that {found.hardware.name} has for this"
@@ -125,7 +127,9 @@ def time_of_step(found: Estimate, width: float = WIDE) -> Drawing:
         d.write(width - 8, y, seconds(total), size=12, bold=True, anchor="end")
         of = [(p[1], float(p[i]), f"{p[0]}: {seconds(p[i])}") for p in parts]  # type: ignore[arg-type]
         y = _stacked(d, of, 8, y + 6, width - 16, 24, longest) + 8
-    d.height = legend(d, [(p[1], f"{p[0]}: {seconds(p[2])}" + (f" of {seconds(p[3])}" if p[3] > p[2] else "")) for p in parts], y + 4, width)
+    d.height = legend(
+        d, [(p[1], f"{p[0]}: {seconds(p[2])}" + (f" of {seconds(p[3])}" if p[3] > p[2] else "")) for p in parts], y + 4, width
+    )
     return d
 
 
@@ -157,12 +161,16 @@ def roofline(found: Estimate, width: float = WIDE) -> Drawing:
     d.write(8, top - 6, "TFLOP/s", size=11, fill="dim")
     d.write(left + wide, bottom + 28, "FLOPs for each byte moved", size=11, fill="dim", anchor="end")
     low = max(10**x0, 10**y0 / hw.memory_bandwidth)
-    d.line(((px(low), py(low * hw.memory_bandwidth)), (px(ridge), py(found.peak_flops)), (left + wide, py(found.peak_flops))), "dim", 2)
+    d.line(
+        ((px(low), py(low * hw.memory_bandwidth)), (px(ridge), py(found.peak_flops)), (left + wide, py(found.peak_flops))), "dim", 2
+    )
     for p in points:
         name = {"forward": "parameters", "backward": "backward"}.get(p.phase, "tp")
         r = 4 if p.phase == "forward" else 6.5  # around those of the forward, which have the same place
         d.rect(px(p.intensity) - r, py(p.flops_per_s) - r, 2 * r, 2 * r, name if r == 4 else "", name, radius=r, text=p.words)
-    words = [("parameters", "forward"), ("backward", "backward")] + [("tp", "run again")] * any(p.phase == "recompute" for p in points)
+    words = [("parameters", "forward"), ("backward", "backward")] + [("tp", "run again")] * any(
+        p.phase == "recompute" for p in points
+    )
     d.height = legend(d, words, bottom + 34, width)
     return d
 
@@ -231,7 +239,7 @@ def _bars(d: Drawing, rows: Sequence[tuple[str, list[tuple[str, float, str]], st
 
 
 def legend(d: Drawing, names: Sequence[tuple[str, str]], y: float, width: float) -> float:
-    """What the colours mean; returns where it ends."""
+    """What the colors mean; returns where it ends."""
     x = 8.0
     for fill, words in names:
         text = fit(words, width - 40, 11)

@@ -1,7 +1,6 @@
 """A drawing of rectangles, lines and text, written as SVG without any library, or as PNG and PDF through matplotlib.
 
-One drawing serves all: the SVG inside a page (colours by the page's theme), an SVG file of its own, and a picture for a paper. Colours go by name; see
-`COLOURS`. Widths of text are estimated, on the wide side, since nobody knows the reader's fonts.
+One drawing serves all: the SVG inside a page (colors by the page's theme), an SVG file of its own, a picture for a paper. Colors go by name. Widths of text are estimated, on the wide side, since nobody knows the reader's fonts.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ EM = 0.56  # width of a letter, of the size of the text
 BOLD = 1.14  # how much wider bold ones are
 DASHES = {"": "", "dashed": "5 4", "dotted": "1.5 3.5"}
 
-COLOURS = {  # name -> (on a light page, on a dark one)
+COLORS = {  # name -> (on a light page, on a dark one)
     "page": ("#ffffff", "#14171a"),
     "card": ("#f4f6f8", "#1e2328"),
     "box": ("#ffffff", "#252b31"),
@@ -61,9 +60,9 @@ COLOURS = {  # name -> (on a light page, on a dark one)
 SPARE = ("#7f6a55", "#0f8b8d", "#8d5b9c", "#6d8f2b")  # for kinds that nobody has named here
 
 
-def colour(name: str, dark: bool = False) -> str:
-    """The colour of that name; a name that is not known has one of its own, the same each time."""
-    found = COLOURS.get(name)
+def color(name: str, dark: bool = False) -> str:
+    """The color of that name; a name that is not known has one of its own, the same each time."""
+    found = COLORS.get(name)
     return found[dark] if found is not None else SPARE[sum(map(ord, name)) % len(SPARE)]
 
 
@@ -130,7 +129,17 @@ class Drawing:
     shapes: list[Shape] = field(default_factory=list)
 
     def rect(
-        self, x: float, y: float, w: float, h: float, fill: str = "", stroke: str = "", *, radius: float = 0, dash: str = "", text: str = ""
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        fill: str = "",
+        stroke: str = "",
+        *,
+        radius: float = 0,
+        dash: str = "",
+        text: str = "",
     ) -> None:
         """A rectangle; `text` is shown when a pointer rests on it."""
         self.shapes.append(Shape("rect", ((x, y), (max(0.0, w), max(0.0, h))), fill, stroke, 1, radius, dash, text))
@@ -159,14 +168,14 @@ class Drawing:
     # ----------------------------------------------------------------------------------------------------------- SVG
 
     def svg(self, *, alone: bool = False, name: str = "") -> str:
-        """As an SVG element: for inside a page whose style has `style_of`, or `alone` with its own colours and background."""
+        """As an SVG element: for inside a page whose style has `style_of`, or `alone` with its own colors and background."""
         body = [_svg(s) for s in self.shapes]
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(self.width)} {_n(self.height)}" width="{_n(self.width)}" '
             f'height="{_n(self.height)}" role="img" aria-label="{escape(self.label)}">'
             if alone
             else f'<svg viewBox="0 0 {_n(self.width)} {_n(self.height)}" role="img" aria-label="{escape(self.label)}"'
-            f'{f" class={chr(34)}{name}{chr(34)}" if name else ""}>'
+            f"{f' class={chr(34)}{name}{chr(34)}' if name else ''}>"
         )
         if alone:
             head += f"<style>{style_of()}</style>" + f'<rect width="{_n(self.width)}" height="{_n(self.height)}" class="f-page"/>'
@@ -204,8 +213,8 @@ class Drawing:
         for order, s in enumerate(self.shapes):
             paint = {
                 "zorder": order,
-                "facecolor": colour(s.fill) if s.fill else "none",
-                "edgecolor": colour(s.stroke) if s.stroke else "none",
+                "facecolor": color(s.fill) if s.fill else "none",
+                "edgecolor": color(s.stroke) if s.stroke else "none",
                 "linewidth": 0.72 * s.width,
                 "linestyle": dash_of(s),
             }
@@ -221,20 +230,28 @@ class Drawing:
                 axes.add_patch(Polygon(s.points, closed=True, **paint))
             elif s.kind == "line":
                 xs, ys = zip(*s.points)
-                axes.plot(xs, ys, color=colour(s.stroke), linewidth=0.72 * s.width, linestyle=dash_of(s), solid_capstyle="butt", zorder=order)
+                axes.plot(
+                    xs,
+                    ys,
+                    color=color(s.stroke),
+                    linewidth=0.72 * s.width,
+                    linestyle=dash_of(s),
+                    solid_capstyle="butt",
+                    zorder=order,
+                )
             else:
                 axes.text(
                     *s.points[0],
                     s.text.replace("$", r"\$"),
                     fontsize=0.72 * 0.88 * s.size,  # its font is wider than those of browsers
-                    color=colour(s.fill),
+                    color=color(s.fill),
                     fontweight="bold" if s.bold else "normal",
                     ha={"start": "left", "middle": "center", "end": "right"}[s.anchor],
                     va="baseline",
                     zorder=order,
                 )
         try:
-            figure.savefig(path, dpi=200, facecolor=colour("page"), metadata={"Title": self.label[:200]})
+            figure.savefig(path, dpi=200, facecolor=color("page"), metadata={"Title": self.label[:200]})
         except OSError as error:
             raise TPError(f"`{path}` can't be written: {error.strerror or error}.") from None
 
@@ -258,23 +275,23 @@ def _svg(s: Shape) -> str:
 
 
 def style_of() -> str:
-    """The CSS that colours drawings: by the reader's theme, and light where it is printed."""
+    """The CSS that colors drawings: by the reader's theme, and light where it is printed."""
 
     def rules(dark: bool) -> str:
         return "".join(
-            f".{_class('f', name)}{{fill:{colour(name, dark)}}}.{_class('s', name)}{{stroke:{colour(name, dark)}}}"
-            for name in (*COLOURS, *SPARE_NAMES)
+            f".{_class('f', name)}{{fill:{color(name, dark)}}}.{_class('s', name)}{{stroke:{color(name, dark)}}}"
+            for name in (*COLORS, *SPARE_NAMES)
         )
 
     return f"text{{font-family:{FONT}}}.f-{{fill:none}}{rules(False)}@media screen and (prefers-color-scheme:dark){{{rules(True)}}}"
 
 
 SPARE_NAMES = tuple(f"spare{i}" for i in range(len(SPARE)))
-COLOURS.update({name: (SPARE[i], SPARE[i]) for i, name in enumerate(SPARE_NAMES)})
+COLORS.update({name: (SPARE[i], SPARE[i]) for i, name in enumerate(SPARE_NAMES)})
 
 
 def _class(what: str, name: str) -> str:
-    if name not in COLOURS:
+    if name not in COLORS:
         name = SPARE_NAMES[sum(map(ord, name)) % len(SPARE)]
     return f"{what}-" + "".join(c if c.isalnum() else "-" for c in name)
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from lightning_tp.estimate import charts
 from lightning_tp.estimate.draw import Drawing, check_page, style_of, write_text
-from lightning_tp.estimate.picture import Picture, of_world
+from lightning_tp.estimate.picture import Picture
 from lightning_tp.estimate.picture_draw import NARROW, WIDE, draw_picture
+from lightning_tp.estimate.picture_make import of_world
 from lightning_tp.estimate.report import Estimate, count, seconds, share, size
 from lightning_tp.estimate.series import block_collectives, stretches, time_parts
 from lightning_tp.estimate.tune import Tuned
@@ -33,7 +34,7 @@ CSS = """
 --bad:#ff8f85;--link:#79aef0}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:960px;padding:16px 20px 60px;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,'Segoe UI',
-Roboto,'Liberation Sans',Arial,sans-serif}
+Roboto,'Liberation Sans',Arial,sans-serif}body.wide{max-width:1240px}
 h1{font-size:1.6em;line-height:1.25;margin:.4em 0 .2em;overflow-wrap:anywhere}h2{font-size:1.25em;margin:2em 0 .5em;padding-top:.5em;
 border-top:1px solid var(--line)}
 p{margin:.5em 0;overflow-wrap:anywhere}.dim{color:var(--dim)}.good{color:var(--good);font-weight:600}.bad{color:var(--bad);font-weight:600}
@@ -83,7 +84,14 @@ def report(found: Estimate, *, command: str = "") -> str:
         _sentence(found),
         _facts(found),
         "</header>",
-        _nav(("memory", "Memory"), ("collectives", "Collectives"), ("flops", "FLOPs"), ("time", "Time"), ("plan", "Plan"), ("assumed", "Assumed")),
+        _nav(
+            ("memory", "Memory"),
+            ("collectives", "Collectives"),
+            ("flops", "FLOPs"),
+            ("time", "Time"),
+            ("plan", "Plan"),
+            ("assumed", "Assumed"),
+        ),
         '<main><section id="memory"><h2>Memory</h2>',
         _memory(found),
         '</section><section id="collectives"><h2>Collectives</h2>',
@@ -138,12 +146,26 @@ def write_choices(found: Tuned, path: str | Path, *, command: str = "") -> None:
     most = max((max(e.memory.peak.total, charts.usable(e)) for e in found.fits), default=1.0)
     rows = []
     for i, e in enumerate(found.fits, 1):
-        cells = [str(i), str(e.tp), str(e.dp), str(e.batch), str(e.accumulate), escape(e.activation_checkpointing), escape(e.precision)]
-        cells += [charts.bar_of(e, 180, most).svg(), size(e.needed), seconds(e.time.step), f"{e.tokens_per_s_per_device:,.0f}", f"{e.mfu:.1%}"]
+        cells = [
+            str(i),
+            str(e.tp),
+            str(e.dp),
+            str(e.batch),
+            str(e.accumulate),
+            escape(e.activation_checkpointing),
+            escape(e.precision),
+        ]
+        cells += [
+            charts.bar_of(e, 180, most).svg(),
+            size(e.needed),
+            seconds(e.time.step),
+            f"{e.tokens_per_s_per_device:,.0f}",
+            f"{e.mfu:.1%}",
+        ]
         rows.append(cells)
     names = ("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "", "step", "tokens/s/device", "MFU")
     kinds = charts.kinds_of([e.memory.peak for e in found.fits])
-    key = Drawing(WIDE, label="Colours of the kinds of memory")
+    key = Drawing(WIDE, label="Colors of the kinds of memory")
     key.height = charts.legend(key, [(k, k) for k in kinds], 4, WIDE)
     thin = Drawing(NARROW, label=key.label)
     thin.height = charts.legend(thin, [(k, k) for k in kinds], 4, NARROW)
@@ -160,15 +182,17 @@ def write_choices(found: Tuned, path: str | Path, *, command: str = "") -> None:
         "</main>",
         _made(command),
     ]
-    write_text(path, page(title, body))
+    write_text(path, page(title, body, wide=True))
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole page."""
+def page(title: str, body: Iterable[str], wide: bool = False) -> str:
+    """A whole page; `wide` for one that is mostly a table."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}{style_of()}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{CSS}{style_of()}</style></head><body{' class=wide' if wide else ''}>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
 
 
@@ -191,7 +215,11 @@ def _facts(found: Estimate) -> str:
     facts = [
         ("parameters", count(found.parameters), f"{count(found.held)} on a rank"),
         ("mesh", f"tp={found.tp} x dp={found.dp}", f"{found.dp * found.tp:,} devices"),
-        ("batch", f"{found.batch} x {found.accumulate}" if found.accumulate > 1 else str(found.batch), f"{found.tokens:,} tokens in a step"),
+        (
+            "batch",
+            f"{found.batch} x {found.accumulate}" if found.accumulate > 1 else str(found.batch),
+            f"{found.tokens:,} tokens in a step",
+        ),
         ("memory", size(found.needed), f"of {size(found.hardware.memory_bytes)}, all that is taken"),
         ("a step", seconds(found.time.step), f"{seconds(found.time.without_overlap)} without overlap"),
         ("tokens/s", f"{found.tokens_per_s:,.0f}", each),
@@ -211,7 +239,10 @@ def _memory(found: Estimate) -> str:
     return "".join(
         (
             _figure(lambda w: charts.memory_over_step(found, w)),
-            _more("Numbers over the step", _table("Bytes alive over the step", ("moments", "first", "last", "most"), over, right=(1, 2, 3))),
+            _more(
+                "Numbers over the step",
+                _table("Bytes alive over the step", ("moments", "first", "last", "most"), over, right=(1, 2, 3)),
+            ),
             _figure(lambda w: charts.memory_at_peak(found, w)),
             _more(
                 "Numbers at the peak",
@@ -251,14 +282,30 @@ def _flops(found: Estimate) -> str:
         many = f"{p.batch:,} x " if p.batch > 1 else ""
         intensity = p.flops / p.count / p.bytes if p.bytes else math.inf
         bound = "FLOPs" if intensity >= ridge else "memory"
-        rows.append((p.module or "(the model)", p.phase, many + shape, f"{p.count:,}", _flop(p.flops), share(p.flops, total), f"{intensity:,.0f}", bound))
+        rows.append(
+            (
+                p.module or "(the model)",
+                p.phase,
+                many + shape,
+                f"{p.count:,}",
+                _flop(p.flops),
+                share(p.flops, total),
+                f"{intensity:,.0f}",
+                bound,
+            )
+        )
     again = f" The {found.tp} ranks together: {found.flops.rank * found.tp / max(1, found.flops.model):.1%} of the model's (of causal attention half)."
     heads = ("module", "phase", "sizes", "count", "FLOPs", "share", "FLOPs/byte", "bound by")
     return "".join(
         (
             f"<p>A micro-batch of a data-parallel rank takes {_flop(found.flops.model)} of the model, and a rank computes {_flop(found.flops.rank)}.{again}</p>",
-            _table(f"The largest {len(rows)} of {len(found.products)} kinds of products on a rank", heads, rows, right=(3, 4, 5, 6)),
-            _figure(lambda w: charts.roofline(found, w), f"From {ridge:,.0f} FLOPs for each byte on, the device computes rather than waits for its memory."),
+            _table(
+                f"The largest {len(rows)} of {len(found.products)} kinds of products on a rank", heads, rows, right=(3, 4, 5, 6)
+            ),
+            _figure(
+                lambda w: charts.roofline(found, w),
+                f"From {ridge:,.0f} FLOPs for each byte on, the device computes rather than waits for its memory.",
+            ),
         )
     )
 
@@ -303,7 +350,7 @@ def _version(name: str) -> str:
 def _figure(draw: Callable[[float], Drawing], caption: str = "", chart: bool = True) -> str:
     both = draw(WIDE).svg(name="wide") + draw(NARROW).svg(name="narrow")
     words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure{" class=chart" if chart else ""}>{both}{words}</figure>'
+    return f"<figure{' class=chart' if chart else ''}>{both}{words}</figure>"
 
 
 def _table(

@@ -183,7 +183,9 @@ class _Pen:
         lines += [(line, "dim") for line in self._weights(box, inner)]
         lines += [(line, "dim") for line in self._states(box, inner)]
         lines += [(line, "dim") for note in box.notes for line in wrap(note, inner, SMALL, 2)]
-        if box.cut == "whole" and box.reason and any(len(w.whole) > 1 for w in box.weights) or (box.cut and not box.weights and box.reason):
+        if (box.cut == "whole" and box.reason and any(len(w.whole) > 1 for w in box.weights)) or (
+            box.cut and not box.weights and box.reason
+        ):
             lines += [(line, "dim") for line in wrap(f"because: {box.reason}", inner, SMALL, 3)]
         if not box.of:  # an operation: one line
             text = [line for line in wrap(f"{title}: {box.style}", width - 2 * PAD, 12, 3)]
@@ -193,7 +195,9 @@ class _Pen:
                 for i, line in enumerate(text):
                     self.d.write(x + PAD, y + LINE * (i + 1), line, fill="dim")
             return end
-        end = y + max(tall, PAD + 12 + (LINE if own_line and box.of else 0) + LINE * len(lines) + 5, GLYPH + 2 * PAD if glyph else 0)
+        end = y + max(
+            tall, PAD + 12 + (LINE if own_line and box.of else 0) + LINE * len(lines) + 5, GLYPH + 2 * PAD if glyph else 0
+        )
         if not draw:
             return end
         tip = f"{box.name} ({box.of}): {box.style}" + (f"; {box.reason}" if box.reason else "")
@@ -229,7 +233,9 @@ class _Pen:
         both = "; ".join([*([f"reads {a}"] if a else []), *([f"gives {b}"] if b else [])])
         if width_of(both, SMALL) <= inner:
             return [both]
-        return [line for text in ([f"reads {a}"] if a else []) + ([f"gives {b}"] if b else []) for line in wrap(text, inner, SMALL, 2)]
+        return [
+            line for text in ([f"reads {a}"] if a else []) + ([f"gives {b}"] if b else []) for line in wrap(text, inner, SMALL, 2)
+        ]
 
 
 def _stripe(d: Drawing, x: float, top: float, bottom: float, kind: str) -> None:

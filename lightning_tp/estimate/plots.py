@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.charts import all_of
 from lightning_tp.estimate.draw import check_picture, under
-from lightning_tp.estimate.picture import Picture, of_plan, of_world
+from lightning_tp.estimate.picture import Picture
 from lightning_tp.estimate.picture_draw import draw_picture
+from lightning_tp.estimate.picture_make import of_plan, of_world
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.plan import Plan
 

@@ -10,14 +10,13 @@ from itertools import groupby
 
 import torch
 
-from lightning_tp.estimate.collectives import Collective
-from lightning_tp.estimate.draw import COLOURS
+from lightning_tp.estimate.draw import COLORS
 from lightning_tp.estimate.memory import Moment
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.estimate.roofline import product_seconds
 from lightning_tp.plan_table import fold
 
-ORDER = tuple(COLOURS)  # of kinds: what lasts first
+ORDER = tuple(COLORS)  # of kinds: what lasts first
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _together(lines: list[Stretch]) -> list[Stretch]:
 
 
 def time_parts(found: Estimate) -> list[tuple[str, str, float, float]]:
-    """(part, colour, seconds with overlap, seconds one after the other) of a step."""
+    """(part, color, seconds with overlap, seconds one after the other) of a step."""
     t = found.time
     parts = [
         ("matrix products", "parameters", t.products, t.products),
@@ -158,7 +157,7 @@ def block_collectives(found: Estimate) -> list[BlockCollective]:
     for (where, *key), n in each.items():
         alike.setdefault((_starred(where), *key, n), []).append(where)  # type: ignore[arg-type]
     return [
-        BlockCollective(_folded(names) or "outside of blocks", len(names), *key)
+        BlockCollective(_folded(names) or "outside of blocks", len(names), *key)  # type: ignore[arg-type]
         for (_, *key), names in sorted(alike.items(), key=lambda x: -len(x[1]))
     ]
 
