@@ -1,6 +1,7 @@
 """A drawing of rectangles, lines and text, written as SVG without any library, or as PNG and PDF through matplotlib.
 
-One drawing serves all: the SVG inside a page (colors by the page's theme), an SVG file of its own, a picture for a paper. Colors go by name. Widths of text are estimated, on the wide side, since nobody knows the reader's fonts.
+One drawing serves all: the SVG inside a page (colors by the page's theme), an SVG file of its own, a picture for a paper. Colors
+go by name. Widths of text are estimated, on the wide side, since nobody knows the reader's fonts.
 """
 
 from __future__ import annotations

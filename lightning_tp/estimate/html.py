@@ -41,7 +41,8 @@ p{margin:.5em 0;overflow-wrap:anywhere}.dim{color:var(--dim)}.good{color:var(--g
 nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:14px 0}a{color:var(--link)}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(190px,44vw),1fr));gap:10px;margin:16px 0;padding:0}
 .facts div{background:var(--card);border-radius:8px;padding:10px 12px}.facts dt{color:var(--dim);font-size:.85em}
-.facts dd{margin:0;font-size:1.25em;font-weight:600;overflow-wrap:anywhere}.facts small{display:block;font-weight:400;font-size:.65em;color:var(--dim)}
+.facts dd{margin:0;font-size:1.25em;font-weight:600;overflow-wrap:anywhere}
+.facts small{display:block;font-weight:400;font-size:.65em;color:var(--dim)}
 figure{margin:14px 0}figure svg{display:block;width:100%;height:auto;max-width:880px}figure svg.narrow{display:none}
 figcaption{color:var(--dim);font-size:.9em;margin-top:4px}
 .scroll{overflow-x:auto;margin:8px 0}table{border-collapse:collapse;font-size:.9em;min-width:50%}
@@ -53,7 +54,8 @@ details{margin:10px 0}summary{cursor:pointer;color:var(--link)}
 code,pre{font-family:ui-monospace,'Liberation Mono',Consolas,monospace;font-size:.92em}pre{background:var(--card);border-radius:8px;padding:10px 12px;
 white-space:pre-wrap;overflow-wrap:anywhere}
 li{overflow-wrap:anywhere}
-@media (max-width:640px){body{padding:10px 12px 40px}h1{font-size:1.35em}td.k{min-width:8em}figure svg{display:none}figure svg.narrow{display:block;max-width:430px;margin:0 auto}}
+@media (max-width:640px){body{padding:10px 12px 40px}h1{font-size:1.35em}td.k{min-width:8em}
+figure svg{display:none}figure svg.narrow{display:block;max-width:430px;margin:0 auto}}
 @media print{body{max-width:none;font-size:11pt;padding:0}nav,summary{display:none}details::details-content{display:block;content-visibility:visible;
 block-size:auto;opacity:1}h2{break-after:avoid}tr,.facts div{break-inside:avoid}figure.chart{break-inside:avoid}figure svg{display:block!important}
 figure svg.narrow{display:none!important}.scroll{overflow:visible}table{font-size:8.5pt;width:100%}td.k,td.w{min-width:0}
@@ -170,8 +172,8 @@ def write_choices(found: Tuned, path: str | Path, *, command: str = "") -> None:
     thin = Drawing(NARROW, label=key.label)
     thin.height = charts.legend(thin, [(k, k) for k in kinds], 4, NARROW)
     body = [
-        f"<header><h1>{_heading(title)}</h1><p>{len(found.fits)} choices at {found.global_batch:,} samples a step, the fastest first. The bars are a ",
-        "rank's memory at its peak by kind; the line is what a device has for it.</p></header><main>",
+        f"<header><h1>{_heading(title)}</h1><p>{len(found.fits)} choices at {found.global_batch:,} samples a step, the fastest first. ",
+        "The bars are a rank's memory at its peak by kind; the line is what a device has for it.</p></header><main>",
         _table("Choices that fit", names, rows, right=(0, 1, 2, 3, 4, 8, 9, 10, 11), ready=True),
         f"<figure>{key.svg(name='wide')}{thin.svg(name='narrow')}</figure>" if kinds else "",
         "<h2>Not possible</h2>" if found.refused else "",
@@ -294,11 +296,14 @@ def _flops(found: Estimate) -> str:
                 bound,
             )
         )
-    again = f" The {found.tp} ranks together: {found.flops.rank * found.tp / max(1, found.flops.model):.1%} of the model's (of causal attention half)."
+    part = found.flops.rank * found.tp / max(1, found.flops.model)
+    done = (
+        f"a rank computes {_flop(found.flops.rank)}; the {found.tp} together {part:.1%} of the model's (of causal attention half)"
+    )
     heads = ("module", "phase", "sizes", "count", "FLOPs", "share", "FLOPs/byte", "bound by")
     return "".join(
         (
-            f"<p>A micro-batch of a data-parallel rank takes {_flop(found.flops.model)} of the model, and a rank computes {_flop(found.flops.rank)}.{again}</p>",
+            f"<p>A micro-batch takes {_flop(found.flops.model)} of the model; {done}.</p>",
             _table(
                 f"The largest {len(rows)} of {len(found.products)} kinds of products on a rank", heads, rows, right=(3, 4, 5, 6)
             ),
@@ -319,7 +324,7 @@ def _time(found: Estimate) -> str:
 
 
 def _picture(picture: Picture) -> str:
-    caption = "Each box is a module with a rank's share of its weight; yellow bars are collectives; the bar at the left is what an activation is there."
+    caption = "A box is a module with a rank's share of its weight; yellow bars are collectives; the bar at the left is what an activation is."
     return _figure(lambda w: draw_picture(picture, w), caption, chart=False)
 
 

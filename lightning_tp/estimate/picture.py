@@ -1,8 +1,9 @@
 """What a plan makes of a model, in the order of its forward: each module of a block with its split, and the collectives in between.
 
-The order, the shapes and the collectives are those of a trace (`of_world` in `picture_make.py`); where a model can't be traced, modules stand in the order in
-which they were registered, without shapes and collectives (`of_plan`). Names decide nothing: blocks are those of `find_blocks`, what is alike in
-structure, splits and collectives is drawn once, and modules without parameters, products or collectives are left out.
+The order, the shapes and the collectives are those of a trace (`of_world` in `picture_make.py`); where a model can't be traced, modules
+stand in the order in which they were registered, without shapes and collectives (`of_plan`). Names decide nothing: blocks are those of
+`find_blocks`, what is alike in structure, splits and collectives is drawn once, and modules without parameters, products or collectives
+are left out.
 
 How it looks is `picture_draw.py`'s matter.
 """

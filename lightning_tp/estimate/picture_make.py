@@ -80,7 +80,11 @@ def tree_of(steps: Iterable[Step], followed: Mapping[str, str]) -> Node:
 
     expand(top)
     roots = top.children
-    return roots[0] if len(roots) == 1 and not roots[0].module else top  # its class's own forward, or a loss that calls parts
+    if len(roots) != 1 or roots[0].module:
+        return top  # a loss that calls parts of the model
+    at, root = top.events.index(roots[0]), roots[0]
+    root.events = [*top.events[:at], *root.events, *top.events[at + 1 :]]  # what the loss does afterwards, outside of the model
+    return root
 
 
 def _moved(event: Node | Step, old: str, new: str) -> Node | Step:
