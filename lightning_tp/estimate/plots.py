@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from lightning_tp.estimate.picture import Picture
 from lightning_tp.estimate.picture_draw import draw_picture
 from lightning_tp.estimate.picture_make import of_plan, of_world
 from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.world import PRECISIONS, Precision, Settings, trace_step
 from lightning_tp.plan import Plan
 
-PRECISION = "bf16-true"  # that a plan is traced in: bytes of its collectives are those of bfloat16
+# what a plan is traced in: the model's own dtypes, or bfloat16, where a kernel is known for that alone on the meta device
+TRIED = (Precision("as it is"), PRECISIONS["bf16-true"])
 
 
 def plot(found: Estimate, path: str | Path) -> None:
@@ -45,7 +48,7 @@ def picture_of(
 
     Args:
         model: on any device; it is traced on the meta device.
-        inputs: what forward is called with.
+        inputs: what forward is called with; sizes of activations and of collectives are those of these, in the model's dtype.
         plan: checked against this model.
         loss_fn: as for `estimate`.
 
@@ -61,19 +64,21 @@ def picture_of(
         (['0: column-wise', '2: row-wise'], ['all-reduce'])
     """
     from lightning_tp.estimate.predict import loss_of
-    from lightning_tp.estimate.world import PRECISIONS, Settings, trace_step
 
     if not plan.entries or plan.tp is None:
         raise TPError("A picture needs the sizes of a model: call `plan.check(model, tp)` first, it returns the plan to use.")
     whole = Plan({"**": "replicate"}).check(model, 1)
-    try:
-        worlds = [
-            trace_step(model, loss_of(loss_fn), inputs, p, Settings(tp, 1, precision=PRECISIONS[PRECISION]))
-            for p, tp in ((plan, plan.tp), (whole, 1))
-        ]
-    except TPError:
-        return of_plan(model, plan)
-    return of_world(type(model).__name__, plan, *worlds)
+    losses = (loss_fn, None) if loss_fn is not None else (None,)  # one that holds real tensors can't be followed; the model can
+    for precision, loss in product(TRIED, losses):
+        try:
+            worlds = [
+                trace_step(model, loss_of(loss), inputs, p, Settings(tp, 1, precision=precision))
+                for p, tp in ((plan, plan.tp), (whole, 1))
+            ]
+        except TPError:
+            continue
+        return of_world(type(model).__name__, plan, *worlds)
+    return of_plan(model, plan)
 
 
 def plot_plan(picture: Picture, path: str | Path) -> None:

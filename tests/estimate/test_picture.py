@@ -151,7 +151,7 @@ def test_a_plan_by_hand() -> None:
     assert isinstance(first, Box) and isinstance(second, Box) and isinstance(border, Border)
     assert (first.name, first.cut, first.arrives.whole, first.leaves.local) == ("0", "columns", (2, 4, 8), (2, 4, 16))
     assert (second.name, second.cut, second.leaves.kind) == ("2", "rows", "partial")
-    assert (border.forward, border.backward, border.bytes) == ("all-reduce", "", 2 * 4 * 8 * 2)
+    assert (border.forward, border.backward, border.bytes) == ("all-reduce", "", 2 * 4 * 8 * 4)
     assert picture.left_out == {"GELU": 1} and "ran in the trace" in picture.order
 
 

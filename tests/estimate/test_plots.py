@@ -138,7 +138,7 @@ def test_report(found: Estimate, tmp_path: Path) -> None:
     for a in (*found.assumptions, found.plan, "lightning-tp estimate <mine> --tp 2", torch.__version__, "tp=2 x dp=4"):
         assert a in words
     assert f"{found.tokens_per_s:,.0f}" in words and f"{found.mfu:.1%}" in words
-    assert "MLP" in words and "ends split features" in words or "rowwise" in words
+    assert "norms" in words and "rowwise" in words
     ids = {v for _, k, v in page.attributes if k == "id"}
     assert {v[1:] for _, k, v in page.attributes if k == "href"} <= ids
     assert page.tags["table"] >= 6 and page.tags["details"] >= 3
