@@ -27,6 +27,7 @@ from lightning_tp.plan import Plan
 from lightning_tp.plan_table import numels, shapes_rows
 
 PRODUCTS = 15  # largest products that are listed
+MOST_ON_PAPER = 2.2  # times its width that a picture may be high, to be printed on one sheet
 SHORT = 34  # letters of a cell that is not broken
 CSS = """
 :root{color-scheme:light dark;--page:#fff;--card:#f4f6f8;--ink:#1b1f24;--dim:#57606a;--line:#d5dbe1;--good:#12714f;--bad:#b42318;--link:#174a7e}
@@ -57,7 +58,8 @@ li{overflow-wrap:anywhere}
 @media (max-width:640px){body{padding:10px 12px 40px}h1{font-size:1.35em}td.k{min-width:8em}
 figure svg{display:none}figure svg.narrow{display:block;max-width:430px;margin:0 auto}}
 @media print{body{max-width:none;font-size:11pt;padding:0}nav,summary{display:none}details::details-content{display:block;content-visibility:visible;
-block-size:auto;opacity:1}h2{break-after:avoid}tr,.facts div{break-inside:avoid}figure.chart{break-inside:avoid}figure svg{display:block!important}
+block-size:auto;opacity:1}h2{break-after:avoid}tr,.facts div{break-inside:avoid}figure.chart,figure.page{break-inside:avoid}
+figure.page svg{max-height:205mm;width:auto}#plan{break-before:page}figure svg{display:block!important}
 figure svg.narrow{display:none!important}.scroll{overflow:visible}table{font-size:8.5pt;width:100%}td.k,td.w{min-width:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
@@ -353,9 +355,11 @@ def _version(name: str) -> str:
 
 
 def _figure(draw: Callable[[float], Drawing], caption: str = "", chart: bool = True) -> str:
-    both = draw(WIDE).svg(name="wide") + draw(NARROW).svg(name="narrow")
+    wide = draw(WIDE)
+    both = wide.svg(name="wide") + draw(NARROW).svg(name="narrow")
+    name = " class=chart" if chart else " class=page" if wide.height < MOST_ON_PAPER * wide.width else ""  # fits on one sheet
     words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure{' class=chart' if chart else ''}>{both}{words}</figure>"
+    return f"<figure{name}>{both}{words}</figure>"
 
 
 def _table(

@@ -193,3 +193,25 @@ def test_a_model_that_can_not_be_traced_is_drawn_as_it_is_registered() -> None:
 def test_a_plan_has_to_be_checked() -> None:
     with pytest.raises(TPError, match=r"plan\.check"):
         picture_of(nn.Linear(8, 8), (torch.ones(2, 8),), Plan({"**": "colwise"}))
+
+
+@pytest.mark.slow
+def test_the_zoo() -> None:
+    """Whatever modules are called and however they are written: all parameters are drawn, and most models are traced."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "infer"))
+    from zoo import CASES
+
+    registered = []
+    for name, build in CASES.items():
+        model, inputs, loss = build()
+        plan = infer_plan(model, inputs, 2).check(model, 2)
+        picture = picture_of(model, inputs, plan, loss_fn=loss)
+        assert weights(picture.rows) >= sum(p.numel() for p in model.parameters()), name  # more, where a module runs twice
+        for width in (WIDE, NARROW):
+            assert draw_picture(picture, width).svg()
+        if "registered" in picture.order:
+            registered.append(name)
+    assert len(registered) <= 10, registered
