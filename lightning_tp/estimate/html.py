@@ -392,7 +392,7 @@ def _heading(text: str) -> str:
 
 def _cell(text: str) -> str:
     """The text of a cell; long names may break behind a dot."""
-    return escape(text).replace(".", ".<wbr>") if len(text) > 16 else escape(text)
+    return re.sub(r"\.(?=[A-Za-z_*{])", ".<wbr>", escape(text)) if len(text) > 16 else escape(text)
 
 
 def _more(words: str, inside: str) -> str:
