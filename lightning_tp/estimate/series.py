@@ -119,8 +119,8 @@ def time_parts(found: Estimate) -> list[tuple[str, str, float, float]]:
         ("optimizer", "optimizer", t.optimizer, t.optimizer),
     ]
     rest = t.step - sum(p[2] for p in parts), t.without_overlap - sum(p[3] for p in parts)
-    if max(rest) > 1e-3 * t.step:
-        parts.append(("the rest", "buffers", max(0.0, rest[0]), max(0.0, rest[1])))
+    if max(rest) > 1e-6 * t.step:  # what the parts leave of the step: FSDP2's collectives read and write beside kernels
+        parts.append(("kernels slowed by collectives beside them", "buffers", max(0.0, rest[0]), max(0.0, rest[1])))
     return [p for p in parts if p[2] > 0 or p[3] > 0]
 
 
@@ -141,7 +141,7 @@ def roofline_points(found: Estimate) -> list[Point]:
         if p.kind != "product" or not p.k or not p.bytes:
             continue
         dtype = getattr(torch, p.dtype)
-        each = product_seconds(found.hardware, p.batch, p.m, p.n, p.k, dtype, p.bytes)
+        each = product_seconds(found.hardware, p.batch, p.m, p.n, p.k, dtype, p.bytes) / found.hardware.sustained
         flops = p.flops / p.count
         words = f"{p.module} ({p.phase}): {p.m:,} x {p.k:,} times {p.k:,} x {p.n:,}, {flops / each / 1e12:.3g} TFLOP/s"
         points.append(Point(flops / p.bytes, flops / each, p.phase, words))

@@ -100,6 +100,9 @@ def test_no_product_is_over_the_roof(found: Estimate) -> None:
     assert len(points) == sum(1 for p in found.products if p.kind == "product")
     for p in points:
         assert 0 < p.flops_per_s <= min(found.peak_flops, p.intensity * hw.memory_bandwidth)
+    products = [p for p in found.products if p.kind == "product"]
+    taken = sum(p.flops / q.flops_per_s for p, q in zip(products, points, strict=True))
+    assert taken * found.accumulate == pytest.approx(found.time.products)
 
 
 def test_bars_are_as_long_as_the_numbers_say(found: Estimate) -> None:
