@@ -118,7 +118,12 @@ class Kernels(TorchFunctionMode):
         fused = self.fused_attention and self._is_plain(query) and query.ndim == 4 and (self.cuda or dropout_p == 0)
         if not fused or (attn_mask is not None and attn_mask.requires_grad):
             return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return FUSED(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        wide, narrow = query.shape[-1], value.shape[-1]
+        if narrow > wide:
+            return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if narrow < wide:  # values are padded to the width of keys, as the kernels want it
+            value = F.pad(value, (0, wide - narrow))
+        return FUSED(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0][..., :narrow]
 
 
 def _to_float(x: Any) -> Any:

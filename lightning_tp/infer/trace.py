@@ -116,6 +116,7 @@ RANDOM = {
     "zero_",
 }  # writes what depends on no features
 CHANCE = {torch.ops.aten.rand.default, torch.ops.aten.uniform_.default}
+GROUPED = torch.ops.aten._grouped_mm.default
 KEPT = 0.99
 
 
@@ -361,10 +362,21 @@ class Tracer(TorchDispatchMode):
         elif name == "as_strided":
             moved = func(torch.empty_strided(args[0].shape, args[0].stride(), dtype=first.dtype).copy_(first), *args[1:], **kwargs)
         else:
-            rest = tree_map_only(torch.device, lambda d: d, args[1:])
-            rest = tree_map_only(Tensor, lambda t: t.cpu() if not t.is_meta else t, rest)
+            if any(self._unknown(t) for t in tree_flatten(args[1:])[0]) and of == self.label:
+                for dim in _indexed(name, args):  # which of them is not known: they meet
+                    first = self.trace.classes.join_along(first, (dim,), keepdim=True).expand(first.shape)
+            rest = tree_map_only(Tensor, self._index, args[1:])
             moved = func(first, *rest, **{k: v for k, v in kwargs.items() if k != "memory_format"})
         return [compact(m) for m in tree_flatten(moved)[0] if isinstance(m, Tensor)]
+
+    def _unknown(self, t: Any) -> bool:
+        return isinstance(t, Tensor) and t.is_meta and id(t) not in self.values
+
+    def _index(self, t: Tensor) -> Tensor:
+        """The values of an index; the first of each where they are not known (a router's choice, on the meta device)."""
+        if self._unknown(t):
+            return torch.zeros(t.shape, dtype=t.dtype)
+        return self.values[id(t)][1] if t.is_meta else t.cpu()
 
     # ------------------------------------------------------------------------------------------------------ products
 
@@ -559,7 +571,11 @@ def _called(func: Any) -> str:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    out = func(*args, **kwargs)
+    if func is GROUPED and args[0].is_meta and args[0].dtype is not torch.bfloat16:
+        # its kernels take other dtypes, only that for the meta device does not
+        out = func(*(t.bfloat16() for t in args[:2]), *args[2:], **kwargs).to(args[0].dtype)
+    else:
+        out = func(*args, **kwargs)
     if func in CHANCE and out.numel() == 1:
         out.fill_(KEPT)  # whether a whole block is dropped: not while its weights are looked for
     return out
@@ -605,6 +621,14 @@ def _cat(parts: list[Tensor], dim: int) -> Tensor:
     index = tuple(slice(0, 1) if d in same else slice(None) for d in range(like.ndim))
     small = torch.cat([p[index] for p in parts], dim)
     return small.expand([like.shape[d] if d in same else n for d, n in enumerate(small.shape)])
+
+
+def _indexed(name: str, args: Any) -> list[int]:
+    """The dims of which an operation takes elements by an index."""
+    ndim = args[0].ndim
+    if name == "index":
+        return [d for d, t in enumerate(args[1]) if t is not None]
+    return [args[1] % ndim] if name in ("gather", "index_select", "take_along_dim") else list(range(ndim))
 
 
 def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:

@@ -182,3 +182,21 @@ def test_a_model_that_cannot_be_traced_says_where() -> None:
 def test_dtypes_that_do_not_go_together() -> None:
     with pytest.raises(TPError, match=r"multiplies bfloat16 and float32"):
         of(precision="bf16-fsdp")  # the table of positions of this Llama is float32
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_products_of_experts_count(precision):
+    hf = pytest.importorskip("transformers")
+    config = hf.MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = hf.MixtralForCausalLM(config)
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    found = estimate(model, {"input_ids": ids, "labels": ids, "use_cache": False}, (1, 2), precision=precision)
+    rows = 2 * 8 * 2  # each token goes to two experts
+    flops = sum(p.flops for p in found.products if p.module.endswith("experts"))
+    assert flops == 2 * 3 * 2 * rows * 32 * (
+        2 * 32 + 32
+    )  # blocks x (forward and two gradients) x .. x (gate and up, down) of this rank

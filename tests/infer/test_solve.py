@@ -202,3 +202,27 @@ def test_dropout_changes_no_plan(name: str) -> None:
                 setattr(module, attribute, 0.3)
     model.train()
     assert ltp.infer_plan(model, inputs, tp=2) == without
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_plan_of_experts_behind_a_router_is_the_same_without_weights(kind):
+    """On the meta device a router chooses nothing: what is taken by its choice is not known."""
+    hf = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 128,
+    }  # fmt: skip
+    if kind == "mixtral":
+        config = hf.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)
+    else:
+        config = hf.DeepseekV3Config(
+            **sizes, num_key_value_heads=4, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+            topk_group=1, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+            first_k_dense_replace=1,
+        )  # fmt: skip
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    with torch.device("meta"):
+        meta = hf.AutoModelForCausalLM.from_config(config)
+    plan = ltp.infer_plan(meta, inputs, 2)
+    assert any("experts" in entry.where for entry in plan.entries if entry.splits)
+    assert plan.digest() == ltp.infer_plan(hf.AutoModelForCausalLM.from_config(config), inputs, 2).digest()
