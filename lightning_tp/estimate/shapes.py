@@ -205,7 +205,8 @@ def shapes(
         inputs: of its forward, of any batch size.
         gpus: devices, all of them used. Default: those of a node.
         global_batch: samples of a step over all of them: one local batch, `global_batch / gpus`. Not together with `local_batches`.
-        local_batches: samples for each device; 0.5 are one for two devices. Default: 0.5, 1, 2, 4 and 8.
+        local_batches: samples for each device; 0.5 are one for two devices. Default: of 0.5, 1, 2, 4 and 8 those that make
+            whole samples.
         tps: sizes of the tensor-parallel axis. Default: of 1, 2, 4 and 8 those that fit.
         hardware: what the times are for; as for `estimate`.
         seq: length of the samples, instead of that of `inputs`.
@@ -216,6 +217,7 @@ def shapes(
         TPError: for sizes that are not above 0, unknown hardware, or a tp that does not fit the model or the devices.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
         >>> found = shapes(model, (torch.ones(1, 8),), gpus=2, local_batches=[64], loss_fn=lambda y: y.mean(), tps=[1, 2])
         >>> for tp in (1, 2):
@@ -259,7 +261,7 @@ def _batches(gpus: int, global_batch: int | None, local_batches: Sequence[float]
         raise TPError("`global_batch` and `local_batches`: one follows from the other; give one of them.")
     if global_batch is not None:
         return (global_batch / gpus,)
-    found = tuple(local_batches) if local_batches is not None else LOCAL_BATCHES
+    found = tuple(local_batches) if local_batches is not None else tuple(b for b in LOCAL_BATCHES if b * gpus == int(b * gpus))
     if not found:
         raise TPError("`local_batches`: there is none.")
     for b in found:
