@@ -174,11 +174,12 @@ def measure(
         raise TPError("`device='cuda'`: there is no GPU on this machine. Use 'cpu'.")
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     keys = list(dict.fromkeys(key_of(s) for c in found.cells for s in c.products if s.m))
-    name, hw = _present(device)
+    name, hw = present_device(device)
     return _time(keys, seconds, dtype, device, name, hw, progress or (lambda text: None))
 
 
-def _present(device: str) -> tuple[str, Hardware | None]:
+def present_device(device: str) -> tuple[str, Hardware | None]:
+    """Its name, and its entry; None for an unknown GPU."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
         return name, guess(name)
@@ -191,8 +192,8 @@ def _time(
     keys: list[Key], seconds: float, dtype: torch.dtype, device: str, name: str, hw: Hardware | None, tell: Callable[[str], None]
 ) -> Measured:
     started = time.perf_counter()
-    rate = _rate(dtype, device)
-    room = _free(device) // 2
+    rate = rate_of(dtype, device)
+    room = free_bytes(device) // 2
     taken: list[Key] = []
     left_out: dict[Key, str] = {}
     planned = 0.0
@@ -249,7 +250,7 @@ def _operands(key: Key, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor
     return values(key.m, key.k), values(key.k, key.n)
 
 
-def _rate(dtype: torch.dtype, device: str) -> float:
+def rate_of(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a product of medium size, for a guess at how long others take."""
     side = 512 if device == "cpu" else 4096
     key = Key("g @ w", 1, side, side, side)
@@ -257,7 +258,8 @@ def _rate(dtype: torch.dtype, device: str) -> float:
     return key.flops / once_of(key, dtype, device)
 
 
-def _free(device: str) -> int:
+def free_bytes(device: str) -> int:
+    """Memory that is not in use."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:
