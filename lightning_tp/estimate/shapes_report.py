@@ -49,7 +49,7 @@ def tables(found: Shapes, *, details: bool) -> list[Table]:
     """(title, column names, rows)."""
     made = [_summary(found)]
     if details:
-        made += [_products(c) for c in found.cells]
+        made += [_products(c, "rows" if found.seq is not None else "samples") for c in found.cells]
     return made
 
 
@@ -57,7 +57,7 @@ def _summary(found: Shapes) -> Table:
     names = (
         "local batch",
         "tp",
-        "rows",
+        "rows" if found.seq is not None else "samples",
         "TFLOP/s",
         "time",
         "saved",
@@ -67,7 +67,7 @@ def _summary(found: Shapes) -> Table:
         "tiles",
         "memory",
         "start",
-        "tokens/s",
+        "tokens/s" if found.seq is not None else "samples/s",
         "fits",
         "",
     )
@@ -93,17 +93,17 @@ def _summary(found: Shapes) -> Table:
         )
     title = (
         "Matrix products of a step on the slowest rank; shares of their time that are lost to padding in tiles, idle units in last waves, "
-        "small tiles, memory and starts; tokens/s of the whole step on a device, with communication"
+        "small tiles, memory and starts; the rate of the whole step on a device, with communication"
     )
     return title, names, rows
 
 
-def _products(c: Cell) -> Table:
+def _products(c: Cell, unit: str) -> Table:
     names = ("products", "of", "batch", "m", "n", "k", "count", "GFLOP", "FLOP/B", "tile", "padding", "idle", "TFLOP/s", "share")
     total = sum(s.seconds * s.count for s in c.shapes)
     rows = [_row(s, total) for s in c.shapes]
     split = "" if c.possible else ", as if sequences were split"
-    return f"tp={c.tp} x dp={c.dp} at a local batch of {c.local_batch:g} ({c.tokens:,.0f} rows{split})", names, rows
+    return f"tp={c.tp} x dp={c.dp} at a local batch of {c.local_batch:g} ({c.tokens:,.0f} {unit}{split})", names, rows
 
 
 def _row(s: Shape, total: float) -> tuple[str, ...]:
@@ -158,6 +158,9 @@ def verdict(found: Shapes) -> list[str]:
             for b in dict.fromkeys(c.local_batch for c in split)
         )
         lines.append(f"Not possible without splitting sequences, and shown as if they were split evenly: {where}.")
+    none = [f"tp={tp} at {b:g}" for b in found.local_batches for tp in found.tps if found.cell(b, tp) is None]
+    if none:
+        lines.append(f"Not possible, as there are fewer samples than groups of tp ranks: {', '.join(none)}.")
     return lines
 
 

@@ -156,6 +156,17 @@ def test_the_verdict_says_which_and_why() -> None:
     assert "tp=1 x dp=8" not in str(found)  # several batches: no single products
 
 
+def test_samples_without_a_sequence_can_not_be_split() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+    found = ltp.shapes(model, (torch.empty(2, 8),), gpus=2, local_batches=[0.5, 1], tps=[1, 2], loss_fn=lambda y: y.mean())
+    assert found.seq is None and found.cell(0.5, 1) is None and found.cell(0.5, 2) is not None
+    assert "Not possible, as there are fewer samples than groups of tp ranks: tp=1 at 0.5." in found.verdict()
+    assert "samples/s" in str(found) and "rows" not in str(found)
+    with pytest.raises(TPError, match="less than one sample"):
+        ltp.shapes(model, (torch.empty(2, 8),), gpus=2, local_batches=[0.5], tps=[1], loss_fn=lambda y: y.mean())
+
+
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
