@@ -130,7 +130,7 @@ def measure(device: str, tokens: tuple[int, ...], budget: float, roles: int) -> 
                 if name != "head" and all(k.flops / rate < longest and k.bytes(dtype.itemsize) < room for k in of_tps):
                     wanted |= dict.fromkeys(of_tps)  # all of tp=1, 2, 4 and 8, or none
     cheap = sorted(wanted, key=lambda k: k.flops)
-    while sum(4 * k.flops / rate for k in cheap) > budget:
+    while sum(8 * k.flops / rate for k in cheap) > budget:  # each of 4 rounds runs twice, once to warm up
         cheap.pop()
     best: dict[Key, float] = {}
     for done in range(4):
@@ -451,7 +451,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", default="64,256,1024", metavar="LIST", help="for each device, to measure (default: %(default)s)"
     )
-    parser.add_argument("--seconds", type=float, default=150, help="of products to measure, about (default: %(default)g)")
+    parser.add_argument("--seconds", type=float, default=300, help="to measure, about (default: %(default)g)")
     parser.add_argument("--gradients", action="store_true", help="measure both gradients, too")
     args = parser.parse_args()
     if args.plots is not None and not args.plots.is_dir():

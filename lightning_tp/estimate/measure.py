@@ -201,11 +201,11 @@ def _time(
         need, once = key.bytes(dtype.itemsize), key.flops / rate
         if need > room:
             left_out[key] = f"needs {need / 2**30:.1f} GiB, {room / 2**30:.1f} are to spare"
-        elif planned + (FEWEST + 1) * once > seconds:  # and one for what is set up
+        elif planned + 2 * FEWEST * once > seconds:  # each round runs it twice, once for what is set up
             left_out[key] = f"about {once:.1f} s each, too long for {seconds:g} s in all"
         else:
             taken.append(key)
-            planned += (FEWEST + 1) * once
+            planned += 2 * FEWEST * once
     best: dict[Key, float] = {}
     taken = [k for k in keys if k in set(taken)]
     for done in range(ROUNDS):
@@ -239,7 +239,9 @@ def once_of(key: Key, dtype: torch.dtype, device: str) -> float:
 
 def _operands(key: Key, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     def values(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1)  # zeros would need less power
+        if device == "cpu":
+            return torch.full(shape, 0.5, dtype=dtype)  # random numbers would take longer to make than to multiply
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1)  # equal ones would need less power, and raise the clock
 
     if key.layout == "batched":
         return values(key.batch, key.m, key.k), values(key.batch, key.k, key.n)
