@@ -17,7 +17,7 @@ from lightning_tp.estimate.trace import Op
 
 
 class Lost(NamedTuple):
-    """Seconds of products beyond what their FLOPs take at the reachable peak.
+    """Seconds of products beyond what their FLOPs take at the peak that is reached in training.
 
     Args:
         padding: tiles that reach over the edge.
@@ -52,7 +52,7 @@ class Shape:
         batch, m, n, k: the sizes; 0 for a convolution.
         dtype: of the operands.
         counts: in a step, of each of the modules.
-        flops, bytes, seconds: of one.
+        flops, bytes, seconds: of one; seconds as in the middle of training.
         tile, split: how it is cut; (0, 0) and 0 where that is not known.
         padding: share of the tiles' area that is padding.
         idle: share of the last wave's units that idle.
@@ -117,12 +117,13 @@ def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], wo
     sizes = (p.batch, p.m, p.n, p.k)
     if p.kind == "product" and p.m:
         t = tiling(hw, *sizes, dtype, p.bytes)
-        lost = _lost(hw, t, work, dtype)
+        lost = Lost(*(x / hw.sustained for x in _lost(hw, t, work, dtype)))
+        seconds = t.seconds / hw.sustained  # as in the middle of training: see roofline.py
         return Shape(
-            names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, t.seconds, t.tile, t.split, t.padding, t.idle, lost
+            names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, t.tile, t.split, t.padding, t.idle, lost
         )
     seconds = kernel_seconds(hw, Op(p.kind, "", "", "forward", work, work, p.bytes, (), dtype))
-    lost = Lost(memory=max(0.0, seconds - work / (hw.peak(dtype) * hw.product_efficiency))) if p.kind == "product" else NOTHING
+    lost = Lost(memory=max(0.0, seconds - work / (hw.peak(dtype) * hw.product_efficiency * hw.sustained))) if p.kind == "product" else NOTHING
     return Shape(names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, lost=lost)
 
 

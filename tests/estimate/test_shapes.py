@@ -119,7 +119,7 @@ def test_agrees_with_estimate(of_llama: Shapes) -> None:
 
 
 def test_all_seconds_have_a_reason(of_llama: Shapes) -> None:
-    peak = of_llama.hardware.peak(torch.bfloat16) * of_llama.hardware.product_efficiency
+    peak = of_llama.hardware.peak(torch.bfloat16) * of_llama.hardware.product_efficiency * of_llama.hardware.sustained
     for cell in of_llama.cells:
         assert sum(cell.lost) == pytest.approx(cell.seconds - cell.flops / peak)
         for s in cell.products:
