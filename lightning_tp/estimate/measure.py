@@ -241,7 +241,9 @@ def _operands(key: Key, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor
     def values(*shape: int) -> Tensor:
         if device == "cpu":
             return torch.full(shape, 0.5, dtype=dtype)  # random numbers would take longer to make than to multiply
-        return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1)  # equal ones would need less power, and raise the clock
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(
+            -1, 1
+        )  # equal ones would need less power, and raise the clock
 
     if key.layout == "batched":
         return values(key.batch, key.m, key.k), values(key.batch, key.k, key.n)

@@ -119,11 +119,13 @@ def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], wo
         t = tiling(hw, *sizes, dtype, p.bytes)
         lost = Lost(*(x / hw.sustained for x in _lost(hw, t, work, dtype)))
         seconds = t.seconds / hw.sustained  # as in the middle of training: see roofline.py
-        return Shape(
-            names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, t.tile, t.split, t.padding, t.idle, lost
-        )
+        return Shape(names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, t.tile, t.split, t.padding, t.idle, lost)
     seconds = kernel_seconds(hw, Op(p.kind, "", "", "forward", work, work, p.bytes, (), dtype))
-    lost = Lost(memory=max(0.0, seconds - work / (hw.peak(dtype) * hw.product_efficiency * hw.sustained))) if p.kind == "product" else NOTHING
+    lost = (
+        Lost(memory=max(0.0, seconds - work / (hw.peak(dtype) * hw.product_efficiency * hw.sustained)))
+        if p.kind == "product"
+        else NOTHING
+    )
     return Shape(names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, lost=lost)
 
 
