@@ -15,7 +15,9 @@ from lightning_tp.checkpoint.pretrained import load_pretrained as load_pretraine
 from lightning_tp.data.random_tokens import RandomTokens as RandomTokens
 from lightning_tp.errors import TPError as TPError
 from lightning_tp.estimate import Estimate as Estimate
+from lightning_tp.estimate import Shapes as Shapes
 from lightning_tp.estimate import estimate as estimate
+from lightning_tp.estimate import shapes as shapes
 from lightning_tp.fabric import FabricTPStrategy as FabricTPStrategy
 from lightning_tp.grad import clip_grad_norm_ as clip_grad_norm_
 from lightning_tp.grad import grad_norms as grad_norms

@@ -1,7 +1,7 @@
 """`lightning-tp`: look at the plan of a model, and check it against one process, from the command line.
 
-`plan`, `estimate` and `tune` need no devices and no process group: the model may be on the meta device, and tp and dp of any size. `verify` runs
-real processes on the CPU of this machine.
+`plan`, `estimate`, `tune` and `shapes` need no devices and no process group: the model may be on the meta device, and tp and dp of any size. `verify`
+runs real processes on the CPU of this machine.
 
 Exit status: 0 it is well, 1 the split model differs from one process, 2 a mistake of the user.
 """
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp import cli_checkpoint, cli_estimate
+from lightning_tp import cli_checkpoint, cli_estimate, cli_shapes
 from lightning_tp.apply import parallelize
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
@@ -71,6 +71,8 @@ examples:
                                                                     the same as a page, and as plots
   lightning-tp tune llama-3-8b/config.json --gpus 64 --hardware h100 --global-batch 512 --seq 8192
                                                                     which mesh, micro-batch and checkpointing
+  lightning-tp shapes llama-3-8b/config.json --gpus 64 --global-batch 32 --seq 4096 --hardware h100
+                                                                    whether tp makes matrix products faster
 """
 
 
@@ -89,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     style: Any = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("lightning-tp", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=style)
-    commands = parser.add_subparsers(required=True, metavar="plan | verify | estimate | tune | export | consolidate | inspect")
+    commands = parser.add_subparsers(
+        required=True, metavar="plan | verify | estimate | tune | shapes | export | consolidate | inspect"
+    )
     plan = commands.add_parser(
         "plan",
         help="how a model is split, and what one rank holds",
@@ -129,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rtol", type=float, default=1e-3, metavar="X", help="the largest relative error allowed (default: %(default)s)"
     )
     cli_estimate.add_commands(commands, DESCRIPTION, EXAMPLES, style)
+    cli_shapes.add_command(commands, DESCRIPTION, style)
     cli_checkpoint.add_commands(commands)
     return parser
 

@@ -3,3 +3,5 @@
 from lightning_tp.estimate.hardware import Hardware as Hardware
 from lightning_tp.estimate.predict import estimate as estimate
 from lightning_tp.estimate.report import Estimate as Estimate
+from lightning_tp.estimate.shapes import Shapes as Shapes
+from lightning_tp.estimate.shapes import shapes as shapes

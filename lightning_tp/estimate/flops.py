@@ -21,6 +21,7 @@ class Product:
         dtype: of the operands.
         flops: of all of them.
         bytes: read and written by one.
+        work: the part of `flops` that has to be done (half, for causal attention).
     """
 
     batch: int
@@ -34,6 +35,7 @@ class Product:
     dtype: str
     flops: int
     bytes: int
+    work: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def products_of(world: World) -> tuple[Product, ...]:
     blocks = set(world.blocks)
     found: Counter[tuple[object, ...]] = Counter()
     flops: Counter[tuple[object, ...]] = Counter()
+    work: Counter[tuple[object, ...]] = Counter()
     for piece in world.trace.pieces:
         if piece.again:
             continue
@@ -64,8 +67,9 @@ def products_of(world: World) -> tuple[Product, ...]:
             key = (*shape, _starred(op.module, blocks), op.phase, op.kind, str(op.dtype).removeprefix("torch."), op.bytes)
             found[key] += n
             flops[key] += n * op.flops
+            work[key] += n * op.work
     made = [
-        Product(b, m, n, k, found[key], module, phase, kind, dtype, flops[key], size)  # type: ignore[arg-type]
+        Product(b, m, n, k, found[key], module, phase, kind, dtype, flops[key], size, work[key])  # type: ignore[arg-type]
         for key in found
         for b, m, n, k, module, phase, kind, dtype, size in (key,)
     ]

@@ -47,6 +47,7 @@ class Options:
     clip_gradients: bool = True
     compile: bool = False
     fused_attention: bool = True
+    rank: int = 0  # of the tensor-parallel axis: where tp does not divide a size, some hold more than others
 
 
 @dataclass
@@ -193,13 +194,15 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
     precision = Precision.of(options.precision)
     how = options.activation_checkpointing
     check_options(how, False, "independent", "local")
-    settings = Settings(tp, dp, 0, precision, how, options.loss_parallel, hw.device, options.fused_attention)
+    settings = Settings(tp, dp, options.rank, precision, how, options.loss_parallel, hw.device, options.fused_attention)
     world = tracer.world(inputs, settings, options.sequence_parallel)
-    whole = tracer.world(inputs, replace(settings, tp=1, dp=1, activation_checkpointing=None), options.sequence_parallel)
+    whole = tracer.world(inputs, replace(settings, tp=1, dp=1, rank=0, activation_checkpointing=None), options.sequence_parallel)
     mine = trained(world)
     cost = optimizer_cost(options.optimizer, mine, together=hw.device != "cpu")
     memory = memory_of(world, precision, dp, optimizer=cost.state, scratch=cost.scratch, accumulate=options.accumulate)
-    collectives = collectives_of(world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients)
+    collectives = collectives_of(
+        world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients, rank=options.rank
+    )
     time = time_of(
         world,
         collectives,

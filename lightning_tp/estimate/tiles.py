@@ -6,10 +6,11 @@ NVIDIA, "Matrix Multiplication Background User's Guide", section 3. A library ha
 dimension as well (split-k), and takes what is fastest: small tiles fill the device where the product is small, but read more for each FLOP.
 So does this model: of `SIDES` and `SPLITS` the fastest.
 
-Three numbers are the same for all devices. They were fitted to published kernel times: the float16 products of seven models at tensor-parallel
-sizes 1, 2, 4 and 8 for 64 to 32,768 tokens on A100 and H100, in the profiles that come with the simulator Vidur (Agrawal et al. 2024,
-arXiv 2405.05465). On 3,960 of these the mean error is 8% on A100 and 10% on H100, with the efficiencies of `hardware.json`; with one
-tile of 128 x 256, as before, it was 19% and 22%. The fit is to forward products only.
+Three numbers are the same for all devices. They were fitted to published kernel times: the float16 forward products of eight models at
+tensor-parallel sizes 1, 2, 4 and 8, for 64 to 32,768 tokens on A100 and to 4,096 on H100, in the profiles that come with the simulator Vidur
+(Agrawal et al. 2024, arXiv 2405.05465). On 3,960 of these the mean error is 8% on A100 and 10% on H100, with the efficiencies of
+`hardware.json`; with one tile of 128 x 256, as before, it was 19% and 22%. `benchmarks/shapes.py --published` repeats the comparison.
+Gradients have not been compared.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, setti
 
 
 def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings, kinds: Mapping[str, Any]) -> Trace:
-    blocks = dict(find_blocks(model))
+    blocks = {name: model.get_submodule(name) for name in kinds}  # shards may look alike where whole modules don't
     axis = alone(settings.rank, settings.tp)
     if settings.tp > 1:
         bind_styles(model, plan, axis, loss_parallel=settings.loss_parallel)
