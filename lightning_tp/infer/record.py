@@ -32,7 +32,20 @@ NO_SLICE = {
     "__getitem__",
     "index_select",
 }
-PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "mv", "dot", "chain_matmul", "addbmm"}
+PRODUCTS = {
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "bmm",
+    "baddbmm",
+    "mm",
+    "addmm",
+    "mv",
+    "dot",
+    "chain_matmul",
+    "addbmm",
+    "_grouped_mm",
+}
 ALONG_OTHERS = {
     "cat",
     "stack",
@@ -43,7 +56,6 @@ ALONG_OTHERS = {
     "scatter",
     "scatter_add",
     "take_along_dim",
-    "_grouped_mm",
 }
 MOVES = SIZE_CALLS | SPLIT_CALLS | {"__getitem__", "narrow", "select", "index_select", "unbind", "narrow_copy", "movedim"}
 
