@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,9 @@ from torch import nn
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_by_call
-from lightning_tp.infer.solve import as_it_was
+from lightning_tp.infer.repeats import alike_blocks
+from lightning_tp.infer.restore import Weightless, modules_as_they_were
+from lightning_tp.infer.solve import MOST_REAL, as_it_was
 from lightning_tp.infer.trial import try_on_a_rank
 from lightning_tp.plan import Plan
 from lightning_tp.plan_check import INFERRED
@@ -58,5 +61,9 @@ def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any
         declared = declared.check(model, tp)
     except TPError:
         return None  # not believed
+    parameters = list(model.parameters())
+    large = sum(p.numel() for p in parameters) > MOST_REAL and not any(p.is_meta for p in parameters)
     with as_it_was(model):
-        return declared if try_on_a_rank(model, call, inputs, declared, tp, {}) is None else None
+        with Weightless(model) if large else nullcontext(), modules_as_they_were(model):
+            alike = alike_blocks(model, call, inputs)
+        return declared if try_on_a_rank(model, call, inputs, declared, tp, alike) is None else None

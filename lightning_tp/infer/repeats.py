@@ -3,12 +3,18 @@
 What a block does is written down as its operations, with where each operand comes from; blocks of one class whose lists are equal are
 alike. In the runs that follow labels, a block like one that has run already is given outputs of the same shapes at once. Rules for the
 one are then rules for all.
+
+Nor does the run that writes down operations go through all of them: of blocks with the same code, settings, shapes and inputs three are run,
+the first two and the last. Such blocks differ only in their own number, where they keep it. Code that decides or computes by that is noticed
+(see `_Place`), as is a difference between the three; then all blocks run.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -40,6 +46,18 @@ class _Log(Values):
         for name, block in blocks.items():
             self.handles.append(block.register_forward_pre_hook(lambda m, a, n=name: self._enter(n)))
             self.handles.append(block.register_forward_hook(lambda m, a, o: self._leave()))
+
+    def mark(self, name: str) -> int:
+        """How much is written down of a block by now."""
+        return len(self.lists[name])
+
+    def since(self, name: str, mark: int) -> list[Any]:
+        """What was written down since then."""
+        return self.lists[name][mark:]
+
+    def stands_in(self, name: str, done: list[Any]) -> None:
+        """A block does not run: it would do this."""
+        self.lists[name] += done
 
     def _enter(self, name: str) -> None:
         self.inside = name
@@ -89,6 +107,39 @@ def alike_blocks(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs
     blocks = dict(find_blocks(model))
     if len(blocks) < FEWEST:
         return {}
+    same, places = _same_code(blocks)
+    used: list[str] = []
+    of: dict[str, list[str]] = {}
+    for name, like in same.items():
+        of.setdefault(like, []).append(name)
+    probes = {name: like for like, names in of.items() for name in (names[0], names[-1])}
+    with _watched(places, used):
+        once = {name: like for name, like in same.items() if name not in probes}
+        lists = _written_down(model, call, inputs, blocks, once) if once else None
+    if lists is None or used or any(lists.get(name) != lists.get(like) for name, like in probes.items()):
+        lists = _written_down(model, call, inputs, blocks, {})  # code looks at a block's number, or for what each of them leaves
+    if lists is None:  # the runs that follow labels say what is wrong
+        return {}
+    first: dict[Any, str] = {}
+    kinds: dict[Any, str] = {}
+    alike = {}
+    for name, block in blocks.items():
+        done = lists.get(name)
+        if done is not None:
+            like = first.setdefault(tuple(done), name)
+            kinds.setdefault(_kind(name, block), like)
+            if like != name:
+                alike[name] = like
+    for name, block in blocks.items():
+        if name not in lists and _kind(name, block) in kinds:  # not run this time, as by chance (layer drop)
+            alike[name] = kinds[_kind(name, block)]
+    return alike
+
+
+def _written_down(
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, blocks: Mapping[str, nn.Module], same: Alike
+) -> dict[str, list[Any]] | None:
+    """Each block's operations; those of a block that does the `same` with inputs like an earlier one's are that one's. None: it can't be run."""
     logs: list[_Log] = []
 
     def log(model: nn.Module, whole: Any, shared: Any) -> _Log:
@@ -96,26 +147,13 @@ def alike_blocks(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs
         return logs[-1]
 
     try:
-        run(model, call, inputs, set(), {}, tracer_of=log)
-    except Exception:  # the runs that follow labels say what is wrong
-        return {}
+        run(model, call, inputs, set(), {}, tracer_of=log, during=lambda tracer: blocks_once(model, tracer, same, set()))
+    except Exception:
+        return None
     finally:
         for handle in logs[0].handles:
             handle.remove()
-    first: dict[Any, str] = {}
-    kinds: dict[Any, str] = {}
-    alike = {}
-    for name, block in blocks.items():
-        done = logs[0].lists.get(name)
-        if done is not None:
-            like = first.setdefault(tuple(done), name)
-            kinds.setdefault(_kind(name, block), like)
-            if like != name:
-                alike[name] = like
-    for name, block in blocks.items():
-        if name not in logs[0].lists and _kind(name, block) in kinds:  # not run this time, as by chance (layer drop)
-            alike[name] = kinds[_kind(name, block)]
-    return alike
+    return logs[0].lists
 
 
 def _kind(name: str, block: nn.Module) -> Any:
@@ -125,11 +163,12 @@ def _kind(name: str, block: nn.Module) -> Any:
 @contextmanager
 def blocks_once(model: nn.Module, tracer: Tracer | None, alike: Alike, ran: set[str]) -> Iterator[None]:
     """While this runs, a block like one that has run with inputs like its own is given outputs like its.
+    A log takes what that one did for what this one would do.
 
     Without a tracer, tensors are compared by their shapes only.
     The names of blocks that run go into `ran`.
     """
-    seen: dict[str, list[tuple[Any, Any]]] = {}
+    seen: dict[str, list[tuple[Any, Any, list[Any]]]] = {}
     kept: list[tuple[nn.Module, Any]] = []
     for name in {*alike, *alike.values()}:
         module = model.get_submodule(name)
@@ -150,23 +189,28 @@ def _once(
     name: str,
     like: str,
     tracer: Tracer | None,
-    seen: dict[str, list[tuple[Any, Any]]],
+    seen: dict[str, list[tuple[Any, Any, list[Any]]]],
     ran: set[str],
 ) -> Callable[..., Any]:
     shadow = tracer.shadow if tracer is not None else lambda t: Shadow()
+    log = tracer if isinstance(tracer, _Log) else None
 
     def quick(*args: Any, **kwargs: Any) -> Any:
         given, spec = tree_flatten((args, kwargs))
         with torch._C.DisableTorchFunction(), _untraced():
-            for first, made in seen.get(like, ()):
+            for first, made, done in seen.get(like, ()):
                 out = _again(first, made, given, spec, tracer)
                 if out is not None:
+                    if log is not None:
+                        log.stands_in(name, done)
                     return out[0]
         before = [(t, shadow(t)) if isinstance(t, Tensor) else (t, None) for t in given]
         ran.add(name)
+        mark = log.mark(name) if log is not None else 0
         out = forward(*args, **kwargs)
         outs, out_spec = tree_flatten(out)
-        seen.setdefault(like, []).append(((before, spec), [*((t, shadow(t)) for t in outs), out_spec]))
+        done = log.since(name, mark) if log is not None else []
+        seen.setdefault(like, []).append(((before, spec), [*((t, shadow(t)) for t in outs), out_spec], done))
         return out
 
     return quick
@@ -235,3 +279,149 @@ def for_all(rules: list[Rule], alike: Alike) -> list[Rule]:
             if r.pattern.startswith(f"{like}.") or (r.pattern == like and not isinstance(r.style, (PrepareInput, PrepareOutput)))
         ]
     return new
+
+
+# ------------------------------------------------------------------------------------------- blocks with the same code
+
+Places = list[tuple[nn.Module, str]]  # attributes in which blocks keep their number
+NOT_SETTINGS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+
+
+def own_numbers(blocks: Mapping[str, nn.Module]) -> dict[str, set[tuple[str, str]]]:
+    """For each container of blocks, (module, attribute) in which every block keeps its own number: its key, or its place among all.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> for i, layer in enumerate(layers):
+        ...     layer.number = i
+        >>> own_numbers(dict(layers.named_children()))
+        {'': {('', 'number')}}
+    """
+    found: dict[str, set[tuple[str, str]]] = {}
+    for i, (name, block) in enumerate(blocks.items()):
+        holder, _, key = name.rpartition(".")
+        numbers = {i, int(key)} if key.isdigit() else {i}
+        mine = {
+            (n, k)
+            for n, m in block.named_modules()
+            for k, v in m.__dict__.items()
+            if isinstance(v, int) and not isinstance(v, bool) and v in numbers
+        }
+        found[holder] = found[holder] & mine if holder in found else mine
+    return found
+
+
+def _same_code(blocks: Mapping[str, nn.Module]) -> tuple[Alike, Places]:
+    """Blocks that have the same classes, shapes and settings as an earlier one in their container, but for their own number; and where that is."""
+    numbers = own_numbers(blocks)
+    first: dict[Any, str] = {}
+    same: Alike = {}
+    places: Places = []
+    for name, block in blocks.items():
+        holder = name.rpartition(".")[0]
+        mine = numbers[holder]
+        modules = tuple(
+            (
+                n,
+                type(m),
+                tuple((k, "its number" if (n, k) in mine else _setting(v)) for k, v in m.__dict__.items() if k not in NOT_SETTINGS),
+            )
+            for n, m in block.named_modules()
+        )
+        tensors = tuple((n, _setting(t)) for n, t in [*block.named_parameters(), *block.named_buffers()])
+        like = first.setdefault((holder, modules, tensors), name)
+        if like != name:
+            same[name] = like
+        places += [(block.get_submodule(n), k) for n, k in mine]
+    return same, places
+
+
+def _setting(value: Any) -> Any:
+    """What code can see of an attribute, to compare; what nothing is known about is equal to itself only."""
+    if isinstance(value, float):
+        return value != 0  # a scale: no matter for what is where
+    if isinstance(value, (bool, int, str, bytes, type(None), torch.dtype, torch.device, FunctionType, type)):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape), value.dtype, value.requires_grad
+    if type(value) in (list, tuple, torch.Size):
+        return type(value), tuple(_setting(v) for v in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value), tuple((_setting(k), _setting(v)) for k, v in value.items())
+    return "object", id(value)
+
+
+class _Place(int):
+    """A block's number, which notes that it is compared, computed with, hashed or shown. As the index of a list, it is not noticed: stores of
+    what blocks have made take it so, such as a cache of keys and values."""
+
+    used: list[str]
+
+
+def _noticing(name: str) -> Any:
+    plain = getattr(int, name)
+
+    def method(self: _Place, *args: Any) -> Any:
+        self.used.append(name)
+        return plain(int.__int__(self), *args)
+
+    return method
+
+
+for _name in (
+    *(
+        "__eq__",
+        "__ne__",
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
+        "__hash__",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__str__",
+        "__repr__",
+    ),
+    *(
+        "__format__",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__mod__",
+        "__rmod__",
+        "__divmod__",
+        "__pow__",
+    ),
+    *(
+        "__floordiv__",
+        "__rfloordiv__",
+        "__truediv__",
+        "__rtruediv__",
+        "__neg__",
+        "__and__",
+        "__rand__",
+        "__or__",
+        "__xor__",
+        "__rshift__",
+    ),
+    *("__lshift__", "__index__"),
+):
+    setattr(_Place, _name, _noticing(_name))
+
+
+@contextmanager
+def _watched(places: Places, used: list[str]) -> Iterator[None]:
+    """While this runs, the blocks' numbers note in `used` that code looks at them."""
+    kept = [(module, name, module.__dict__[name]) for module, name in places]
+    for module, name, value in kept:
+        module.__dict__[name] = _Place(value)
+        module.__dict__[name].used = used
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            module.__dict__[name] = value

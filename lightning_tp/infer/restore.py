@@ -34,7 +34,10 @@ def modules_as_they_were(model: nn.Module) -> Iterator[None]:
             m.__dict__.clear()
             m.__dict__.update(attributes)
             for container, content in containers:
-                if isinstance(container, list):
+                if not content:  # most of them: the hooks that a module has not
+                    if container:
+                        container.clear()
+                elif isinstance(container, list):
                     container[:] = content
                 else:
                     container.clear()
@@ -42,7 +45,10 @@ def modules_as_they_were(model: nn.Module) -> Iterator[None]:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    return [(v, v.copy()) for v in module.__dict__.values() if type(v) in (dict, OrderedDict, list, set)]
+    return [(v, v.copy() if v else None) for v in module.__dict__.values() if type(v) in _CONTAINERS]
+
+
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
 class Weightless:

@@ -86,12 +86,26 @@ def try_on_a_rank(
         return "", str(e)[:120]
     doors = {e.where for e in checked.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
     alike = {name: like for name, like in alike.items() if name not in doors}
+    styles = _styles_of(checked, {*alike, *alike.values()})
+    alike = {name: like for name, like in alike.items() if styles.get(name) == styles.get(like)}
     for rank in (0, tp - 1):
         with modules_as_they_were(model):
             failure = _run_alone(model, call, inputs, checked, _Alone(rank, tp), alike)
         if failure is not None:
             return failure
     return None
+
+
+def _styles_of(plan: Plan, blocks: set[str]) -> dict[str, list[tuple[str, object]]]:
+    """For each block, (module, style) of what a plan does in it."""
+    found: dict[str, list[tuple[str, object]]] = {}
+    for entry in plan.entries:
+        where = entry.where
+        while where and where not in blocks:
+            where = where.rpartition(".")[0]
+        if where:
+            found.setdefault(where, []).append((entry.where[len(where) :], entry.style))
+    return found
 
 
 def _known(model: nn.Module, inputs: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -122,7 +122,11 @@ def split_of_ranges(ranges: tuple[Ranges, ...], dim: int) -> Split:
         >>> split_of_ranges((((0, 2), (4, 5)), ((2, 4), (4, 5))), 0).sum_rows
         (2, 3)
     """
-    ranges = tuple(tuple((a, b) for a, b in of) for of in ranges)
+    return _split_of_ranges(tuple(tuple((a, b) for a, b in of) for of in ranges), dim)
+
+
+@lru_cache(maxsize=1024)  # blocks that repeat have equal ones
+def _split_of_ranges(ranges: tuple[Ranges, ...], dim: int) -> Split:
     tp = len(ranges)
     held = [{i for a, b in of for i in range(a, b)} for of in ranges]
     common = set.intersection(*held) if tp > 1 else set()

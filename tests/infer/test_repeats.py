@@ -115,6 +115,54 @@ def test_code_that_looks_for_what_each_block_leaves(monkeypatch: pytest.MonkeyPa
     assert quick == infer_plan(model, inputs, tp=2)
 
 
+class Numbered(Block):
+    """Does something else in some blocks, by its number."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = super().forward(x, bias)
+        return nn.functional.silu(x) if self.every_third() else x
+
+    def every_third(self) -> bool:
+        return self.at % 3 == 0
+
+
+class InAList(Numbered):
+    """As the index of a list, which is seen by what the second and the last block do."""
+
+    def every_third(self) -> bool:
+        return [True, False, False, True, False, False, True][self.at]
+
+
+class FromAStore(Block):
+    """Its number is only where it keeps something."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        self.store[0][self.at] = x.shape
+        return super().forward(x, bias)
+
+    store = ([None] * 100,)
+
+
+@pytest.mark.parametrize(
+    ("block", "kinds", "all_of_them"), [(Block, 1, False), (FromAStore, 1, False), (Numbered, 2, True), (InAList, 2, True)]
+)
+def test_few_blocks_are_run_where_their_number_says_nothing(
+    block: type[Block], kinds: int, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(mixed=False)
+    model.layers = nn.ModuleList(block(32, 4, i) for i in range(DEPTH))
+    inputs = (torch.zeros(1, 5, dtype=torch.long),)
+    ran: list[set[str]] = []
+    once = repeats.blocks_once
+    monkeypatch.setattr(
+        repeats, "blocks_once", lambda model, tracer, alike, names: (ran.append(names), once(model, tracer, alike, names))[1]
+    )
+    alike = repeats.alike_blocks(model, lambda m, x: m(*x), inputs)
+    assert len(alike) == DEPTH - kinds and ("layers.3" in alike) and alike["layers.3"] == "layers.0"
+    assert len(ran) == (2 if all_of_them else 1)
+    assert [layer.at for layer in model.layers] == list(range(DEPTH)) and type(model.layers[2].at) is int  # type: ignore[union-attr]
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = Model(mixed=False)
     infer_plan(model, (torch.zeros(1, 5, dtype=torch.long),), tp=2)
