@@ -83,14 +83,17 @@ def _starred(module: str, blocks: set[str]) -> str:
     return f"{where.rpartition('.')[0]}.*{module[len(where) :]}" if where else module
 
 
-def flops_of(world: World, whole: World) -> Flops:
-    """Of a rank, and of the model as it is in one process (traced as `whole`)."""
-    model = sum(
+def flops_of_model(whole: World) -> int:
+    """Of the model as it is in one process (traced as `whole`), forward and backward; attention in full."""
+    return sum(
         op.flops * n
         for piece in whole.trace.pieces
         if not piece.again
         for op, n in whole.trace.of(piece).ops.items()
         if op.phase != "recompute"
     )
-    rank = sum(op.work * n for piece in world.trace.pieces if not piece.again for op, n in world.trace.of(piece).ops.items())
-    return Flops(model, rank)
+
+
+def flops_of_rank(world: World) -> int:
+    """What a rank computes, with what is run again."""
+    return sum(op.work * n for piece in world.trace.pieces if not piece.again for op, n in world.trace.of(piece).ops.items())

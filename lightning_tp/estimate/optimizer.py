@@ -17,6 +17,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.estimate.world import Held
 
 OptimizerLike = str | type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Steps = dict[tuple[tuple[int, ...], torch.dtype, bool, Any], tuple[int, int, int]]  # what a step of one parameter costs
 KNOWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
@@ -43,13 +44,14 @@ class OptimizerCost:
     traffic: int
 
 
-def optimizer_cost(optimizer: OptimizerLike, held: Iterable[Held], *, together: bool) -> OptimizerCost:
+def optimizer_cost(optimizer: OptimizerLike, held: Iterable[Held], *, together: bool, known: Steps | None = None) -> OptimizerCost:
     """For these parameters.
 
     Args:
         optimizer: a name, a class, or a function of a list of parameters.
         held: those that have a gradient.
         together: parameters are updated together (`foreach`, the default on a GPU), and not one after the other.
+        known: steps that have been looked at before; more are added.
 
     Raises:
         TPError: for an unknown name, or an optimizer that can't take a step on these.
@@ -60,8 +62,12 @@ def optimizer_cost(optimizer: OptimizerLike, held: Iterable[Held], *, together: 
             f"`optimizer={optimizer!r}`: there are {', '.join(KNOWN)}, or a class, or a function of a list of parameters."
         )
     state = scratch = traffic = 0
+    known = {} if known is None else known
     for (shape, dtype), n in Counter((h.local_shape, h.dtype) for h in held).items():
-        kept, needed, moved = _one(make, shape, dtype, together)
+        key = (shape, dtype, together, make)
+        if key not in known:
+            known[key] = _one(make, shape, dtype, together)
+        kept, needed, moved = known[key]
         state += n * kept
         traffic += n * moved
         scratch = scratch + n * needed if together else max(scratch, needed)

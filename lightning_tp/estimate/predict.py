@@ -15,10 +15,10 @@ from lightning_tp.apply import PlanLike, check_options, resolve_plan
 from lightning_tp.choose import choose_plan
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.collectives import collectives_of
-from lightning_tp.estimate.flops import flops_of, products_of
+from lightning_tp.estimate.flops import Flops, flops_of_model, flops_of_rank, products_of
 from lightning_tp.estimate.hardware import Hardware, hardware
 from lightning_tp.estimate.memory import memory_of, trained
-from lightning_tp.estimate.optimizer import OptimizerLike, optimizer_cost
+from lightning_tp.estimate.optimizer import OptimizerLike, Steps, optimizer_cost
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.estimate.roofline import time_of
 from lightning_tp.estimate.world import LossOf, Precision, Settings, World, default_loss, resized, trace_step
@@ -67,6 +67,8 @@ class Tracer:
     plan: PlanLike | None = None
     _plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
     _worlds: dict[Any, World] = field(default_factory=dict)
+    _flops: dict[Any, int] = field(default_factory=dict)
+    steps: Steps = field(default_factory=dict)  # of the optimizer, that have been looked at
 
     def plan_of(self, tp: int, sequence_parallel: bool) -> Plan:
         """The checked plan.
@@ -103,16 +105,32 @@ class Tracer:
 
     def world(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> World:
         """The model on a rank, traced."""
-        how = settings.activation_checkpointing
         # more data-parallel ranks change how parameters are cut, not what is traced; that there are any may change their dtype
         same = replace(settings, dp=min(settings.dp, 2))
-        shapes = tuple((tuple(t.shape), t.dtype) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
-        key = (replace(same, activation_checkpointing=None), how if isinstance(how, str) else id(how), shapes, sequence_parallel)
+        key = (self.kind(same, sequence_parallel), _shapes(inputs))
         plan = self.plan_of(settings.tp, sequence_parallel)
         if key not in self._worlds:
-            self._worlds[key] = trace_step(self.model, self.loss_of, inputs, plan, same)
+            self._worlds[key] = self.trace(inputs, plan, same, sequence_parallel)
         found = self._worlds[key]
         return found if settings.dp == same.dp else found.over(settings.dp)
+
+    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> World:
+        """The step with these inputs."""
+        return trace_step(self.model, self.loss_of, inputs, plan, settings)
+
+    @staticmethod
+    def kind(settings: Settings, sequence_parallel: bool) -> Any:
+        """What traces depend on beside the inputs, to compare."""
+        how = settings.activation_checkpointing
+        return replace(settings, activation_checkpointing=None), how if isinstance(how, str) else id(how), sequence_parallel
+
+    def model_flops(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> int:
+        """Of the whole model, forward and backward; they depend on shapes only."""
+        key = _shapes(inputs)
+        if key not in self._flops:
+            whole = self.world(inputs, replace(settings, tp=1, rank=0, activation_checkpointing=None), sequence_parallel)
+            self._flops[key] = flops_of_model(whole)
+        return self._flops[key]
 
 
 def estimate(
@@ -196,9 +214,9 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
     check_options(how, False, "independent", "local")
     settings = Settings(tp, dp, options.rank, precision, how, options.loss_parallel, hw.device, options.fused_attention)
     world = tracer.world(inputs, settings, options.sequence_parallel)
-    whole = tracer.world(inputs, replace(settings, tp=1, dp=1, rank=0, activation_checkpointing=None), options.sequence_parallel)
+    flops = tracer.model_flops(inputs, settings, options.sequence_parallel)
     mine = trained(world)
-    cost = optimizer_cost(options.optimizer, mine, together=hw.device != "cpu")
+    cost = optimizer_cost(options.optimizer, mine, together=hw.device != "cpu", known=tracer.steps)
     memory = memory_of(world, precision, dp, optimizer=cost.state, scratch=cost.scratch, accumulate=options.accumulate)
     collectives = collectives_of(
         world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients, rank=options.rank
@@ -212,7 +230,7 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
         accumulate=options.accumulate,
         compile=options.compile,
     )
-    batch, tokens = _counted(inputs)
+    batch, tokens = counted(inputs)
     held = sum(h.numel for h in world.held)
     dtype = precision.autocast or precision.gathered or precision.held or next(iter(world.held)).dtype
     total = sum(p.numel() for p in tracer.model.parameters())
@@ -233,7 +251,7 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
         memory,
         collectives,
         products_of(world),
-        flops_of(world, whole),
+        Flops(flops, flops_of_rank(world)),
         time,
         str(tracer.plan_of(tp, options.sequence_parallel)).splitlines()[0],
         tuple(_assumptions(world, hw, options, precision, dp, tp)),
@@ -294,7 +312,11 @@ def loss_of(loss_fn: Callable[..., Tensor] | None) -> LossOf:
     return loss
 
 
-def _counted(inputs: Any) -> tuple[int, int]:
+def _shapes(inputs: Any) -> Any:
+    return tuple((tuple(t.shape), t.dtype) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
+
+
+def counted(inputs: Any) -> tuple[int, int]:
     """(samples, tokens) of the inputs; samples twice where there are no tokens."""
     tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.ndim]
     tokens = next((t for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -86,6 +87,7 @@ class Sent(NamedTuple):
 
 Label = tuple[str, str]  # (module, "kept" | "backward" | "gradient")
 Levels = dict[Label, int]
+Event = tuple[str, Any] | tuple[str, Any, int]  # ("op" | "fused", Op), ("sent", Sent), ("bytes", Label, change), ("end", None)
 
 
 @dataclass
@@ -102,6 +104,8 @@ class Piece:
         ops: how often each kernel runs.
         fused: the same with kernels between products run together, as a compiler does it.
         sent: how often each collective runs.
+        tape: all that these were counted from, in order: bytes that begin (above 0) or end to be alive, kernels, collectives,
+            and where `end` was.
     """
 
     block: str
@@ -115,6 +119,22 @@ class Piece:
     ops: Counter[Op] = field(default_factory=Counter)
     fused: Counter[Op] = field(default_factory=Counter)
     sent: Counter[Sent] = field(default_factory=Counter)
+    tape: list[Event] = field(default_factory=list, repr=False)
+
+    def kernel(self, op: Op) -> None:
+        """One that runs alone, if nothing is compiled."""
+        self.ops[op] += 1
+        self.tape.append(("op", op))
+
+    def compiled(self, op: Op) -> None:
+        """One as a compiler makes it."""
+        self.fused[op] += 1
+        self.tape.append(("fused", op))
+
+    def collective(self, sent: Sent) -> None:
+        """One that is called."""
+        self.sent[sent] += 1
+        self.tape.append(("sent", sent))
 
 
 @dataclass
@@ -135,9 +155,15 @@ class Trace:
 
     def of(self, piece: Piece) -> Piece:
         """The piece that was followed for this one."""
-        if piece.like is None:
-            return piece
-        return next(p for p in self.pieces if p.block == piece.like and p.phase == piece.phase and p.like is None)
+        return piece if piece.like is None else self._followed[piece.like, piece.phase]
+
+    @cached_property
+    def _followed(self) -> dict[tuple[str, str], Piece]:
+        found: dict[tuple[str, str], Piece] = {}
+        for p in self.pieces:
+            if p.like is None:
+                found.setdefault((p.block, p.phase), p)
+        return found
 
 
 class Group:
@@ -204,6 +230,8 @@ class Recorder(Values):
         self.uncounted = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         self.places: list[tuple[int, str]] = [(0, "")]  # from which sequence number on nodes belong to which module
         self.gradients: dict[str, int] = {}
+        self.numbers: dict[int, int] = {}  # of storages that are alive; an address is used again, a number is not
+        self.born = 0
         self._fresh: set[int] = set()  # storages written since the last product
         self._read: dict[int, int] = {}
         self._written: dict[int, int] = {}
@@ -284,6 +312,7 @@ class Recorder(Values):
     def _close(self) -> None:
         self._end_run()
         self.piece.end = dict(self.levels)
+        self.piece.tape.append(("end", None))
         if self.piece.phase == "backward" and self.piece.block:
             before = self.total
             for p in self._names_of[self.piece.block]:
@@ -346,6 +375,7 @@ class Recorder(Values):
             last.ops += between.ops
             last.fused += between.fused
             last.sent += between.sent
+            last.tape += between.tape
         else:
             between.again = True
 
@@ -463,17 +493,17 @@ class Recorder(Values):
             size = sum(_size(t) for t in ins) + (0 if name == "copy_" else sum(_size(t) for t in outs))
         if size == 0:
             return
-        self.piece.ops[Op("other", name, where, phase, 0, 0, size, (), dtype)] += 1
         if not self.in_backward:
             self.walk.op(where, "other", ())
+        self.piece.kernel(Op("other", name, where, phase, 0, 0, size, (), dtype))
         if self._run != (where, phase) and not self._fresh:
             self._run = (where, phase)
         for t in ins if name != "embedding" else ():
-            key = t.untyped_storage()._cdata
+            key = self._number(t)
             if key not in self._fresh:
                 self._read[key] = max(self._read.get(key, 0), _size(t))
         for t in outs:
-            key = t.untyped_storage()._cdata
+            key = self._number(t)
             self._fresh.add(key)
             self._written[key] = _size(t)
 
@@ -481,16 +511,17 @@ class Recorder(Values):
         self._end_run()
         if not self.in_backward:
             self.walk.op(op.module, op.kind, op.shape)
-        self.piece.ops[op] += 1
-        self.piece.fused[op] += 1
+        self.piece.kernel(op)
+        self.piece.compiled(op)
 
     def _end_run(self) -> None:
         """What a compiler would make one kernel of ends here: it reads what was there before, and writes what is alive now."""
         if not self._fresh:
             return
-        size = sum(self._read.values()) + sum(n for key, n in self._written.items() if key in self.alive or key in self.uncounted)
+        alive = set(self.numbers.values())
+        size = sum(self._read.values()) + sum(n for key, n in self._written.items() if key in alive or -key in self.uncounted)
         where, phase = self._run
-        self.piece.fused[Op("other", "fused", where, phase, 0, 0, size, (), torch.float32)] += 1  # type: ignore[arg-type]
+        self.piece.compiled(Op("other", "fused", where, phase, 0, 0, size, (), torch.float32))  # type: ignore[arg-type]
         self._fresh.clear()
         self._read.clear()
         self._written.clear()
@@ -501,7 +532,7 @@ class Recorder(Values):
         self._end_run()
         if not self.in_backward:
             self.walk.sent(where, kind, size)
-        self.piece.sent[Sent(kind, size, where, phase)] += 1
+        self.piece.collective(Sent(kind, size, where, phase))
 
     # ------------------------------------------------------------------------------------------------------ memory
 
@@ -510,6 +541,8 @@ class Recorder(Values):
         finalizer = weakref.finalize(storage, self._dead, key)
         finalizer.atexit = False
         self.alive[key] = (finalizer, label, size)
+        self.born += 1
+        self.numbers[key] = self.born
         self._count(label, size)
         if self.total > self.most:
             self.most = self.total
@@ -518,11 +551,18 @@ class Recorder(Values):
     def _dead(self, key: int) -> None:
         found = self.alive.pop(key, None)
         if found is not None:
+            del self.numbers[key]
             self._count(found[1], -found[2])
+
+    def _number(self, t: Tensor) -> int:
+        """Of its storage: above 0 for one that the step has made."""
+        key = t.untyped_storage()._cdata
+        return self.numbers.get(key, -key)
 
     def _count(self, label: Label, size: int) -> None:
         self.total += size
         self.levels[label] = self.levels.get(label, 0) + size
+        self.piece.tape.append(("bytes", label, size))
 
 
 class _StandIn(Function):

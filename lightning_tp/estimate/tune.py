@@ -1,8 +1,9 @@
 """Which mesh, micro-batch, activation checkpointing and precision: all that are possible, estimated, the fastest first; and why the others are none.
 
-The model is traced once for each size of the tensor-parallel axis, micro-batch, checkpointing and precision (a second or so each); more
-data-parallel ranks or
-micro-batches only change the arithmetic. What can't fit is not traced: a larger micro-batch than one that does not fit.
+For each size of the tensor-parallel axis, checkpointing and precision the model is traced with one, two, and (where one sample is a case of its own)
+four samples; other micro-batches follow from these (see `scale.py`), and more data-parallel ranks only change the arithmetic. What can't fit is
+not looked at: a larger micro-batch than one that does not fit. The choice that comes out first is traced as it is, and all are where that shows
+a difference.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from lightning_tp.apply import PlanLike
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.hardware import Hardware, hardware
 from lightning_tp.estimate.optimizer import OptimizerLike
-from lightning_tp.estimate.predict import Options, Tracer, check_size, loss_of, predict
+from lightning_tp.estimate.predict import Options, check_size, loss_of, predict
 from lightning_tp.estimate.report import Estimate, seconds, size
-from lightning_tp.estimate.world import resized
+from lightning_tp.estimate.scale import ScalingTracer
+from lightning_tp.estimate.world import Precision, resized
 from lightning_tp.recompute import Recompute
 
 LARGEST_BATCH = 64
@@ -114,6 +116,7 @@ def tune(
     seq: int | None = None,
     compile: bool = False,
     most: int = 20,
+    progress: Callable[[str], None] | None = None,
 ) -> Tuned:
     """The choices that fit, the fastest first.
 
@@ -128,94 +131,131 @@ def tune(
         checkpointing: kinds to look at.
         optimizer, plan, loss_fn, seq, compile: as for `estimate`.
         most: how many to keep.
+        progress: told what is looked at.
 
     Raises:
         TPError: for sizes that are not above 0, unknown hardware, or a model that can't be traced.
     """
-    for name, value in (("gpus", gpus), ("global_batch", global_batch), ("seq", seq)):
+    for name, value in (("gpus", gpus), ("global_batch", global_batch), ("seq", seq), ("most", most)):
         check_size(name, value)
     hw = hardware(hardware_)
     asked = list(tps) if tps is not None else [n for n in range(1, min(gpus, hw.per_node) + 1) if gpus % n == 0]
-    tracer = Tracer(model, inputs, loss_of(loss_fn), plan)
-    fits: list[Estimate] = []
-    refused: list[Refused] = []
-    failed: TPError | None = None
     for tp in asked:
         check_size("tp", tp)
+    search = _Search(
+        ScalingTracer(model, inputs, loss_of(loss_fn), plan),
+        inputs,
+        seq,
+        hw,
+        [Options(precision=p, optimizer=optimizer, compile=compile) for p in precisions],
+        checkpointing,
+        progress or (lambda text: None),
+    )
+    search.run(asked, gpus, global_batch)
+    if search.fits and not search.first_is_right():
+        search.tracer.as_it_is()
+        search.run(asked, gpus, global_batch)
+    if search.failed is not None and not search.fits:
+        raise search.failed
+    return Tuned(tuple(search.fits[:most]), tuple(search.refused), global_batch, gpus)
+
+
+@dataclass
+class _Search:
+    """Goes through all choices."""
+
+    tracer: ScalingTracer
+    inputs: Any
+    seq: int | None
+    hw: Hardware
+    options: Sequence[Options]
+    checkpointing: Sequence[Recompute | None]
+    progress: Callable[[str], None]
+    fits: list[Estimate] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    failed: TPError | None = None
+
+    def run(self, asked: Sequence[int], gpus: int, global_batch: int) -> None:
+        """Of these sizes of the tensor-parallel axis."""
+        self.fits, self.refused, self.failed = [], [], None
+        for i, tp in enumerate(asked):
+            self.progress(f"tp={tp} ({i + 1} of {len(asked)}): the plan")
+            why = self._impossible(tp, gpus, global_batch)
+            if why is not None:
+                self.refused.append(why)
+                continue
+            dp = gpus // tp
+            for options in self.options:
+                try:
+                    for how in self.checkpointing:
+                        named = how if isinstance(how, str) else "none" if how is None else "by a function"
+                        self.progress(f"tp={tp} ({i + 1} of {len(asked)}): {options.precision}, checkpointing {named}")
+                        self._batches(dp, tp, global_batch // dp, replace(options, activation_checkpointing=how), named)
+                except TPError as error:
+                    self.failed = self.failed or error
+                    self.refused.append(Refused(f"tp={tp}, {options.precision}", str(error)))
+        self.fits.sort(key=lambda e: e.time.step)
+
+    def first_is_right(self) -> bool:
+        """Whether the fastest is what it is if it is traced with its own micro-batch."""
+        e = self.fits[0]
+        how = next(
+            h
+            for h in self.checkpointing
+            if (h if isinstance(h, str) else "none" if h is None else "by a function") == e.activation_checkpointing
+        )
+        options = next(o for o in self.options if Precision.of(o.precision).name == e.precision)
+        exact = replace(self.tracer, exact=True, _worlds={}, _flops={}, _traced={})
+        options = replace(options, activation_checkpointing=how, accumulate=e.accumulate)
+        return predict(exact, resized(self.inputs, e.batch, self.seq), e.dp, e.tp, self.hw, options) == e
+
+    def _impossible(self, tp: int, gpus: int, global_batch: int) -> Refused | None:
         if gpus % tp:
-            refused.append(Refused(f"tp={tp}", f"it does not divide {gpus} devices"))
-            continue
+            return Refused(f"tp={tp}", f"it does not divide {gpus} devices")
         dp = gpus // tp
         if global_batch % dp:
-            refused.append(
-                Refused(
-                    f"tp={tp} x dp={dp}",
-                    f"{global_batch} samples can't be dealt out evenly over {dp} data-parallel ranks: {global_batch / dp:.3g} each",
-                )
-            )
-            continue
+            each = f"{global_batch} samples can't be dealt out evenly over {dp} data-parallel ranks: {global_batch / dp:.3g} each"
+            return Refused(f"tp={tp} x dp={dp}", each)
         try:
-            found = tracer.plan_of(tp, True)
+            found = self.tracer.plan_of(tp, True)
         except TPError as error:
-            refused.append(Refused(f"tp={tp}", str(error)))
-            continue
-        whole = _whole(found, model, tp)
-        if whole is not None:
-            refused.append(Refused(f"tp={tp}", whole))
-            continue
-        each = global_batch // dp
-        for precision in precisions:
-            options = Options(precision=precision, optimizer=optimizer, compile=compile)
-            try:
-                _fill(tracer, inputs, seq, dp, tp, each, hw, options, checkpointing, fits, refused)
-            except TPError as error:
-                failed = failed or error
-                refused.append(Refused(f"tp={tp}, {precision}", str(error)))
-    if failed is not None and not fits:
-        raise failed
-    fits.sort(key=lambda e: e.time.step)
-    return Tuned(tuple(fits[:most]), tuple(refused), global_batch, gpus)
+            return Refused(f"tp={tp}", str(error))
+        whole = _whole(found, self.tracer.model, tp)
+        return None if whole is None else Refused(f"tp={tp}", whole)
 
-
-def _fill(
-    tracer: Tracer,
-    inputs: Any,
-    seq: int | None,
-    dp: int,
-    tp: int,
-    each: int,
-    hw: Hardware,
-    options: Options,
-    checkpointing: Sequence[Recompute | None],
-    fits: list[Estimate],
-    refused: list[Refused],
-) -> None:
-    for how in checkpointing:
-        over: Estimate | None = None
-        for batch in (b for b in range(1, min(each, LARGEST_BATCH) + 1) if each % b == 0):
-            found = predict(
-                tracer,
-                resized(inputs, batch, seq),
-                dp,
-                tp,
-                hw,
-                replace(options, activation_checkpointing=how, accumulate=each // batch),
-            )
+    def _batches(self, dp: int, tp: int, each: int, options: Options, named: str) -> None:
+        """All micro-batches of `each` samples of a data-parallel rank; those that fit are noted."""
+        sizes = [b for b in range(1, min(each, LARGEST_BATCH) + 1) if each % b == 0]
+        accumulated = [
+            b for b in sizes if b < each
+        ]  # between steps these hold gradients that FSDP2 has not cut: more than one large batch
+        over: list[Estimate] = []
+        for batch in accumulated:
+            found = self._one(dp, tp, each, batch, options)
             if not found.fits:
-                over = found
+                over.append(found)
                 break  # and no larger one does
-            fits.append(found)
-        if over is not None:
-            named = how if isinstance(how, str) else "none"
-            what = f"tp={tp} x dp={dp}, {options.precision}, checkpointing {named}, batch {over.batch}" + (
-                "" if over.batch == each else " or more"
+            self.fits.append(found)
+        if sizes[-1] == each:
+            found = self._one(dp, tp, each, each, options)
+            (self.fits if found.fits else over).append(found)
+        if not over:
+            return
+        first = over[0]
+        larger = [b for b in sizes if b > first.batch and not any(e.batch == b and e.fits for e in self.fits[-1:])]
+        which = f"batch {first.batch}" + (" or more" if larger else "")
+        if larger and larger[-1] != sizes[-1]:
+            which = f"batch {first.batch} to {larger[-1]}"
+        self.refused.append(
+            Refused(
+                f"tp={tp} x dp={dp}, {options.precision}, checkpointing {named}, {which}",
+                f"{size(first.over)} over the memory of {self.hw.name} ({size(first.needed)} needed, most at the {first.memory.peak.name})",
             )
-            refused.append(
-                Refused(
-                    what,
-                    f"{size(over.over)} over the memory of {hw.name} ({size(over.needed)} needed, most at the {over.memory.peak.name})",
-                )
-            )
+        )
+
+    def _one(self, dp: int, tp: int, each: int, batch: int, options: Options) -> Estimate:
+        options = replace(options, accumulate=each // batch)
+        return predict(self.tracer, resized(self.inputs, batch, self.seq), dp, tp, self.hw, options)
 
 
 def _whole(plan: Any, model: nn.Module, tp: int) -> str | None:

@@ -6,6 +6,7 @@ its gathers and buffers are added in `memory.py` and `collectives.py`.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -284,6 +285,8 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
     if true in (_BF16, _FP16):
         given = tree_map_only(Tensor, lambda t: t.to(true) if t.is_floating_point() else t, given)
     recorder.uncounted |= {t.untyped_storage()._cdata for t in tree_flatten(given)[0] if isinstance(t, Tensor)}
+    collects = gc.isenabled()
+    gc.disable()  # what it lets go of, and when, is chance
     try:
         with recorder.following(), kernels:
             with memory_of_casts(kernels):
@@ -305,6 +308,8 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
             "runs on these inputs, and that it does not decide by the values of activations."
         ) from error
     finally:
+        if collects:
+            gc.enable()
         for p in model.parameters():
             p.grad = None
     return Trace(recorder.pieces, recorder.followed, recorder.gradients, tuple(recorder.walk.steps))
