@@ -22,6 +22,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.estimate.kernels import Kernels, memory_of_casts
 from lightning_tp.estimate.trace import Recorder, Trace, alone
 from lightning_tp.fsdp import find_blocks, own_units
+from lightning_tp.infer.repeats import own_numbers
 from lightning_tp.infer.restore import Weightless, modules_as_they_were
 from lightning_tp.plan import Plan
 from lightning_tp.recompute import Recompute, chosen, run_again
@@ -355,11 +356,11 @@ def _kinds(model: nn.Module, plan: Plan) -> dict[str, Any]:
         if where:
             styles.setdefault(where, []).append((entry.where[len(where) :], repr(entry.style)))
     kinds = {}
-    for i, (name, block) in enumerate(find_blocks(model)):
-        number = name.rpartition(".")[2]
-        place = {i, int(number)} if number.isdigit() else {i}
+    numbers = own_numbers(dict(find_blocks(model)))
+    for name, block in find_blocks(model):
+        mine = numbers[name.rpartition(".")[0]]
         settings = tuple(
-            (n, type(m).__name__, m.training, tuple((k, _plain(v, place)) for k, v in m.__dict__.items() if _says(k, v)))
+            (n, type(m).__name__, m.training, tuple((k, _plain(v, (n, k) in mine)) for k, v in m.__dict__.items() if _says(k, v)))
             for n, m in block.named_modules()
         )
         parameters = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters())
@@ -371,10 +372,8 @@ def _says(name: str, value: Any) -> bool:
     return not name.startswith("__") and isinstance(value, (bool, int, float, str, type(None)))
 
 
-def _plain(value: Any, place: set[int]) -> Any:
+def _plain(value: Any, number: bool) -> Any:
     """A setting of a module; a block's own number says nothing, and of a scale only whether there is one."""
     if isinstance(value, float):
         return value != 0
-    if isinstance(value, int) and not isinstance(value, bool) and value in place:
-        return "its place"
-    return value
+    return "its number" if number else value

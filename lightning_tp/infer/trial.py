@@ -84,10 +84,7 @@ def try_on_a_rank(
         checked = plan.check(model, tp)
     except TPError as e:
         return "", str(e)[:120]
-    doors = {e.where for e in checked.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
-    alike = {name: like for name, like in alike.items() if name not in doors}
-    styles = _styles_of(checked, {*alike, *alike.values()})
-    alike = {name: like for name, like in alike.items() if styles.get(name) == styles.get(like)}
+    alike = _with_equal_styles(checked, alike)
     for rank in (0, tp - 1):
         with modules_as_they_were(model):
             failure = _run_alone(model, call, inputs, checked, _Alone(rank, tp), alike)
@@ -96,15 +93,23 @@ def try_on_a_rank(
     return None
 
 
-def _styles_of(plan: Plan, blocks: set[str]) -> dict[str, list[tuple[str, object]]]:
-    """For each block, (module, style) of what a plan does in it."""
-    found: dict[str, list[tuple[str, object]]] = {}
+def _with_equal_styles(plan: Plan, alike: Alike) -> Alike:
+    """Of blocks that are alike, those for which the plan does the same, too: but for the doors of a stream, which are at its first and last."""
+    doors = {e.where for e in plan.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
+    styles: dict[str, list[tuple[str, str]]] = {n: [] for n in {*alike, *alike.values()}}
     for entry in plan.entries:
         where = entry.where
-        while where and where not in blocks:
+        while where and where not in styles:
             where = where.rpartition(".")[0]
         if where:
-            found.setdefault(where, []).append((entry.where[len(where) :], entry.style))
+            styles[where].append((entry.where[len(where) :], repr(entry.style)))
+    first: dict[Any, str] = {}
+    found = {}
+    for name in [*dict.fromkeys(alike.values()), *alike]:
+        if name not in doors:
+            like = first.setdefault((alike.get(name, name), tuple(styles[name])), name)
+            if like != name:
+                found[name] = like
     return found
 
 
