@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+import time
 from typing import Any
 
 from lightning_tp.errors import TPError
@@ -149,25 +150,55 @@ def _tune(args: argparse.Namespace) -> int:
         if name not in PRECISIONS:
             raise TPError(f"`--precision {name}`: there are {', '.join(PRECISIONS)}.")
     target = load(args.target)
-    found = tune(
-        target.model,
-        target.inputs,
-        args.gpus,
-        args.global_batch,
-        hardware_=args.hardware,
-        precisions=precisions,
-        optimizer=args.optimizer,
-        plan=args.plan or target.plan,
-        loss_fn=target.loss_fn,
-        seq=args.seq,
-        compile=args.compile,
-        most=args.most,
-    )
+    with Progress() as progress:
+        found = tune(
+            target.model,
+            target.inputs,
+            args.gpus,
+            args.global_batch,
+            hardware_=args.hardware,
+            precisions=precisions,
+            optimizer=args.optimizer,
+            plan=args.plan or target.plan,
+            loss_fn=target.loss_fn,
+            seq=args.seq,
+            compile=args.compile,
+            most=args.most,
+            progress=progress,
+        )
     print(found.to_json() if args.json else found)
     if args.html is not None:
         found.html(args.html, command=args.command)
         _wrote(args.html, args)
     return 0
+
+
+class Progress:
+    """Says on stderr what is looked at, once it has taken a few seconds; on a terminal in one line, which goes at the end."""
+
+    QUIET_S = 3.0
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.shown = False
+
+    def __call__(self, text: str) -> None:
+        """What comes now."""
+        if time.monotonic() - self.start < self.QUIET_S:
+            return
+        self.shown = True
+        line = f"{time.monotonic() - self.start:3.0f} s: {text}"
+        if sys.stderr.isatty():
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.shown and sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def show(found: Estimate) -> None:

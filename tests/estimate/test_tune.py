@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lightning_tp import TPError
 from lightning_tp.estimate.hardware import hardware
@@ -29,6 +30,74 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
     assert any(" over the memory of " in why for why in reasons.values())
     assert any(what.startswith("tp=16") for what in reasons)  # its eight heads are not cut in sixteen
     assert "Not possible:" in str(found) and json.loads(found.to_json())["fits"][0]["tp"] == found.fits[0].tp
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_it_says_what_estimate_says(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama import PLAN
+
+    from lightning_tp.estimate import predict
+
+    traced: list[int] = []
+    step = predict.trace_step
+    monkeypatch.setattr(
+        predict, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
+    )
+    model = llama(layers=4)
+    found = tune(model, TOKENS, 4, 64, tps=[tp], seq=32, plan=PLAN, compile=True, checkpointing=[None, "block"])
+    assert {e.batch for e in found.fits} == {n for n in (1, 2, 4, 8, 16, 32) if n <= 16 * tp}
+    assert sum(n > 4 for n in traced) <= 2  # the first choice, and the FLOPs of its whole model; others follow from a few
+    for e in found.fits:
+        how = None if e.activation_checkpointing == "none" else e.activation_checkpointing
+        mesh = (e.dp, e.tp)
+        mine = estimate(
+            model,
+            TOKENS,
+            mesh,
+            batch=e.batch,
+            seq=32,
+            accumulate=e.accumulate,
+            plan=PLAN,
+            compile=True,
+            activation_checkpointing=how,
+        )  # type: ignore[arg-type]
+        assert mine == e
+
+
+def test_a_model_that_is_not_linear_is_traced_as_it_is() -> None:
+    """From four samples on it does more than the line through one and two says."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(torch.relu(self.up(x)))
+            return self.down(torch.relu(self.up(y))) if len(x) >= 4 else y
+
+    model, inputs = Odd(), (torch.ones(1, 8, 64),)
+    options = {"loss_fn": lambda y: y.mean()}
+    found = tune(model, inputs, 1, 8, checkpointing=[None], **options)
+    assert {e.batch for e in found.fits} == {1, 2, 4, 8}
+    for e in found.fits:
+        assert e == estimate(model, inputs, (1, 1), batch=e.batch, accumulate=e.accumulate, **options)
+
+
+def test_one_large_batch_fits_where_accumulated_small_ones_do_not() -> None:
+    """Between micro-batches FSDP2 keeps whole gradients; with one micro-batch it does not."""
+    from llama import PLAN
+
+    model = llama(layers=6, vocab_size=8192)
+    common = {"seq": 16, "plan": PLAN, "activation_checkpointing": "block"}
+    one = estimate(model, TOKENS, (8, 2), batch=4, **common)  # type: ignore[arg-type]
+    several = estimate(model, TOKENS, (8, 2), batch=1, accumulate=4, **common)  # type: ignore[arg-type]
+    assert one.memory.peak.total < several.memory.peak.total
+    between = (one.memory.peak.total + several.memory.peak.total) / 2 * 1.1
+    small = replace(hardware("h100"), memory_bytes=between, reserved_bytes=0, fragmentation=0.1)
+    found = tune(model, TOKENS, 16, 32, hardware_=small, seq=16, plan=PLAN, tps=[2], checkpointing=["block"])
+    assert [(e.batch, e.accumulate) for e in found.fits] == [(4, 1)]
+    assert [r.what.rpartition(", ")[2] for r in found.refused] == ["batch 1 to 2"]
 
 
 @pytest.mark.parametrize("options", [{"gpus": 0}, {"global_batch": -1}, {"tps": [0]}, {"hardware_": "none"}])
