@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_tp.errors import TPError

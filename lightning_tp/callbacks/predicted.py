@@ -105,7 +105,7 @@ def line(found: Estimate, timed: bool, tokens_per_s: float | None, held: int, pe
     parts = []
     if timed:
         measured = "" if tokens_per_s is None else f" ({tokens_per_s:,.0f} measured)"
-        parts.append(f"{found.tokens_per_s:,.0f} tokens/s{measured} on {found.hardware.name}")
+        parts.append(f"{found.tokens_per_s:,.0f} {found.unit}/s{measured} on {found.hardware.name}")
     parts.append(f"parameters and optimizer {size(m.parameters + m.optimizer)} ({size(held)} measured)")
     measured = "" if peak is None else f" ({size(peak)} measured)"
     parts.append(f"at the peak {size(m.peak.total)}{measured}, {m.peak.name}")

@@ -44,6 +44,20 @@ class OptimizerCost:
     traffic: int
 
 
+def known_optimizer(optimizer: OptimizerLike) -> Callable[..., Any]:
+    """What makes it, of a list of parameters.
+
+    Raises:
+        TPError: for a name that is not known.
+    """
+    make = KNOWN.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
+    if make is None:
+        raise TPError(
+            f"`optimizer={optimizer!r}`: there are {', '.join(KNOWN)}, or a class, or a function of a list of parameters."
+        )
+    return make
+
+
 def optimizer_cost(optimizer: OptimizerLike, held: Iterable[Held], *, together: bool, known: Steps | None = None) -> OptimizerCost:
     """For these parameters.
 
@@ -56,11 +70,7 @@ def optimizer_cost(optimizer: OptimizerLike, held: Iterable[Held], *, together: 
     Raises:
         TPError: for an unknown name, or an optimizer that can't take a step on these.
     """
-    make = KNOWN.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
-    if make is None:
-        raise TPError(
-            f"`optimizer={optimizer!r}`: there are {', '.join(KNOWN)}, or a class, or a function of a list of parameters."
-        )
+    make = known_optimizer(optimizer)
     state = scratch = traffic = 0
     known = {} if known is None else known
     for (shape, dtype), n in Counter((h.local_shape, h.dtype) for h in held).items():

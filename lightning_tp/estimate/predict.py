@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning_tp.estimate.collectives import collectives_of
 from lightning_tp.estimate.flops import Flops, flops_of_model, flops_of_rank, products_of
 from lightning_tp.estimate.hardware import Hardware, hardware
 from lightning_tp.estimate.memory import memory_of, trained
-from lightning_tp.estimate.optimizer import OptimizerLike, Steps, optimizer_cost
+from lightning_tp.estimate.optimizer import OptimizerLike, Steps, known_optimizer, optimizer_cost
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.estimate.roofline import time_of
 from lightning_tp.estimate.world import LossOf, Precision, Settings, World, default_loss, resized, trace_step
@@ -47,7 +48,7 @@ class Options:
     clip_gradients: bool = True
     compile: bool = False
     fused_attention: bool = True
-    rank: int = 0  # of the tensor-parallel axis: where tp does not divide a size, some hold more than others
+    rank: int | None = None  # of the tensor-parallel axis, where tp does not divide a size; None: the one that holds most
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Tracer:
     plan: PlanLike | None = None
     _plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
     _worlds: dict[Any, World] = field(default_factory=dict)
-    _flops: dict[Any, int] = field(default_factory=dict)
+    _wholes: dict[Any, World] = field(default_factory=dict)
     steps: Steps = field(default_factory=dict)  # of the optimizer, that have been looked at
 
     def plan_of(self, tp: int, sequence_parallel: bool) -> Plan:
@@ -86,6 +87,17 @@ class Tracer:
                     f"tp={tp} does not fit {type(self.model).__name__}: {error} These fit: tp={', '.join(map(str, fit))}."
                 ) from error
         return self._plans[key]
+
+    def largest_rank(self, tp: int, sequence_parallel: bool) -> int:
+        """The rank of the tensor-parallel axis that holds most; the first one where all hold as much."""
+        plan = self.plan_of(tp, sequence_parallel)
+        held = [0] * tp
+        for name, split in plan.splits.items():
+            shape = plan.shapes[name]
+            if split.dim is not None:
+                for rank in range(tp):
+                    held[rank] += math.prod(split.local_shape(shape, rank))
+        return held.index(max(held))
 
     def _plan(self, tp: int, sequence_parallel: bool) -> Plan:
         if tp == 1:
@@ -124,13 +136,14 @@ class Tracer:
         how = settings.activation_checkpointing
         return replace(settings, activation_checkpointing=None), how if isinstance(how, str) else id(how), sequence_parallel
 
-    def model_flops(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> int:
-        """Of the whole model, forward and backward; they depend on shapes only."""
+    def whole(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> World:
+        """The model in one process: for its FLOPs, which depend on shapes only."""
         key = _shapes(inputs)
-        if key not in self._flops:
-            whole = self.world(inputs, replace(settings, tp=1, rank=0, activation_checkpointing=None), sequence_parallel)
-            self._flops[key] = flops_of_model(whole)
-        return self._flops[key]
+        if key not in self._wholes:
+            self._wholes[key] = self.world(
+                inputs, replace(settings, tp=1, rank=0, activation_checkpointing=None), sequence_parallel
+            )
+        return self._wholes[key]
 
 
 def estimate(
@@ -209,17 +222,19 @@ def estimate(
 def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path | Hardware, options: Options) -> Estimate:
     """As `estimate`, for a model that has been traced before, it may be."""
     hw = hardware(hardware_)
+    known_optimizer(options.optimizer)
     precision = Precision.of(options.precision)
     how = options.activation_checkpointing
     check_options(how, False, "independent", "local")
-    settings = Settings(tp, dp, options.rank, precision, how, options.loss_parallel, hw.device, options.fused_attention)
+    rank = tracer.largest_rank(tp, options.sequence_parallel) if options.rank is None else options.rank
+    settings = Settings(tp, dp, rank, precision, how, options.loss_parallel, hw.device, options.fused_attention)
     world = tracer.world(inputs, settings, options.sequence_parallel)
-    flops = tracer.model_flops(inputs, settings, options.sequence_parallel)
+    whole = tracer.whole(inputs, settings, options.sequence_parallel)
     mine = trained(world)
     cost = optimizer_cost(options.optimizer, mine, together=hw.device != "cpu", known=tracer.steps)
     memory = memory_of(world, precision, dp, optimizer=cost.state, scratch=cost.scratch, accumulate=options.accumulate)
     collectives = collectives_of(
-        world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients, rank=options.rank
+        world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients, rank=rank
     )
     time = time_of(
         world,
@@ -230,7 +245,7 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
         accumulate=options.accumulate,
         compile=options.compile,
     )
-    batch, tokens = counted(inputs)
+    batch, tokens, unit = counted(inputs)
     held = sum(h.numel for h in world.held)
     dtype = precision.autocast or precision.gathered or precision.held or next(iter(world.held)).dtype
     total = sum(p.numel() for p in tracer.model.parameters())
@@ -251,11 +266,12 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
         memory,
         collectives,
         products_of(world),
-        Flops(flops, flops_of_rank(world)),
+        Flops(flops_of_model(whole), flops_of_rank(world)),
         time,
         str(tracer.plan_of(tp, options.sequence_parallel)).splitlines()[0],
-        tuple(_assumptions(world, hw, options, precision, dp, tp)),
+        tuple(_assumptions(world, hw, options, precision, dp, tp, rank)),
         hw.peak(dtype),
+        unit,
         (tracer.plan_of(tp, options.sequence_parallel), world, whole),
     )
 
@@ -316,16 +332,17 @@ def _shapes(inputs: Any) -> Any:
     return tuple((tuple(t.shape), t.dtype) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
 
 
-def counted(inputs: Any) -> tuple[int, int]:
-    """(samples, tokens) of the inputs; samples twice where there are no tokens."""
+def counted(inputs: Any) -> tuple[int, int, str]:
+    """(samples, tokens, "tokens") of the inputs; (samples, samples, "samples") where there are no tokens."""
     tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.ndim]
     tokens = next((t for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
     if tokens is not None:
-        return tokens.shape[0], tokens.numel()
-    return (tensors[0].shape[0],) * 2 if tensors else (1, 1)
+        return tokens.shape[0], tokens.numel(), "tokens"
+    samples = tensors[0].shape[0] if tensors else 1
+    return samples, samples, "samples"
 
 
-def _assumptions(world: World, hw: Hardware, options: Options, precision: Precision, dp: int, tp: int) -> list[str]:
+def _assumptions(world: World, hw: Hardware, options: Options, precision: Precision, dp: int, tp: int, rank: int) -> list[str]:
     kinds = len(set(world.trace.followed.values()))
     found = [
         f"{hw.name}: {hw.peak(precision.autocast or precision.gathered or precision.held or torch.float32) / 1e12:g} TFLOP/s, "
@@ -356,6 +373,8 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
         )
     if tp > 1:
         found.append("collectives on the tensor-parallel axis are waited for")
+        if rank:
+            found.append(f"tp={tp} does not cut everything evenly: this is rank {rank}" + (", which holds most; the others wait for it" if options.rank is None else "")")
         if tp > hw.per_node:
             found.append(f"tp={tp} is more than the {hw.per_node} devices of a node: its collectives cross nodes")
     if options.accumulate > 1 and dp > 1:

@@ -41,6 +41,7 @@ class Estimate:
         time: seconds of a step.
         plan: how the model is split, in a line.
         assumptions: all that the numbers rest on.
+        unit: "tokens", or "samples" where the inputs have none: what `tokens` and the rates count.
         traced: the plan, the trace of a rank, and that of the whole model, for pictures; not in JSON.
     """
 
@@ -64,6 +65,7 @@ class Estimate:
     plan: str
     assumptions: tuple[str, ...]
     peak_flops: float
+    unit: str = "tokens"
     traced: tuple[Plan, World, World] | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -98,10 +100,11 @@ class Estimate:
         return self.over <= 0
 
     def to_json(self) -> str:
-        """All of it, and what follows from it; bytes, seconds, FLOPs."""
+        """All of it, and what follows from it; bytes, seconds, FLOPs. Where the inputs have no tokens, it says "samples" for "tokens"."""
         values: Any = _jsonable(self)
-        for name in ("tokens_per_s", "tokens_per_s_per_device", "mfu", "needed", "fits"):
-            values[name] = getattr(self, name)
+        values[self.unit] = values.pop("tokens")
+        values |= {self.unit + rate: getattr(self, "tokens" + rate) for rate in ("_per_s", "_per_s_per_device")}
+        values |= {name: getattr(self, name) for name in ("mfu", "needed", "fits")}
         values["memory"]["peak"]["total"] = self.memory.peak.total
         return json.dumps(values, indent=1)
 
@@ -183,7 +186,7 @@ class Estimate:
         return (
             f"{self.model} ({count(self.parameters)} parameters) on {self.dp * self.tp:,} x {self.hardware.name}, "
             f"tp={self.tp} x dp={self.dp}: {fit}\n"
-            f"{seconds(self.time.step)} a step of {self.tokens:,} tokens: {self.tokens_per_s_per_device:,.0f} tokens/s on a device, "
+            f"{seconds(self.time.step)} a step of {self.tokens:,} {self.unit}: {self.tokens_per_s_per_device:,.0f} {self.unit}/s on a device, "
             f"{self.tokens_per_s:,.0f} on all, MFU {self.mfu:.1%}"
         )
 

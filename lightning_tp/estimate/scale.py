@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_tp.estimate.predict import Tracer, counted
 from lightning_tp.estimate.trace import Event, Levels, Op, Piece, Sent, Trace
+from lightning_tp.estimate.walk import Step
 from lightning_tp.estimate.world import Settings, World
 from lightning_tp.plan import Plan
 
@@ -110,7 +111,16 @@ def scaled(one: World, two: World, line: Line) -> World:
         if (p.block, p.phase, p.like, p.again, len(p.tape)) != (q.block, q.phase, q.like, q.again, len(q.tape)):
             raise NotLinear
         pieces.append(replay.piece(p, list(_events(p.tape, q.tape, line)), line(p.freed, q.freed)))
-    return replace(one, trace=Trace(pieces, a.followed, a.gradients))
+    return replace(one, trace=Trace(pieces, a.followed, a.gradients, tuple(_steps(a.steps, b.steps, line))))
+
+
+def _steps(one: tuple[Step, ...], two: tuple[Step, ...], line: Line) -> Iterator[Step]:
+    if len(one) != len(two):
+        raise NotLinear
+    for x, y in zip(one, two):
+        if (x.what, x.module, x.name, len(x.shape), x.tensor) != (y.what, y.module, y.name, len(y.shape), y.tensor):
+            raise NotLinear
+        yield x._replace(shape=tuple(map(line, x.shape, y.shape)), bytes=line(x.bytes, y.bytes))
 
 
 def _events(one: list[Event], two: list[Event], line: Line) -> Iterator[Event]:
@@ -170,4 +180,4 @@ class ScalingTracer(Tracer):
         """Trace every batch from here on."""
         self.exact = True
         self._worlds.clear()
-        self._flops.clear()
+        self._wholes.clear()

@@ -411,12 +411,29 @@ class Recorder(Values):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, SplitLogits) for t in types):
             return NotImplemented  # what it does with its own columns comes by
+        if func is torch.ops.aten.embedding.default:
+            self._looks_up(*args[:2])
         out = super().__torch_dispatch__(func, types, args, kwargs or {})
         with torch.utils._python_dispatch._disable_current_modes():
             outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
             given = tree_flatten((args, kwargs or {}))[0]
             self._operation(func, [t for t in given if isinstance(t, Tensor)], outs, any(x is True for x in given))
         return out
+
+    def _looks_up(self, table: Tensor, index: Tensor) -> None:
+        """On the meta device, nothing complains about rows that a table does not have.
+
+        Raises:
+            TPError: where the index is known, such as positions.
+        """
+        known = self.values.get(id(index))
+        with torch.utils._python_dispatch._disable_current_modes():
+            last = int(known[1].max()) if known is not None and known[1].numel() else 0
+        if last >= table.shape[0]:
+            raise TPError(
+                f"`{self.stack[-1] or 'the model'}` is asked for row {last} of a table of {table.shape[0]:,} rows. If these are positions, the "
+                f"sequence is too long for this model (`seq`); if they are tokens, the inputs are not for its vocabulary."
+            )
 
     def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         if func.overloadpacket.__name__ not in EMPTY:  # what is known is kept

@@ -63,8 +63,11 @@ class Tuned:
 
     def to_json(self) -> str:
         """All choices with their main numbers, and what is refused."""
-        names = ("tp", "dp", "batch", "accumulate", "activation_checkpointing", "precision", "needed", "tokens_per_s", "mfu")
-        fits = [{n: getattr(e, n) for n in names} | {"step_s": e.time.step} for e in self.fits]
+        names = ("tp", "dp", "batch", "accumulate", "activation_checkpointing", "precision", "needed")
+        fits = [
+            {n: getattr(e, n) for n in names} | {f"{e.unit}_per_s": e.tokens_per_s, "mfu": e.mfu, "step_s": e.time.step}
+            for e in self.fits
+        ]
         refused = [{"what": r.what, "why": r.why} for r in self.refused]
         return json.dumps({"gpus": self.gpus, "global_batch": self.global_batch, "fits": fits, "refused": refused}, indent=1)
 
@@ -76,7 +79,8 @@ class Tuned:
 
     def __str__(self) -> str:
         head = f"{len(self.fits)} choices fit on {self.gpus} devices at {self.global_batch} samples a step"
-        rows = [("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "step", "tokens/s/device", "MFU")]
+        unit = self.fits[0].unit if self.fits else "tokens"
+        rows = [("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "step", f"{unit}/s/device", "MFU")]
         for i, e in enumerate(self.fits, 1):
             rows.append(
                 (
@@ -205,7 +209,7 @@ class _Search:
             if (h if isinstance(h, str) else "none" if h is None else "by a function") == e.activation_checkpointing
         )
         options = next(o for o in self.options if Precision.of(o.precision).name == e.precision)
-        exact = replace(self.tracer, exact=True, _worlds={}, _flops={}, _traced={})
+        exact = replace(self.tracer, exact=True, _worlds={}, _wholes={}, _traced={})
         options = replace(options, activation_checkpointing=how, accumulate=e.accumulate)
         return predict(exact, resized(self.inputs, e.batch, self.seq), e.dp, e.tp, self.hw, options) == e
 

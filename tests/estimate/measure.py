@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp.apply import parallelize
-from lightning_tp.grad import clip_grad_norm_
+from lightning_tp.grad import clip_grad_norm_, unsummed
 from lightning_tp.mesh import make_mesh
 from lightning_tp.plan import Plan
+from lightning_tp.precision import MeshGradScaler, fsdp_policy
 
 NAMES = {
     "allreduce_": "all-reduce",
@@ -96,14 +98,23 @@ def measured(
     dp: int,
     tp: int,
     plan: Plan | None,
+    *,
+    precision: str = "32-true",
+    accumulate: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
-    """On a rank: the fourth step of AdamW."""
+    """On a rank: the fourth step of AdamW, as a Trainer takes it."""
     torch.manual_seed(0)
     model = build()
     model.train()
+    if precision == "bf16-true":
+        model.to(torch.bfloat16)
+        inputs = tree_map_only(Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, inputs)
     mesh = make_mesh("cpu", dp, tp)
-    parallelize(model, mesh, plan, **options)
+    parallelize(model, mesh, plan, precision=fsdp_policy(precision), **options)
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    scaler = MeshGradScaler("cpu", enabled=precision == "16-mixed")
+    scaler.groups = tuple(group for group in mesh.get_all_groups() if group.size() > 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     saved: dict[int, int] = {}
     parameters = set()
@@ -128,18 +139,25 @@ def measured(
             )
             for m in model.modules()
         ]
-        if options.get("activation_checkpointing") is None:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                loss = loss_of(model, inputs)
-        else:
-            loss = loss_of(model, inputs)
-        kept = watch.now
-        loss.backward()
+        for i in range(accumulate):
+            saved.clear()
+            with unsummed(model) if i < accumulate - 1 else nullcontext():
+                before = watch.now
+                with ExitStack() as stack:
+                    if half is not None:
+                        stack.enter_context(torch.autocast("cpu", half))
+                    if options.get("activation_checkpointing") is None:
+                        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
+                    loss = loss_of(model, inputs)
+                kept = watch.now - before
+                scaler.scale(loss).backward()
+                del loss
         for h in handles:
             h.remove()
-        del loss
+        scaler.unscale_(optimizer)
         clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         kept_saved = sum(n for key, n in saved.items() if key not in parameters)
         return {"kept": kept, "saved": kept_saved}
 
@@ -147,9 +165,8 @@ def measured(
         b.untyped_storage()._cdata for b in model.buffers()
     }
     with watch:
-        for _ in range(3):
+        for _ in range(3):  # dropout looks at its calls in the first, second, third and fifth step
             step()
-        before = watch.now  # dropout looks at its calls in the first, second, third and fifth step
         watch.counting = True
         found = step()
     parameters_held = held(model.parameters())
@@ -158,7 +175,6 @@ def measured(
         "gradients": held(p.grad for p in model.parameters() if p.grad is not None),
         "optimizer": held(t for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor) and t.ndim),
         "peak": watch.most + parameters_held + held(model.buffers()),
-        "before": before,
         "sent": dict(watch.sent),
         **found,
     }
