@@ -55,6 +55,8 @@ def test_tune_says_what_it_does_when_it_takes_long(
         (["estimate", "CONFIG", "--batch", "0"], "`batch=0`"),
         (["estimate", "CONFIG", "--precision", "fp4"], "bf16-mixed"),
         (["estimate", "nowhere/config.json"], "no such file"),
+        (["estimate", "CONFIG", "--optimizer", "lion"], "adamw"),
+        (["tune", "CONFIG", "--gpus", "4", "--global-batch", "8", "--optimizer", "lion"], "adamw"),
         (["tune", "CONFIG", "--gpus", "-1", "--global-batch", "8"], "`gpus=-1`"),
         (["tune", "CONFIG", "--gpus", "4", "--global-batch", "8", "--precision", "fp4"], "bf16-mixed"),
     ],

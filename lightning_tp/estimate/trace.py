@@ -436,8 +436,14 @@ class Recorder(Values):
             )
 
     def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
-        if func.overloadpacket.__name__ not in EMPTY:  # what is known is kept
-            super()._known(func, args, kwargs, out, tensors)
+        if func.overloadpacket.__name__ in EMPTY:
+            return
+        super()._known(func, args, kwargs, out, tensors)
+        for t in tree_flatten(out)[0]:
+            known = self.values.get(id(t))
+            if known is not None and known[0] is t:  # a value is known as long as its tensor lives, and does not keep it alive
+                self.values[id(t)] = (None, known[1])  # type: ignore[assignment]
+                weakref.finalize(t, self.values.pop, id(t), None).atexit = False
 
     def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
         """A tensor that is counted, as of the module that runs."""
@@ -455,9 +461,6 @@ class Recorder(Values):
             storage = t.untyped_storage()
             if storage._cdata in before or storage._cdata in self.uncounted or storage._cdata in self.alive:
                 continue
-            known = self.values.get(id(t))
-            if known is not None and not t.is_floating_point():
-                continue  # a position or a mask, which the trace itself keeps
             new.append(t)
             self._born(storage, (where, "backward" if phase == "backward" else "kept"))
         mutable = func._schema.is_mutable

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_tp.apply import PlanLike
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.hardware import Hardware, hardware
-from lightning_tp.estimate.optimizer import OptimizerLike
+from lightning_tp.estimate.optimizer import OptimizerLike, known_optimizer
 from lightning_tp.estimate.predict import Options, check_size, loss_of, predict
 from lightning_tp.estimate.report import Estimate, seconds, size
 from lightning_tp.estimate.scale import ScalingTracer
@@ -146,6 +146,9 @@ def tune(
     asked = list(tps) if tps is not None else [n for n in range(1, min(gpus, hw.per_node) + 1) if gpus % n == 0]
     for tp in asked:
         check_size("tp", tp)
+    known_optimizer(optimizer)
+    for precision in precisions:
+        Precision.of(precision)
     search = _Search(
         ScalingTracer(model, inputs, loss_of(loss_fn), plan),
         inputs,

@@ -113,7 +113,7 @@ def measured(
     mesh = make_mesh("cpu", dp, tp)
     parallelize(model, mesh, plan, precision=fsdp_policy(precision), **options)
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    scaler = MeshGradScaler("cpu", enabled=precision == "16-mixed")
+    scaler = MeshGradScaler("cpu", init_scale=2.0**8, enabled=precision == "16-mixed")  # no step is skipped
     scaler.groups = tuple(group for group in mesh.get_all_groups() if group.size() > 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     saved: dict[int, int] = {}

@@ -125,6 +125,37 @@ def test_what_it_says() -> None:
     assert {p["m"] for p in values["products"]} and values["collectives"][0]["kind"]
 
 
+def test_the_rank_that_holds_most() -> None:
+    model = MODELS["llama"]()[0]().to("meta")  # eight heads on three ranks: 2, 3 and 3
+    found = estimate(model, TOKENS, (1, 3))
+    assert any("this is rank 1, which holds most" in a for a in found.assumptions)
+    assert found.held > sum(p.numel() for p in model.parameters()) / 3
+    assert not any("holds most" in a for a in estimate(model, TOKENS, (1, 2)).assumptions)
+
+
+def test_a_sequence_longer_than_the_table_of_positions() -> None:
+    build, inputs, _ = MODELS["gpt2"]()
+    for mesh in ((1, 1), (2, 2)):
+        assert estimate(build(), inputs, mesh, seq=64).tokens == 128 * mesh[0]
+        with pytest.raises(TPError, match=r"`transformer.wpe` is asked for row 127 of a table of 64 rows.*`seq`"):
+            estimate(build(), inputs, mesh, seq=128)
+    build, inputs, _ = MODELS["bert"]()
+    with pytest.raises(TPError, match=r"`bert.embeddings`"):
+        estimate(build(), inputs, (1, 2), seq=128)
+
+
+def test_inputs_without_tokens_are_counted_in_samples() -> None:
+    build, inputs, _ = MODELS["vit"]()
+    found = estimate(build(), inputs, (2, 1), accumulate=3)
+    assert (found.unit, found.tokens) == ("samples", 4 * 2 * 3)
+    assert "a step of 24 samples" in str(found) and "samples/s" in str(found) and "token" not in str(found).partition("Assumed")[0]
+    values = json.loads(found.to_json())
+    assert values["unit"] == "samples" and values["samples"] == 24 and values["samples_per_s"] == found.tokens_per_s
+    assert not any("tokens" in name for name in values)
+    with pytest.raises(TPError, match="no tokens"):
+        estimate(build(), inputs, (1, 1), seq=8)
+
+
 class Decides(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from lightning_tp import TPError
 from lightning_tp.estimate.hardware import hardware
 from lightning_tp.estimate.predict import estimate
 from lightning_tp.estimate.tune import tune
+from tests.estimate.models import MODELS
 from tests.estimate.test_predict import TOKENS, llama
 
 
@@ -109,6 +110,13 @@ def test_mistakes(options: dict[str, object]) -> None:
 def test_sizes_that_do_not_divide() -> None:
     found = tune(llama(), TOKENS, 6, 12, tps=[4], precisions=["32-true"])
     assert not found.fits and "does not divide 6" in found.refused[0].why
+
+
+def test_images_are_samples() -> None:
+    build, inputs, _ = MODELS["vit"]()
+    found = tune(build().to("meta"), inputs, 2, 4, tps=[1], checkpointing=[None])
+    assert "samples/s/device" in str(found) and "token" not in str(found)
+    assert json.loads(found.to_json())["fits"][0]["samples_per_s"] == found.fits[0].tokens_per_s
 
 
 def test_meta_inputs() -> None:
