@@ -45,7 +45,7 @@ ALL_HALF: list[Case] = [
         ("16-mixed", "selective", 1),
     )
 ]
-UNEVEN: list[Case] = [("llama", 1, 3, {}), ("gpt2", 1, 3, {"precision": "bf16-mixed"})]  # eight heads: 2, 3 and 3 of them
+UNEVEN: list[Case] = [("llama", 1, 3, {}), ("gpt2", 1, 3, {"precision": "bf16-mixed"})]  # 4 groups of heads: 1, 1 and 2; 8 heads: 2, 3 and 3
 
 
 @cache
