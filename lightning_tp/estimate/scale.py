@@ -158,9 +158,11 @@ class ScalingTracer(Tracer):
 
     Args:
         exact: trace all of them.
+        computed: batches of which any was not traced.
     """
 
     exact: bool = False
+    computed: set[int] = field(default_factory=set)
     _traced: dict[Any, dict[int, World]] = field(default_factory=dict)
 
     def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> World:
@@ -170,9 +172,12 @@ class ScalingTracer(Tracer):
         below = sorted(n for n in of if n < batch)[-2:]
         if len(below) == 2 and not self.exact:
             try:
-                return scaled(of[below[0]], of[below[1]], Line(below[0], below[1], batch))
+                found = scaled(of[below[0]], of[below[1]], Line(below[0], below[1], batch))
             except NotLinear:
                 pass
+            else:
+                self.computed.add(batch)
+                return found
         of[batch] = super().trace(inputs, plan, settings, sequence_parallel)
         return of[batch]
 
