@@ -241,6 +241,7 @@ class Recorder(Values):
         self._names_of: dict[str, list[nn.Parameter]] = {
             name: [p for p in block.parameters() if p.requires_grad] for name, block in blocks.items()
         }
+        self.run_again: Callable[[], None] = lambda: None  # called when something has been run again
         group.note = self.note_sent
 
     # ------------------------------------------------------------------------------------------------------- places
@@ -288,6 +289,8 @@ class Recorder(Values):
         if self.failed is None and sys.exc_info()[1] is not None:
             self.failed = self.stack[-1]
         self.stack.pop()
+        if self.in_backward and len(self.stack) == 1:
+            self.run_again()
         if not self.in_backward:
             self.places.append((sequence_number(), self.stack[-1]))
 

@@ -281,6 +281,7 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
         run_again(chosen(model, list(blocks.values()), how), axis, how)
     recorder = Recorder(model, blocks, kinds, axis.group)  # type: ignore[arg-type]
     kernels = Kernels(settings.device, settings.precision.autocast, fused_attention=settings.fused_attention)
+    recorder.run_again = kernels.casts.clear  # what is run again is an autocast of its own
     given = recorder.onto_meta(inputs)
     true = settings.precision.held if settings.precision.autocast is None else None
     if true in (_BF16, _FP16):

@@ -59,7 +59,10 @@ class Watch(TorchDispatchMode):
         if func.namespace == "c10d":
             self._send(func, args)
         elif func is torch.ops.lightning_tp.sum_over_ranks.default:  # one operator, which calls a collective where no mode looks
-            self.sent["reduce-scatter" if args[2] else "all-reduce", self.tp, args[0].numel() * args[0].itemsize] += 1
+            x, _, scatter = args
+            length = -(-x.shape[1] // self.tp) * self.tp if scatter else x.shape[1]  # the sequence is padded
+            size = x.numel() * x.itemsize // x.shape[1] * length
+            self.sent["reduce-scatter" if scatter else "all-reduce", self.tp, size] += 1
         for t in tree_flatten(out)[0]:
             if isinstance(t, Tensor) and type(t) is not DTensor and not hasattr(t, "local"):
                 s = t.untyped_storage()
