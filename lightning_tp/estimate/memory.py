@@ -150,6 +150,7 @@ def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, sc
     ahead = {name: before for before, name in pairwise(order)}  # gathered while this one's backward runs
     behind = {before: name for before, name in pairwise(order)}
     root = units.get("", Unit(0, 0, 0, 0))
+    last_forward = [p for p in trace.pieces if p.phase == "forward"][-1]
     for piece in trace.pieces:
         of = trace.of(piece)
         kinds = [labels.sum(levels) for levels in (piece.start, of.start, of.peak, of.end)]
@@ -202,6 +203,8 @@ def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, sc
         elif piece.again:  # with the block before, which is not followed either
             extra.subtract(_minus(end, stand_in))
         stand_in = start
+        if piece is last_forward:
+            extra.subtract(_let_go(world, labels))
         if not backward:
             after_forward = dict(_named(labels.sum(piece.end) + extra if piece.like is None else end + extra, ""))
     if fsdp and root.summed:
@@ -232,6 +235,19 @@ def _block_gradients(world: World, mine: list[Held]) -> dict[str, int]:
         if where:
             found[where] += math.prod(h.tp_shape) * h.dtype.itemsize
     return dict(found)
+
+
+def _let_go(world: World, labels: _Labels) -> Counter[str]:
+    """What ends to be alive with the forward, of blocks that were not followed."""
+    times = Counter(like for block, like in world.trace.followed.items() if block != like)
+    found: Counter[str] = Counter()
+    for label, n in world.trace.let_go.items():
+        where = label[0]
+        while where and where not in times:
+            where = where.rpartition(".")[0]
+        if where:
+            found.update(labels.sum({label: n * times[where]}))
+    return found
 
 
 def _minus(a: Counter[str], b: Counter[str]) -> Counter[str]:

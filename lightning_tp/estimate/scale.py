@@ -111,7 +111,10 @@ def scaled(one: World, two: World, line: Line) -> World:
         if (p.block, p.phase, p.like, p.again, len(p.tape)) != (q.block, q.phase, q.like, q.again, len(q.tape)):
             raise NotLinear
         pieces.append(replay.piece(p, list(_events(p.tape, q.tape, line)), line(p.freed, q.freed)))
-    return replace(one, trace=Trace(pieces, a.followed, a.gradients, tuple(_steps(a.steps, b.steps, line))))
+    if a.let_go.keys() != b.let_go.keys():
+        raise NotLinear
+    let_go = {label: line(n, b.let_go[label]) for label, n in a.let_go.items()}
+    return replace(one, trace=Trace(pieces, a.followed, a.gradients, tuple(_steps(a.steps, b.steps, line)), let_go))
 
 
 def _steps(one: tuple[Step, ...], two: tuple[Step, ...], line: Line) -> Iterator[Step]:

@@ -146,12 +146,14 @@ class Trace:
         followed: block -> the block that was followed for it (itself, if it was).
         gradients: bytes of each parameter's gradient, by name.
         steps: the modules of the forward in the order in which they ran.
+        let_go: bytes that ended to be alive with the forward, by who made them: weights that autocast has cast and nothing has saved.
     """
 
     pieces: list[Piece]
     followed: dict[str, str]
     gradients: dict[str, int]
     steps: tuple[Step, ...] = ()
+    let_go: Levels = field(default_factory=dict)
 
     def of(self, piece: Piece) -> Piece:
         """The piece that was followed for this one."""

@@ -293,6 +293,8 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
         with recorder.following(), kernels:
             with memory_of_casts(kernels):
                 loss = loss_of(model, given)
+                alive = dict(recorder.levels)
+            let_go = {label: n - recorder.levels.get(label, 0) for label, n in alive.items() if n != recorder.levels.get(label, 0)}
             if not loss.requires_grad:
                 raise TPError(
                     "The loss does not depend on any parameter that is trained, so that there is no backward to estimate."
@@ -314,7 +316,7 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
             gc.enable()
         for p in model.parameters():
             p.grad = None
-    return Trace(recorder.pieces, recorder.followed, recorder.gradients, tuple(recorder.walk.steps))
+    return Trace(recorder.pieces, recorder.followed, recorder.gradients, tuple(recorder.walk.steps), let_go)
 
 
 def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:

@@ -27,7 +27,7 @@ OTHERS: list[Case] = [
     ("llama", 1, 2, {"loss_parallel": False}),
 ]
 HALF: list[Case] = [
-    ("llama", 1, 2, {"precision": "bf16-mixed"}),
+    ("llama", 1, 2, {"precision": "bf16-mixed", "activation_checkpointing": "block"}),
     ("gpt2", 1, 2, {"precision": "bf16-true"}),
     ("llama", 2, 1, {"precision": "bf16-mixed", "accumulate": 3}),
     ("bert", 2, 1, {"precision": "16-mixed", "activation_checkpointing": "block"}),
@@ -45,7 +45,10 @@ ALL_HALF: list[Case] = [
         ("16-mixed", "selective", 1),
     )
 ]
-UNEVEN: list[Case] = [("llama", 1, 3, {}), ("gpt2", 1, 3, {"precision": "bf16-mixed"})]  # 4 groups of heads: 1, 1 and 2; 8 heads: 2, 3 and 3
+UNEVEN: list[Case] = [
+    ("llama", 1, 3, {}),
+    ("gpt2", 1, 3, {"precision": "bf16-mixed"}),
+]  # 4 groups of heads: 1, 1 and 2; 8 heads: 2, 3 and 3
 
 
 @cache
@@ -84,7 +87,7 @@ def check(found: Estimate, real: dict[str, Any], where: str) -> None:
     if found.activation_checkpointing == "none":
         assert kept == pytest.approx(real["saved"], rel=0.1), f"{where}: saved for the backward"
     if found.dp == 1:  # else FSDP2's whole parameters are among what is alive
-        assert kept == pytest.approx(real["kept"], rel=0.001), f"{where}: alive after the forward"
+        assert kept == pytest.approx(real["kept"], rel=0.005), f"{where}: alive after the forward"
     assert memory.peak.total == pytest.approx(real["peak"], rel=0.05), f"{where}: peak"
     sent: Counter[Any] = Counter()
     for c in found.collectives:
