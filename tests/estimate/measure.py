@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -145,6 +146,7 @@ def measured(
         for i in range(accumulate):
             saved.clear()
             with unsummed(model) if i < accumulate - 1 else nullcontext():
+                gc.collect()  # what is garbage by now would be taken for let go of
                 before = watch.now
                 with ExitStack() as stack:
                     if half is not None:
