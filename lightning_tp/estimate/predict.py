@@ -233,9 +233,7 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
     mine = trained(world)
     cost = optimizer_cost(options.optimizer, mine, together=hw.device != "cpu", known=tracer.steps)
     memory = memory_of(world, precision, dp, optimizer=cost.state, scratch=cost.scratch, accumulate=options.accumulate)
-    collectives = collectives_of(
-        world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients, rank=rank
-    )
+    collectives = collectives_of(world, precision, tp, dp, accumulate=options.accumulate, clip=options.clip_gradients, rank=rank)
     time = time_of(
         world,
         collectives,
@@ -374,7 +372,8 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
     if tp > 1:
         found.append("collectives on the tensor-parallel axis are waited for")
         if rank:
-            found.append(f"tp={tp} does not cut everything evenly: this is rank {rank}" + (", which holds most; the others wait for it" if options.rank is None else "")")
+            which = "which holds most; the others wait for it" if options.rank is None else "as asked for"
+            found.append(f"tp={tp} does not cut everything evenly: this is rank {rank}, {which}")
         if tp > hw.per_node:
             found.append(f"tp={tp} is more than the {hw.per_node} devices of a node: its collectives cross nodes")
     if options.accumulate > 1 and dp > 1:
