@@ -325,7 +325,7 @@ def _cell(
         seq = round(length * samples / whole)
     elif tp > 1:
         plan = tracer.plan_of(tp, True)
-        most, mean = _held(plan, options.rank), sum(_held(plan, r) for r in range(tp)) / tp
+        most, mean = _held(plan, options.rank or 0), sum(_held(plan, r) for r in range(tp)) / tp
         why = f"uneven: the largest rank holds {most / mean - 1:.0%} more than the mean" if most > 1.01 * mean else ""
     found = predict(tracer, resized(inputs, whole, seq if length is not None else None), dp, tp, hw, options)
     rows = shapes_of(found.products, hw)
