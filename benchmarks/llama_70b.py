@@ -70,9 +70,13 @@ def study(kind: str, gpus: tuple[int, ...] = GPUS) -> Study:
 
 
 def latency(e: Estimate) -> float:
-    """Seconds of a step that FSDP2's collectives would take if they carried nothing: the hops of their rings."""
+    """Seconds of FSDP2's collectives in a step that do not grow with what they carry: the hops of their rings."""
+
+    def seconds_of(kind: str, size: int, ranks: int) -> float:
+        return collective_seconds(e.hardware, kind, size, ranks, in_node(e.hardware, "dp", e.tp, ranks))
+
     return sum(
-        c.count * collective_seconds(e.hardware, c.kind, 0, c.ranks, in_node(e.hardware, "dp", e.tp, c.ranks))
+        c.count * (2 * seconds_of(c.kind, c.bytes, c.ranks) - seconds_of(c.kind, 2 * c.bytes, c.ranks))
         for c in e.collectives
         if c.axis == "dp"
     )
@@ -111,29 +115,35 @@ def table(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def plot(found: dict[str, Study], path: Path) -> None:
-    """Tokens a second on all devices, against devices; one panel for each kind of hardware."""
+def plot(found: dict[str, dict[tuple[int, int], float]], path: Path) -> None:
+    """Tokens a second of a device, (devices, tp) -> that, against devices; one panel for each kind of hardware."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "lightning_tp"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.2), sharey=False, layout="constrained")
-    for ax, (kind, s) in zip(axes if len(found) > 1 else [axes], found.items()):
+    figure, axes = plt.subplots(1, len(found), figsize=(5.4 * len(found), 4.2), layout="constrained", squeeze=False)
+    for ax, (kind, speeds) in zip(axes[0], found.items()):
         for tp in TPS:
-            points = [(n, e.tokens_per_s / 1e6) for (n, t), e in s.best.items() if t == tp]
+            points = sorted((n, speed) for (n, t), speed in speeds.items() if t == tp)
             if points:
-                ax.plot(*zip(*points), color=COLORS[tp], marker=MARKS[tp], label=f"tp={tp}" if tp > 1 else "FSDP alone")
-        most = max(e.tokens_per_s_per_device for e in s.best.values())
-        ax.plot(GPUS, [n * most / 1e6 for n in GPUS], color="0.6", lw=1, ls=":", label="linear", zorder=0)
+                ax.plot(*zip(*points), color=COLORS[tp], marker=MARKS[tp], ms=7, label=f"tp={tp}" if tp > 1 else "FSDP alone")
         ax.axvline(GLOBAL, color="0.5", lw=1, ls="--")
-        ax.text(GLOBAL * 1.05, ax.get_ylim()[0] * 1.3, "one sequence\non each device", fontsize=8, color="0.35", va="bottom")
-        ax.set(xscale="log", yscale="log", xlabel="devices", ylabel="million tokens/s", title=hardware(kind).name)
+        ax.text(
+            GLOBAL * 0.94,
+            0.03,
+            "one sequence for each device",
+            transform=ax.get_xaxis_transform(),
+            fontsize=8,
+            color="0.35",
+            ha="right",
+        )
+        ax.set(xscale="log", xlabel="devices", ylabel="tokens/s of a device", title=hardware(kind).name, ylim=(0, None))
         ax.set_xticks(GPUS, [f"{n:,}" for n in GPUS], rotation=30)
         ax.minorticks_off()
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="center left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
@@ -156,7 +166,8 @@ def main() -> None:
         text += table([row(s.best[n, tp]) for n in GPUS for tp in TPS if (n, tp) in s.best])
     print("\n".join(text))
     if args.write:
-        plot(found, args.write.parent / "img" / f"{args.write.stem}.svg")
+        speeds = {kind: {at: e.tokens_per_s_per_device for at, e in s.best.items()} for kind, s in found.items()}
+        plot(speeds, args.write.parent / "img" / f"{args.write.stem}.svg")
         before = args.write.read_text() if args.write.exists() else ""
         kept = before.split(MARK)[0].rstrip() if MARK in before else f"# {args.write.stem}"
         args.write.write_text(f"{kept}\n\n{MARK}\n" + "\n".join(text) + "\n")
