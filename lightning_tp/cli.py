@@ -17,7 +17,6 @@ import math
 import re
 import shlex
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,18 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp import cli_checkpoint, cli_estimate, cli_shapes
-from lightning_tp.apply import parallelize
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.world import default_loss
 from lightning_tp.infer import infer_plan
 from lightning_tp.infer.trial import count_collectives
-from lightning_tp.mesh import make_mesh
 from lightning_tp.parity import Inputs, find_plan, scalar_loss, verify
 from lightning_tp.plan import Plan
 from lightning_tp.plan_check import any_split, splits_nothing
-from lightning_tp.testing.ranks import RankError, fake_world
+from lightning_tp.testing.ranks import RankError
 
 SMALL = 20_000_000  # parameters, up to which a model of a config.json is built with weights
 TOKENS = (2, 32)  # the made-up batch of a config.json
@@ -447,31 +444,10 @@ def _sent(plan: Plan, target: Target, dp: int) -> str:
 
 def collectives(plan: Plan, target: Target) -> dict[str, int]:
     """Collectives on the tensor-parallel axis in one forward and backward, by name; nothing is sent."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
     assert plan.tp is not None
     if plan.tp == 1:
         return {}
-    if any(p.is_meta for p in target.model.parameters()):
-        return count_collectives(target.model, lambda m, x: scalar_loss(m, x, target.loss_fn), target.inputs, plan, plan.tp)
-    with fake_world(plan.tp):
-        model = parallelize(target.build().eval(), make_mesh("cpu", 1, plan.tp), plan)
-        scalar_loss(model, target.inputs, target.loss_fn).backward()  # in the first pass gradients are compared, too
-        model.zero_grad()
-        with CommDebugMode() as comm, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*backward hook")  # of its own hooks
-            scalar_loss(model, target.inputs, target.loss_fn).backward()
-    counts: Counter[str] = Counter()
-    for op, n in comm.get_comm_counts().items():
-        counts[_collective(str(op))] += n
-    return {name: n for name, n in counts.items() if n}
-
-
-def _collective(op: str) -> str:
-    name = op.rpartition(".")[2].strip("_")
-    words = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather"}
-    words |= {"reduce_scatter": "reduce-scatter", "broadcast": "broadcast", "alltoall": "all-to-all", "all_to_all": "all-to-all"}
-    return next((word for start, word in words.items() if name.startswith(start)), name)
+    return count_collectives(target.model, lambda m, x: scalar_loss(m, x, target.loss_fn), target.inputs, plan, plan.tp)
 
 
 # ------------------------------------------------------------------------------------------------------- for plain PyTorch

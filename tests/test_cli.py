@@ -61,6 +61,19 @@ class Module(L.LightningModule):
 class Bare(L.LightningModule):
     pass
 
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+    labels, weight = torch.tensor([3, 7]), torch.ones(10)
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}, lambda out: F.cross_entropy(out.logits, labels, weight)
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=130)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
+    return model, {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}
+
 def wrong():
     return 3
 
@@ -165,6 +178,15 @@ def test_a_small_hugging_face_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Plan, declared" in out and "all-reduce" in out.splitlines()[-1]
     assert main(["verify", target, "--dp", "1"]) == 0
     assert "As in one process" in capsys.readouterr().out
+
+
+def test_collectives_of_models_that_decide_by_values(targets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels that a loss holds, and experts behind a router: what a rank computes alone has to mean something."""
+    pytest.importorskip("transformers")
+    for name, sent in (("vit", "10 all-gather, 1 all-reduce, 8 reduce-scatter"), ("mixtral", "10 all-gather, 5 all-reduce")):
+        assert main(["plan", targets(name)]) == 0
+        out = capsys.readouterr().out
+        assert f"Collectives of one forward and backward on the tensor-parallel axis: {sent}" in out, out
 
 
 def test_json_there_and_back(targets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
