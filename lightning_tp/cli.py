@@ -17,10 +17,10 @@ import math
 import re
 import shlex
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,87 +28,60 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp import cli_checkpoint, cli_estimate, cli_shapes
-from lightning_tp.apply import parallelize
+from lightning_tp.cli_parser import TARGET, Parser, check_output, checked_plan_file, ended, examples
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.world import default_loss
 from lightning_tp.infer import infer_plan
 from lightning_tp.infer.trial import count_collectives
-from lightning_tp.mesh import make_mesh
 from lightning_tp.parity import Inputs, find_plan, scalar_loss, verify
 from lightning_tp.plan import Plan
 from lightning_tp.plan_check import any_split, splits_nothing
-from lightning_tp.testing.ranks import RankError, fake_world
+from lightning_tp.testing.ranks import RankError
 
 SMALL = 20_000_000  # parameters, up to which a model of a config.json is built with weights
 TOKENS = (2, 32)  # the made-up batch of a config.json
 USE_LOCAL = "Use `backend='local'`."  # the advice of `to_torch`, which is none for a file
 NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")
 
-DESCRIPTION = """\
-Tensor parallelism for PyTorch Lightning: how a model is split, and whether the split one computes the same.
-
-TARGET is one of
-  package.module:function   a function without arguments that returns (model, inputs) or (model, inputs, loss_fn);
-  path/to/file.py:function  inputs: what forward is called with (a dict, a tuple, a tensor); loss_fn(output) or
-                            loss_fn(output, inputs): a scalar
-  package.module:Class      a LightningModule that is built without arguments and has an `example_input_array`
-  path/to/config.json       a Hugging Face model; `plan` builds a large one on the meta device
-"""
-EXAMPLES = """\
-examples:
-  lightning-tp plan my_model.py:build --tp 2                        the plan as a table
-  lightning-tp plan llama-2-7b/config.json --tp 8 --dp 256          at a size that this machine does not have
-  lightning-tp plan my_model.py:build --tp 2 --plot plan.svg        as a picture of the model's blocks
-  lightning-tp plan my_model.py:build --tp 2 --json plan.json       for TPStrategy(plan="plan.json")
-  lightning-tp plan my_model.py:build --tp 2 --emit-python split.py the same for plain PyTorch
-  lightning-tp verify my_model.py:build --tp 2 --dp 2               train a few steps on 4 processes, compare with one
-  lightning-tp verify my_model.py:build --tp 2 --plan plan.json     with a plan that you have edited
-  lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --seq 4096 --batch 1 --hardware h100
-                                                                    memory, communication and time of a step, on a rank
-  lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --html report.html --plot memory.png
-                                                                    the same as a page, and as plots
-  lightning-tp tune llama-3-8b/config.json --gpus 64 --hardware h100 --global-batch 512 --seq 8192
-                                                                    which mesh, micro-batch and checkpointing
-  lightning-tp shapes llama-3-8b/config.json --gpus 64 --global-batch 32 --seq 4096 --hardware h100
-                                                                    whether tp makes matrix products faster
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
-    args = _parser().parse_args(arguments)
+    args, extra = _parser().parse_known_args(arguments)
+    if extra:
+        args.parser.refuse(extra)
     args.command = shlex.join(["lightning-tp", *(sys.argv[1:] if arguments is None else arguments)])
-    try:
-        status: int = args.run(args)
+
+    def run() -> int:
+        try:
+            status: int = args.run(args)
+        except TPError as error:
+            print(f"lightning-tp: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
         return status
-    except TPError as error:
-        print(f"lightning-tp: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+    return ended(run)
 
 
-def _parser() -> argparse.ArgumentParser:
-    style: Any = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("lightning-tp", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=style)
+def _version() -> str:
+    try:
+        return metadata.version("lightning-tp")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parser() -> Parser:
+    parser = Parser("lightning-tp", description=f"Tensor parallelism for PyTorch Lightning.\n\n{TARGET}", epilog=examples())
+    parser.add_argument("--version", action="version", version=f"lightning-tp {_version()}, torch {torch.__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="plan | verify | estimate | tune | shapes | export | consolidate | inspect"
+        required=True, dest="name", metavar="plan | verify | estimate | tune | shapes | export | consolidate | inspect"
     )
-    plan = commands.add_parser(
-        "plan",
-        help="how a model is split, and what one rank holds",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=style,
-    )
+    about = "how a model is split, what one rank holds, and the collectives of a step; no devices are needed"
+    plan = commands.add_parser("plan", help=about, description=f"{about}\n\n{TARGET}", epilog=examples("plan"))
     plan.set_defaults(run=_plan)
-    check = commands.add_parser(
-        "verify",
-        help="train the model on tp x dp processes of this machine, and compare with one",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=style,
-    )
+    about = "train the model on tp x dp processes of this machine's CPU, and compare losses, gradients and weights with one process"
+    check = commands.add_parser("verify", help=about, description=f"{about}\n\n{TARGET}", epilog=examples("verify"))
     check.set_defaults(run=_verify)
     for command in (plan, check):
         command.add_argument("target", metavar="TARGET", help="the model: see above")
@@ -120,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         which = command.add_mutually_exclusive_group()
         which.add_argument("--declared", action="store_true", help="the plan that the model declares (Hugging Face), or an error")
         which.add_argument("--inferred", action="store_true", help="the plan that is found by running the model once")
-        command.add_argument("--no-sequence-parallel", action="store_true", help="whole activations between the split modules")
+        command.add_argument(
+            "--no-sequence-parallel", action="store_true", help="whole activations between the split modules, not shards of tokens"
+        )
     plan.add_argument("--json", metavar="FILE", help="write the plan as JSON; - for stdout, and nothing else there")
     plan.add_argument(
         "--emit-python",
@@ -128,19 +103,26 @@ def _parser() -> argparse.ArgumentParser:
         help="write `parallelize(model, tp_mesh)` for plain PyTorch, without this package; - for stdout",
     )
     cli_estimate.add_pictures(plan, "the plan as a picture of the model's blocks", "that picture and the table with its reasons")
-    check.add_argument("--steps", type=int, default=3, metavar="N", help="of the optimizer (default: %(default)s)")
+    check.add_argument(
+        "--steps", type=int, default=3, metavar="N", help="steps of the optimizer that are compared (default: %(default)s)"
+    )
     check.add_argument(
         "--rtol", type=float, default=1e-3, metavar="X", help="the largest relative error allowed (default: %(default)s)"
     )
-    cli_estimate.add_commands(commands, DESCRIPTION, EXAMPLES, style)
-    cli_shapes.add_command(commands, DESCRIPTION, style)
+    cli_estimate.add_commands(commands)
+    cli_shapes.add_command(commands)
     cli_checkpoint.add_commands(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
 def _plan(args: argparse.Namespace) -> int:
     _check_sizes(args)
     cli_estimate.check_pictures(args)
+    check_output(args.json, "--json")
+    check_output(args.emit_python, "--emit-python")
+    args.plan = checked_plan_file(args.plan)
     target = load(args.target)
     plan = _choose(target, args)
     written = [(args.json, plan.to_json), (args.emit_python, lambda: python_source(plan, target.model, args.target))]
@@ -166,6 +148,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     _check_sizes(args)
+    if args.steps < 1:
+        raise TPError(f"`--steps {args.steps}`: give a number of steps, 1 or more.")
+    if not args.rtol > 0:
+        raise TPError(f"`--rtol {args.rtol:g}`: give an error above 0, such as 1e-3.")
+    args.plan = checked_plan_file(args.plan)
     target = load(args.target, weights=True)
     plan = _choose(target, args)
     try:
@@ -243,6 +230,12 @@ def load(text: str, *, weights: bool = False) -> Target:
     if path.suffix == ".json" or (path / "config.json").is_file():
         return _hugging_face(path if path.suffix == ".json" else path / "config.json", weights)
     where, colon, name = text.rpartition(":")
+    if path.is_dir():
+        raise TPError(
+            f"`{text}`: the folder has no config.json. A TARGET is that of a Hugging Face model, or path/to/file.py:function."
+        )
+    if path.suffix == ".py" or (where.endswith(".py") and not name):
+        raise TPError(f"`{text}`: name the function in it that returns (model, inputs), as in {text.removesuffix(':')}:build.")
     if not colon or not where or not name:
         raise TPError(f"`{text}`: a TARGET is package.module:function, path/to/file.py:function, or path/to/config.json.")
     module = _module(where, text)
@@ -256,16 +249,24 @@ def load(text: str, *, weights: bool = False) -> Target:
         raise TPError(f"`{text}`: {where} has no `{name}`." + (f" It has {', '.join(near)}." if near else ""))
     if inspect.isclass(made) and issubclass(made, nn.Module):
         return _lightning_module(made, text)
+    if isinstance(made, nn.Module) or not callable(made):
+        raise TPError(f"`{text}` is a {type(made).__name__}. Name a function without arguments that returns (model, inputs).")
 
     def call() -> tuple[Any, ...]:
         found = _called(made, text)
         if not isinstance(found, tuple) or len(found) not in (2, 3) or not isinstance(found[0], nn.Module):
             raise TPError(f"`{text}` returned a {type(found).__name__}; it has to be (model, inputs) or (model, inputs, loss_fn).")
+        if len(found) == 3 and found[2] is not None and not callable(found[2]):
+            raise TPError(
+                f"`{text}`: the third value is a {type(found[2]).__name__}; it has to be a function of the output: a scalar."
+            )
         return found
 
     torch.manual_seed(0)
     model, inputs, *loss = call()
-    return Target(lambda: call()[0], model, _as_inputs(inputs), loss[0] if loss else default_loss, _own_plan(model))
+    return Target(
+        lambda: call()[0], model, _as_inputs(inputs), loss[0] if loss and loss[0] is not None else default_loss, _own_plan(model)
+    )
 
 
 def _module(where: str, text: str) -> Any:
@@ -299,10 +300,13 @@ def _called(fn: Callable[[], Any], text: str) -> Any:
         return fn()
     except TPError:
         raise
+    except SystemExit as error:
+        raise TPError(f"`{text}`: its code leaves Python, with sys.exit({error.code!r}).") from error
     except Exception as error:
         frame, tb = "", error.__traceback__
         while tb is not None:
-            if "lightning_tp" not in (name := tb.tb_frame.f_code.co_filename) and "importlib" not in name:
+            name = tb.tb_frame.f_code.co_filename
+            if not any(part in name for part in ("lightning_tp", "importlib", "site-packages")):  # the user's own
                 frame = f" ({name}, line {tb.tb_lineno})"
             tb = tb.tb_next
         raise TPError(f"`{text}`: {type(error).__name__}: {error}{frame}") from error
@@ -346,6 +350,7 @@ def _hugging_face(path: Path, weights: bool) -> Target:
         import transformers
     except ImportError:
         raise TPError(f"`{path}`: a Hugging Face model needs transformers: pip install 'lightning-tp[hf]'.") from None
+    transformers.logging.set_verbosity_error()  # what it finds unusual in a config changes nothing here
     config: Any = _called(lambda: transformers.AutoConfig.from_pretrained(str(path)), str(path))
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
@@ -447,31 +452,10 @@ def _sent(plan: Plan, target: Target, dp: int) -> str:
 
 def collectives(plan: Plan, target: Target) -> dict[str, int]:
     """Collectives on the tensor-parallel axis in one forward and backward, by name; nothing is sent."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
     assert plan.tp is not None
     if plan.tp == 1:
         return {}
-    if any(p.is_meta for p in target.model.parameters()):
-        return count_collectives(target.model, lambda m, x: scalar_loss(m, x, target.loss_fn), target.inputs, plan, plan.tp)
-    with fake_world(plan.tp):
-        model = parallelize(target.build().eval(), make_mesh("cpu", 1, plan.tp), plan)
-        scalar_loss(model, target.inputs, target.loss_fn).backward()  # in the first pass gradients are compared, too
-        model.zero_grad()
-        with CommDebugMode() as comm, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*backward hook")  # of its own hooks
-            scalar_loss(model, target.inputs, target.loss_fn).backward()
-    counts: Counter[str] = Counter()
-    for op, n in comm.get_comm_counts().items():
-        counts[_collective(str(op))] += n
-    return {name: n for name, n in counts.items() if n}
-
-
-def _collective(op: str) -> str:
-    name = op.rpartition(".")[2].strip("_")
-    words = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather"}
-    words |= {"reduce_scatter": "reduce-scatter", "broadcast": "broadcast", "alltoall": "all-to-all", "all_to_all": "all-to-all"}
-    return next((word for start, word in words.items() if name.startswith(start)), name)
+    return count_collectives(target.model, lambda m, x: scalar_loss(m, x, target.loss_fn), target.inputs, plan, plan.tp)
 
 
 # ------------------------------------------------------------------------------------------------------- for plain PyTorch

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_tp.cli_parser import STATUS
+
 EXAMPLES = """\
 examples:
   lightning-tp inspect last.ckpt                                what it is, and whether it is complete
@@ -21,30 +23,41 @@ examples:
 """
 
 
+FORMATS = "safetensors with the model's own names, a Hugging Face model, or one file for torch.load (default: %(default)s)"
+
+
+def _command(commands: Any, name: str, text: str) -> Any:
+    return commands.add_parser(name, help=text, description=text, epilog=f"{EXAMPLES}\n{STATUS}")
+
+
 def add_commands(commands: Any) -> None:
     """Add the three commands to the parser of `lightning-tp`."""
-    style: Any = argparse.RawDescriptionHelpFormatter
-    out = commands.add_parser("export", help="weights of a checkpoint for others", epilog=EXAMPLES, formatter_class=style)
+    out = _command(commands, "export", "weights of a checkpoint for others")
     out.set_defaults(run=_export)
     out.add_argument("checkpoint", metavar="CKPT", help="a folder or a file")
     out.add_argument("out", metavar="OUT", help="the folder that is made; for `torch` a file")
-    out.add_argument("--format", choices=("safetensors", "hf", "torch"), default="safetensors", help="default: %(default)s")
+    out.add_argument(
+        "--format",
+        choices=("safetensors", "hf", "torch"),
+        default="safetensors",
+        help="what is written: safetensors with the model's own names, a Hugging Face model, or one file for torch.load (default: %(default)s)",
+    )
     out.add_argument("--dtype", metavar="TYPE", help="bf16, fp16, fp32 (default: as stored)")
-    out.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file of safetensors (default: %(default)s)")
-    out.add_argument("--config", metavar="PATH", help="hf: a config.json (default: the one in the checkpoint)")
-    out.add_argument("--prefix", metavar="NAME", help="hf: the attribute that holds the model (default: found)")
-    one = commands.add_parser("consolidate", help="a checkpoint folder as one file", epilog=EXAMPLES, formatter_class=style)
+    out.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="the most that one file of safetensors holds (default: %(default)s)"
+    )
+    out.add_argument("--config", metavar="PATH", help="with --format hf: a config.json (default: the one in the checkpoint)")
+    out.add_argument("--prefix", metavar="NAME", help="with --format hf: the attribute that holds the model (default: found)")
+    one = _command(commands, "consolidate", "a checkpoint folder as one file")
     one.set_defaults(run=_consolidate)
     one.add_argument("checkpoint", metavar="CKPT", help="a folder that many ranks have written")
-    one.add_argument("out", metavar="OUT.ckpt", help="the file")
+    one.add_argument("out", metavar="OUT.ckpt", help="the file that is made")
     for command in (out, one):
         command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    look = commands.add_parser(
-        "inspect", help="what a checkpoint is, and whether it is complete", epilog=EXAMPLES, formatter_class=style
-    )
+    look = _command(commands, "inspect", "what a checkpoint is, and whether it is complete")
     look.set_defaults(run=_inspect)
     look.add_argument("checkpoint", metavar="CKPT", help="a folder or a file of any kind")
-    look.add_argument("--json", action="store_true", help="as JSON")
+    look.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     look.add_argument("--verify", action="store_true", help="read all files, and compare checksums")
     for command in (out, one, look):
         command.add_argument("--trust", action="store_true", help="load classes that the checkpoint names (it may run any code)")

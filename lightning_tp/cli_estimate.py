@@ -6,12 +6,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
+from lightning_tp.cli_parser import TARGET, checked_plan_file, examples
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.draw import check_page, check_picture
 from lightning_tp.estimate.hardware import hardware, known_hardware
 from lightning_tp.estimate.html import write_plan
+from lightning_tp.estimate.optimizer import KNOWN
 from lightning_tp.estimate.plots import picture_of, plot_plan
 from lightning_tp.estimate.predict import check_size, estimate
 from lightning_tp.estimate.report import Estimate
@@ -19,8 +22,11 @@ from lightning_tp.estimate.tune import tune
 from lightning_tp.estimate.world import PRECISIONS
 from lightning_tp.plan import Plan
 
+CHECKPOINTING = ("none", "block", "selective")
+CHECKPOINTING_HELP = "what is run again in the backward: nothing, each block, or of each block what is cheap (default: %(default)s)"
 
-def add_commands(commands: Any, description: str, examples: str, style: Any) -> None:
+
+def add_commands(commands: Any) -> None:
     """Put them into the parser."""
     texts = {
         "estimate": "memory, communication and time of a training step on one rank, at any size",
@@ -28,7 +34,7 @@ def add_commands(commands: Any, description: str, examples: str, style: Any) -> 
     }
     made = {}
     for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=description, epilog=examples, formatter_class=style)
+        command = commands.add_parser(name, help=text, description=f"{text}\n\n{TARGET}", epilog=examples(name))
         command.add_argument("target", metavar="TARGET", help="the model: see above")
         command.add_argument("--seq", type=int, metavar="N", help="length of the sequences (default: that of the inputs)")
         command.add_argument(
@@ -37,10 +43,12 @@ def add_commands(commands: Any, description: str, examples: str, style: Any) -> 
             metavar="NAME",
             help=f"{', '.join(known_hardware())}, or file.json or file.json:name with your own (default: %(default)s)",
         )
-        command.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, sgd, .. (default: %(default)s)")
-        command.add_argument("--compile", action="store_true", help="kernels between products are one, as a compiler makes them")
+        command.add_argument("--optimizer", default="adamw", metavar="NAME", help=f"{', '.join(KNOWN)} (default: %(default)s)")
+        command.add_argument(
+            "--compile", action="store_true", help="as `compile=True` of TPStrategy: kernels between products are one"
+        )
         command.add_argument("--plan", metavar="FILE", help="the JSON of a plan (default: what TPStrategy would take)")
-        command.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+        command.add_argument("--json", action="store_true", help="print JSON, and nothing else on stdout")
         made[name] = command
     one, many = made["estimate"], made["tune"]
     add_pictures(one, "plots of memory, collectives and time", "a report: all numbers, plots, the plan as a picture, assumptions")
@@ -49,18 +57,27 @@ def add_commands(commands: Any, description: str, examples: str, style: Any) -> 
     many.set_defaults(run=_tune)
     one.add_argument("--tp", type=int, default=2, metavar="N", help="ranks that share one model (default: %(default)s)")
     one.add_argument("--dp", type=int, default=1, metavar="N", help="such groups; FSDP2 shards over them (default: %(default)s)")
-    one.add_argument("--batch", type=int, metavar="N", help="samples of a micro-batch on a data-parallel rank")
+    one.add_argument(
+        "--batch", type=int, metavar="N", help="samples of a micro-batch on a data-parallel rank (default: those of the inputs)"
+    )
     one.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step (default: %(default)s)")
     one.add_argument("--precision", default="bf16-mixed", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
+    one.add_argument("--activation-checkpointing", choices=list(CHECKPOINTING), default="none", help=CHECKPOINTING_HELP)
     one.add_argument(
-        "--activation-checkpointing", choices=["none", "block", "selective"], default="none", help="(default: %(default)s)"
+        "--no-sequence-parallel", action="store_true", help="whole activations between the split modules, not shards of tokens"
     )
-    one.add_argument("--no-sequence-parallel", action="store_true", help="whole activations between the split modules")
-    one.add_argument("--no-loss-parallel", action="store_true", help="gather the logits")
+    one.add_argument("--no-loss-parallel", action="store_true", help="gather the logits, instead of a loss of their shards")
     many.add_argument("--gpus", type=int, required=True, metavar="N", help="devices, all of them used")
     many.add_argument("--global-batch", type=int, required=True, metavar="N", help="samples of a step, over all devices")
-    many.add_argument("--precision", default="bf16-mixed", metavar="NAMES", help="one or more, with commas (default: %(default)s)")
-    many.add_argument("--most", type=int, default=20, metavar="N", help="choices that are shown (default: %(default)s)")
+    many.add_argument(
+        "--precision",
+        default="bf16-mixed",
+        metavar="NAMES",
+        help=f"one or more of {', '.join(PRECISIONS)}, with commas (default: %(default)s)",
+    )
+    many.add_argument(
+        "--most", type=int, default=20, metavar="N", help="choices that are shown, the fastest (default: %(default)s)"
+    )
 
 
 def add_pictures(command: Any, plots: str, page: str) -> None:
@@ -102,6 +119,8 @@ def _estimate(args: argparse.Namespace) -> int:
     for name in ("tp", "dp", "batch", "seq", "accumulate"):
         check_size(name, getattr(args, name))
     hardware(args.hardware)  # before the model is built
+    check_names(args.precision, args.optimizer)
+    args.plan = checked_plan_file(args.plan)
     target = load(args.target)
     how = args.activation_checkpointing
     found = estimate(
@@ -134,6 +153,23 @@ def _estimate(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_names(precisions: str, optimizer: str) -> None:
+    """Refuse precisions (with commas) and an optimizer that are not known, with the nearest.
+
+    Raises:
+        TPError: it lists those that there are.
+    """
+    for option, names, known in (
+        ("precision", precisions.split(","), list(PRECISIONS)),
+        ("optimizer", [optimizer.lower()], list(KNOWN)),
+    ):
+        for name in names:
+            if name not in known:
+                near = get_close_matches(name, known, 2) or [k for k in known if name and k.startswith(name)]
+                meant = f"did you mean {' or '.join(near)}? There" if near else "there"
+                raise TPError(f"`--{option} {name}`: {meant} are {', '.join(known)}.")
+
+
 def _wrote(where: str, args: argparse.Namespace) -> None:
     print(f"Wrote {where}", file=sys.stderr if args.json else sys.stdout)
 
@@ -146,9 +182,8 @@ def _tune(args: argparse.Namespace) -> int:
         check_size(name, getattr(args, name))
     hardware(args.hardware)
     precisions = args.precision.split(",")
-    for name in precisions:
-        if name not in PRECISIONS:
-            raise TPError(f"`--precision {name}`: there are {', '.join(PRECISIONS)}.")
+    check_names(args.precision, args.optimizer)
+    args.plan = checked_plan_file(args.plan)
     target = load(args.target)
     with Progress() as progress:
         found = tune(

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lightning_tp.cli_estimate import CHECKPOINTING, CHECKPOINTING_HELP, check_names
+from lightning_tp.cli_parser import STATUS, TARGET, checked_plan_file
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.hardware import hardware, known_hardware
 from lightning_tp.estimate.measure import measure
@@ -27,15 +29,10 @@ examples:
 """
 
 
-def add_command(commands: Any, description: str, style: Any) -> None:
+def add_command(commands: Any) -> None:
     """Put it into the parser."""
-    command = commands.add_parser(
-        "shapes",
-        help="the matrix products at each tp and an equal global batch, how fast they are, and whether tp gains",
-        description=description,
-        epilog=EXAMPLES,
-        formatter_class=style,
-    )
+    text = "the matrix products at each tp and an equal global batch, how fast they are, and whether tp gains"
+    command = commands.add_parser("shapes", help=text, description=f"{text}\n\n{TARGET}", epilog=f"{EXAMPLES}\n{STATUS}")
     command.set_defaults(run=_shapes)
     command.add_argument("target", metavar="TARGET", help="the model: see above")
     command.add_argument("--gpus", type=int, metavar="N", help="devices, all of them used (default: those of a node)")
@@ -64,9 +61,7 @@ def add_command(commands: Any, description: str, style: Any) -> None:
     command.add_argument(
         "--precision", default="bf16-mixed", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: %(default)s)"
     )
-    command.add_argument(
-        "--activation-checkpointing", choices=["none", "block", "selective"], default="none", help="(default: %(default)s)"
-    )
+    command.add_argument("--activation-checkpointing", choices=list(CHECKPOINTING), default="none", help=CHECKPOINTING_HELP)
     command.add_argument("--compile", action="store_true", help="for the whole step: kernels between products are one")
     command.add_argument("--plan", metavar="FILE", help="the JSON of a plan (default: what TPStrategy would take)")
     command.add_argument("--products", action="store_true", help="list each product (default: with one local batch only)")
@@ -87,12 +82,12 @@ def _shapes(args: argparse.Namespace) -> int:
     hw = hardware(args.hardware)  # before the model is built
     if not args.seconds > 0:
         raise TPError(f"`--seconds {args.seconds:g}`: give a time above 0.")
-    if args.precision not in PRECISIONS:
-        raise TPError(f"`--precision {args.precision}`: there are {', '.join(PRECISIONS)}.")
+    check_names(args.precision, "adamw")
     if args.plot:
         from lightning_tp.estimate.shapes_plot import check_file
 
         check_file(args.plot)
+    args.plan = checked_plan_file(args.plan)
     target = load(args.target)
     how = args.activation_checkpointing
     found = shapes(

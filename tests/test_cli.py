@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
-from lightning_tp.cli import default_loss, load, main
+from lightning_tp.cli import _parser, default_loss, load, main
 from lightning_tp.testing import run_ranks
 
 TARGETS = """
@@ -61,8 +61,37 @@ class Module(L.LightningModule):
 class Bare(L.LightningModule):
     pass
 
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+    labels, weight = torch.tensor([3, 7]), torch.ones(10)
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}, lambda out: F.cross_entropy(out.logits, labels, weight)
+
+def mixtral():
+    from transformers import MixtralConfig, MixtralForCausalLM
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=130)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
+    return model, {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}
+
 def wrong():
     return 3
+
+def leaves():
+    raise SystemExit("I leave")
+
+def no_loss():
+    return (*with_loss()[:2], 3.0)
+
+def loss_fails():
+    return (*with_loss()[:2], lambda y: y.no_such_thing)
+
+class Fails(nn.Linear):
+    def forward(self, x):
+        raise ValueError("my mistake")
+
+def fails_forward():
+    return Fails(4, 4), torch.ones(2, 4)
 
 def fails():
     raise KeyError("no such thing")
@@ -167,6 +196,15 @@ def test_a_small_hugging_face_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "As in one process" in capsys.readouterr().out
 
 
+def test_collectives_of_models_that_decide_by_values(targets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels that a loss holds, and experts behind a router: what a rank computes alone has to mean something."""
+    pytest.importorskip("transformers")
+    for name, sent in (("vit", "10 all-gather, 1 all-reduce, 8 reduce-scatter"), ("mixtral", "10 all-gather, 5 all-reduce")):
+        assert main(["plan", targets(name)]) == 0
+        out = capsys.readouterr().out
+        assert f"Collectives of one forward and backward on the tensor-parallel axis: {sent}" in out, out
+
+
 def test_json_there_and_back(targets: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", targets("llama"), "--inferred", "--json", "-"]) == 0
     text = capsys.readouterr().out
@@ -262,7 +300,18 @@ def test_a_model_that_does_not_run_split(targets: Any, tmp_path: Path, capsys: p
         (["plan", "{llama}", "--dp", "0"], "--dp 0"),
         (["plan", "{llama}", "--declared"], "declares no plan"),
         (["plan", "{llama}", "--plan", "nowhere.json"], "there is no such file"),
-        (["plan", "{llama}", "--json", "/nowhere/at/all.json"], "can't be written"),
+        (["plan", "{llama}", "--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["plan", "{llama}", "--emit-python", "/proc/all.py"], "can't be written"),
+        (["plan", "{llama}", "--plan", "{file}"], "This is no plan"),
+        (["plan", "{file}"], "name the function in it"),
+        (["plan", "{leaves}"], "sys.exit('I leave')"),
+        (["plan", "{no_loss}"], "the third value is a float"),
+        (["plan", "{TOKENS}"], "is a Tensor. Name a function"),
+        (["plan", "."], "no config.json"),
+        (["verify", "{llama}", "--steps", "0"], "--steps 0"),
+        (["verify", "{llama}", "--rtol", "-1"], "--rtol -1"),
+        (["estimate", "{loss_fails}", "--tp", "1"], "`loss_fn` ended with AttributeError"),
+        (["estimate", "{fails_forward}"], "ended with ValueError: my mistake"),
         (["verify", "{llama}", "--dp", "3"], "4 rows"),
         (["plan", "no_such_package.of_mine:build"], "ModuleNotFoundError"),
         (["plan", "nowhere.py:build"], "there is no file nowhere.py"),
@@ -273,11 +322,70 @@ def test_a_model_that_does_not_run_split(targets: Any, tmp_path: Path, capsys: p
 def test_a_mistake_is_one_line_and_status_2(
     targets: Any, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled = [targets(a.strip("{}")) if a.startswith("{") else a for a in arguments]
+    file = targets("").removesuffix(":")
+    filled = [file if a == "{file}" else targets(a.strip("{}")) if a.startswith("{") else a for a in arguments]
     assert main(filled) == 2
     out, err = capsys.readouterr()
     assert not out
     assert err.startswith("lightning-tp: ") and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--help"),
+        (["plann", "x"], "invalid choice: 'plann'"),
+        (["plan", "x", "--tp", "two"], "argument --tp: invalid int value: 'two'"),
+        (["estimate", "x", "--precison", "fp4"], "there is no `--precison fp4`, did you mean `--precision`?"),
+        (["estimate", "x", "--activation-checkpointing", "full"], "invalid choice: 'full'"),
+        (["tune", "x", "--gpus", "8"], "required: --global-batch. `lightning-tp tune --help`"),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and not out
+    assert err.startswith("lightning-tp: ") and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.parametrize("command", ["plan", "verify", "estimate", "tune", "shapes", "export", "consolidate", "inspect"])
+def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert f"\nexamples:\n  lightning-tp {'inspect' if command in ('export', 'consolidate') else command}" in out
+    parser = (
+        _parser()
+        .parse_args(
+            [
+                command,
+                *{"tune": ["x", "--gpus", "1", "--global-batch", "1"], "export": ["a", "b"]}.get(
+                    command, ["a", "b"] if command == "consolidate" else ["x"]
+                ),
+            ]
+        )
+        .parser
+    )
+    for action in parser._actions:
+        assert action.help and len(action.help) > 3, action.dest
+        if isinstance(action.default, (int, float, str)) and not isinstance(action.default, bool) and action.dest != "help":
+            assert "%(default)" in action.help, action.dest
+
+
+def test_interrupted_and_without_a_reader(
+    targets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_tp.cli.load", interrupt)
+        assert main(["plan", targets("llama")]) == 130
+    assert capsys.readouterr().err == "lightning-tp: interrupted.\n"
+    shell = f"{sys.executable} -m lightning_tp plan {targets('llama')} | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert not done.stderr and done.returncode in (0, 141)
 
 
 def test_the_command(targets: Any, tmp_path: Path) -> None:

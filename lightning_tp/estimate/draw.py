@@ -6,7 +6,6 @@ go by name. Widths of text are estimated, on the wide side, since nobody knows t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -357,8 +356,14 @@ def check_file(path: str | Path, option: str = "") -> None:
         raise TPError(f"{what}this is a folder; name a file.")
     if not where.parent.is_dir():
         raise TPError(f"{what}there is no folder {where.parent}. Make it first.")
-    if not os.access(where if where.exists() else where.parent, os.W_OK):
-        raise TPError(f"{what}it can't be written: permission denied.")
+    is_new = not where.exists()
+    try:
+        with where.open("ab"):  # permissions don't tell: the file system may be read-only
+            pass
+    except OSError as error:
+        raise TPError(f"{what}it can't be written: {error.strerror}.") from None
+    if is_new:
+        where.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:

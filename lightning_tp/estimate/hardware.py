@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,14 +82,16 @@ class Hardware:
 
 
 def hardware(which: str | Path | Hardware) -> Hardware:
-    """A kind by its name; `file.json` for the only one of a file, `file.json:name` for one of several.
+    """A kind by its name, as vendors write it, too; `file.json` for the only one of a file, `file.json:name` for one of several.
 
     Raises:
-        TPError: it lists those that are known.
+        TPError: it lists those that are known, and says which one may be meant.
 
     Example:
         >>> hardware("h100").memory_bandwidth / 1e9
         3350.0
+        >>> hardware("NVIDIA A100-SXM4-80GB").key, hardware("H100-SXM").key
+        ('a100', 'h100')
     """
     if isinstance(which, Hardware):
         return which
@@ -103,12 +107,22 @@ def hardware(which: str | Path | Hardware) -> Hardware:
             raise TPError(f"`hardware={text!r}`: {path} has {', '.join(found)}.")
         return found[key]
     known = known_hardware()
-    if text.lower() not in known:
+    short = {_short(n): h for h in known.values() for n in (h.name, h.key)}
+    if _short(text) not in short:
+        first = _short(text).partition("-")[0]
+        near = [k for k in known if first and k.partition("-")[0] == first] or get_close_matches(_short(text), known, 3)
+        meant = f"Did you mean {' or '.join(near)}? " if near else ""
         raise TPError(
-            f"`hardware={text!r}` is not known. There are {', '.join(known)}; or give the path of a JSON file with your own, in "
-            f"the form of {FILE.name} of this package."
+            f"`hardware={text!r}` is not known. {meant}There are {', '.join(known)}; or "
+            f"give the path of a JSON file with your own, in the form of {FILE.name} of this package."
         )
-    return known[text.lower()]
+    return short[_short(text)]
+
+
+def _short(name: str) -> str:
+    """What says which device it is: "nvidia-a100-sxm4-80 gb" -> "a100-80gb"."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(\d) ?gi?b\b", r"\1gb", name.lower()))
+    return "-".join(w for w in words if not re.fullmatch(r"nvidia|tesla|gpu|sxm\d?|hbm\d?e?", w))
 
 
 @lru_cache(maxsize=1)

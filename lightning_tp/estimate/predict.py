@@ -83,6 +83,8 @@ class Tracer:
                 self._plans[key] = self._plan(tp, sequence_parallel)
             except TPError as error:
                 fit = [n for n in TRIED if n != tp and self._fits(n, sequence_parallel)]
+                if fit == [1]:  # it has nothing to do with the number
+                    raise
                 raise TPError(
                     f"tp={tp} does not fit {type(self.model).__name__}: {error} These fit: tp={', '.join(map(str, fit))}."
                 ) from error
@@ -317,7 +319,15 @@ def loss_of(loss_fn: Callable[..., Tensor] | None) -> LossOf:
 
     def loss(model: nn.Module, inputs: Any) -> Tensor:
         output = call_with(model, inputs)
-        found = fn(output, inputs) if two else fn(output)
+        try:
+            found = fn(output, inputs) if two else fn(output)
+        except TPError:
+            raise
+        except Exception as error:
+            raise TPError(
+                f"`loss_fn` ended with {type(error).__name__}: {' '.join(str(error).split())}. It is called with what the model returns "
+                f"(a {type(output).__name__}), on the meta device."
+            ) from error
         if not isinstance(found, Tensor) or found.numel() != 1:
             what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise TPError(f"`loss_fn` returned {what}; it has to be a scalar, such as `.mean()` of it.")

@@ -163,6 +163,7 @@ class Estimate:
             ("other kernels", seconds(t.other)),
             ("collectives on the tensor-parallel axis", seconds(t.tp)),
             ("FSDP2's collectives that nothing hides", f"{seconds(t.dp_exposed)} of {seconds(t.dp)}"),
+            ("kernels slowed by FSDP2's collectives beside them", seconds(t.slowed)),
             ("waiting for the host", seconds(t.host)),
             ("optimizer", seconds(t.optimizer)),
             ("a step", seconds(t.step)),

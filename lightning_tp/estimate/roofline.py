@@ -31,15 +31,16 @@ from lightning_tp.estimate.world import World
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one optimizer step on a rank.
+    """Seconds of one optimizer step on a rank; products, attention, other, tp, dp_exposed, slowed, host and optimizer add up to `step`.
 
     Args:
         step: with overlap.
-        without_overlap: one after the other.
+        without_overlap: one after the other: the same with `dp` instead of `dp_exposed`.
         products, attention, other: kernels, by what they are.
         tp: collectives on the tensor-parallel axis.
         dp: on the data-parallel axis, all of them.
         dp_exposed: of these, what nothing hides.
+        slowed: what kernels take longer because FSDP2's collectives read and write the memory beside them.
         optimizer: its step.
         host: what waits for the host, beyond the kernels.
     """
@@ -52,6 +53,7 @@ class Time:
     tp: float
     dp: float
     dp_exposed: float
+    slowed: float
     optimizer: float
     host: float
 
@@ -138,7 +140,7 @@ def time_of(
         return found
 
     beside: dict[tuple[str, str], float] = defaultdict(float)  # (block, phase) -> seconds of FSDP2 that run beside its computation
-    slowed: dict[tuple[str, str], float] = defaultdict(float)  # the same -> seconds that the computation takes longer for it
+    longer: dict[tuple[str, str], float] = defaultdict(float)  # the same -> seconds that the computation takes longer for it
     alone = dp = 0.0
     step_sent = 0.0
     for c in collectives:
@@ -151,11 +153,11 @@ def time_of(
         dp += seconds * c.count
         if c.where in world.blocks:
             beside[c.where, c.phase] += seconds * c.count / accumulate
-            slowed[c.where, c.phase] += c.bytes * c.count * hw.fsdp_traffic / moves / accumulate
+            longer[c.where, c.phase] += c.bytes * c.count * hw.fsdp_traffic / moves / accumulate
         else:
             alone += seconds * c.count
     kernels: dict[str, float] = defaultdict(float)
-    tp_seconds = host = exposed = 0.0
+    tp_seconds = host = exposed = slowed = 0.0
     once = serial = 0.0
     last = world.trace.pieces
     first_gather = next((p.block for p in last if p.block), "")
@@ -164,7 +166,8 @@ def time_of(
             continue
         of = world.trace.of(piece)
         kinds, sent, starts = cost(of)
-        busy = sum(kinds.values()) + sent + slowed.get((piece.block, piece.phase), 0.0)
+        slow = longer.get((piece.block, piece.phase), 0.0)
+        busy = sum(kinds.values()) + sent + slow
         waits = max(0.0, starts * hw.host_s - busy) if hw.device != "cpu" else starts * hw.host_s
         fsdp = beside.get((piece.block, piece.phase), 0.0)
         hidden = min(fsdp, busy + waits) if piece.block != first_gather or piece.phase != "forward" else 0.0
@@ -174,6 +177,7 @@ def time_of(
             kernels[kind] += seconds
         tp_seconds += sent
         host += waits
+        slowed += slow
         exposed += fsdp - hidden
     optimizer = optimizer_bytes / moves
     rest = alone + step_sent + optimizer
@@ -186,6 +190,7 @@ def time_of(
         tp_seconds * accumulate + step_sent,
         dp,
         exposed * accumulate + alone,
+        slowed * accumulate,
         optimizer,
         host * accumulate,
     )

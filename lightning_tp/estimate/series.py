@@ -116,11 +116,9 @@ def time_parts(found: Estimate) -> list[tuple[str, str, float, float]]:
         ("waiting for the host", "other", t.host, t.host),
         ("collectives, tensor-parallel axis", "tp", t.tp, t.tp),
         ("collectives, data-parallel axis", "gathered parameters", t.dp_exposed, t.dp),
+        ("kernels slowed by collectives beside them", "buffers", t.slowed, t.slowed),
         ("optimizer", "optimizer", t.optimizer, t.optimizer),
     ]
-    rest = t.step - sum(p[2] for p in parts), t.without_overlap - sum(p[3] for p in parts)
-    if max(rest) > 1e-6 * t.step:  # what the parts leave of the step: FSDP2's collectives read and write beside kernels
-        parts.append(("kernels slowed by collectives beside them", "buffers", max(0.0, rest[0]), max(0.0, rest[1])))
     return [p for p in parts if p[2] > 0 or p[3] > 0]
 
 

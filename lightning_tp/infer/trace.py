@@ -138,6 +138,7 @@ class Tracer(TorchDispatchMode):
         self.shared = shared
         self.on_meta = any(p.is_meta for p in model.parameters())
         self.values: dict[int, tuple[Tensor, Tensor]] = {}  # of meta tensors that no weight has a part in
+        self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # of tensors elsewhere that have met some on the meta device
         self.events: list[tuple[str, str]] = []  # ("out" | "in" | "local", parameter) of the call that runs now
         self.known: set[tuple[str, int, str]] = set()  # (parameter, dim, "in" or "out") that an earlier run found
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
@@ -193,10 +194,7 @@ class Tracer(TorchDispatchMode):
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._looked_at(args[0])
-        out = _run(func, args, kwargs)
-        if self.on_meta:
-            with _untraced():
-                self._known(func, args, kwargs, out, tensors)
+        out = self._computed(func, args, kwargs, tensors)
         shadows = [self.shadow(t) for t in tensors]
         if not any(s.label is not None or s.param is not None or s.grad for s in shadows):
             return out
@@ -205,6 +203,34 @@ class Tracer(TorchDispatchMode):
         with _untraced():
             self._follow(func, args, kwargs, out, tensors, shadows, grad)
         return out
+
+    def _computed(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """What it gives; tensors of other devices that meet some on the meta device (class weights that a loss holds) are taken there."""
+        if not self.on_meta:
+            return _run(func, args, kwargs)
+        moves = any(t.is_meta for t in tensors) and [t for t in tensors if t.ndim and not t.is_meta]
+        if moves:
+            with _untraced():
+                twins = {id(t): self._twin(t) for t in moves}
+            args, kwargs = tree_map_only(Tensor, lambda t: twins.get(id(t), t), (args, kwargs))
+            tensors = [twins.get(id(t), t) for t in tensors]
+        out = _run(func, args, kwargs)
+        with _untraced():
+            self._known(func, args, kwargs, out, tensors)
+        if moves and func._schema.is_mutable:
+            back = {id(twins[id(t)]): t for t in moves}
+            for twin in back:
+                self.values.pop(twin, None)  # which were those before
+            out = tree_map_only(Tensor, lambda t: back.get(id(t), t), out)
+        return out
+
+    def _twin(self, t: Tensor) -> Tensor:
+        """This tensor on the meta device, where its values are known."""
+        if id(t) not in self.twins:
+            twin = t.detach().to("meta")
+            self.twins[id(t)] = (t, twin)
+            self.values[id(twin)] = (twin, t.detach().cpu())
+        return self.twins[id(t)][1]
 
     def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         """On the meta device: positions, masks and the like have known values; compute them, for code that decides by them."""
@@ -592,11 +618,7 @@ class Values(Tracer):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._looked_at(args[0])
-        out = _run(func, args, kwargs)
-        if self.on_meta:
-            with _untraced():
-                self._known(func, args, kwargs, out, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
-        return out
+        return self._computed(func, args, kwargs, [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
 
 
 def _filled(label: Tensor) -> Tensor:

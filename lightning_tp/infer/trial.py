@@ -124,26 +124,32 @@ def _known(model: nn.Module, inputs: Any) -> tuple[Any, Any]:
 def count_collectives(
     model: nn.Module, loss_of: Callable[[nn.Module, Any], Tensor], inputs: Any, plan: Plan, tp: int
 ) -> dict[str, int]:
-    """Collectives on the tensor-parallel axis in one forward and backward of a model on the meta device, by name.
+    """Collectives on the tensor-parallel axis in one forward and backward of a rank, by name; nothing is sent.
 
     Args:
-        model: left as it was.
+        model: on any device; left as it was. With weights, the rank computes as if all others had its shards.
         loss_of: runs it on the inputs.
         inputs: on any device.
         plan: checked against it.
         tp: ranks.
     """
+    parameters = list(model.parameters())
+    if not any(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) > MOST_COPIED:
+        with Weightless(model):
+            return count_collectives(model, loss_of, inputs, plan, tp)
     axis = _Alone(0, tp)
     with modules_as_they_were(model):
+        model.eval()
         _take_shards(model, plan, 0)
         _bind(model, plan, axis)
+        shards = dict(model.named_parameters())
         values, inputs = _known(model, inputs)
         with values:
             loss_of(model, inputs).backward()
+        summed = {(s.sum_over, shards[n].dtype) for n, s in plan.splits.items() if n in shards and shards[n].grad is not None}
     calls: Counter[str] = axis.group.calls  # type: ignore[attr-defined]
-    if any(split.sum_over > 1 for split in plan.splits.values()):
-        calls["all-reduce"] += 1  # of partial gradients, all at once
-    return dict(calls)
+    shares = sum(n > 1 for n, _ in summed)  # of gradients: all at once, for each dtype and number of ranks that have some
+    return dict(calls + Counter({"all-reduce": shares}))
 
 
 def _bind(model: nn.Module, plan: Plan, axis: Axis) -> None:

@@ -23,6 +23,30 @@ def test_names_of_devices() -> None:
     assert guess("NVIDIA GeForce RTX 4090") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("H100", "h100"),
+        ("h100-sxm", "h100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("a100-80gb", "a100"),
+        ("A100-SXM4-40GB", "a100-40gb"),
+        ("Tesla T4", "t4"),
+        ("h200-141gb", "h200"),
+    ],
+)
+def test_names_as_vendors_write_them(name: str, key: str) -> None:
+    assert hardware(name).key == key
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("h100-pcie", "Did you mean h100 or"), ("a10", "Did you mean a100?"), ("", "known. There are t4")]
+)
+def test_a_name_that_is_not_known_gets_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(TPError, match=near.replace("?", r"\?")):
+        hardware(name)
+
+
 def test_files_of_users(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"mine": {"like": "h100", "memory_bytes": 1e9}}))

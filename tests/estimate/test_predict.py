@@ -231,3 +231,24 @@ def test_products_of_experts_count(precision):
     assert flops == 2 * 3 * 2 * rows * 32 * (
         2 * 32 + 32
     )  # blocks x (forward and two gradients) x .. x (gate and up, down) of this rank
+
+
+def test_a_loss_may_hold_tensors_of_the_cpu() -> None:
+    """Labels, class weights and masks that a function closes over: the model is on the meta device, and they are not."""
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 10))
+    labels, weight, mask = torch.tensor([3, 7]), torch.ones(10), torch.tensor([True, False])
+
+    def over(labels: Tensor, weight: Tensor, mask: Tensor) -> Estimate:
+        def loss_fn(y: Tensor) -> Tensor:
+            each = nn.functional.cross_entropy(y, labels, weight, reduction="none")
+            seen = torch.zeros(10)
+            seen += y.detach().abs().sum(0)  # in place, too
+            return (each * mask.float()).sum() / mask.sum() + (y * weight / seen).square().mean()
+
+        return estimate(model, (torch.ones(2, 8),), (2, 2), loss_fn=loss_fn)
+
+    held, there = over(labels, weight, mask), over(labels.to("meta"), weight.to("meta"), mask.to("meta"))
+    # what is computed of them alone stays on the CPU: the mask as floats and its sum
+    assert abs(held.memory.peak.total - there.memory.peak.total) <= 16
+    assert held.flops == there.flops and held.time.step == pytest.approx(there.time.step, rel=0.1)
+    assert labels.tolist() == [3, 7] and not weight.is_meta and weight.tolist() == [1.0] * 10

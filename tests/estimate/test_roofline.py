@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from lightning_tp.estimate.hardware import hardware
+from lightning_tp.estimate.predict import Options, Tracer, loss_of, predict
+from lightning_tp.estimate.report import seconds
 from lightning_tp.estimate.roofline import collective_seconds, in_node, product_seconds
 from lightning_tp.estimate.tiles import START
+from tests.estimate.models import MODELS
 
 H100 = hardware("h100")
 GIB = 2**30
@@ -41,3 +47,26 @@ def test_products() -> None:
     assert narrow >= 8192 * 8192 * 2 / (3350e9 * 0.85)  # bound by memory
     assert product_seconds(H100, 1, 1, 1, 1, torch.float32, 1) == pytest.approx(START, rel=0.01)
     assert product_seconds(hardware("cpu"), 1, 1, 1, 1, torch.float32, 1) == hardware("cpu").kernel_s
+
+
+@pytest.fixture(scope="module")
+def traced() -> tuple[Tracer, Any]:
+    """Traced once for all that follows: meshes of 1 x 1, 1 x 2, 16 x 1, 4 x 2."""
+    build, inputs, loss = MODELS["llama"]()
+    return Tracer(build(), inputs, loss_of(loss)), inputs
+
+
+@pytest.mark.parametrize("device", ["h100", "cpu"])  # with kernels that wait for the host, and without
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (16, 1), (4, 2)])
+def test_the_parts_of_a_step_add_up_to_it(traced: tuple[Tracer, Any], mesh: tuple[int, int], accumulate: int, device: str) -> None:
+    found = predict(*traced, *mesh, device, Options(accumulate=accumulate))
+    t = found.time
+    parts = [getattr(t, n) for n in ("products", "attention", "other", "tp", "slowed", "host", "optimizer")]
+    assert all(seconds >= 0 for seconds in parts)
+    assert sum(parts) + t.dp_exposed == pytest.approx(t.step, rel=1e-9)
+    assert sum(parts) + t.dp == pytest.approx(t.without_overlap, rel=1e-9)
+    assert (t.slowed > 0) == (mesh[0] > 1) and (t.tp > 0) == (mesh[1] > 1) and t.dp_exposed <= t.dp
+    assert ("kernels slowed by FSDP2's collectives beside them", seconds(t.slowed)) in found.tables()[-1][2]
+    lighter = predict(*traced, *mesh, replace(hardware(device), fsdp_traffic=1.0), Options(accumulate=accumulate)).time
+    assert lighter.slowed == pytest.approx(t.slowed / hardware(device).fsdp_traffic)

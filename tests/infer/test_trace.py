@@ -3,11 +3,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tp.infer.trace import Trace, leaves, run
+from lightning_tp.errors import TPError
+from lightning_tp.infer.trace import Trace, Values, leaves, run
 
 
 def traced(model: nn.Module, *inputs: Any, whole: Any = (), shared: Any = None) -> tuple[Trace, Any, Any]:
@@ -142,3 +144,18 @@ def test_leaves_look_into_lists_dicts_and_dataclasses() -> None:
     x = torch.zeros(1)
     assert len(leaves(Out(x, [{"c": x}, (x, None)]))) == 3
     assert leaves(object()) == []
+
+
+def test_tensors_of_the_cpu_that_meet_some_on_the_meta_device() -> None:
+    layer, held = nn.Linear(4, 4).to("meta"), torch.arange(4.0)
+    values = Values(layer)
+    known = values.onto_meta(torch.ones(4))
+    with values:
+        assert (layer(torch.zeros(2, 4)) * held).is_meta  # as the inputs are not moved by hand either
+        assert (known + held).sum().item() == 10  # no weight has a part in it
+        written = torch.zeros(4)
+        written += known
+        assert not written.is_meta and (written * known).is_meta
+        with pytest.raises(TPError, match="depends on weights"):
+            (written * known).sum().item()  # what it holds now is not known
+    assert held.tolist() == [0, 1, 2, 3]

@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_tp as ltp
+from examples.llama import PLAN as LLAMA_PLAN
+from examples.llama import Llama, LlamaConfig
+from lightning_tp import grad
 from lightning_tp.infer.restore import modules_as_they_were
-from lightning_tp.infer.trial import try_on_a_rank
+from lightning_tp.infer.trial import count_collectives, try_on_a_rank
+from lightning_tp.mesh import make_mesh
+from lightning_tp.testing import fake_world
 
 
 class Views(nn.Module):
@@ -73,3 +83,41 @@ def test_attributes_lists_hooks_and_classes_come_back() -> None:
     assert not hasattr(model, "new")
     assert not model.a._forward_hooks
     assert type(model.b) is nn.Linear
+
+
+NAMES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+
+
+class _Sent(TorchDispatchMode):
+    """Counts what the process group is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[NAMES[func.overloadpacket.__name__]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def small_llama() -> nn.Module:
+    return Llama(LlamaConfig(vocab_size=130, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=54))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_counted_are_the_collectives_of_the_applied_plan(tp: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grad, "CHECKED_PASSES", 0)  # the gradients of a fake world are none to compare
+    tokens = torch.randint(0, 130, (2, 12))
+    loss_of: Any = lambda m, x: m(x).float().square().mean()  # noqa: E731
+    model = small_llama().to(device)
+    weights = [id(p) for p in model.parameters()]
+    counted = count_collectives(model, loss_of, tokens, ltp.Plan(LLAMA_PLAN).check(model, tp), tp)
+    with fake_world(tp):
+        applied = ltp.parallelize(small_llama(), make_mesh("cpu", 1, tp), LLAMA_PLAN).eval()
+        with _Sent() as sent:
+            loss_of(applied, tokens).backward()
+    assert counted == dict(sent.counts)
+    assert counted["all-reduce"] == tp // 2  # with tp=4, two ranks share key/value heads: a sum over these, and one over all
+    assert [id(p) for p in model.parameters()] == weights and model.training and all(p.grad is None for p in model.parameters())
