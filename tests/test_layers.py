@@ -43,7 +43,7 @@ LAYERS: list[set[str]] = [
         "tuner",
         "watch",
     },
-    {"pytorch_lightning", "cli", "cli_checkpoint", "cli_estimate", "__main__"},
+    {"pytorch_lightning", "cli", "cli_parser", "cli_checkpoint", "cli_estimate", "cli_shapes", "__main__"},
     {"__init__"},
 ]
 KNOWS_LIGHTNING = {
