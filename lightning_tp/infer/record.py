@@ -7,8 +7,12 @@ that is whole. Sizes that code reads from shards are followed as pairs of whole 
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +20,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.trace import Trace, Tracer, _untraced
-from lightning_tp.styles.local_ops import FACTORIES, FIRST_SIZE, SIZE_CALLS, SPLIT_CALLS, Call, Operand, Pattern, place
+from lightning_tp.infer.restore import modules_as_they_were
+from lightning_tp.infer.trace import Trace, Tracer, _untraced, run
+from lightning_tp.styles.local_ops import COUNTS, FACTORIES, FIRST_SIZE, READS, SIZE_CALLS, SPLIT_CALLS, Call, Operand, Pattern, place, run_call
 
 NO_SLICE = {
     "linear",
@@ -57,40 +62,62 @@ ALONG_OTHERS = {
     "scatter_add",
     "take_along_dim",
 }
+RANDOM = {
+    *("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rand_like", "randn_like"),
+    *("randint_like", "bernoulli", "bernoulli_", "uniform_", "normal_", "exponential_", "random_", "multinomial", "rrelu"),
+    *("gumbel_softmax", "empty_like", "new_empty", "empty"),
+}  # what comes out is another one each time
+WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__iand__", "__ior__", "__ixor__"}
+MOST_TRIED = 2**22  # elements of what a call is given and returns, above which it is not tried on shards
 MOVES = SIZE_CALLS | SPLIT_CALLS | {"__getitem__", "narrow", "select", "index_select", "unbind", "narrow_copy", "movedim"}
 
 
 class LocalInt(int):
-    """A size that is another one on a rank: the whole number, in `local` that of each rank, in `reads` where it was read."""
+    """A size that is another one on a rank: in `whole` that of one process, in `local` that of each rank, in `reads` where it was read.
 
+    As an int it is the whole one, which this run works with; while `shown` is a rank, that rank's. What code computes with it in ways that
+    can't be seen (`range(n)`, `int(n)`) then comes out otherwise.
+    """
+
+    whole: int
     local: tuple[int, ...]
     reads: frozenset[Any]
     diverging: set[Any] = set()  # noqa: RUF012  reads on which code decides otherwise on a rank; of the recording that runs
+    shown: int | None = None
 
     @classmethod
     def of(cls, value: int, local: tuple[int, ...], reads: frozenset[Any] = frozenset()) -> int:
         """A plain int where there is no difference."""
         if all(x == value for x in local):
             return value
-        made = cls(value)
-        made.local, made.reads = tuple(local), reads
+        made = cls(value if cls.shown is None else local[cls.shown])
+        made.whole, made.local, made.reads = int(value), tuple(local), reads
         return made
+
+    def computed_with(self) -> None:
+        """Its value is used as a number, not as a size: code has to read the whole one."""
+        LocalInt.diverging |= self.reads
 
     def _with(self, other: Any, op: Any) -> Any:
         if not isinstance(other, int):
-            return op(int(self), other)
+            self.computed_with()
+            return op(self.whole, other)
         mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
         reads = self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
         local = tuple(op(a, b) for a, b in zip(self.local, mine, strict=True))
-        return LocalInt.of(op(int(self), int(other)), local, reads)
+        return LocalInt.of(op(self.whole, whole_of(other)), local, reads)
 
     def _compare(self, other: Any, op: Any) -> bool:
-        out = bool(op(int(self), other if not isinstance(other, int) else int(other)))
-        if isinstance(other, int):
+        out = bool(op(self.whole, whole_of(other)))
+        if isinstance(other, (int, float)):
             mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
             if any(op(a, b) != out for a, b in zip(self.local, mine, strict=True)):
                 LocalInt.diverging |= self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
         return out
+
+    def _number(self) -> int:
+        self.computed_with()
+        return self.whole
 
     def __mul__(self, other: Any) -> Any:
         return self._with(other, lambda a, b: a * b)
@@ -114,7 +141,7 @@ class LocalInt(int):
         return self._with(other, lambda a, b: a % b if b else 0)
 
     def __neg__(self) -> Any:
-        return LocalInt.of(-int(self), tuple(-a for a in self.local), self.reads)
+        return LocalInt.of(-self.whole, tuple(-a for a in self.local), self.reads)
 
     __rmul__, __radd__ = __mul__, __add__
 
@@ -136,24 +163,40 @@ class LocalInt(int):
     def __ne__(self, other: object) -> bool:
         return self._compare(other, lambda a, b: a != b)
 
+    def __rmod__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: b % a if a else 0)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
     def __truediv__(self, other: Any) -> Any:
-        LocalInt.diverging |= self.reads  # a number that the code computes with, not a size
-        return int(self) / other
+        return self._number() / whole_of(other)  # a number that the code computes with, not a size
 
     def __rtruediv__(self, other: Any) -> Any:
-        LocalInt.diverging |= self.reads
-        return other / int(self)
+        return other / self._number()
 
     def __pow__(self, other: Any, mod: Any = None) -> Any:
-        LocalInt.diverging |= self.reads
-        return int(self) ** other
+        return pow(self._number(), whole_of(other), mod)
+
+    def __rpow__(self, other: Any, mod: Any = None) -> Any:
+        return pow(other, self._number(), mod)
 
     def __float__(self) -> float:
-        LocalInt.diverging |= self.reads
-        return float(int(self))
+        return float(self._number())
+
+    def __int__(self) -> int:
+        return self._number()
+
+    def __str__(self) -> str:
+        return str(self._number())
+
+    __repr__ = __str__
 
     def __hash__(self) -> int:
-        return hash((int(self), self.local))  # not that of the int: caches of code that computes with sizes must not mix them up
+        return hash((self.whole, self.local))  # not that of the int: caches of code that computes with sizes must not mix them up
 
 
 class LocalShape(tuple[int, ...]):
@@ -164,6 +207,11 @@ class LocalShape(tuple[int, ...]):
         for n in self:
             out = out * n
         return out
+
+
+def whole_of(n: Any) -> Any:
+    """What one process has where this run has `n`."""
+    return n.whole if isinstance(n, LocalInt) else n
 
 
 def local_of(n: Any, tp: int) -> tuple[int, ...]:
@@ -212,6 +260,9 @@ class Recorder(TorchFunctionMode):
         self.tables: set[str] = set()  # modules that look up in a table whose style does it on shards
         self.whole_reads = whole_reads
         LocalInt.diverging = set()
+        self.local_reads: set[Any] = set()  # where code is told the sizes of a shard
+        self.before: dict[int, tuple[Tensor, Tensor, Any]] = {}  # of a call that writes into what it is given: that, and its layout
+        self.given: list[LocalInt] = []  # what the call that runs is given of these
         self.sinks: list[Tensor] = []
         self.standard, self.heads = standard, heads
         self.found = Found()
@@ -291,7 +342,13 @@ class Recorder(TorchFunctionMode):
             )
             self.found.calls.setdefault(module, []).append(Call(name, read[2], sizes=sizes if any(sizes) else ()))
             return func(*args, **kwargs)
+        if name in COUNTS:
+            self.local_reads |= {read}
+            local = tuple(math.prod(n) for n in zip(*self.local_sizes(x), strict=True)) if name != "__len__" else self.local_sizes(x)[0]
+            return LocalInt.of(func(*args, **kwargs), local, frozenset([read]))
         shape = self.shape(x, read)
+        if any(isinstance(n, LocalInt) for n in shape):
+            self.local_reads |= {read}
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return shape if dim is None or name != "size" else shape[dim]
 
@@ -305,7 +362,7 @@ class Recorder(TorchFunctionMode):
                 with _untraced():
                     return self._read(func, name, args, kwargs, sys._getframe(1))
             return func(*args, **kwargs)
-        if name == "size" and self._has_layout(args[0]):
+        if name in READS and self._has_layout(args[0]):
             with _untraced():
                 return self._read(func, name, args, kwargs, sys._getframe(1))
         given_args, given_kwargs = args, kwargs
@@ -315,11 +372,23 @@ class Recorder(TorchFunctionMode):
         self.tracer.events = []
         self.equation = args[0] if name == "einsum" and isinstance(args[0], str) else ""
         module = self.tracer.stack[-1]
+        self.before = {}
+        if _writes(name, kwargs):
+            with _untraced():
+                self.before = {id(t): (t, t.clone(), self.layout(t)) for _, t in _with_paths(args, kwargs)}
         out = func(*args, **kwargs)
+        self.given = list(_local_ints((given_args, given_kwargs)))
         if module == self.tracer.stack[-1] and module not in self.standard:
             with _untraced():
                 self._look(name, func, given_args, given_kwargs, out, module, sys._getframe(1))
+        for n in self.given:  # no size that is known to be changed: a number, whatever it is for
+            n.computed_with()
         return out
+
+    def _are_sizes(self, numbers: Any) -> None:
+        """These of what a call is given are local where it is local."""
+        known = {id(n) for n in numbers if isinstance(n, LocalInt)}
+        self.given = [n for n in self.given if id(n) not in known]
 
     def _has_layout(self, t: Tensor) -> bool:
         shadow = self.tracer.shadow(t)
@@ -373,6 +442,8 @@ class Recorder(TorchFunctionMode):
                 self._keeps_dim(name, args, kwargs, operands[0][1], layouts[0])
             else:
                 change["operands"] = self._operands(name, operands, layouts, outs, out_layouts, events)
+            if "in" not in events and to_logits is None and name not in RANDOM:
+                self._holds_on_shards(Call(name, (), **{k: v for k, v in change.items() if v}), func, args, kwargs, out)
         except _Unknown as e:
             labels = [self.features(t) for _, t in operands if self._has_layout(t)]
             self.found.broken.append((labels[0] if labels else self.tracer.label(outs[0]), f"{name} in `{module}`: {e}"))
@@ -389,6 +460,51 @@ class Recorder(TorchFunctionMode):
             self.found.calls.setdefault(module, []).append(Call(name, place(frame), **change))
         else:
             self._hold(name, module, frame)
+
+    def _holds_on_shards(self, call: Call, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Make the call once more on the shards of the first and the last rank: its results have to be the shards of what came out.
+
+        Raises:
+            _Unknown: if they are not.
+        """
+        given = [t for _, t in _with_paths(args, kwargs)]
+        wholes = {id(t): self.before[id(t)][1] if id(t) in self.before else t for t in given}
+        results = [*_tensors(out), *(t for t in given[:1] if id(t) in self.before)]
+        if sum(t.numel() for t in (*given, *results)) > MOST_TRIED:
+            return
+        if any(t.is_meta for t in (*given, *results)):
+            wholes = {id(t): self._some_values(t) for t in given}
+            if any(t is None for t in wholes.values()):
+                return
+            copies = {i: t.clone() for i, t in wholes.items()}
+            made = func(*_plain(_swapped(args, copies)), **_plain(_swapped(kwargs, copies)))
+            expected = [*_tensors(made), *(copies[id(t)] for t in given[:1] if id(t) in self.before)]
+        else:
+            expected = results
+        layouts = {id(t): self.before[id(t)][2] if id(t) in self.before else self.layout(t) for t in given}
+        out_layouts = [self.layout(t) for t in results]
+        if any(isinstance(x, str) for x in (*layouts.values(), *out_layouts)):
+            return
+        call = replace(call, operands=tuple(replace(o, enter=False) for o in call.operands))
+        for rank in (0, self.tp - 1):
+            shards = {id(t): _shard(wholes[id(t)], layouts[id(t)], rank).clone() for t in given}
+            try:
+                alone = SimpleNamespace(rank=rank, size=self.tp)
+                mine = run_call(call, func, _on_rank(_swapped(args, shards), rank), _on_rank(_swapped(kwargs, shards), rank), alone)  # type: ignore[arg-type]
+            except Exception as error:
+                raise _Unknown(f"it does not run on shards ({type(error).__name__})") from error
+            got = [*_tensors(mine), *(shards[id(t)] for t in given[:1] if id(t) in self.before)]
+            wanted = [_shard(t, layout, rank) for t, layout in zip(expected, out_layouts, strict=True)]
+            if len(got) != len(wanted) or not all(_same(a, b) for a, b in zip(got, wanted, strict=True)):
+                raise _Unknown("it is another one on shards")
+
+    def _some_values(self, t: Tensor) -> Tensor | None:
+        """In place of one without values: what is known of it, or some."""
+        if not t.is_meta:
+            return t
+        if id(t) in self.tracer.values:
+            return self.tracer.values[id(t)][1]
+        return torch.rand(t.shape, dtype=torch.float32).to(t.dtype) if t.is_floating_point() or t.is_complex() else None
 
     def _hold(self, name: str, module: str, frame: Any) -> None:
         """Nothing changes in this call, but another from the same place in the code may: it holds its turn."""
@@ -487,6 +603,7 @@ class Recorder(TorchFunctionMode):
                 raise _Unknown("sizes by keyword")
         if given and not isinstance(given[0], int):
             return ()  # view(dtype)
+        self._are_sizes(given)
         needed = self.local_sizes(out)
         if name == "unflatten":
             start = args[1] % x.ndim
@@ -496,7 +613,7 @@ class Recorder(TorchFunctionMode):
             needed = [tuple(n // b for n, b in zip(ns, bs, strict=True)) for ns, bs in zip(needed, before, strict=True)]
         changes: list[list[tuple[int, int, int]]] = [[] for _ in range(self.tp)]
         for i, (g, want) in enumerate(zip(given, needed, strict=True)):
-            if int(g) == -1:
+            if whole_of(g) == -1:
                 continue
             have = local_of(g, self.tp)
             for rank in range(self.tp):
@@ -509,12 +626,15 @@ class Recorder(TorchFunctionMode):
         first = FIRST_SIZE.get(name, 1)
         packed = len(args) == first + 1 and isinstance(args[first], (tuple, list))
         given = list(args[first] if packed else args[first:])
+        if name in ("full", "new_full"):
+            return  # a fill value stands beside the sizes
+        self._are_sizes(given)
         changes: list[list[tuple[int, int, int]]] = [[] for _ in range(self.tp)]
         for i, g in enumerate(given):
             if isinstance(g, LocalInt):
                 for rank in range(self.tp):
-                    if g.local[rank] != int(g):
-                        changes[rank].append((i, *_fraction(int(g), g.local[rank])))
+                    if g.local[rank] != g.whole:
+                        changes[rank].append((i, *_fraction(g.whole, g.local[rank])))
         if any(changes):
             call = Call(name, place(frame), sizes=tuple(tuple(c) for c in changes))
             self.found.calls.setdefault(module, []).append(call)
@@ -530,14 +650,12 @@ class Recorder(TorchFunctionMode):
             return ()
         needed = [[self.local_sizes(t)[dim][r] for t in outs] for r in range(self.tp)]
         how = args[1] if len(args) > 1 else next(iter(v for k, v in kwargs.items() if k != "dim"))
-        for t, whole in zip(outs, (self.layout(t) for t in outs), strict=True):
-            if whole is None and self.tracer.shadow(t).label is not None and t.shape[dim] != x.shape[dim]:
-                pass
+        self._are_sizes(how if isinstance(how, (tuple, list)) else [how])
         same = True
         for rank in range(self.tp):
             length = self.local_sizes(x)[dim][rank]
             if name in ("chunk", "unsafe_chunk", "tensor_split"):
-                have = [len(c) for c in torch.arange(length).chunk(int(how))] if name != "tensor_split" else []
+                have = [len(c) for c in torch.arange(length).chunk(local_of(how, self.tp)[rank])] if name != "tensor_split" else []
             elif isinstance(how, int):
                 size = local_of(how, self.tp)[rank]
                 have = [min(size, length - i) for i in range(0, length, size)] if size else []
@@ -568,12 +686,13 @@ class Recorder(TorchFunctionMode):
         item = items[position]
         if not isinstance(item, slice):
             raise _Unknown("an index into the split dim")
+        self._are_sizes((item.start, item.stop, item.step))
         length = x.shape[dim]
         changes = []
         same = True
         for rank in range(self.tp):
             mine = pattern.index(rank, length)
-            bounds = [None if b is None else int(b) for b in (item.start, item.stop, item.step)]
+            bounds = [None if b is None else int(whole_of(b)) for b in (item.start, item.stop, item.step)]
             wanted = torch.zeros(length, dtype=torch.bool)
             wanted[slice(*bounds)] = True
             places = wanted[mine].nonzero().squeeze(1)
@@ -596,8 +715,96 @@ class Recorder(TorchFunctionMode):
             raise _Unknown("along the split dim")
 
 
+def computed_unseen(
+    model: Any, call: Any, inputs: Any, whole: Any, shared: Any, make: Any, once: Any, recorder: Recorder, tracer: Tracer
+) -> set[Any]:
+    """Reads of sizes of shards by which code computes where that can't be seen: `range(n)`, an index into a list.
+
+    The model runs once more with the numbers that a rank's code would have, where whatever is known for a size is made whole again. What
+    then still comes out otherwise is not known for a size.
+
+    Args:
+        recorder: of the run before, in which nothing was seen to be computed with.
+        tracer: of that run.
+
+    Returns:
+        Those around the first operation that is another one; nothing if all are the same.
+    """
+    if not recorder.local_reads:
+        return set()
+    before = LocalInt.diverging
+    for rank in sorted({0, recorder.tp - 1}):
+        LocalInt.shown = rank
+        try:
+            with modules_as_they_were(model):
+                _, _, again = run(model, call, inputs, whole, shared, make, during=once)
+            log = again.log
+        except Exception:  # code came to what is none
+            log = []
+        finally:
+            LocalInt.shown, LocalInt.diverging = None, before
+        pairs = itertools.zip_longest(tracer.log, log)
+        other = next((a or b for a, b in pairs if a != b), None)
+        if other is not None:
+            near = {r for r in recorder.local_reads if log and _around(r[0], other[0])}
+            return near or recorder.local_reads
+    return set()
+
+
+def _around(a: str, b: str) -> bool:
+    """Whether one of two modules holds the other."""
+    return not a or not b or f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+
+
 class _Unknown(Exception):
     """A call that can't be changed into one on shards."""
+
+
+def _writes(name: str, kwargs: Any) -> bool:
+    """Whether a torch function of this name writes into what it is given."""
+    return name in WRITES or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
+
+
+def _shard(t: Tensor, layout: Any, rank: int) -> Tensor:
+    return t if layout is None else t.index_select(layout[0], layout[1].index(rank, t.shape[layout[0]]))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    a, b = a.detach(), b.detach()
+    finite = b.isfinite()
+    scale = float(b[finite].abs().max()) if bool(finite.any()) else 0.0
+    tolerance = 0.05 if a.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def _swapped(x: Any, tensors: dict[int, Tensor]) -> Any:
+    """With other tensors in place of these."""
+    if isinstance(x, Tensor):
+        return tensors.get(id(x), x)
+    if type(x) in (tuple, list):
+        return type(x)(_swapped(i, tensors) for i in x)
+    if type(x) is dict:
+        return {k: _swapped(v, tensors) for k, v in x.items()}
+    return x
+
+
+def _on_rank(x: Any, rank: int) -> Any:
+    """With the sizes that the code of this rank has."""
+    if isinstance(x, LocalInt):
+        return x.local[rank]
+    if isinstance(x, LocalShape):
+        return torch.Size(_on_rank(n, rank) for n in x)
+    if type(x) in (tuple, list):
+        return type(x)(_on_rank(i, rank) for i in x)
+    if type(x) is dict:
+        return {k: _on_rank(v, rank) for k, v in x.items()}
+    if isinstance(x, slice):
+        return slice(*(_on_rank(i, rank) for i in (x.start, x.stop, x.step)))
+    return x
 
 
 def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Pattern] | None:
@@ -621,8 +828,6 @@ def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Patt
 
 
 def _fraction(num: int, den: int) -> tuple[int, int]:
-    import math
-
     if den == 0:
         return num, 0
     g = math.gcd(num, den)
@@ -632,9 +837,9 @@ def _fraction(num: int, den: int) -> tuple[int, int]:
 def _plain(x: Any) -> Any:
     """Without the local sizes: what this run works with."""
     if isinstance(x, LocalInt):
-        return int(x)
+        return x.whole
     if isinstance(x, LocalShape):
-        return torch.Size(int(n) for n in x)
+        return torch.Size(whole_of(n) for n in x)
     if type(x) in (tuple, list):
         return type(x)(_plain(i) for i in x)
     if type(x) is dict:
@@ -642,6 +847,18 @@ def _plain(x: Any) -> Any:
     if isinstance(x, slice):
         return slice(_plain(x.start), _plain(x.stop), _plain(x.step))
     return x
+
+
+def _local_ints(x: Any) -> Iterator[LocalInt]:
+    if isinstance(x, LocalInt):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for i in x:
+            yield from _local_ints(i)
+    elif isinstance(x, dict):
+        yield from _local_ints(tuple(x.values()))
+    elif isinstance(x, slice):
+        yield from _local_ints((x.start, x.stop, x.step))
 
 
 def _tensors(out: Any) -> list[Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_tp.comm import State, even_shard
 from lightning_tp.fsdp import find_blocks
 from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.record import Found, LocalInt, Recorder
+from lightning_tp.infer.record import Found, LocalInt, Recorder, computed_unseen
 from lightning_tp.infer.repeats import Alike, followed, for_all
 from lightning_tp.infer.trace import Shadow, Trace, Tracer, _untraced, leaves, run
 from lightning_tp.plan import Plan, Rule
@@ -293,6 +293,13 @@ def _cut(
             stream.close()
     stream = made[0]
     stream.check(trace)
+    try:
+        unseen = computed_unseen(model, call, inputs, everything, {}, recorder, once, stream.recorder, tracer)
+    finally:
+        for again in made[1:]:
+            again.close()
+    if unseen:
+        raise CantBeInShards("its code computes with the length of the sequence", stream._around({read[0] for read in unseen}))
     if any(label is not None and bool(label.any()) for label in (tracer.shadow(t).label for t in leaves(out))):
         raise CantBeInShards("tokens in shards leave the model")
     split = [r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)]

@@ -18,7 +18,7 @@ from lightning_tp.comm import even_shard
 from lightning_tp.dropout import without_dropout
 from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.record import Found, LocalInt, Recorder
+from lightning_tp.infer.record import Found, LocalInt, Recorder, computed_unseen
 from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed, for_all
 from lightning_tp.infer.restore import Weightless, modules_as_they_were
 from lightning_tp.infer.sequence import CantBeInShards, with_sequence_parallel
@@ -412,12 +412,16 @@ def _record(
     while True:
         with modules_as_they_were(model):
             _, out, tracer = run(model, call, inputs, whole, shared, make, during=once)
-        if not LocalInt.diverging - whole_reads:
+        recorder = recorders[-1]
+        if LocalInt.diverging - whole_reads:
+            whole_reads |= LocalInt.diverging
+        elif unseen := computed_unseen(model, call, inputs, whole, shared, make, once, recorder, tracer):
+            whole_reads |= unseen
+        else:
             break
-        whole_reads |= LocalInt.diverging
     outputs = [tracer.shadow(t).label for t in leaves(out)]
-    recorders[-1].found.local_uses, recorders[-1].found.trace = tracer.trace.local_uses, tracer.trace
-    return recorders[-1].found, [x for x in outputs if x is not None]
+    recorder.found.local_uses, recorder.found.trace = tracer.trace.local_uses, tracer.trace
+    return recorder.found, [x for x in outputs if x is not None]
 
 
 def _broken(found: Found, trace: Trace, owner: Tensor, sinks: list[Tensor], heads: dict[str, int], tp: int) -> dict[Key, str]:

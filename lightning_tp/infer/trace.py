@@ -88,6 +88,7 @@ MOVES = {
     ),
     *("view_as_complex", "_conj", "swapaxes", "flatten", "unflatten"),
 }
+MOST_WRITTEN = 2**12  # elements of a tensor of numbers in the code that are compared between runs
 MOST_KNOWN = 2**22  # elements of a tensor whose values are computed although the model is on the meta device
 REDUCTIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod", "logsumexp", "argmax", "argmin", "any", "all"),
@@ -144,6 +145,7 @@ class Tracer(TorchDispatchMode):
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
         self.gathered = False  # whether what every rank has with a share of its gradient may be read by a split weight
         self.deferring = False  # whether terms of sums over ranks are not added up where they are made
+        self.log: list[tuple[Any, ...]] = []  # (module, operation, what it is given beside tensors, shapes of what comes out)
         self.names = {id(p): n for n, p in model.named_parameters()}
         self.shapes = {n: p.shape for n, p in model.named_parameters()}
 
@@ -195,6 +197,7 @@ class Tracer(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._looked_at(args[0])
         out = self._computed(func, args, kwargs, tensors)
+        self._log_call(func, args, kwargs, out)
         shadows = [self.shadow(t) for t in tensors]
         if not any(s.label is not None or s.param is not None or s.grad for s in shadows):
             return out
@@ -231,6 +234,14 @@ class Tracer(TorchDispatchMode):
             self.twins[id(t)] = (t, twin)
             self.values[id(twin)] = (twin, t.detach().cpu())
         return self.twins[id(t)][1]
+
+    def _log_call(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        rest = tuple(x if isinstance(x, (int, float, str, type(None))) else str(x) for x in _not_tensors((args, kwargs)))
+        made: tuple[Any, ...] = tuple(tuple(t.shape) for t in tree_flatten(out)[0] if isinstance(t, Tensor))
+        if func is torch.ops.aten.lift_fresh.default and not out.is_meta and out.numel() <= MOST_WRITTEN:  # numbers of the code
+            with _untraced():
+                made = (*made, str(out.tolist()))
+        self.log.append((self.stack[-1], func, rest, made))
 
     def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         """On the meta device: positions, masks and the like have known values; compute them, for code that decides by them."""
@@ -589,6 +600,10 @@ class Tracer(TorchDispatchMode):
 
     def _shape_of(self, name: str) -> torch.Size:
         return self.shapes[name]
+
+
+def _not_tensors(x: Any) -> list[Any]:
+    return [i for i in tree_flatten(x)[0] if not isinstance(i, Tensor)]
 
 
 def _called(func: Any) -> str:

@@ -9,6 +9,7 @@ from, at a microsecond or two for each call of a torch function inside the modul
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,7 +32,8 @@ from lightning_tp.styles.rewrite import rewritten
 
 SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
 WITH_BIAS: dict[str, Callable[..., Any]] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
-READS = frozenset({"__get__", "size"})
+COUNTS = frozenset({"numel", "nelement", "__len__"})
+READS = frozenset({"__get__", "size"}) | COUNTS
 FACTORIES = frozenset({"zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full"})
 FIRST_SIZE = {"unflatten": 2, "zeros": 0, "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0}  # else 1: behind the tensor
 SPLIT_CALLS = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
@@ -350,11 +352,14 @@ def _whole_read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], axis:
             sizes[at] = length_of(args[0], axis)
         else:
             sizes[at] = sizes[at] * num // den if den else num
+    if call.name in COUNTS:
+        return sizes[0] if call.name == "__len__" else math.prod(sizes)
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return torch.Size(sizes) if dim is None or call.name != "size" else sizes[dim]
 
 
 def _with_operands(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = args
     args, kwargs = (
         tuple(list(a) if isinstance(a, (list, tuple)) and not isinstance(a, torch.Size) else a for a in args),
         dict(kwargs),
@@ -368,7 +373,7 @@ def _with_operands(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], ax
         if operand.part is not None and not _made_local(x, operand, new, kwargs):
             x = part_of(x, operand.part, axis.rank)
         holder[operand.path[-1]] = x
-    return tuple(new), kwargs
+    return tuple(tuple(n) if isinstance(a, tuple) else n for n, a in zip(new, given, strict=True)), kwargs
 
 
 def _holder(path: tuple[int | str, ...], args: list[Any], kwargs: dict[str, Any]) -> Any:
