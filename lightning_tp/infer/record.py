@@ -69,6 +69,7 @@ RANDOM = {
 }  # what comes out is another one each time
 WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__iand__", "__ior__", "__ixor__"}
 MOST_TRIED = 2**22  # elements of what a call is given and returns, above which it is not tried on shards
+MOST_CUT = 3  # operands of one call that may turn out to be whole on each rank, although a size of theirs is that of the split dim
 MOVES = SIZE_CALLS | SPLIT_CALLS | {"__getitem__", "narrow", "select", "index_select", "unbind", "narrow_copy", "movedim"}
 
 
@@ -260,6 +261,9 @@ class Recorder(TorchFunctionMode):
         self.tables: set[str] = set()  # modules that look up in a table whose style does it on shards
         self.whole_reads = whole_reads
         LocalInt.diverging = set()
+        self.layouts: dict[int, tuple[Tensor, Tensor | None, Any]] = {}  # of tensors with these labels
+        self.tried: set[Any] = set()  # calls that give the same on shards
+        self.uneven = False  # whether code is told sizes that are not the same on all ranks
         self.local_reads: set[Any] = set()  # where code is told the sizes of a shard
         self.before: dict[int, tuple[Tensor, Tensor, Any]] = {}  # of a call that writes into what it is given: that, and its layout
         self.given: list[LocalInt] = []  # what the call that runs is given of these
@@ -299,6 +303,13 @@ class Recorder(TorchFunctionMode):
 
     def layout(self, t: Tensor) -> tuple[int, Pattern] | str | None:
         """(dim, pattern); None where it is whole; a reason where it is neither."""
+        label = self.tracer.shadow(t).label
+        known = self.layouts.get(id(t))
+        if known is None or known[0] is not t or known[1] is not label:
+            known = self.layouts[id(t)] = (t, label, self._layout(t))
+        return known[2]
+
+    def _layout(self, t: Tensor) -> tuple[int, Pattern] | str | None:
         ranks = self.ranks(t)
         if ranks is None:
             return None
@@ -343,12 +354,17 @@ class Recorder(TorchFunctionMode):
             self.found.calls.setdefault(module, []).append(Call(name, read[2], sizes=sizes if any(sizes) else ()))
             return func(*args, **kwargs)
         if name in COUNTS:
+            sizes = self.local_sizes(x)
+            local = sizes[0] if name == "__len__" else tuple(math.prod(n) for n in zip(*sizes, strict=True))
+            shape = LocalShape((LocalInt.of(func(*args, **kwargs), local, frozenset([read])),))
+        else:
+            shape = self.shape(x, read)
+        different = [n.local for n in shape if isinstance(n, LocalInt)]
+        if different:
             self.local_reads |= {read}
-            local = tuple(math.prod(n) for n in zip(*self.local_sizes(x), strict=True)) if name != "__len__" else self.local_sizes(x)[0]
-            return LocalInt.of(func(*args, **kwargs), local, frozenset([read]))
-        shape = self.shape(x, read)
-        if any(isinstance(n, LocalInt) for n in shape):
-            self.local_reads |= {read}
+            self.uneven |= any(len(set(n)) > 1 for n in different)
+        if name in COUNTS:
+            return shape[0]
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return shape if dim is None or name != "size" else shape[dim]
 
@@ -359,11 +375,11 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             if func.__self__ is Tensor.shape and self._has_layout(args[0]):
-                with _untraced():
+                with torch._C.DisableTorchFunction(), _untraced():
                     return self._read(func, name, args, kwargs, sys._getframe(1))
             return func(*args, **kwargs)
         if name in READS and self._has_layout(args[0]):
-            with _untraced():
+            with torch._C.DisableTorchFunction(), _untraced():
                 return self._read(func, name, args, kwargs, sys._getframe(1))
         given_args, given_kwargs = args, kwargs
         args, kwargs = _plain(args), _plain(kwargs)
@@ -374,12 +390,12 @@ class Recorder(TorchFunctionMode):
         module = self.tracer.stack[-1]
         self.before = {}
         if _writes(name, kwargs):
-            with _untraced():
+            with torch._C.DisableTorchFunction(), _untraced():
                 self.before = {id(t): (t, t.clone(), self.layout(t)) for _, t in _with_paths(args, kwargs)}
         out = func(*args, **kwargs)
         self.given = list(_local_ints((given_args, given_kwargs)))
         if module == self.tracer.stack[-1] and module not in self.standard:
-            with _untraced():
+            with torch._C.DisableTorchFunction(), _untraced():
                 self._look(name, func, given_args, given_kwargs, out, module, sys._getframe(1))
         for n in self.given:  # no size that is known to be changed: a number, whatever it is for
             n.computed_with()
@@ -398,12 +414,14 @@ class Recorder(TorchFunctionMode):
         logits = args[0] if args else kwargs["input"]
         if self.tracer.shadow(logits).label is None:
             return func(*args, **kwargs)
-        with _untraced():
+        with torch._C.DisableTorchFunction(), _untraced():
             plain = logits.detach()
             self.sinks.append(self.tracer.label(logits))
         return func(plain, *args[1:], **kwargs) if args else func(**{**kwargs, "input": plain})
 
     def _look(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
+        if LocalInt.shown is not None:
+            return
         outs = [t for t in _tensors(out)]
         operands = [(path, t) for path, t in _with_paths(args, kwargs)]
         events = dict((kind, p) for kind, p in self.tracer.events)
@@ -443,7 +461,8 @@ class Recorder(TorchFunctionMode):
             else:
                 change["operands"] = self._operands(name, operands, layouts, outs, out_layouts, events)
             if "in" not in events and to_logits is None and name not in RANDOM:
-                self._holds_on_shards(Call(name, (), **{k: v for k, v in change.items() if v}), func, args, kwargs, out)
+                tried = Call(name, place(frame), **{k: v for k, v in change.items() if v})
+                change["operands"] = self._tried(tried, func, args, kwargs, out, operands, outs, [*layouts, *out_layouts])
         except _Unknown as e:
             labels = [self.features(t) for _, t in operands if self._has_layout(t)]
             self.found.broken.append((labels[0] if labels else self.tracer.label(outs[0]), f"{name} in `{module}`: {e}"))
@@ -461,42 +480,78 @@ class Recorder(TorchFunctionMode):
         else:
             self._hold(name, module, frame)
 
-    def _holds_on_shards(self, call: Call, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _tried(
+        self, call: Call, func: Any, args: Any, kwargs: Any, out: Any, operands: Any, outs: Any, layouts: Any
+    ) -> tuple[Operand, ...]:
+        """The operands of the call as it is right on shards: equal sizes do not say that two dims lie beside each other, so it is tried.
+
+        Raises:
+            _Unknown: if it is not right.
+        """
+        cut = [i for i, o in enumerate(call.operands) if o.part is not None]
+        wrong: _Unknown | None = None
+        for kept in itertools.chain.from_iterable(itertools.combinations(cut, n) for n in range(min(len(cut), MOST_CUT) + 1)):
+            changed = [replace(o, part=None, beside=None) if i in kept else o for i, o in enumerate(call.operands)]
+            changed = [o for o in changed if o.part is not None or o.enter]
+            try:
+                if not self._holds_on_shards(replace(call, operands=tuple(changed)), func, args, kwargs, out):
+                    reference = next((t, x) for t, x in zip([*(t for _, t in operands), *outs], layouts, strict=True) if x)
+                    if call.name not in NO_SLICE | PRODUCTS | ALONG_OTHERS | MOVES:
+                        self._lines_up(operands, outs, reference)
+                return tuple(changed)
+            except _Unknown as no:
+                wrong = wrong or no
+        assert wrong is not None
+        raise wrong
+
+    def _holds_on_shards(self, call: Call, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         """Make the call once more on the shards of the first and the last rank: its results have to be the shards of what came out.
+
+        Returns:
+            Whether that could be tried: not without values, nor with too many.
 
         Raises:
             _Unknown: if they are not.
         """
         given = [t for _, t in _with_paths(args, kwargs)]
-        wholes = {id(t): self.before[id(t)][1] if id(t) in self.before else t for t in given}
         results = [*_tensors(out), *(t for t in given[:1] if id(t) in self.before)]
-        if sum(t.numel() for t in (*given, *results)) > MOST_TRIED:
-            return
-        if any(t.is_meta for t in (*given, *results)):
-            wholes = {id(t): self._some_values(t) for t in given}
-            if any(t is None for t in wholes.values()):
-                return
-            copies = {i: t.clone() for i, t in wholes.items()}
-            made = func(*_plain(_swapped(args, copies)), **_plain(_swapped(kwargs, copies)))
-            expected = [*_tensors(made), *(copies[id(t)] for t in given[:1] if id(t) in self.before)]
-        else:
-            expected = results
         layouts = {id(t): self.before[id(t)][2] if id(t) in self.before else self.layout(t) for t in given}
         out_layouts = [self.layout(t) for t in results]
         if any(isinstance(x, str) for x in (*layouts.values(), *out_layouts)):
-            return
+            return False
+        if sum(t.numel() for t in (*given, *results)) > MOST_TRIED:
+            return False
         call = replace(call, operands=tuple(replace(o, enter=False) for o in call.operands))
+        kinds = tuple((t.shape, layouts[id(t)]) for t in given)
+        if all(t.is_floating_point() for t in given) and (call, kinds) in self.tried:
+            return True  # in a block before
+        wholes = {id(t): self.before[id(t)][1] if id(t) in self.before else t for t in given}
+        expected = results
+        if any(t.is_meta for t in (*given, *results)):
+            values = {id(t): self._some_values(t) for t in given}
+            copies = {i: t.clone() for i, t in values.items() if t is not None}
+            try:
+                made = func(*_plain(_swapped(args, copies)), **_plain(_swapped(kwargs, copies)))
+            except Exception:  # it may mix them with what has no values
+                return False
+            wholes = {i: t for i, t in values.items() if t is not None}
+            expected = [*_tensors(made), *(copies[id(t)] for t in given[:1] if id(t) in self.before)]
+            if len(wholes) < len(values) or any(t.is_meta for t in expected):
+                return False
         for rank in (0, self.tp - 1):
             shards = {id(t): _shard(wholes[id(t)], layouts[id(t)], rank).clone() for t in given}
+            alone: Any = SimpleNamespace(rank=rank, size=self.tp)
+            here = (_on_rank(_swapped(x, shards), rank) for x in (args, kwargs))
             try:
-                alone = SimpleNamespace(rank=rank, size=self.tp)
-                mine = run_call(call, func, _on_rank(_swapped(args, shards), rank), _on_rank(_swapped(kwargs, shards), rank), alone)  # type: ignore[arg-type]
+                mine = run_call(call, func, *here, alone)
             except Exception as error:
                 raise _Unknown(f"it does not run on shards ({type(error).__name__})") from error
             got = [*_tensors(mine), *(shards[id(t)] for t in given[:1] if id(t) in self.before)]
             wanted = [_shard(t, layout, rank) for t, layout in zip(expected, out_layouts, strict=True)]
             if len(got) != len(wanted) or not all(_same(a, b) for a, b in zip(got, wanted, strict=True)):
-                raise _Unknown("it is another one on shards")
+                raise _Unknown("its result on shards is another one")
+        self.tried.add((call, kinds))
+        return True
 
     def _some_values(self, t: Tensor) -> Tensor | None:
         """In place of one without values: what is known of it, or some."""
@@ -519,8 +574,6 @@ class Recorder(TorchFunctionMode):
             reference = None  # a product with a split weight: what lies beside the summed dim is not in it
         if name == "einsum":
             return self._einsum(operands, layouts, outs[0], out_layouts[0])
-        if reference is not None and name not in NO_SLICE | PRODUCTS | ALONG_OTHERS:
-            self._lines_up(operands, outs, reference)
         changed = []
         for (path, t), layout in zip(operands, layouts, strict=True):
             if layout is not None:
@@ -733,7 +786,7 @@ def computed_unseen(
     if not recorder.local_reads:
         return set()
     before = LocalInt.diverging
-    for rank in sorted({0, recorder.tp - 1}):
+    for rank in (0, recorder.tp - 1) if recorder.uneven else (0,):
         LocalInt.shown = rank
         try:
             with modules_as_they_were(model):
@@ -820,7 +873,7 @@ def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Patt
     if t.ndim < from_last:
         return None
     size = t.shape[t.ndim - from_last]
-    if size == 1 or size % pattern.period:
+    if size == 1 or size != other.shape[dim]:
         if name == "scaled_dot_product_attention" and size > 1:
             raise _Unknown(f"{size} heads beside {other.shape[dim]}")
         return None

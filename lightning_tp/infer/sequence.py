@@ -518,9 +518,11 @@ class _Stream:
             region, hidden = self.inside.pop()
             for t, shadow in hidden:
                 self.tracer.put(t, shadow)
-            if region.how != "return":
-                return
             first = _first(out)
+            if region.how != "return":
+                if first is not None and self.tracer.shadow(first).label is not None and not self._in_place(first):
+                    self._fail(f"`{name}` returns tokens that do not lie along dim 1", name)
+                return
             if any(id(t) in self.terms for t in _all(out) if t is not first):
                 self._fail(f"`{name}` returns sums beside its result", name)
             if first is not None and id(first) in self.terms:
