@@ -531,7 +531,8 @@ class Recorder(TorchFunctionMode):
             values = {id(t): self._some_values(t) for t in given}
             copies = {i: t.clone() for i, t in values.items() if t is not None}
             try:
-                made = func(*_plain(_swapped(args, copies)), **_plain(_swapped(kwargs, copies)))
+                with torch._C._EnableTorchFunction():  # for the mode that drops nothing, around this one
+                    made = func(*_plain(_swapped(args, copies)), **_plain(_swapped(kwargs, copies)))
             except Exception:  # it may mix them with what has no values
                 return False
             wholes = {i: t for i, t in values.items() if t is not None}
@@ -543,7 +544,8 @@ class Recorder(TorchFunctionMode):
             alone: Any = SimpleNamespace(rank=rank, size=self.tp)
             here = (_on_rank(_swapped(x, shards), rank) for x in (args, kwargs))
             try:
-                mine = run_call(call, func, *here, alone)
+                with torch._C._EnableTorchFunction():
+                    mine = run_call(call, func, *here, alone)
             except Exception as error:
                 raise _Unknown(f"it does not run on shards ({type(error).__name__})") from error
             got = [*_tensors(mine), *(shards[id(t)] for t in given[:1] if id(t) in self.before)]
