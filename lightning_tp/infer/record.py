@@ -22,7 +22,19 @@ from torch.overrides import TorchFunctionMode
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.restore import modules_as_they_were
 from lightning_tp.infer.trace import Trace, Tracer, _untraced, run
-from lightning_tp.styles.local_ops import COUNTS, FACTORIES, FIRST_SIZE, READS, SIZE_CALLS, SPLIT_CALLS, Call, Operand, Pattern, place, run_call
+from lightning_tp.styles.local_ops import (
+    COUNTS,
+    FACTORIES,
+    FIRST_SIZE,
+    READS,
+    SIZE_CALLS,
+    SPLIT_CALLS,
+    Call,
+    Operand,
+    Pattern,
+    place,
+    run_call,
+)
 
 NO_SLICE = {
     "linear",
@@ -250,6 +262,8 @@ class Recorder(TorchFunctionMode):
         whole_reads: places where a size is read that has to be the whole one.
     """
 
+    remakes = False  # whether what is whole may be made with sizes read from shards; else code is told the whole ones
+
     def __init__(
         self, tracer: Tracer, owner: Tensor, tp: int, standard: set[str], heads: dict[str, int], split: Any, whole_reads: Any
     ) -> None:
@@ -439,7 +453,7 @@ class Recorder(TorchFunctionMode):
         to_logits = self.heads.get(events.get("out", ""))
         shares = any(self._is_share(t) for t in outs) and any(self._enters(t) for _, t in operands)
         if all(x is None for x in (*layouts, *out_layouts)) and "in" not in events and to_logits is None and not shares:
-            if name in SIZE_CALLS | FACTORIES and outs:
+            if self.remakes and name in SIZE_CALLS | FACTORIES and outs:
                 self._whole_sizes(name, args, outs[0], module, frame)
             else:
                 self._hold(name, module, frame)
@@ -671,6 +685,8 @@ class Recorder(TorchFunctionMode):
             if whole_of(g) == -1:
                 continue
             have = local_of(g, self.tp)
+            if isinstance(g, LocalInt) and have != tuple(want):
+                g.computed_with()  # how it follows from the size of a shard may be another matter with another batch
             for rank in range(self.tp):
                 if have[rank] != want[rank]:
                     changes[rank].append((i, *_fraction(want[rank], have[rank])))  # x / 0: the size itself

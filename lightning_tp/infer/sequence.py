@@ -324,6 +324,8 @@ def _unseen(hook: Callable[..., None]) -> Callable[..., None]:
 class _Tokens(Recorder):
     """Sees the calls between the regions, where a token may meet itself and parameters only."""
 
+    remakes = True
+
     def __init__(self, stream: _Stream, tracer: Tracer, tp: int) -> None:
         super().__init__(tracer, torch.full((1,), -1), tp, set(), {}, {}, stream.choices.reads)
         self.stream = stream

@@ -120,7 +120,10 @@ BETWEEN: dict[str, tuple[Between, bool]] = {
     "written": (written, False),
     "written_token": (written_token, True),
     # as many of this as of that
-    "outer_product": (lambda m, x: torch.stack([torch.outer(torch.arange(8.0), t).sum(0) for t in x.flatten(0, 1)]).view(B, T, -1), True),
+    "outer_product": (
+        lambda m, x: torch.stack([torch.outer(torch.arange(8.0), t).sum(0) for t in x.flatten(0, 1)]).view(B, T, -1),
+        True,
+    ),
     "square_product": (lambda m, x: ((torch.arange(64.0).view(D, D) / 64) @ tokens(x))[:, :T], True),
     "square_einsum": (lambda m, x: torch.einsum("st,btd->bsd", torch.arange(64.0).view(D, D) / 64, tokens(x))[:, :T], True),
     "square_mask": (lambda m, x: tokens(x).masked_fill(torch.ones(D, 1).cumsum(0) > 4, 0.0)[:, :T], True),
@@ -146,11 +149,15 @@ _DECODER = {**zoo._DECODER, "max_position_embeddings": 64}
 _ROUTED = {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
 # name -> model type, sizes without coincidences, sizes with them
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "experts_twice_as_wide": ("mixtral", {**_ROUTED, "intermediate_size": 44}, {**_ROUTED, "intermediate_size": 16}),  # 2 * 16 = 32
-    "experts_as_wide": ("mixtral", {**_ROUTED, "intermediate_size": 44}, {**_ROUTED, "intermediate_size": 32}),
+    "experts_twice_as_wide": ("mixtral", {**_ROUTED, "intermediate_size": 48}, {**_ROUTED, "intermediate_size": 16}),  # 2 * 16 = 32
+    "experts_as_wide": ("mixtral", {**_ROUTED, "intermediate_size": 48}, {**_ROUTED, "intermediate_size": 32}),
     "heads_as_wide_as_many": ("llama", _DECODER, {**_DECODER, "hidden_size": 16, "num_attention_heads": 4, "head_dim": 4}),
     "vocabulary_as_inner_width": ("llama", _DECODER, {**_DECODER, "vocab_size": 128, "intermediate_size": 128}),
-    "keys_as_wide_as_a_head": ("llama", {**_DECODER, "num_key_value_heads": 1}, {**_DECODER, "num_key_value_heads": 1, "head_dim": 32}),
+    "keys_as_wide_as_a_head": (
+        "llama",
+        {**_DECODER, "num_key_value_heads": 1, "head_dim": 24},
+        {**_DECODER, "num_key_value_heads": 1, "head_dim": 32},
+    ),
     "alibi": ("bloom", zoo._CONFIGS["bloom"][2], {**zoo._CONFIGS["bloom"][2], "hidden_size": 16}),
 }
 PRIMES = (3, 13)
@@ -182,7 +189,9 @@ def what_is_done(plan: ltp.Plan) -> dict[str, Any]:
     done = {}
     for rule in plan.rules:
         calls = rule.style.calls if isinstance(rule.style, LocalOps) else ()
-        changed = {(c.name, tuple((o.path, o.part is not None) for o in c.operands), c.leave) for c in calls if c.operands or c.leave}
+        changed = {
+            (c.name, tuple((o.path, o.part is not None) for o in c.operands), c.leave) for c in calls if c.operands or c.leave
+        }
         done[rule.pattern, rule.style.name] = changed
     return done
 
@@ -266,15 +275,17 @@ def test_another_batch_than_the_plan_was_made_from(name: str) -> None:
         assert not key.startswith(f"{name} ") or not result, (key, result)
 
 
-@pytest.mark.parametrize("name", ["mha", "mha_without_weights", "mha_sequence_first", "fused_part_first", "scores_alibi"])
-@pytest.mark.parametrize("batch", [(4, 4), (8, 8)])
+@pytest.mark.parametrize("name", ["mha", "mha_sequence_first", "scores_alibi"])
+@pytest.mark.parametrize("batch", [(4, 4)])
 def test_as_many_sequences_as_tokens(name: str, batch: tuple[int, int]) -> None:
     plans = [ltp.infer_plan(*case(name, of)[:2], tp=2) for of in (PRIMES, batch)]
     assert what_is_done(plans[1]) == what_is_done(plans[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("windows", "convolutions", "twice", "pictures", "modulated", "hf_mamba")])
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if n not in ("windows", "convolutions", "twice", "pictures", "modulated", "hf_mamba")]
+)
 def test_plans_do_not_depend_on_the_batch(name: str) -> None:
     if name.startswith("torch_"):
         pytest.skip("its inputs are no tokens")
