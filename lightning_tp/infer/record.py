@@ -32,6 +32,7 @@ from lightning_tp.styles.local_ops import (
     Call,
     Operand,
     Pattern,
+    dim_of_item,
     place,
     run_call,
 )
@@ -368,9 +369,9 @@ class Recorder(TorchFunctionMode):
             self.found.calls.setdefault(module, []).append(Call(name, read[2], sizes=sizes if any(sizes) else ()))
             return func(*args, **kwargs)
         if name in COUNTS:
-            sizes = self.local_sizes(x)
-            local = sizes[0] if name == "__len__" else tuple(math.prod(n) for n in zip(*sizes, strict=True))
-            shape = LocalShape((LocalInt.of(func(*args, **kwargs), local, frozenset([read])),))
+            of_dims = self.local_sizes(x)
+            counts = of_dims[0] if name == "__len__" else tuple(math.prod(n) for n in zip(*of_dims, strict=True))
+            shape = LocalShape((LocalInt.of(func(*args, **kwargs), counts, frozenset([read])),))
         else:
             shape = self.shape(x, read)
         different = [n.local for n in shape if isinstance(n, LocalInt)]
@@ -556,10 +557,10 @@ class Recorder(TorchFunctionMode):
         for rank in (0, self.tp - 1):
             shards = {id(t): _shard(wholes[id(t)], layouts[id(t)], rank).clone() for t in given}
             alone: Any = SimpleNamespace(rank=rank, size=self.tp)
-            here = (_on_rank(_swapped(x, shards), rank) for x in (args, kwargs))
+            my_args, my_kwargs = (_on_rank(_swapped(x, shards), rank) for x in (args, kwargs))
             try:
                 with torch._C._EnableTorchFunction():
-                    mine = run_call(call, func, *here, alone)
+                    mine = run_call(call, func, my_args, my_kwargs, alone)
             except Exception as error:
                 raise _Unknown(f"it does not run on shards ({type(error).__name__})") from error
             got = [*_tensors(mine), *(shards[id(t)] for t in given[:1] if id(t) in self.before)]
@@ -741,17 +742,7 @@ class Recorder(TorchFunctionMode):
             return ()
         dim, pattern = layout
         items = list(args[1]) if isinstance(args[1], tuple) else [args[1]]
-        at = 0
-        position = None
-        known = sum(1 for i in items if i is not None and i is not Ellipsis and not isinstance(i, Tensor))
-        known += sum(i.ndim if i.dtype == torch.bool else 1 for i in items if isinstance(i, Tensor))
-        for n, item in enumerate(items):
-            if item is Ellipsis:
-                at += x.ndim - known
-            elif item is not None:
-                if at == dim:
-                    position = n
-                at += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+        position = next((n for n in range(len(items)) if dim_of_item(items, n, x.ndim) == dim), None)
         if position is None:
             return ()
         item = items[position]
@@ -770,14 +761,14 @@ class Recorder(TorchFunctionMode):
             have_bounds = [None if b is None else local_of(b, self.tp)[rank] for b in (item.start, item.stop, item.step)]
             have = torch.arange(mine.numel())[slice(*have_bounds)]
             if places.numel() == 0:
-                changes.append((position, 0, 0, 1))
+                changes.append((position, 0, 0, 1, mine.numel()))
                 same &= have.numel() == 0
                 continue
             step = int(places[1] - places[0]) if places.numel() > 1 else 1
             if not bool((places.diff() == step).all()):
                 raise _Unknown("a slice that is no slice on a rank")
             same &= torch.equal(have, places)
-            changes.append((position, int(places[0]), int(places[-1]) + 1, step))
+            changes.append((position, int(places[0]), int(places[-1]) + 1, step, mine.numel()))
         return () if same else tuple(changes)
 
     def _keeps_dim(self, name: str, args: Any, kwargs: Any, x: Tensor, layout: Any) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import islice
@@ -121,7 +121,7 @@ class Call:
         sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it, -1
             makes it the length of the sequence that is in shards.
         pieces: for each rank, the sizes that a split makes.
-        items: for each rank, the (position, start, stop, step) of a slice in an index.
+        items: for each rank, the (position, start, stop, step) of a slice in an index, and the length that it is taken of.
         leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
         logits: its result stays split for the loss: the length of the vocabulary.
         to: with `leave`, what the terms become: "replicate", "sequence" (this rank's tokens), or "partial" (terms, as they are).
@@ -132,7 +132,7 @@ class Call:
     operands: tuple[Operand, ...] = ()
     sizes: tuple[tuple[tuple[int, int, int], ...], ...] = ()
     pieces: tuple[tuple[int, ...], ...] = ()
-    items: tuple[tuple[int, int, int | None, int], ...] = ()
+    items: tuple[tuple[int, ...], ...] = ()
     leave: bool = False
     logits: int | None = None
     to: State = "replicate"
@@ -318,7 +318,7 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
         return torch.split(args[0], list(call.pieces[rank]), dim)
     if call.items:
-        args = (args[0], _with_item(args[1], call.items[rank]))
+        args = (args[0], _with_item(args[0], args[1], call.items[rank]))
     if call.leave:
         bias = None
         if func is torch.nn.functional.linear:
@@ -403,7 +403,10 @@ def part_of(x: Tensor, part: tuple[int, Pattern], rank: int) -> Tensor:
     if x.shape[dim] == pattern.period and len(ranges) == 1:
         return x.narrow(dim, ranges[0][0], ranges[0][1] - ranges[0][0])
     if x.shape[dim] % pattern.period:
-        return x  # it was made from this rank's sizes: nothing to take
+        raise TPError(
+            f"An operand of shape {tuple(x.shape)}, of which this rank takes its part along dim {dim}: {x.shape[dim]} is no multiple of "
+            f"{pattern.period}, as it was when the plan was made. Make the plan from inputs like these."
+        )
     return x.index_select(dim, _index(pattern, rank, x.shape[dim], x.device))
 
 
@@ -429,11 +432,31 @@ def _with_sizes(call: Call, args: tuple[Any, ...], rank: int) -> tuple[Any, ...]
     return (*args[:first], tuple(sizes))
 
 
-def _with_item(item: Any, change: tuple[int, int, int | None, int]) -> Any:
-    position, start, stop, step = change
-    if not isinstance(item, tuple):
-        return slice(start, stop, step)
-    return (*item[:position], slice(start, stop, step), *item[position + 1 :])
+def _with_item(x: Tensor, item: Any, change: tuple[int, ...]) -> Any:
+    position, start, stop, step, *length = change
+    items = item if isinstance(item, tuple) else (item,)
+    dim = dim_of_item(items, position, x.ndim)
+    if length and dim is not None and x.shape[dim] != length[0]:
+        raise TPError(
+            f"A slice of a dim of {x.shape[dim]} on this rank, which had {length[0]} when the plan was made. Make the plan from inputs of as "
+            "many sequences as these, or keep the weights of this module whole (`Rule(name, 'replicate')`)."
+        )
+    new = (*items[:position], slice(start, stop, step), *items[position + 1 :])
+    return new if isinstance(item, tuple) else new[0]
+
+
+def dim_of_item(items: Sequence[Any], position: int, ndim: int) -> int | None:
+    """The dim that one part of an index `x[items]` is about; None for one that makes a dim, or for an ellipsis.
+
+    Example:
+        >>> dim_of_item((..., None, slice(0, 2)), 2, ndim=4)
+        3
+    """
+    if items[position] is None or items[position] is Ellipsis:
+        return None
+    counts = [0 if i is None or i is Ellipsis else i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items]
+    rest = ndim - sum(counts) if any(i is Ellipsis for i in items[:position]) else 0
+    return sum(counts[:position]) + rest
 
 
 # ------------------------------------------------------------------------------------------------- places in the code

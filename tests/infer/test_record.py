@@ -64,7 +64,7 @@ def test_a_slice_is_taken_where_it_lies_on_a_rank() -> None:
 
     plan = ltp.infer_plan(Net(), (torch.zeros(2, 3, 4),), tp=2).without_sequence_parallel()
     items = [c.items for r in plan.rules if isinstance(r.style, LocalOps) for c in r.style.calls]
-    assert items == [((1, 0, 4, 1), (1, 0, 4, 1)), ((1, 4, 8, 1), (1, 4, 8, 1))]
+    assert items == [((1, 0, 4, 1, 8), (1, 0, 4, 1, 8)), ((1, 4, 8, 1, 8), (1, 4, 8, 1, 8))]
 
 
 def test_a_whole_operand_is_cut_where_it_lies_beside_the_split_dim() -> None:
