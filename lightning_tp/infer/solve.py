@@ -324,12 +324,32 @@ def _star(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
+def _members(trace: Trace) -> Tensor:
+    """For each class a number that tells how many features of which weights are in it: equal where these are."""
+    members = torch.zeros(trace.classes.parent.numel(), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    for nodes in trace.nodes.values():
+        found = trace.classes.find(nodes)
+        factor = torch.randint(2**62, (), generator=generator)
+        members.scatter_add_(0, found, factor.expand(found.shape))  # it may wrap around
+    return members
+
+
+def _told_apart(kind: Tensor, members: Tensor, tp: int) -> list[Tensor]:
+    """Classes of one size that are not of the same weights (heads of two branches in one fused weight) are dealt out each by itself."""
+    of = members[kind]
+    parts = [kind[of == m] for m in dict.fromkeys(of.tolist())]
+    return parts if all(p.numel() >= tp for p in parts) else [kind]
+
+
 def _owners(trace: Trace, tp: int) -> Tensor:
     """The rank of each feature: classes of one kind are dealt out evenly, in order."""
     of_class = torch.full((trace.classes.parent.numel(),), -1)
+    members = _members(trace)
     for key in trace.nodes:
         pieces: list[Tensor | None] = [*trace.pieces.get(key, ())] or [None]  # each is dealt out by itself
-        for per_class, kind in (kind for piece in pieces for kind in _kinds(trace, key, piece)):
+        kinds = (kind for piece in pieces for kind in _kinds(trace, key, piece))
+        for per_class, kind in ((n, part) for n, kind in kinds for part in _told_apart(kind, members, tp)):
             new = kind[of_class[kind] < 0]
             n = new.numel()
             if per_class == 1:  # as torch.chunk cuts

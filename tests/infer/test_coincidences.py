@@ -282,6 +282,29 @@ def test_as_many_sequences_as_tokens(name: str, batch: tuple[int, int]) -> None:
     assert what_is_done(plans[1]) == what_is_done(plans[0])
 
 
+def test_heads_of_two_branches_in_one_weight_are_dealt_out_each_by_itself() -> None:
+    class Branches(nn.Module):
+        """Four heads of 8 and two of 8."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o1, self.o2 = nn.Linear(32, 3 * 8 * 6), nn.Linear(32, 32), nn.Linear(16, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = x
+            for y, num_heads, o in zip(self.qkv(x).split((96, 48), -1), (4, 2), (self.o1, self.o2), strict=True):
+                q, k, v = (t.view(*x.shape[:2], num_heads, 8).transpose(1, 2) for t in y.chunk(3, -1))
+                out = out + o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], num_heads * 8))
+            return out
+
+    plan = ltp.infer_plan(Branches(), (zoo.noise(3, 13, 32),), tp=2)
+    assert {r.pattern: r.style.name for r in plan.rules if r.pattern in ("qkv", "o1", "o2")} == {
+        "qkv": "colwise",
+        "o1": "rowwise",
+        "o2": "rowwise",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in CASES if n not in ("windows", "convolutions", "twice", "pictures", "modulated", "hf_mamba")]

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import lightning_tp as ltp
 from lightning_tp.comm import Axis
+from lightning_tp.errors import TPError
 from lightning_tp.mesh import make_mesh
 from lightning_tp.styles import Site
 from lightning_tp.styles.local_ops import Call, LocalOps, Operand, Pattern, ShardParameter, part_of, place, run_call
@@ -48,7 +49,8 @@ def test_the_part_of_an_operand() -> None:
     assert part_of(x.view(2, 4, 1), (2, HALVES), 0).flatten().tolist() == [0, 1, 4, 5]
     assert part_of(torch.arange(8), (1, HALVES), 0).tolist() == [0, 1, 4, 5]  # the pattern is repeated
     assert part_of(torch.ones(1), (1, HALVES), 0).shape == (1,)  # it broadcasts
-    assert part_of(torch.ones(3), (1, HALVES), 0).shape == (3,)  # made from this rank's sizes
+    with pytest.raises(TPError, match="3 is no multiple of 4"):
+        part_of(torch.ones(3), (1, HALVES), 0)
 
 
 def test_sizes_pieces_and_items_are_this_ranks() -> None:
@@ -56,6 +58,8 @@ def test_sizes_pieces_and_items_are_this_ranks() -> None:
     assert call(torch.Tensor.view, x, 2, 4, 3, sizes=(((1, 1, 2),), ((1, 1, 2),))).shape == (2, 2, 3)
     assert [p.shape[1] for p in call(torch.split, x, 3, 1, pieces=((1, 5), (2, 4)))] == [2, 4]
     assert call(torch.Tensor.__getitem__, x, (0, slice(0, 9)), items=((1, 0, 1, 1), (1, 2, 4, 1))).tolist() == [2.0, 3.0]
+    with pytest.raises(TPError, match="dim of 6 on this rank, which had 4"):
+        call(torch.Tensor.__getitem__, x, (..., slice(0, 9)), items=((1, 0, 1, 1, 4), (1, 2, 4, 1, 4)))
 
 
 def test_a_size_that_is_no_multiple_is_an_error() -> None:
