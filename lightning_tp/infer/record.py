@@ -80,6 +80,8 @@ RANDOM = {
     *("randint_like", "bernoulli", "bernoulli_", "uniform_", "normal_", "exponential_", "random_", "multinomial", "rrelu"),
     *("gumbel_softmax", "empty_like", "new_empty", "empty"),
 }  # what comes out is another one each time
+TRIANGLES = {"tril", "triu", "tril_", "triu_"}
+BY_PLACE = TRIANGLES | {"roll", "rot90", "outer", "ger", "__setitem__"}  # not taken for right where they are too large to be tried
 WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__iand__", "__ior__", "__ixor__"}
 MOST_TRIED = 2**22  # elements of what a call is given and returns, above which it is not tried on shards
 MOST_CUT = 3  # operands of one call that may turn out to be whole on each rank, although a size of theirs is that of the split dim
@@ -510,9 +512,11 @@ class Recorder(TorchFunctionMode):
             changed = [o for o in changed if o.part is not None or o.enter]
             try:
                 if not self._holds_on_shards(replace(call, operands=tuple(changed)), func, args, kwargs, out):
-                    reference = next((t, x) for t, x in zip([*(t for _, t in operands), *outs], layouts, strict=True) if x)
+                    t, layout = next((t, x) for t, x in zip([*(t for _, t in operands), *outs], layouts, strict=True) if x)
+                    if call.name in BY_PLACE and not (call.name in TRIANGLES and layout[0] < t.ndim - 2):
+                        raise _Unknown("it is another one on shards")
                     if call.name not in NO_SLICE | PRODUCTS | ALONG_OTHERS | MOVES:
-                        self._lines_up(operands, outs, reference)
+                        self._lines_up(operands, outs, (t, layout))
                 return tuple(changed)
             except _Unknown as no:
                 wrong = wrong or no

@@ -348,8 +348,8 @@ def _owners(trace: Trace, tp: int) -> Tensor:
     members = _members(trace)
     for key in trace.nodes:
         pieces: list[Tensor | None] = [*trace.pieces.get(key, ())] or [None]  # each is dealt out by itself
-        kinds = (kind for piece in pieces for kind in _kinds(trace, key, piece))
-        for per_class, kind in ((n, part) for n, kind in kinds for part in _told_apart(kind, members, tp)):
+        kinds = [kind for piece in pieces for kind in _kinds(trace, key, piece)]
+        for per_class, kind in [(n, part) for n, whole in kinds for part in _told_apart(whole, members, tp)]:
             new = kind[of_class[kind] < 0]
             n = new.numel()
             if per_class == 1:  # as torch.chunk cuts

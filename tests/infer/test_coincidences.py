@@ -282,6 +282,13 @@ def test_as_many_sequences_as_tokens(name: str, batch: tuple[int, int]) -> None:
     assert what_is_done(plans[1]) == what_is_done(plans[0])
 
 
+@pytest.mark.parametrize("name", ["roll", "triangle", "written", "outer_product"])
+def test_what_is_too_large_to_be_tried_is_not_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_tp.infer.record.MOST_TRIED", 0)
+    plan = ltp.infer_plan(*net(name), tp=2)
+    assert not any(r.style.splits_parameters and getattr(r.style, "output", None) == "width" for r in plan.rules)
+
+
 def test_heads_of_two_branches_in_one_weight_are_dealt_out_each_by_itself() -> None:
     class Branches(nn.Module):
         """Four heads of 8 and two of 8."""
