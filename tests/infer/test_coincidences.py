@@ -312,13 +312,13 @@ def test_heads_of_two_branches_in_one_weight_are_dealt_out_each_by_itself() -> N
     }
 
 
+# inputs of other kinds; in a small batch an expert is given no tokens, and the stream stays whole
+OTHER_INPUTS = {"windows", "convolutions", "twice", "pictures", "modulated", "experts_loop", "hf_mamba"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [n for n in CASES if n not in ("windows", "convolutions", "twice", "pictures", "modulated", "hf_mamba")]
-)
+@pytest.mark.parametrize("name", [n for n in CASES if n not in OTHER_INPUTS and not n.startswith("torch_")])
 def test_plans_do_not_depend_on_the_batch(name: str) -> None:
-    if name.startswith("torch_"):
-        pytest.skip("its inputs are no tokens")
     first = what_is_done(ltp.infer_plan(*case(name, PRIMES)[:2], tp=2))
     plans = {batch: ltp.infer_plan(*case(name, batch)[:2], tp=2) for batch in BATCHES}
     assert {batch: what_is_done(plan) for batch, plan in plans.items()} == dict.fromkeys(BATCHES, first)
