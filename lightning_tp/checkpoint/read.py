@@ -422,7 +422,7 @@ def _refused(path: Path, error: Exception, weights_only: bool) -> TPError:
             f"`{path}` has the class {match[1]} in it, which is no plain data, so it is not loaded. If you trust who wrote it: "
             "`weights_only=False`, on the command line `--trust`."
         )
-    return TPError(f"`{path}` is no checkpoint: `torch.load` can't read it, which is for what `torch.save` has written.")
+    return TPError(f"`{path}` is no checkpoint that `torch.load` can read: `torch.save` has not written it, or it is damaged.")
 
 
 def _as_stored(node: Any, path: Path | None) -> Any:
