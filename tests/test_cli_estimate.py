@@ -34,6 +34,7 @@ def test_tune(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "choices fit on 2 devices" in text and "32-true" in text and "16-mixed" in text
 
 
+@pytest.mark.slow
 def test_tune_says_what_it_does_when_it_takes_long(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -538,8 +538,8 @@ class Recorder(TorchFunctionMode):
         out_layouts = [self.layout(t) for t in results]
         if any(isinstance(x, str) for x in (*layouts.values(), *out_layouts)):
             return False
-        if sum(t.numel() for t in (*given, *results)) > MOST_TRIED:
-            return False
+        if sum(t.numel() for t in (*given, *results)) > MOST_TRIED or not all(t.numel() for t in (*given, *results)):
+            return False  # of what is empty it is not known how it would lie on ranks
         call = replace(call, operands=tuple(replace(o, enter=False) for o in call.operands))
         kinds = tuple((t.shape, layouts[id(t)]) for t in given)
         if all(t.is_floating_point() for t in given) and (call, kinds) in self.tried:

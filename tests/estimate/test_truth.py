@@ -106,6 +106,7 @@ def test_every_architecture_on_every_mesh() -> None:
     hold([c for c in PLAIN if not (c[1:3] == (1, 2) or c[0] == "llama")])
 
 
+@pytest.mark.slow
 def test_blocks_that_are_run_again() -> None:
     hold([c for c in AGAIN if c[0] == "llama" and c[1:3] != (2, 1)])
 
@@ -115,6 +116,7 @@ def test_all_that_is_run_again_and_other_options() -> None:
     hold(AGAIN + OTHERS)
 
 
+@pytest.mark.slow
 def test_half_precision_and_accumulation() -> None:
     hold(HALF)
 
