@@ -12,7 +12,7 @@ from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_by_call
 from lightning_tp.infer.repeats import alike_blocks
-from lightning_tp.infer.restore import Weightless, modules_as_they_were
+from lightning_tp.infer.restore import Weightless, has_more_than, modules_as_they_were
 from lightning_tp.infer.solve import MOST_REAL, as_it_was
 from lightning_tp.infer.trial import try_on_a_rank
 from lightning_tp.plan import Plan
@@ -61,8 +61,7 @@ def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any
         declared = declared.check(model, tp)
     except TPError:
         return None  # not believed
-    parameters = list(model.parameters())
-    large = sum(p.numel() for p in parameters) > MOST_REAL and not any(p.is_meta for p in parameters)
+    large = has_more_than(model, MOST_REAL)
     with as_it_was(model):
         with Weightless(model) if large else nullcontext(), modules_as_they_were(model):
             alike = alike_blocks(model, call, inputs)

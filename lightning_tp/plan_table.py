@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def rules_table(plan: Plan) -> str:
     """The rules of a plan that has not met a model yet."""
     rows = [(r.pattern, str(r.style), r.reason) for r in plan.rules]
-    return "\n".join([f"Plan, {plan.source}: {len(rows)} rules", *_columns([("modules", "style", "reason"), *rows])])
+    return "\n".join([f"Plan, {plan.source}: {len(rows)} rules", *columns([("modules", "style", "reason"), *rows])])
 
 
 def shapes_table(plan: Plan) -> str:
@@ -24,7 +24,7 @@ def shapes_table(plan: Plan) -> str:
         f"Plan, {plan.source}, tp={plan.tp}: {total:,} parameters, a rank holds {held:,} ({held / max(total, 1):.1%}); "
         f"sequence parallel {'on' if plan.sequence_parallel else 'off'}"
     )
-    return "\n".join([head, *_columns([("modules", "style", "whole -> on a rank", "reason"), *rows])])
+    return "\n".join([head, *columns([("modules", "style", "whole -> on a rank", "reason"), *rows])])
 
 
 def shapes_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
@@ -82,6 +82,24 @@ def _spans(numbers: Iterable[int]) -> str:
     return ",".join(f"{a}-{b}" if a != b else f"{a}" for a, b in spans)
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]], left: Container[int] | None = None) -> list[str]:
+    """The lines of a table; the columns `left` (default: all) begin below each other, the others end so.
+
+    Example:
+        >>> columns([("name", "bytes"), ("q", "1,024")], left={0})
+        ['  name  bytes', '  q     1,024']
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(w) if left is None or i in left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def starred(name: str) -> str:
+    """`layers.3.wq` -> `layers.*.wq`: what blocks have in common."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.restore import modules_as_they_were
+from lightning_tp.infer.sizes import LocalInt, LocalShape, local_ints, local_of, mapped, on_rank, plain, whole_of
 from lightning_tp.infer.trace import Trace, Tracer, _untraced, run
 from lightning_tp.styles.local_ops import (
     COUNTS,
@@ -88,153 +88,6 @@ MOST_CUT = 3  # operands of one call that may turn out to be whole on each rank,
 MOVES = SIZE_CALLS | SPLIT_CALLS | {"__getitem__", "narrow", "select", "index_select", "unbind", "narrow_copy", "movedim"}
 
 
-class LocalInt(int):
-    """A size that is another one on a rank: in `whole` that of one process, in `local` that of each rank, in `reads` where it was read.
-
-    As an int it is the whole one, which this run works with; while `shown` is a rank, that rank's. What code computes with it in ways that
-    can't be seen (`range(n)`, `int(n)`) then comes out otherwise.
-    """
-
-    whole: int
-    local: tuple[int, ...]
-    reads: frozenset[Any]
-    diverging: set[Any] = set()  # noqa: RUF012  reads on which code decides otherwise on a rank; of the recording that runs
-    shown: int | None = None
-
-    @classmethod
-    def of(cls, value: int, local: tuple[int, ...], reads: frozenset[Any] = frozenset()) -> int:
-        """A plain int where there is no difference."""
-        if all(x == value for x in local):
-            return value
-        made = cls(value if cls.shown is None else local[cls.shown])
-        made.whole, made.local, made.reads = int(value), tuple(local), reads
-        return made
-
-    def computed_with(self) -> None:
-        """Its value is used as a number, not as a size: code has to read the whole one."""
-        LocalInt.diverging |= self.reads
-
-    def _with(self, other: Any, op: Any) -> Any:
-        if not isinstance(other, int):
-            self.computed_with()
-            return op(self.whole, other)
-        mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
-        reads = self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
-        local = tuple(op(a, b) for a, b in zip(self.local, mine, strict=True))
-        return LocalInt.of(op(self.whole, whole_of(other)), local, reads)
-
-    def _compare(self, other: Any, op: Any) -> bool:
-        out = bool(op(self.whole, whole_of(other)))
-        if isinstance(other, (int, float)):
-            mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
-            if any(op(a, b) != out for a, b in zip(self.local, mine, strict=True)):
-                LocalInt.diverging |= self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
-        return out
-
-    def _number(self) -> int:
-        self.computed_with()
-        return self.whole
-
-    def __mul__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: a * b)
-
-    def __add__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: a + b)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: a - b)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: b - a)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: a // b if b else 0)
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: b // a if a else 0)
-
-    def __mod__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: a % b if b else 0)
-
-    def __neg__(self) -> Any:
-        return LocalInt.of(-self.whole, tuple(-a for a in self.local), self.reads)
-
-    __rmul__, __radd__ = __mul__, __add__
-
-    def __lt__(self, other: Any) -> bool:
-        return self._compare(other, lambda a, b: a < b)
-
-    def __le__(self, other: Any) -> bool:
-        return self._compare(other, lambda a, b: a <= b)
-
-    def __gt__(self, other: Any) -> bool:
-        return self._compare(other, lambda a, b: a > b)
-
-    def __ge__(self, other: Any) -> bool:
-        return self._compare(other, lambda a, b: a >= b)
-
-    def __eq__(self, other: object) -> bool:
-        return self._compare(other, lambda a, b: a == b)
-
-    def __ne__(self, other: object) -> bool:
-        return self._compare(other, lambda a, b: a != b)
-
-    def __rmod__(self, other: Any) -> Any:
-        return self._with(other, lambda a, b: b % a if a else 0)
-
-    def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other
-
-    def __rdivmod__(self, other: Any) -> Any:
-        return other // self, other % self
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._number() / whole_of(other)  # a number that the code computes with, not a size
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return other / self._number()
-
-    def __pow__(self, other: Any, mod: Any = None) -> Any:
-        return pow(self._number(), whole_of(other), mod)
-
-    def __rpow__(self, other: Any, mod: Any = None) -> Any:
-        return pow(other, self._number(), mod)
-
-    def __float__(self) -> float:
-        return float(self._number())
-
-    def __int__(self) -> int:
-        return self._number()
-
-    def __str__(self) -> str:
-        return str(self._number())
-
-    __repr__ = __str__
-
-    def __hash__(self) -> int:
-        return hash((self.whole, self.local))  # not that of the int: caches of code that computes with sizes must not mix them up
-
-
-class LocalShape(tuple[int, ...]):
-    """What stands in for `x.shape` of a shard."""
-
-    def numel(self) -> int:
-        out: int = 1
-        for n in self:
-            out = out * n
-        return out
-
-
-def whole_of(n: Any) -> Any:
-    """What one process has where this run has `n`."""
-    return n.whole if isinstance(n, LocalInt) else n
-
-
-def local_of(n: Any, tp: int) -> tuple[int, ...]:
-    """What each rank's code would have where this run has `n`."""
-    return n.local if isinstance(n, LocalInt) else (int(n),) * tp
-
-
 @dataclass
 class Found:
     """What a recording found.
@@ -272,6 +125,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.tracer, self.owner, self.tp = tracer, owner, tp
+        tracer.log = []
         self.split = {n for n, _ in split}
         self.nodes, self.param_owner = split, owner
         self.mixed: set[str] = set()  # parameters that also meet whole activations: their gradient is made whole at once
@@ -399,7 +253,7 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction(), _untraced():
                 return self._read(func, name, args, kwargs, sys._getframe(1))
         given_args, given_kwargs = args, kwargs
-        args, kwargs = _plain(args), _plain(kwargs)
+        args, kwargs = plain(args), plain(kwargs)
         if func is torch.nn.functional.cross_entropy:
             return self._cross_entropy(func, args, kwargs)
         self.tracer.events = []
@@ -410,7 +264,7 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction(), _untraced():
                 self.before = {id(t): (t, t.clone(), self.layout(t)) for _, t in _with_paths(args, kwargs)}
         out = func(*args, **kwargs)
-        self.given = list(_local_ints((given_args, given_kwargs)))
+        self.given = list(local_ints((given_args, given_kwargs)))
         if module == self.tracer.stack[-1] and module not in self.standard:
             with torch._C.DisableTorchFunction(), _untraced():
                 self._look(name, func, given_args, given_kwargs, out, module, sys._getframe(1))
@@ -551,7 +405,7 @@ class Recorder(TorchFunctionMode):
             copies = {i: t.clone() for i, t in values.items() if t is not None}
             try:
                 with torch._C._EnableTorchFunction():  # for the mode that drops nothing, around this one
-                    made = func(*_plain(_swapped(args, copies)), **_plain(_swapped(kwargs, copies)))
+                    made = func(*plain(_swapped(args, copies)), **plain(_swapped(kwargs, copies)))
             except Exception:  # it may mix them with what has no values
                 return False
             wholes = {i: t for i, t in values.items() if t is not None}
@@ -561,7 +415,7 @@ class Recorder(TorchFunctionMode):
         for rank in (0, self.tp - 1):
             shards = {id(t): _shard(wholes[id(t)], layouts[id(t)], rank).clone() for t in given}
             alone: Any = SimpleNamespace(rank=rank, size=self.tp)
-            my_args, my_kwargs = (_on_rank(_swapped(x, shards), rank) for x in (args, kwargs))
+            my_args, my_kwargs = (on_rank(_swapped(x, shards), rank) for x in (args, kwargs))
             try:
                 with torch._C._EnableTorchFunction():
                     mine = run_call(call, func, my_args, my_kwargs, alone)
@@ -804,12 +658,12 @@ def computed_unseen(
         try:
             with modules_as_they_were(model):
                 _, _, again = run(model, call, inputs, whole, shared, make, during=once)
-            log = again.log
+            log = again.log or []
         except Exception:  # code came to what is none
             log = []
         finally:
             LocalInt.shown, LocalInt.diverging = None, before
-        pairs = itertools.zip_longest(tracer.log, log)
+        pairs = itertools.zip_longest(tracer.log or [], log)
         other = next((a or b for a, b in pairs if a != b), None)
         if other is not None:
             near = {r for r in recorder.local_reads if log and _around(r[0], other[0])}
@@ -820,6 +674,11 @@ def computed_unseen(
 def _around(a: str, b: str) -> bool:
     """Whether one of two modules holds the other."""
     return not a or not b or f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+
+
+def _swapped(x: Any, tensors: dict[int, Tensor]) -> Any:
+    """With other tensors in place of these."""
+    return mapped(x, lambda t: tensors.get(id(t), t) if isinstance(t, Tensor) else t)
 
 
 class _Unknown(Exception):
@@ -847,32 +706,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
-def _swapped(x: Any, tensors: dict[int, Tensor]) -> Any:
-    """With other tensors in place of these."""
-    if isinstance(x, Tensor):
-        return tensors.get(id(x), x)
-    if type(x) in (tuple, list):
-        return type(x)(_swapped(i, tensors) for i in x)
-    if type(x) is dict:
-        return {k: _swapped(v, tensors) for k, v in x.items()}
-    return x
-
-
-def _on_rank(x: Any, rank: int) -> Any:
-    """With the sizes that the code of this rank has."""
-    if isinstance(x, LocalInt):
-        return x.local[rank]
-    if isinstance(x, LocalShape):
-        return torch.Size(_on_rank(n, rank) for n in x)
-    if type(x) in (tuple, list):
-        return type(x)(_on_rank(i, rank) for i in x)
-    if type(x) is dict:
-        return {k: _on_rank(v, rank) for k, v in x.items()}
-    if isinstance(x, slice):
-        return slice(*(_on_rank(i, rank) for i in (x.start, x.stop, x.step)))
-    return x
-
-
 def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Pattern] | None:
     """The dim, from the last, in which a whole operand lies beside the split dim of the others."""
     other, (dim, pattern) = reference
@@ -898,33 +731,6 @@ def _fraction(num: int, den: int) -> tuple[int, int]:
         return num, 0
     g = math.gcd(num, den)
     return num // g, den // g
-
-
-def _plain(x: Any) -> Any:
-    """Without the local sizes: what this run works with."""
-    if isinstance(x, LocalInt):
-        return x.whole
-    if isinstance(x, LocalShape):
-        return torch.Size(whole_of(n) for n in x)
-    if type(x) in (tuple, list):
-        return type(x)(_plain(i) for i in x)
-    if type(x) is dict:
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, slice):
-        return slice(_plain(x.start), _plain(x.stop), _plain(x.step))
-    return x
-
-
-def _local_ints(x: Any) -> Iterator[LocalInt]:
-    if isinstance(x, LocalInt):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for i in x:
-            yield from _local_ints(i)
-    elif isinstance(x, dict):
-        yield from _local_ints(tuple(x.values()))
-    elif isinstance(x, slice):
-        yield from _local_ints((x.start, x.stop, x.step))
 
 
 def _tensors(out: Any) -> list[Tensor]:

@@ -368,48 +368,12 @@ def _noticing(name: str) -> Any:
     return method
 
 
-for _name in (
-    *(
-        "__eq__",
-        "__ne__",
-        "__lt__",
-        "__le__",
-        "__gt__",
-        "__ge__",
-        "__hash__",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__str__",
-        "__repr__",
-    ),
-    *(
-        "__format__",
-        "__add__",
-        "__radd__",
-        "__sub__",
-        "__rsub__",
-        "__mul__",
-        "__rmul__",
-        "__mod__",
-        "__rmod__",
-        "__divmod__",
-        "__pow__",
-    ),
-    *(
-        "__floordiv__",
-        "__rfloordiv__",
-        "__truediv__",
-        "__rtruediv__",
-        "__neg__",
-        "__and__",
-        "__rand__",
-        "__or__",
-        "__xor__",
-        "__rshift__",
-    ),
-    *("__lshift__", "__index__"),
-):
+NOTICED = (
+    "eq", "ne", "lt", "le", "gt", "ge", "hash", "bool", "int", "float", "str", "repr", "format", "index", "neg",
+    "add", "radd", "sub", "rsub", "mul", "rmul", "mod", "rmod", "divmod", "pow", "floordiv", "rfloordiv", "truediv", "rtruediv",
+    "and", "rand", "or", "xor", "lshift", "rshift",
+)  # fmt: skip
+for _name in (f"__{word}__" for word in NOTICED):
     setattr(_Place, _name, _noticing(_name))
 
 

@@ -51,6 +51,12 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
+def has_more_than(model: nn.Module, most: int) -> bool:
+    """Whether a model has real weights of more than so many elements: too many to compute with, or to copy."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters) > most and not any(p.is_meta for p in parameters)
+
+
 class Weightless:
     """A model whose parameters and buffers are on the meta device, inside `with`; with `weights()` inside that, they are back.
 

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from lightning_tp.comm import State, even_shard
 from lightning_tp.fsdp import find_blocks
 from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.record import Found, LocalInt, Recorder, computed_unseen
+from lightning_tp.infer.record import Found, Recorder, computed_unseen
 from lightning_tp.infer.repeats import Alike, followed, for_all
+from lightning_tp.infer.sizes import LocalInt
 from lightning_tp.infer.trace import Shadow, Trace, Tracer, _untraced, leaves, run
 from lightning_tp.plan import Plan, Rule
+from lightning_tp.plan_table import starred
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
 from lightning_tp.styles.local_ops import READS, Call, LocalOps, place
 
@@ -189,19 +191,15 @@ def _try(
                 choices.reads |= no.otherwise.reads
                 continue
             around = {r for m in no.modules for r in regions if m == r or m.startswith(f"{r}.")}
-            names = {_star(r) for r in around if steps.get(_star(r), 0) < 3}
+            names = {starred(r) for r in around if steps.get(starred(r), 0) < 3}
             if not names:
                 return None
-            wider = {_star(r) for r in around if regions[r].wider}
+            wider = {starred(r) for r in around if regions[r].wider}
             for name in names:
                 steps[name] = steps.get(name, 0) + 1
                 if STEPS[steps[name]] == "sums" and name not in wider:
                     steps[name] += 1
     return None
-
-
-def _star(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _expanded(plan: Plan, model: nn.Module) -> list[Rule]:
@@ -250,7 +248,7 @@ def _regions(model: nn.Module, rules: list[Rule], block: str, steps: dict[str, i
             where = f"{name}.{child}"
             if not any(n == where or n.startswith(f"{where}.") for n in split):
                 continue
-            step = steps.get(_star(where), 0)
+            step = steps.get(starred(where), 0)
             if isinstance(m, (nn.ModuleList, nn.ModuleDict)) or (step == 3 and where not in split):
                 yield from walk(where)
             else:
@@ -497,7 +495,7 @@ class _Stream:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             region = self.regions[name]
             arriving = [(k, t) for k, t in _named(args, kwargs) if self.tracer.shadow(t).label is not None]
-            arriving = [(k, t) for k, t in arriving if (_star(name), k) not in self.choices.kept]
+            arriving = [(k, t) for k, t in arriving if (starred(name), k) not in self.choices.kept]
             if any(not self._in_place(t) for _, t in arriving):
                 self._fail(f"`{name}` is given tokens that do not lie along dim 1", name)
             args_now = {k: None for k, _ in arriving}
@@ -608,7 +606,7 @@ class _Stream:
         tokens = [t for t in given if self.tracer.shadow(t).label is not None]
         if self.inside and tokens and len(self.inside[-1][1]) > 1:  # a residual beside what is read
             kept = {self.arguments[id(t)] for t in given if id(t) in self.arguments and self.tracer.shadow(t).label is None}
-            self.otherwise.kept |= {(_star(self.inside[-1][0].name), k) for k in kept}
+            self.otherwise.kept |= {(starred(self.inside[-1][0].name), k) for k in kept}
         if not tokens and change is not None and change.sizes:
             sizes = [n for a in (*args, *kwargs.values()) for n in (a if isinstance(a, (tuple, list)) else (a,))]
             self.otherwise.reads |= {read for n in sizes if isinstance(n, LocalInt) for read in n.reads}

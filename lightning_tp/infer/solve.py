@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,14 +17,16 @@ from lightning_tp.comm import even_shard
 from lightning_tp.dropout import without_dropout
 from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.record import Found, LocalInt, Recorder, computed_unseen
+from lightning_tp.infer.record import Found, Recorder, computed_unseen
 from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed, for_all
-from lightning_tp.infer.restore import Weightless, modules_as_they_were
+from lightning_tp.infer.restore import Weightless, has_more_than, modules_as_they_were
 from lightning_tp.infer.sequence import CantBeInShards, with_sequence_parallel
+from lightning_tp.infer.sizes import LocalInt
 from lightning_tp.infer.trace import Trace, leaves, run
 from lightning_tp.infer.trial import try_on_a_rank
 from lightning_tp.plan import Plan, Rule
 from lightning_tp.plan_check import INFERRED
+from lightning_tp.plan_table import starred
 from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.styles.attention import readable_attention
 from lightning_tp.styles.base import even_split
@@ -82,10 +83,8 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
-    parameters = list(model.parameters())
-    large = sum(p.numel() for p in parameters) > MOST_REAL and not any(p.is_meta for p in parameters)
     with as_it_was(model):
-        if large:
+        if has_more_than(model, MOST_REAL):
             try:
                 with Weightless(model) as twin:
                     return _infer(model, call, inputs, tp, twin.weights)
@@ -126,7 +125,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     whole: dict[Key, str] = {(n, 1): TABLE for n, p in names.items() if id(p) in tables}
     shared: dict[Key, Tensor] = {}
-    names_stars = {_star(n) for n in names}
+    names_stars = {starred(n) for n in names}
     tries: dict[str, int] = {}
     ungathered: set[str] = set()
     for turn in range(MOST_RUNS + 1):
@@ -179,7 +178,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
                     final, failed = plan, try_on_a_rank(model, call, inputs, plan, tp, alike)
             if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
                 return _explained(final, whole, names)
-            ungathered.add(_star(failed[0]) if trace.nodes else "")
+            ungathered.add(starred(failed[0]) if trace.nodes else "")
             bad = _inside(followed(failed[0], alike), failed[1], trace)
         _demote(bad, whole, names, trace)
     raise TPError(
@@ -208,7 +207,7 @@ def _inside(where: str, why: str, trace: Trace) -> dict[Key, str]:
     """The weights that are split for a module whose code raised on a rank, or, if there are none, around it."""
     while True:
         used = {u.name for u in trace.uses if not where or u.module == where or u.module.startswith(f"{where}.")}
-        bad = {k: f"`{_star(where) or 'the model'}` does not run on shards ({why})" for k in _out_keys(trace) if k[0] in used}
+        bad = {k: f"`{starred(where) or 'the model'}` does not run on shards ({why})" for k in _out_keys(trace) if k[0] in used}
         if bad or not where:
             return bad or {k: f"the model does not run on shards ({why})" for k in trace.nodes}
         where = where.rpartition(".")[0]
@@ -268,7 +267,7 @@ def _why_together(trace: Trace, key: Key, tp: int) -> str:
     joins = trace.classes.joins
     roots = find(torch.tensor([feature for feature, _ in joins], dtype=torch.int64)).tolist()
     by = next((why for root, (_, why) in zip(reversed(roots), reversed(joins), strict=True) if root in mine), "its use")
-    return f"{_star(by)} needs its features together, in fewer than tp={tp} parts"
+    return f"{starred(by)} needs its features together, in fewer than tp={tp} parts"
 
 
 def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: dict[str, Any], tries: dict[str, int]) -> bool:
@@ -280,7 +279,7 @@ def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: 
     changed = False
     for key in outs:
         nodes = trace.nodes[key]
-        if len({_star(k[0]) for k in outs}) > 1:
+        if len({starred(k[0]) for k in outs}) > 1:
             continue
         parts = [torch.isin(nodes, of) & (nodes > 0) for of in trace.operands]
         parts = [p for p in parts if bool(p.any()) and int(p.sum()) < int((nodes > 0).sum())]
@@ -289,14 +288,14 @@ def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: 
         smallest = min(parts, key=lambda p: int(p.sum()))
         if int(smallest.sum()) * 2 > int((nodes > 0).sum()):
             continue  # most of it would be whole
-        star = _star(key[0])
+        star = starred(key[0])
         tries[star] = tries.get(star, 0) + 1
         if tries[star] > MOST_SHARES:
-            for k in [k for k in shared if _star(k[0]) == star]:
+            for k in [k for k in shared if starred(k[0]) == star]:
                 del shared[k]
             continue
         for n in names:
-            if _star(n) == star and names[n].shape[key[1]] == nodes.numel():
+            if starred(n) == star and names[n].shape[key[1]] == nodes.numel():
                 shared[n, key[1]] = shared.get((n, key[1]), torch.zeros_like(smallest)) | smallest
         changed = True
         break
@@ -313,15 +312,11 @@ def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any], t
     """Keep these weights whole, and those of the blocks alike."""
     if all(key in whole for key in bad):  # no step ahead: give up all
         bad = {k: "how its features are used could not be told" for k in trace.nodes}
-    stars = {(_star(n), d): why for (n, d), why in bad.items()}
+    stars = {(starred(n), d): why for (n, d), why in bad.items()}
     for n in names:
         for d in range(names[n].ndim):
-            if (_star(n), d) in stars:
-                whole[n, d] = stars[_star(n), d]
-
-
-def _star(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            if (starred(n), d) in stars:
+                whole[n, d] = stars[starred(n), d]
 
 
 def _members(trace: Trace) -> Tensor:
@@ -596,7 +591,7 @@ def _folded(rules: list[Rule], everything: list[str]) -> list[Rule]:
     """One rule for the modules of all blocks that are alike."""
     groups: dict[tuple[str, str], list[Rule]] = defaultdict(list)
     for rule in rules:
-        groups[_star(rule.pattern), rule.style.name].append(rule)
+        groups[starred(rule.pattern), rule.style.name].append(rule)
     folded = []
     for (star, _), of in groups.items():
         one = Rule(star, of[0].style, of[0].reason)
@@ -638,7 +633,7 @@ def _readers(trace: Trace) -> dict[Key, str]:
             reasons[key] = "ends split features; ranks add up"
             continue
         readers = read_by[trace.classes.find(trace.nodes[key])].unique().tolist()
-        names = list(dict.fromkeys(_star(keys[i][0]) for i in readers if i >= 0))
+        names = list(dict.fromkeys(starred(keys[i][0]) for i in readers if i >= 0))
         if names:
             reasons[key] = f"read by {', '.join(names[:2])} on its split dim"
     return reasons
@@ -656,7 +651,7 @@ def _gathered(
         name = by_id.get(id(getattr(module, "weight", None)), "")
         if name in split or not name or not isinstance(module, nn.Linear):
             continue
-        if any(not u or _star(where) == u or _star(where).startswith(f"{u}.") for u in ungathered):
+        if any(not u or starred(where) == u or starred(where).startswith(f"{u}.") for u in ungathered):
             continue
         if where not in trace.whole_uses.get(name, ()):
             continue
@@ -722,7 +717,7 @@ def _explained(plan: Plan, whole: dict[Key, str], names: dict[str, Any]) -> Plan
     for name in names:
         ancestors = accumulate(name.split("."), lambda a, b: f"{a}.{b}")
         if not any(r.matches(a) for a in ancestors for r in rules if r.style.splits_parameters):
-            left[_star(name)].append(name)
+            left[starred(name)].append(name)
 
     def numel(of: list[str]) -> int:
         return sum(names[n].numel() for n in of)
@@ -741,7 +736,7 @@ def _explained(plan: Plan, whole: dict[Key, str], names: dict[str, Any]) -> Plan
         if why is None:
             others += numel(of)
             continue
-        matches = [n for n in names if _star(n) == star]
+        matches = [n for n in names if starred(n) == star]
         patterns = [star] if len(matches) == len(of) else of
         rules += [Rule(n, Replicate(partial_grad=False), why) for n in patterns]
     rules.append(Rule(rest.pattern, rest.style, f"no split features reach the rest; {others / max(total, 1):.2%} of the weights"))

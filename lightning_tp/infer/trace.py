@@ -145,7 +145,9 @@ class Tracer(TorchDispatchMode):
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
         self.gathered = False  # whether what every rank has with a share of its gradient may be read by a split weight
         self.deferring = False  # whether terms of sums over ranks are not added up where they are made
-        self.log: list[tuple[Any, ...]] = []  # (module, operation, what it is given beside tensors, shapes of what comes out)
+        self.log: list[tuple[Any, ...]] | None = (
+            None  # (module, operation, what it is given beside tensors, shapes of what comes out)
+        )
         self.names = {id(p): n for n, p in model.named_parameters()}
         self.shapes = {n: p.shape for n, p in model.named_parameters()}
 
@@ -197,7 +199,8 @@ class Tracer(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._looked_at(args[0])
         out = self._computed(func, args, kwargs, tensors)
-        self._log_call(func, args, kwargs, out)
+        if self.log is not None:  # of a run that is compared with another
+            self.log.append(self._entry(func, args, kwargs, out))
         shadows = [self.shadow(t) for t in tensors]
         if not any(s.label is not None or s.param is not None or s.grad for s in shadows):
             return out
@@ -235,13 +238,13 @@ class Tracer(TorchDispatchMode):
             self.values[id(twin)] = (twin, t.detach().cpu())
         return self.twins[id(t)][1]
 
-    def _log_call(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _entry(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[Any, ...]:
         rest = tuple(x if isinstance(x, (int, float, str, type(None))) else str(x) for x in _not_tensors((args, kwargs)))
         made: tuple[Any, ...] = tuple(tuple(t.shape) for t in tree_flatten(out)[0] if isinstance(t, Tensor))
         if func is torch.ops.aten.lift_fresh.default and not out.is_meta and out.numel() <= MOST_WRITTEN:  # numbers of the code
             with _untraced():
                 made = (*made, str(out.tolist()))
-        self.log.append((self.stack[-1], func, rest, made))
+        return self.stack[-1], func, rest, made
 
     def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         """On the meta device: positions, masks and the like have known values; compute them, for code that decides by them."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_tp.comm import Axis
 from lightning_tp.errors import TPError
 from lightning_tp.infer.repeats import Alike, blocks_once
-from lightning_tp.infer.restore import Weightless, modules_as_they_were
+from lightning_tp.infer.restore import Weightless, has_more_than, modules_as_they_were
 from lightning_tp.infer.trace import Values
 from lightning_tp.plan import Plan
 from lightning_tp.styles import PrepareInput, PrepareOutput, Site
@@ -76,8 +76,7 @@ def try_on_a_rank(
     """
     if tp == 1:
         return None
-    parameters = list(model.parameters())
-    if not any(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) > MOST_COPIED:
+    if has_more_than(model, MOST_COPIED):
         with Weightless(model):
             return try_on_a_rank(model, call, inputs, plan, tp, alike)
     try:
@@ -133,8 +132,7 @@ def count_collectives(
         plan: checked against it.
         tp: ranks.
     """
-    parameters = list(model.parameters())
-    if not any(p.is_meta for p in parameters) and sum(p.numel() for p in parameters) > MOST_COPIED:
+    if has_more_than(model, MOST_COPIED):
         with Weightless(model):
             return count_collectives(model, loss_of, inputs, plan, tp)
     axis = _Alone(0, tp)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.infer.record import LocalInt
+from lightning_tp.infer.sizes import LocalInt
 from lightning_tp.styles.local_ops import Call, LocalOps, Pattern
 
 
