@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from published import loss
 from published_models import build
-from torch import Tensor
 
 from lightning_tp.estimate import estimate
 from lightning_tp.estimate.hardware import hardware
@@ -29,10 +28,6 @@ TPS = (1, 2, 4, 8)
 GPUS = (64, 128, 256, 512, 1024, 2048, 4096)
 COLORS = {1: "#D55E00", 2: "#E69F00", 4: "#56B4E9", 8: "#0072B2"}  # Okabe and Ito's, told apart by everybody
 MARKS = {1: "X", 2: "o", 4: "s", 8: "^"}
-
-
-def loss(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), inputs["tokens"].flatten())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from torch.amp.grad_scaler import OptState as OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+
+def version_of(package: str) -> str | None:
+    """The version that is installed; None for one that is not, such as this package run from its sources."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def queue_after_backward(callback: Callable[[], None]) -> None:

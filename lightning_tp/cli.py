@@ -20,7 +20,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp import cli_checkpoint, cli_estimate, cli_shapes
+from lightning_tp._compat import version_of
 from lightning_tp.cli_parser import TARGET, Parser, check_output, checked_plan_file, ended, examples
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
+from lightning_tp.estimate.draw import write_text
 from lightning_tp.estimate.world import default_loss
 from lightning_tp.infer import infer_plan
 from lightning_tp.infer.trial import count_collectives
 from lightning_tp.parity import Inputs, find_plan, scalar_loss, verify
 from lightning_tp.plan import Plan
 from lightning_tp.plan_check import any_split, splits_nothing
+from lightning_tp.plan_table import starred
 from lightning_tp.testing.ranks import RankError
 
 SMALL = 20_000_000  # parameters, up to which a model of a config.json is built with weights
@@ -64,16 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return ended(run)
 
 
-def _version() -> str:
-    try:
-        return metadata.version("lightning-tp")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _parser() -> Parser:
     parser = Parser("lightning-tp", description=f"Tensor parallelism for PyTorch Lightning.\n\n{TARGET}", epilog=examples())
-    parser.add_argument("--version", action="version", version=f"lightning-tp {_version()}, torch {torch.__version__}")
+    version = f"lightning-tp {version_of('lightning-tp') or '(not installed)'}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(
         required=True, dest="name", metavar="plan | verify | estimate | tune | shapes | export | consolidate | inspect"
     )
@@ -131,10 +127,7 @@ def _plan(args: argparse.Namespace) -> int:
         if where == "-":
             print(text)
             continue
-        try:
-            Path(where).write_text(text if text.endswith("\n") else text + "\n")
-        except OSError as error:
-            raise TPError(f"`{where}` can't be written: {error.strerror}.") from None
+        write_text(where, text if text.endswith("\n") else text + "\n")
     quiet, lines = "-" in (args.json, args.emit_python), list[str]()
     if not quiet:
         lines = [held_by_a_rank(plan, target.model, args.dp), _sent(plan, target, args.dp)]
@@ -478,7 +471,7 @@ def python_source(plan: Plan, model: nn.Module, target: str) -> str:
             except TPError as error:
                 why = str(error).removeprefix(f"`{entry.where}`: ").replace(USE_LOCAL, "").strip(" .")
         if why:
-            refused.setdefault(why, []).append(_star(entry.where))
+            refused.setdefault(why, []).append(starred(entry.where))
     tied = [name for name in sorted(plan.tied) if name in plan.splits and plan.splits[name].dim is not None]
     if tied:
         refused["tied weights, which torch's styles untie without a word"] = tied
@@ -517,16 +510,12 @@ def python_source(plan: Plan, model: nn.Module, target: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _star(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
 def _folded(styles: Mapping[str, str], everything: Iterable[str]) -> dict[str, str]:
     """One pattern for the modules of all blocks, where it stands for these and no others."""
     groups: dict[str, list[str]] = {}
     for name in styles:
-        groups.setdefault(_star(name), []).append(name)
-    every = Counter(_star(name) for name in everything)
+        groups.setdefault(starred(name), []).append(name)
+    every = Counter(starred(name) for name in everything)
     folded: dict[str, str] = {}
     for star, names in groups.items():
         if len({styles[n] for n in names}) == 1 and every[star] == len(names):

@@ -23,7 +23,7 @@ examples:
 """
 
 
-FORMATS = "safetensors with the model's own names, a Hugging Face model, or one file for torch.load (default: %(default)s)"
+FORMATS = "safetensors with the model's own names, a Hugging Face model, or one file for torch.load"
 
 
 def _command(commands: Any, name: str, text: str) -> Any:
@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
         "--format",
         choices=("safetensors", "hf", "torch"),
         default="safetensors",
-        help="what is written: safetensors with the model's own names, a Hugging Face model, or one file for torch.load (default: %(default)s)",
+        help=f"what is written: {FORMATS} (default: %(default)s)",
     )
     out.add_argument("--dtype", metavar="TYPE", help="bf16, fp16, fp32 (default: as stored)")
     out.add_argument(

@@ -37,12 +37,7 @@ def add_commands(commands: Any) -> None:
         command = commands.add_parser(name, help=text, description=f"{text}\n\n{TARGET}", epilog=examples(name))
         command.add_argument("target", metavar="TARGET", help="the model: see above")
         command.add_argument("--seq", type=int, metavar="N", help="length of the sequences (default: that of the inputs)")
-        command.add_argument(
-            "--hardware",
-            default="h100",
-            metavar="NAME",
-            help=f"{', '.join(known_hardware())}, or file.json or file.json:name with your own (default: %(default)s)",
-        )
+        add_hardware(command)
         command.add_argument("--optimizer", default="adamw", metavar="NAME", help=f"{', '.join(KNOWN)} (default: %(default)s)")
         command.add_argument(
             "--compile", action="store_true", help="as `compile=True` of TPStrategy: kernels between products are one"
@@ -78,6 +73,13 @@ def add_commands(commands: Any) -> None:
     many.add_argument(
         "--most", type=int, default=20, metavar="N", help="choices that are shown, the fastest (default: %(default)s)"
     )
+
+
+def add_hardware(command: Any) -> None:
+    """The option `--hardware`."""
+    known = ", ".join(known_hardware())
+    text = f"{known}, or file.json or file.json:name with your own (default: %(default)s)"
+    command.add_argument("--hardware", default="h100", metavar="NAME", help=text)
 
 
 def add_pictures(command: Any, plots: str, page: str) -> None:

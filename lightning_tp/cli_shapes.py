@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 import torch
 
-from lightning_tp.cli_estimate import CHECKPOINTING, CHECKPOINTING_HELP, check_names
+from lightning_tp.cli_estimate import CHECKPOINTING, CHECKPOINTING_HELP, Progress, add_hardware, check_names
 from lightning_tp.cli_parser import STATUS, TARGET, checked_plan_file
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.hardware import hardware, known_hardware
+from lightning_tp.estimate.hardware import hardware
 from lightning_tp.estimate.measure import measure
 from lightning_tp.estimate.predict import check_size
 from lightning_tp.estimate.shapes import LOCAL_BATCHES, TPS, shapes
@@ -52,12 +51,7 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--tp", metavar="LIST", help=f"sizes of the tensor-parallel axis (default: of {_joined(TPS)} those that fit)"
     )
-    command.add_argument(
-        "--hardware",
-        default="h100",
-        metavar="NAME",
-        help=f"{', '.join(known_hardware())}, or file.json or file.json:name with your own (default: %(default)s)",
-    )
+    add_hardware(command)
     command.add_argument(
         "--precision", default="bf16-mixed", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: %(default)s)"
     )
@@ -84,33 +78,33 @@ def _shapes(args: argparse.Namespace) -> int:
         raise TPError(f"`--seconds {args.seconds:g}`: give a time above 0.")
     check_names(args.precision, "adamw")
     if args.plot:
-        from lightning_tp.estimate.shapes_plot import check_file
+        from lightning_tp.estimate.shapes_plot import check
 
-        check_file(args.plot)
+        check(args.plot, "--plot")
     args.plan = checked_plan_file(args.plan)
     target = load(args.target)
     how = args.activation_checkpointing
-    found = shapes(
-        target.model,
-        target.inputs,
-        gpus=args.gpus,
-        global_batch=args.global_batch,
-        local_batches=batches,
-        tps=tps,
-        hardware=hw,
-        seq=args.seq or _longest(target.model, args.target),
-        precision=args.precision,
-        activation_checkpointing=None if how == "none" else how,
-        plan=args.plan or target.plan,
-        loss_fn=target.loss_fn,
-        compile=args.compile,
-        progress=_tell,
-    )
     measured = None
-    if args.measure:
-        dtype = DTYPES[args.dtype] if args.dtype else None
-        measured = measure(found, seconds=args.seconds, dtype=dtype, progress=_tell)
-    _tell("")
+    with Progress() as progress:
+        found = shapes(
+            target.model,
+            target.inputs,
+            gpus=args.gpus,
+            global_batch=args.global_batch,
+            local_batches=batches,
+            tps=tps,
+            hardware=hw,
+            seq=args.seq or _longest(target.model, args.target),
+            precision=args.precision,
+            activation_checkpointing=None if how == "none" else how,
+            plan=args.plan or target.plan,
+            loss_fn=target.loss_fn,
+            compile=args.compile,
+            progress=progress,
+        )
+        if args.measure:
+            dtype = DTYPES[args.dtype] if args.dtype else None
+            measured = measure(found, seconds=args.seconds, dtype=dtype, progress=progress)
     if args.plot:
         from lightning_tp.estimate.shapes_plot import draw
 
@@ -147,13 +141,6 @@ def _longest(model: Any, target: str) -> int | None:
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text_config, "max_position_embeddings", None)
     return min(most, LONGEST) if isinstance(most, int) and most > 0 else None
-
-
-def _tell(what: str) -> None:
-    """Progress, on a terminal only."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{what}")
-        sys.stderr.flush()
 
 
 def _joined(values: Any) -> str:

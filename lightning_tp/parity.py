@@ -39,6 +39,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.infer.solve import call_with
 from lightning_tp.mesh import DATA_PARALLEL, make_mesh
 from lightning_tp.plan import Plan
+from lightning_tp.plan_table import columns
 from lightning_tp.testing.compare import difference
 from lightning_tp.testing.ranks import RankError, run_ranks
 
@@ -113,8 +114,7 @@ class ParityReport:
             head = f"As in one process ({where}): {len(self.rows)} compared, the worst error is {worst.error:.1e}"
         rows = [("", "kind", "name", "tolerance", "found")]
         rows += [("ok" if r.ok else "BAD", r.kind, r.name, f"{r.tolerance:g}", r.detail) for r in self.rows[:SHOWN]]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [head, *("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows)]
+        lines = [head, *columns(rows)]
         if len(self.rows) > SHOWN:
             lines.append(f"  .. and {len(self.rows) - SHOWN} more, {sum(not row.ok for row in self.rows[SHOWN:])} of them bad")
         lines.append(f"{str(self.plan).splitlines()[0]}; with dp={self.dp} at most {self.held:.1%}")

@@ -11,11 +11,11 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from lightning_tp._compat import version_of
 from lightning_tp.checkpoint.place import Place
 from lightning_tp.errors import TPError
 
@@ -81,10 +81,7 @@ def versions() -> dict[str, str]:
     """What writes here."""
     found = {"torch": str(torch.__version__)}
     for name, package in (("lightning", "lightning"), ("lightning_tp", "lightning-tp")):
-        try:
-            found[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from its sources
-            found[name] = "unknown"
+        found[name] = version_of(package) or "unknown"
     return found
 
 

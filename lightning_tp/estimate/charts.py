@@ -14,17 +14,11 @@ GiB = 2**30
 MOST_BARS = 14
 
 
-def usable(found: Estimate) -> float:
-    """Bytes that a device has for what is counted here: less what is taken before, and what its allocator can't use."""
-    hw = found.hardware
-    return (hw.memory_bytes - hw.reserved_bytes) / (1 + hw.fragmentation)
-
-
 def memory_over_step(found: Estimate, width: float = WIDE) -> Drawing:
     """Bytes of a rank by kind at each moment, stacked."""
     series, moments, peak = memory_series(found), found.memory.timeline, found.memory.peak
     most = max(m.total for m in moments)
-    limit = usable(found)
+    limit = found.hardware.usable_bytes
     top_value = max(most, limit) if limit < 2.5 * most else most
     d = Drawing(width, label=f"Memory of a rank over a step, most at the {peak.name}: {size(peak.total)}")
     y = _title(d, "Memory of a rank over a step", width)
@@ -73,7 +67,7 @@ def memory_over_step(found: Estimate, width: float = WIDE) -> Drawing:
 
 def memory_at_peak(found: Estimate, width: float = WIDE) -> Drawing:
     """Bytes of each kind at the peak, as bars, and what a device has."""
-    peak, limit = found.memory.peak, usable(found)
+    peak, limit = found.memory.peak, found.hardware.usable_bytes
     d = Drawing(width, label=f"Memory of a rank at the peak ({peak.name}), by kind: {size(peak.total)} of {size(limit)}")
     y = _title(d, f"Memory at the peak: {peak.name}", width)
     kinds = [k for k in kinds_of([peak]) if peak.kinds[k]]
@@ -181,7 +175,7 @@ def bar_of(found: Estimate, width: float, most: float) -> Drawing:
     d = Drawing(width, 18, f"{size(peak.total)} at the peak")
     kinds = [k for k in kinds_of([peak]) if peak.kinds[k]]
     _stacked(d, [(k, peak.kinds[k], f"{k}: {size(peak.kinds[k])}") for k in kinds], 1, 2, width - 4, 14, most)
-    at = 1 + (width - 4) * usable(found) / most
+    at = 1 + (width - 4) * found.hardware.usable_bytes / most
     d.line(((at, 0), (at, 18)), "alarm", 2)
     return d
 

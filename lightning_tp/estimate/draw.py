@@ -314,8 +314,8 @@ def under(parts: Sequence[Drawing], gap: float = 28) -> Drawing:
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def check_picture(path: str | Path, option: str = "") -> None:
-    """Refuse a file that could not be written in the end; call it before the work begins.
+def check_picture(path: str | Path, option: str = "", *, always: bool = False) -> None:
+    """Refuse a file that could not be written in the end; call it before the work begins. `always`: matplotlib draws an .svg, too.
 
     Raises:
         TPError: for another ending than .svg, .png or .pdf, matplotlib that is needed and not there, or as `check_file`.
@@ -324,12 +324,13 @@ def check_picture(path: str | Path, option: str = "") -> None:
     if suffix not in SUFFIXES:
         raise TPError(f"`{option or 'path'} {path}`: its ending says the format, and there are {', '.join(SUFFIXES)}.")
     check_file(path, option)
-    if suffix != ".svg":
+    if always or suffix != ".svg":
         try:
             import matplotlib  # noqa: F401
         except ImportError:
+            rest = "" if always else " An .svg needs nothing."
             raise TPError(
-                f"`{option or 'path'} {path}`: {suffix} needs matplotlib: pip install 'lightning-tp[plot]'. An .svg needs nothing."
+                f"`{option or 'path'} {path}`: {suffix} needs matplotlib: pip install 'lightning-tp[plot]'.{rest}"
             ) from None
 
 

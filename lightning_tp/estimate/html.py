@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lightning_tp._compat import version_of
 from lightning_tp.estimate import charts
 from lightning_tp.estimate.draw import Drawing, check_page, style_of, write_text
 from lightning_tp.estimate.picture import Picture
@@ -146,8 +146,9 @@ def write_choices(found: Tuned, path: str | Path, *, command: str = "") -> None:
     check_page(path)
     model = f"{found.fits[0].model} on " if found.fits else ""
     hardware = found.fits[0].hardware.name if found.fits else "devices"
+    unit = found.fits[0].unit if found.fits else "tokens"
     title = f"{model}{found.gpus:,} x {hardware}: what fits"
-    most = max((max(e.memory.peak.total, charts.usable(e)) for e in found.fits), default=1.0)
+    most = max((max(e.memory.peak.total, e.hardware.usable_bytes) for e in found.fits), default=1.0)
     rows = []
     for i, e in enumerate(found.fits, 1):
         cells = [
@@ -167,7 +168,7 @@ def write_choices(found: Tuned, path: str | Path, *, command: str = "") -> None:
             f"{e.mfu:.1%}",
         ]
         rows.append(cells)
-    names = ("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "", "step", "tokens/s/device", "MFU")
+    names = ("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "", "step", f"{unit}/s/device", "MFU")
     kinds = charts.kinds_of([e.memory.peak for e in found.fits])
     key = Drawing(WIDE, label="Colors of the kinds of memory")
     key.height = charts.legend(key, [(k, k) for k in kinds], 4, WIDE)
@@ -222,11 +223,11 @@ def _facts(found: Estimate) -> str:
         (
             "batch",
             f"{found.batch} x {found.accumulate}" if found.accumulate > 1 else str(found.batch),
-            f"{found.tokens:,} tokens in a step",
+            f"{found.tokens:,} {found.unit} in a step",
         ),
         ("memory", size(found.needed), f"of {size(found.hardware.memory_bytes)}, all that is taken"),
         ("a step", seconds(found.time.step), f"{seconds(found.time.without_overlap)} without overlap"),
-        ("tokens/s", f"{found.tokens_per_s:,.0f}", each),
+        (f"{found.unit}/s", f"{found.tokens_per_s:,.0f}", each),
         ("MFU", f"{found.mfu:.1%}", f"of {found.peak_flops / 1e12:,.0f} TFLOP/s"),
     ]
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}<small>{escape(c)}</small></dd></div>" for a, b, c in facts)
@@ -338,17 +339,10 @@ def _rules(plan: Plan) -> str:
 
 def _made(command: str) -> str:
     names = ("lightning-tp", "torch", "lightning", "transformers")
-    versions = ", ".join(f"{n} {v}" for n in names if (v := _version(n)))
+    versions = ", ".join(f"{n} {v}" for n in names if (v := version_of(n)))
     made = f"<pre>{escape(command)}</pre>" if command else ""
     how = f"{versions}, Python {platform.python_version()}"
     return f'<footer><h2>How this was made</h2>{made}<p class="dim">{date.today().isoformat()}, {escape(how)}</p></footer>'
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 # ----------------------------------------------------------------------------------------------------------------- parts

@@ -21,6 +21,7 @@ from lightning_tp.estimate.hardware import Hardware, guess, hardware
 from lightning_tp.estimate.product_shapes import Shape
 from lightning_tp.estimate.shapes import Cell, Shapes
 from lightning_tp.estimate.tiles import tiling
+from lightning_tp.plan_table import columns
 
 ROUNDS = 5  # at most
 FEWEST = 3  # rounds that have to fit into the time
@@ -127,8 +128,7 @@ class Measured:
                     f"{key.flops / expected / 1e9:,.4g}" if expected else "-",
                 )
             )
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines += ["  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
+        lines += columns(rows, left={0})
         base = found.tps[0]
         for c in found.cells:
             first = found.cell(c.local_batch, base)

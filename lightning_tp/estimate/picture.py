@@ -155,29 +155,20 @@ class Picture:
 
     def boxes(self) -> Iterator[Box]:
         """All boxes, in order."""
-        yield from _boxes(self.rows)
+        return (row for row in _all(self.rows) if isinstance(row, Box))
 
     def borders(self) -> Iterator[Border]:
         """All collectives, in order; those in a frame that stands for several once."""
-        yield from _borders(self.rows)
+        return (row for row in _all(self.rows) if isinstance(row, Border))
 
 
-def _boxes(rows: Iterable[Row]) -> Iterator[Box]:
+def _all(rows: Iterable[Row]) -> Iterator[Box | Border]:
+    """What is drawn, in order."""
     for row in rows:
-        if isinstance(row, Box):
+        if isinstance(row, (Frame, Side)):
+            yield from _all(row.rows if isinstance(row, Frame) else row.boxes)
+        else:
             yield row
-        elif isinstance(row, Side):
-            yield from row.boxes
-        elif isinstance(row, Frame):
-            yield from _boxes(row.rows)
-
-
-def _borders(rows: Iterable[Row]) -> Iterator[Border]:
-    for row in rows:
-        if isinstance(row, Border):
-            yield row
-        elif isinstance(row, Frame):
-            yield from _borders(row.rows)
 
 
 def _x(shape: Shape) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from lightning_tp.estimate.picture import Border, Box, Frame, Row, Side, State
-from lightning_tp.plan_table import fold
+from lightning_tp.plan_table import fold, starred
 
 
 def alike(rows: list[Row]) -> list[Row]:
@@ -23,8 +22,8 @@ def alike(rows: list[Row]) -> list[Row]:
             isinstance(row, (Box, Frame))
             and isinstance(last, type(row))
             and not getattr(row, "block", False)
-            and _starred(row.name) == _starred(members[0])
-            and "*" in _starred(row.name)
+            and starred(row.name) == starred(members[0])
+            and "*" in starred(row.name)
             and replace(row, name="", times=1) == replace(last, name="", times=1)
         ):
             members.append(row.name)
@@ -39,13 +38,13 @@ def _fold_blocks(rows: list[Row]) -> list[Row]:
     groups: dict[tuple[str, tuple[Row, ...]], list[Frame]] = {}
     for row in rows:
         if isinstance(row, Frame) and row.block and row.times == 1:
-            groups.setdefault((_starred(row.name), _core(row)), []).append(row)
+            groups.setdefault((starred(row.name), _core(row)), []).append(row)
     found: list[Row] = []
     for row in rows:
         if not (isinstance(row, Frame) and row.block and row.times == 1):
             found.append(row)
             continue
-        group = groups[_starred(row.name), _core(row)]
+        group = groups[starred(row.name), _core(row)]
         if row is not group[0]:
             continue
         if all(r.rows == row.rows for r in group):
@@ -134,7 +133,3 @@ def partial(rows: list[Row], tp: int) -> list[Row]:
                 row = replace(row, leaves=State(row.leaves.whole, shape, "partial"))
         found.append(row)
     return found
-
-
-def _starred(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

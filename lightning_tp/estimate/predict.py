@@ -48,7 +48,6 @@ class Options:
     clip_gradients: bool = True
     compile: bool = False
     fused_attention: bool = True
-    rank: int | None = None  # of the tensor-parallel axis, where tp does not divide a size; None: the one that holds most
 
 
 @dataclass
@@ -228,7 +227,7 @@ def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path
     precision = Precision.of(options.precision)
     how = options.activation_checkpointing
     check_options(how, False, "independent", "local")
-    rank = tracer.largest_rank(tp, options.sequence_parallel) if options.rank is None else options.rank
+    rank = tracer.largest_rank(tp, options.sequence_parallel)
     settings = Settings(tp, dp, rank, precision, how, options.loss_parallel, hw.device, options.fused_attention)
     world = tracer.world(inputs, settings, options.sequence_parallel)
     whole = tracer.whole(inputs, settings, options.sequence_parallel)
@@ -382,8 +381,7 @@ def _assumptions(world: World, hw: Hardware, options: Options, precision: Precis
     if tp > 1:
         found.append("collectives on the tensor-parallel axis are waited for")
         if rank:
-            which = "which holds most; the others wait for it" if options.rank is None else "as asked for"
-            found.append(f"tp={tp} does not cut everything evenly: this is rank {rank}, {which}")
+            found.append(f"tp={tp} does not cut everything evenly: this is rank {rank}, which holds most; the others wait for it")
         if tp > hw.per_node:
             found.append(f"tp={tp} is more than the {hw.per_node} devices of a node: its collectives cross nodes")
     if options.accumulate > 1 and dp > 1:

@@ -13,6 +13,7 @@ from lightning_tp.estimate.flops import Flops, Product
 from lightning_tp.estimate.hardware import Hardware
 from lightning_tp.estimate.memory import Memory
 from lightning_tp.estimate.roofline import Time
+from lightning_tp.plan_table import columns
 
 if TYPE_CHECKING:
     from lightning_tp.estimate.world import World
@@ -196,12 +197,7 @@ class Estimate:
         for title, names, rows in self.tables():
             lines += ["", title]
             table = [names, *rows] if any(names[:1]) else rows
-            widths = [max(len(row[i]) for row in table) for i in range(len(names))]
-            for row in table:
-                cells = [
-                    c.ljust(w) if i == 0 or (len(names) > 3 and i < 2) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))
-                ]
-                lines.append("  " + "  ".join(cells).rstrip())
+            lines += columns(table, left={0, 1} if len(names) > 3 else {0})
         lines += ["", "Assumed:", *(f"  - {a}" for a in self.assumptions)]
         return "\n".join(lines)
 

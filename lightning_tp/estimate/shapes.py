@@ -238,9 +238,9 @@ def shapes(
     length = seq or _length(inputs)
     cells = []
     for local in batches:
-        for tp, found in plans.items():
+        for tp in plans:
             tell(f"tracing local batch {local:g}, tp={tp}")
-            options = Options(precision, "adamw", activation_checkpointing, compile=compile, rank=_slowest(found, tp))
+            options = Options(precision, "adamw", activation_checkpointing, compile=compile)
             cell = _cell(tracer, inputs, length, local, tp, count // tp, hw, options)
             if cell is not None:
                 cells.append(cell)
@@ -303,11 +303,6 @@ def _held(plan: Plan, rank: int) -> int:
     return sum(math.prod(splits[n].local_shape(shape, rank)) for n, shape in plan.shapes.items() if n in splits)
 
 
-def _slowest(plan: Plan, tp: int) -> int:
-    """The rank that holds the most: all wait for it."""
-    return max(range(tp), key=lambda rank: _held(plan, rank))
-
-
 def _cell(
     tracer: Tracer, inputs: Any, length: int | None, local: float, tp: int, dp: int, hw: Hardware, options: Options
 ) -> Cell | None:
@@ -325,7 +320,8 @@ def _cell(
         seq = round(length * samples / whole)
     elif tp > 1:
         plan = tracer.plan_of(tp, True)
-        most, mean = _held(plan, options.rank or 0), sum(_held(plan, r) for r in range(tp)) / tp
+        held = [_held(plan, r) for r in range(tp)]
+        most, mean = max(held), sum(held) / tp
         why = f"uneven: the largest rank holds {most / mean - 1:.0%} more than the mean" if most > 1.01 * mean else ""
     found = predict(tracer, resized(inputs, whole, seq if length is not None else None), dp, tp, hw, options)
     rows = shapes_of(found.products, hw)

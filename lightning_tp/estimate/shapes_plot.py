@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tp.errors import TPError
+from lightning_tp.estimate.draw import check_picture
 from lightning_tp.estimate.report import count
 
 if TYPE_CHECKING:
     from lightning_tp.estimate.shapes import Shapes
 
-KINDS = (".png", ".svg", ".pdf")
 COLORS = (
     "#0072B2",
     "#D55E00",
@@ -24,30 +24,22 @@ COLORS = (
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def check_file(path: str | Path) -> None:
+def check(path: str | Path, option: str = "") -> None:
     """Before anything is computed.
 
     Raises:
-        TPError: for an ending that is not known, a folder that is not there, or if matplotlib is missing.
+        TPError: as `check_picture`; also for an .svg, if matplotlib is missing.
     """
-    where = Path(path)
-    if where.suffix.lower() not in KINDS:
-        raise TPError(f"`{where}`: a plot ends in {', '.join(KINDS)}.")
-    if not where.parent.is_dir():
-        raise TPError(f"`{where}`: there is no folder {where.parent}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise TPError("A plot needs matplotlib: pip install 'lightning-tp[plot]'.") from None
+    check_picture(path, option, always=True)
 
 
 def draw(found: Shapes, path: str | Path) -> None:
     """Write the picture.
 
     Raises:
-        TPError: as `check_file`; or if the file can't be written.
+        TPError: as `check`; or if the file can't be written.
     """
-    check_file(path)
+    check(path)
     figure = new_figure((9.0, 3.8))
     left, right = figure.subplots(1, 2)
     products(left, found)

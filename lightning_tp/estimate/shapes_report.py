@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_tp.estimate.report import Table, count, seconds, size
@@ -10,8 +10,10 @@ from lightning_tp.estimate.report import Table, count, seconds, size
 if TYPE_CHECKING:
     from lightning_tp.estimate.product_shapes import Shape
 from lightning_tp.estimate.shapes import Cell, Shapes
+from lightning_tp.plan_table import columns
 
 EVEN = 0.01  # of the time: less is no difference
+TEXT = ("products", "of", "")  # columns of words
 WIDEST = 60  # characters of module names
 WHY_LESS = {
     "padding": "less padding in tiles",
@@ -33,7 +35,7 @@ def text(found: Shapes, *, details: bool | None = None) -> str:
     """All of it; `details`: each product, too (default: if there is one local batch only)."""
     lines = [headline(found)]
     for title, names, rows in tables(found, details=len(found.local_batches) == 1 if details is None else details):
-        lines += ["", title, *_aligned(names, rows)]
+        lines += ["", title, *columns([names, *rows], left={i for i, n in enumerate(names) if n in TEXT})]
     lines += ["", *verdict(found)]
     lines += [f"tp={tp} was left out: {why}" for tp, why in found.left_out.items()]
     return "\n".join(lines)
@@ -130,15 +132,6 @@ def _named(modules: Sequence[str]) -> str:
     short = [names[0], *(n.removeprefix(stem + ".") if stem else n for n in names[1:])]
     joined = ", ".join(short)
     return joined if len(joined) <= WIDEST else f"{names[0]} and {len(names) - 1} more"
-
-
-def _aligned(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    table = [tuple(names), *map(tuple, rows)]
-    widths = [max(len(r[i]) for r in table) for i in range(len(names))]
-    left = {i for i, n in enumerate(names) if n in ("products", "of", "")}
-    return [
-        "  " + "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip() for r in table
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------------------ verdict

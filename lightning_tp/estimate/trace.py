@@ -624,11 +624,9 @@ def _product(name: str, ins: list[Tensor]) -> tuple[int, int, int, int] | None:
     if name in ("bmm", "baddbmm"):
         a, b = ins[-2:]
         return a.shape[0], a.shape[1], b.shape[2], a.shape[2]
-    if (
-        name == "_grouped_mm"
-    ):  # groups of rows, each times a matrix of its own; or, for their gradients, groups of the inner dimension
+    if name == "_grouped_mm":  # groups of rows, each times its own matrix; for gradients, groups of the inner dimension
         a, b = ins[:2]
-        return (1, a.shape[0], b.shape[2], a.shape[1]) if b.ndim == 3 else (1, a.shape[0], b.shape[1], a.shape[1])
+        return 1, a.shape[0], b.shape[-1], a.shape[1]
     if name == "mv":
         return 1, ins[0].shape[0], 1, ins[0].shape[1]
     if name == "dot":

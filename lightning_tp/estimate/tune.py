@@ -25,6 +25,7 @@ from lightning_tp.estimate.predict import Options, check_size, loss_of, predict
 from lightning_tp.estimate.report import Estimate, seconds, size
 from lightning_tp.estimate.scale import ScalingTracer
 from lightning_tp.estimate.world import Precision, resized
+from lightning_tp.plan_table import columns
 from lightning_tp.recompute import Recompute
 
 LARGEST_BATCH = 64
@@ -97,8 +98,7 @@ class Tuned:
                     f"{e.mfu:.1%}",
                 )
             )
-        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = [head, *("  " + "  ".join(c.rjust(w) for c, w in zip(r, widths)) for r in rows)]
+        lines = [head, *columns(rows, left=())]
         if self.refused:
             lines += ["", "Not possible:", *(f"  {r.what}: {r.why}" for r in self.refused)]
         return "\n".join(lines)

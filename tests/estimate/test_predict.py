@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tp import TPError
 from lightning_tp.estimate import Estimate, estimate
+from lightning_tp.estimate.html import report
 from tests.estimate.models import MODELS
 
 
@@ -149,6 +150,8 @@ def test_inputs_without_tokens_are_counted_in_samples() -> None:
     found = estimate(build(), inputs, (2, 1), accumulate=3)
     assert (found.unit, found.tokens) == ("samples", 4 * 2 * 3)
     assert "a step of 24 samples" in str(found) and "samples/s" in str(found) and "token" not in str(found).partition("Assumed")[0]
+    page = report(found)
+    assert "24 samples in a step" in page and "<dt>samples/s</dt>" in page and "tokens/s" not in page
     values = json.loads(found.to_json())
     assert values["unit"] == "samples" and values["samples"] == 24 and values["samples_per_s"] == found.tokens_per_s
     assert not any("tokens" in name for name in values)
