@@ -418,7 +418,7 @@ def _record(
         tracer.owner = owner
         tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
         recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
-        recorders[-1].param_owner, recorders[-1].tables = owners, tables
+        recorders[-1].param_owner, recorders[-1].tables, recorders[-1].tried = owners, tables, trace.tried
         recorders[-1].mixed = recorders[-1].found.mixed = set(trace.local_uses) & set(trace.whole_uses)
         if doors is not None:
             doors(tracer)

@@ -64,6 +64,7 @@ class Trace:
     looked_up: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules that take rows of it
     operands: list[Tensor] = field(default_factory=list)  # the features of each factor of a product of activations
     logits: list[Tensor] = field(default_factory=list)  # labels of what the loss was given
+    tried: set[Any] = field(default_factory=set)  # calls that give the same on shards, in runs whose features are these
     escaped: dict[str, None] = field(
         default_factory=dict
     )  # modules where what every rank has, beside its shards, meets what is whole
