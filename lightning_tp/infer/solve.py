@@ -19,7 +19,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import shrunk
 from lightning_tp.infer.record import Found, Recorder, computed_unseen
 from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed, for_all
-from lightning_tp.infer.restore import Weightless, has_more_than, modules_as_they_were
+from lightning_tp.infer.restore import Weightless, garbage_kept, has_more_than, modules_as_they_were
 from lightning_tp.infer.sequence import CantBeInShards, with_sequence_parallel
 from lightning_tp.infer.sizes import LocalInt
 from lightning_tp.infer.trace import Trace, leaves, run
@@ -83,7 +83,7 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
-    with as_it_was(model):
+    with as_it_was(model), garbage_kept():
         if has_more_than(model, MOST_REAL):
             try:
                 with Weightless(model) as twin:

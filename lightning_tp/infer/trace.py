@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp.errors import TPError
 from lightning_tp.infer.classes import Classes, compact, reshaped, shrunk
+from lightning_tp.infer.meta import made
 
 
 @dataclass
@@ -620,7 +621,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         # its kernels take other dtypes, only that for the meta device does not
         out = func(*(t.bfloat16() for t in args[:2]), *args[2:], **kwargs).to(args[0].dtype)
     else:
-        out = func(*args, **kwargs)
+        plain = made(func, args, kwargs)
+        out = func(*args, **kwargs) if plain is None else plain
     if func in CHANCE and out.numel() == 1:
         out.fill_(KEPT)  # whether a whole block is dropped: not while its weights are looked for
     return out
