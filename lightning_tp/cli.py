@@ -9,6 +9,7 @@ Exit status: 0 it is well, 1 the split model differs from one process, 2 a mista
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from lightning_tp import cli_checkpoint, cli_estimate, cli_shapes
 from lightning_tp._compat import version_of
 from lightning_tp.cli_parser import TARGET, Parser, check_output, checked_plan_file, ended, examples
+from lightning_tp.cli_script import is_script, run_script, step_loss
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
@@ -203,7 +205,8 @@ class Target:
         model: one such model, perhaps on the meta device.
         inputs: what its forward is called with.
         loss_fn: a scalar from its output, or from (output, inputs).
-        plan: that the model has as an attribute, as a LightningModule may.
+        plan: that the model has as an attribute, as a LightningModule may, or its strategy.
+        batch: samples that it is trained on at once, where that is known.
     """
 
     build: Callable[[], nn.Module]
@@ -211,6 +214,7 @@ class Target:
     inputs: Inputs
     loss_fn: Callable[..., Tensor]
     plan: Any = None
+    batch: int | None = None
 
 
 def load(text: str, *, weights: bool = False) -> Target:
@@ -227,10 +231,14 @@ def load(text: str, *, weights: bool = False) -> Target:
         raise TPError(
             f"`{text}`: the folder has no config.json. A TARGET is that of a Hugging Face model, or path/to/file.py:function."
         )
-    if path.suffix == ".py" or (where.endswith(".py") and not name):
-        raise TPError(f"`{text}`: name the function in it that returns (model, inputs), as in {text.removesuffix(':')}:build.")
+    if is_script(text):
+        return _script(text, weights)
+    if where.endswith(".py") and not name:
+        raise TPError(f"`{text}`: name the function in it that returns (model, inputs), as in {where}:build.")
     if not colon or not where or not name:
-        raise TPError(f"`{text}`: a TARGET is package.module:function, path/to/file.py:function, or path/to/config.json.")
+        raise TPError(
+            f"`{text}`: a TARGET is package.module:function, path/to/file.py:function, path/to/train.py, or path/to/config.json."
+        )
     module = _module(where, text)
     made = getattr(module, name, None)
     if made is None:
@@ -259,6 +267,19 @@ def load(text: str, *, weights: bool = False) -> Target:
     model, inputs, *loss = call()
     return Target(
         lambda: call()[0], model, _as_inputs(inputs), loss[0] if loss and loss[0] is not None else default_loss, _own_plan(model)
+    )
+
+
+def _script(text: str, weights: bool) -> Target:
+    reached = run_script(text, _called, weights=weights)
+    step = reached.module.example_input_array is None
+    return Target(
+        lambda: copy.deepcopy(reached.module),
+        reached.module,
+        _as_inputs(reached.inputs),
+        step_loss if step else default_loss,
+        reached.plan if reached.plan is not None else _own_plan(reached.module),
+        reached.batch,
     )
 
 

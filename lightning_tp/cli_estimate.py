@@ -137,7 +137,7 @@ def _estimate(args: argparse.Namespace) -> int:
         plan=args.plan or target.plan,
         hardware=args.hardware,
         loss_fn=target.loss_fn,
-        batch=args.batch,
+        batch=args.batch or target.batch,
         seq=args.seq,
         accumulate=args.accumulate,
         compile=args.compile,

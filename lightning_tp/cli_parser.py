@@ -20,11 +20,14 @@ TARGET is one of
   path/to/file.py:function  inputs: what forward is called with (a dict, a tuple, a tensor); loss_fn(output) or
                             loss_fn(output, inputs): a scalar (default: the loss in the output, or of the next token)
   package.module:Class      a LightningModule that is built without arguments and has an `example_input_array`
+  path/to/train.py          a script that calls `Trainer.fit`, where it is stopped: its LightningModule, on a first batch of its data;
+                            with arguments in quotes: "train.py fit --config my.yaml"
   path/to/config.json       a Hugging Face model, or the folder of one; a large one has no weights (but for `verify`)
 """
 STATUS = "exit status: 0 it is well, 1 the split model differs from one process (verify) or a checkpoint is not complete (inspect),\n  2 a mistake"
 EXAMPLES = """\
   lightning-tp plan my_model.py:build --tp 2                        the plan as a table
+  lightning-tp plan train.py --tp 2                                 of what a script trains
   lightning-tp plan llama-2-7b/config.json --tp 8 --dp 256          at a size that this machine does not have
   lightning-tp plan my_model.py:build --tp 2 --plot plan.svg        as a picture of the model's blocks
   lightning-tp plan my_model.py:build --tp 2 --json plan.json       for TPStrategy(plan="plan.json")
@@ -33,6 +36,7 @@ EXAMPLES = """\
   lightning-tp verify my_model.py:build --tp 2 --plan plan.json     with a plan that you have edited
   lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --seq 4096 --batch 1 --hardware h100
                                                                     memory, communication and time of a step, on a rank
+  lightning-tp estimate "train.py --size large" --tp 8 --dp 16      the same for what a script trains, with its own batch
   lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --html report.html --plot memory.png
                                                                     the same as a page, and as plots
   lightning-tp tune llama-3-8b/config.json --gpus 64 --hardware h100 --global-batch 512 --seq 8192

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 ITEMS = 2  # of the first batch: a plan does not depend on how many there are
+LOGS = ("log", "log_dict", "print")
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
@@ -57,21 +58,29 @@ def first_batch(trainer: pl.Trainer) -> Any:
     Raises:
         TPError: for data that can be read once only.
     """
-    loop: Any = trainer._active_loop
-    source = loop._data_source
     state = torch.get_rng_state()
     try:
-        loader = source.dataloader()
-        return _first(loader)
+        return first_of(data_of(trainer))
     finally:
         torch.set_rng_state(state)
 
 
-def _first(loader: Any) -> Any:
+def data_of(trainer: pl.Trainer) -> Any:
+    """The loader, or loaders, that the Trainer is about to use."""
+    loop: Any = trainer._active_loop
+    return loop._data_source.dataloader()
+
+
+def first_of(loader: Any) -> Any:
+    """A small first batch of a loader, or of each of several.
+
+    Raises:
+        TPError: as `first_batch`.
+    """
     if isinstance(loader, dict):
-        return {k: _first(v) for k, v in loader.items()}
+        return {k: first_of(v) for k, v in loader.items()}
     if isinstance(loader, (list, tuple)) and any(isinstance(x, DataLoader) for x in loader):
-        return type(loader)(_first(x) for x in loader)
+        return type(loader)(first_of(x) for x in loader)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         items = min(loader.batch_size or ITEMS, ITEMS, len(loader.dataset))  # type: ignore[arg-type]
         samples = [loader.dataset[i] for i in range(items)]
@@ -84,16 +93,24 @@ def _first(loader: Any) -> Any:
     return next(iter(loader))
 
 
+def made_quiet(module: Any) -> None:
+    """Let what a module logs go nowhere."""
+    for name in LOGS:
+        module.__dict__[name] = _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 @contextmanager
 def quiet(module: Any) -> Iterator[None]:
     """Steps log, and there is no loop yet that could take it."""
-    names = ("log", "log_dict", "print")
-    for name in names:
-        module.__dict__[name] = lambda *args, **kwargs: None
+    made_quiet(module)
     try:
         yield
     finally:
-        for name in names:
+        for name in LOGS:
             del module.__dict__[name]
         for m in module.modules():  # what torchmetrics has counted meanwhile
             if hasattr(m, "_update_count") and callable(getattr(m, "reset", None)):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_tp.cli import main
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OF_A_RUN = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED")
@@ -113,13 +115,29 @@ def test_cli_reads_the_yaml_of_its_docstring(tmp_path: Path) -> None:
     assert "`max_steps=4` reached" in output
 
 
-def test_quick_start_of_the_readme(tmp_path: Path) -> None:
-    (quick_start,) = blocks("python")
-    assert "max_steps=20" in quick_start
-    (tmp_path / "train.py").write_text(quick_start.replace("max_steps=20", "max_steps=4"))
+def quick_start(folder: Path, *, plan: bool = False) -> None:
+    script, written = blocks("python")
+    assert "max_steps=20" in script and "TPStrategy(tp=2)" in script
+    script = script.replace("max_steps=20", "max_steps=4")
+    (folder / "train.py").write_text(written + script.replace("tp=2", "tp=2, plan=plan") if plan else script)
+
+
+@pytest.mark.parametrize("plan", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inferred", "given"])
+def test_quick_start_of_the_readme(plan: bool, tmp_path: Path) -> None:
+    quick_start(tmp_path, plan=plan)
     output = run("train.py", cwd=tmp_path)
-    assert "Plan, given, tp=2" in output and "sequence parallel on" in output
+    assert f"Plan, {'given' if plan else 'inferred'}, tp=2" in output and "sequence parallel on" in output
     assert "`max_steps=4` reached" in output
+
+
+def test_commands_of_the_readme_take_the_quick_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_start(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    commands = [command[1:] for command in commands if command[:1] == ["lightning-tp"]]
+    assert {command[0] for command in commands} == {"plan", "verify", "estimate"}
+    for command in commands:
+        assert main(command) == 0
 
 
 def test_commands_of_the_readme_name_what_is_there() -> None:
