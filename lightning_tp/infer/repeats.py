@@ -246,9 +246,10 @@ def _again(first: Any, made: Any, given: list[Any], spec: Any, tracer: Tracer | 
         label = shadow.label
         if label is not None:
             source = next((i for i, (_, s) in enumerate(before) if s is not None and _equal(s.label, label)), None)
-            if source is None:
-                return None  # features that the block has made leave it: those of this one are others
-            label = tracer.shadow(given[source]).label
+            if source is not None:
+                label = tracer.shadow(given[source]).label
+            # else features that the block has made leave it, such as probabilities of its heads: those of the one that was followed stand
+            # for this one's, whose weights will be cut like its
         tracer.put(copy, Shadow(label, None, shadow.grad))
         if id(t) in tracer.values:
             tracer.values[id(copy)] = (copy, tracer.values[id(t)][1])

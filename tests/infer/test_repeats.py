@@ -169,6 +169,45 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all("forward" not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
 
 
+FORWARDS: list[nn.Module] = []
+
+
+class Telling(Block):
+    """Gives its probabilities, too, as Bloom's do."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        FORWARDS.append(self)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        probabilities = (q @ k.transpose(-1, -2)).softmax(-1)
+        x = x + self.out((probabilities @ v).transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x)))), probabilities
+
+
+class Listening(Model):
+    """Where they are `read`, those of all blocks meet."""
+
+    def __init__(self, read: bool) -> None:
+        super().__init__(mixed=False)
+        self.layers, self.read = nn.ModuleList(Telling(32, 4, i) for i in range(DEPTH)), read
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, seen = self.table(ids), torch.zeros(())
+        for layer in self.layers:
+            x, probabilities = layer(x)
+            seen = seen + probabilities
+        return (self.head(x), seen.mean(1)) if self.read else (self.head(x),)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_blocks_that_give_features_of_their_own(read: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = Listening(read), torch.zeros(1, 5, dtype=torch.long)
+    FORWARDS.clear()
+    quick = infer_plan(model, (ids,), tp=2)
+    assert FORWARDS.count(model.layers[3]) <= 2  # on a rank, the plan is tried on all
+    monkeypatch.setattr("lightning_tp.infer.solve.alike_blocks", lambda *a: {})
+    assert quick == infer_plan(model, (ids,), tp=2) and FORWARDS.count(model.layers[3]) > 4
+
+
 def test_cost_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     """A count, not a time: operations that are followed with labels."""
     counts = []
