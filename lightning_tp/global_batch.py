@@ -88,18 +88,33 @@ def keep_global_batch(
 def rescale(loaded: dict[str, Any], positions: list[dict[str, Any]], before: int, now: int) -> None:
     """Count what was read of an epoch in the batches of `now` data-parallel ranks, where `before` ranks have counted it; in place.
 
+    What is under way stays so: a checkpoint that is made at the end of a batch has one batch more begun than completed, on any mesh.
+
     Raises:
         TPError: if it is no whole number of them.
+
+    Example:
+        >>> progress = {"total": {"ready": 11, "completed": 10}, "current": {"ready": 8, "completed": 7}}  # the epoch before had 3
+        >>> rescale({"loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}, [], before=1, now=2)
+        >>> progress
+        {'total': {'ready': 5, 'completed': 4}, 'current': {'ready': 4, 'completed': 3}}
     """
     progress = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    counts = [(of, name) for of in (progress.get("total", {}), progress.get("current", {})) for name in of]
-    for of, name in [*counts, *((position, "read") for position in positions)]:
-        if of[name] * before % now:
+    current, total = progress.get("current", {}), progress.get("total", {})
+    for of, name in [(current, "ready"), *((position, "read") for position in positions)]:
+        if of.get(name, 0) * before % now:
             raise TPError(
                 f"The checkpoint is from the middle of an epoch, after {of[name]} batches on each of {before} data-parallel ranks, which is no "
                 f"whole number of batches on {now}. Resume from the end of an epoch, or on another mesh."
             )
-        of[name] = of[name] * before // now
+    here = current.get("ready", 0) * before // now
+    in_epochs_before = (total.get("ready", 0) - current.get("ready", 0)) * before // now
+    for of, begun in ((total, in_epochs_before + here), (current, here)):
+        more = begun - of.get("ready", 0)
+        for name in of:
+            of[name] += more
+    for position in positions:
+        position["read"] = position["read"] * before // now
 
 
 def _changes(callback: Any) -> bool:

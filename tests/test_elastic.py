@@ -70,7 +70,7 @@ class Nodes:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "GLOO_SOCKET_IFNAME": f"v{node}",
-            "PAUSE": "0.2",
+            "PAUSE": os.environ.get("P", "0.2"),
         }
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_tp as ltp
-from lightning_tp.global_batch import batches_to_accumulate
-from lightning_tp.testing import assert_trees_close
+from lightning_tp.global_batch import batches_to_accumulate, rescale
+from lightning_tp.testing import assert_trees_close, run_ranks
 from tests.test_strategy import QUIET, Net, on, strategy
 
 
@@ -87,3 +89,52 @@ def test_batches_to_accumulate() -> None:
     assert batches_to_accumulate(512, 4, 64) == 2
     with pytest.raises(ltp.TPError, match="no batches for 3"):
         batches_to_accumulate(2, 1, 3)
+
+
+# ------------------------------------------------------------------------------------------- a mesh that grows or shrinks
+
+
+class Dealt(Net):
+    """Keeps where it is in its epoch, as the loops count it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int, bool]] = []
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer = self.trainer
+        self.seen.append((trainer.global_step, batch_idx, trainer.is_last_batch))
+
+
+def dealt(folder: Path | None, stop: int, dp: int) -> tuple[list[tuple[int, int, bool]], dict[str, torch.Tensor]]:
+    """Batches of 2 on each of `dp` ranks, 4 steps of 8 items an epoch, up to this step; saved by `ModelCheckpoint`, after each."""
+    dataset = ltp.RandomTokens(32, 12, 103)
+    sampler = DistributedSampler(dataset, dp, int(os.environ.get("RANK", 0)), shuffle=True)
+    saves = [ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_last=True, save_top_k=-1)] if folder is not None else []
+    options = {**QUIET, "enable_checkpointing": folder is not None, "max_epochs": 2, "max_steps": stop, "callbacks": saves}
+    trainer = L.Trainer(accelerator="cpu", devices=dp, strategy=ltp.TPStrategy(tp=1, global_batch=8), **options)
+    L.seed_everything(0, verbose=False)
+    module = Dealt()
+    trainer.fit(module, DataLoader(dataset, batch_size=2, sampler=sampler), ckpt_path="last" if folder is not None else None)
+    return module.seen, ltp.full_state_dict(module)
+
+
+SLOW = [(1, 2, 5), (2, 1, 3), (2, 1, 5)]  # 5: in the second epoch
+
+
+@pytest.mark.parametrize("before, now, at", [(1, 2, 3), *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW)])
+def test_another_mesh_goes_on_in_the_middle_of_an_epoch(before: int, now: int, at: int, tmp_path: Path) -> None:
+    """From what `ModelCheckpoint` saved at the end of a batch: the other mesh's steps, items and places in the epoch."""
+    ref, weights = run_ranks(dealt, now, None, 8, now, init=False)[0]
+    run_ranks(dealt, before, tmp_path, at, before, init=False)
+    got, ends = run_ranks(dealt, now, tmp_path, 8, now, init=False)[0]
+    assert got == ref[at * 4 // now :] and got[-1][2]
+    assert_trees_close(ends, weights, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ready", "read"])
+def test_what_is_no_whole_number_of_batches(kind: str) -> None:
+    counts = {"ready": 7 if kind == "ready" else 8, "completed": 7}
+    loaded = {"loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": dict(counts), "current": counts}}}}
+    with pytest.raises(ltp.TPError, match="after 7 batches on each of 1 data-parallel ranks, which is no whole number of batches on 2"):
+        rescale(loaded, [{"read": 7}], before=1, now=2)
