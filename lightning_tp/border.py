@@ -6,7 +6,7 @@ they become DTensors for a state dict, or whole tensors for an export, from what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -379,7 +379,15 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """The inverse of `optimizer_state`; also takes whole tensors, and the state of the same optimizer in one process."""
+    """The inverse of `optimizer_state`; also takes whole tensors, and the state of the same optimizer in one process.
+
+    Parameters that have numbers there are those of this optimizer in the order of its groups, as torch has it. What is there by name of
+    parameters that this optimizer has not is left out.
+
+    Raises:
+        TPError: if it is the state of another optimizer.
+    """
+    check_kind(optimizer, state["param_groups"])
     plain = optimizer.state_dict()
     index = {
         p._ltp.name: i
@@ -387,10 +395,18 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         for p, i in zip(g["params"], ids["params"], strict=True)
     }
     parameters = {p._ltp.name: p for g in optimizer.param_groups for p in g["params"]}
-    in_order = list(parameters)
+    theirs = [name for g in state["param_groups"] for name in g["params"]]
+    numbered = dict(zip(theirs, parameters, strict=False)) if all(isinstance(i, int) for i in theirs) else {}
+    if numbered and len(theirs) != len(parameters):
+        raise TPError(
+            f"The checkpoint's optimizer has {len(theirs)} parameters, by number, and this {type(optimizer).__name__} has {len(parameters)}. "
+            "Resume with the optimizer and the model that were saved."
+        )
     values: dict[int, Any] = {}
-    for name, of in state["state"].items():
-        name = in_order[name] if isinstance(name, int) else name  # an optimizer that knew no names: one process, DDP
+    for key, of in state["state"].items():
+        name = numbered.get(key, key)  # an optimizer that knew no names: one process, DDP, FSDPStrategy
+        if name not in parameters:
+            continue
         p = parameters[name]
         shard: Shard = p._ltp
         values[index[name]] = {k: _local_state(p, shard, v, f"{name}.{k}") for k, v in of.items()}
@@ -399,6 +415,32 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         for g, own in zip(state["param_groups"], plain["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def check_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the groups that another optimizer has left: torch would take them, and fail in the first step, or not at all.
+
+    Raises:
+        TPError: if there are more or fewer, or if they have other settings.
+    """
+    own = optimizer.param_groups
+    what = f"this {type(optimizer).__name__}"
+    if len(groups) != len(own):
+        raise TPError(
+            f"The checkpoint's optimizer has {len(groups)} group(s) of parameters, and {what} has {len(own)}. Resume with the groups that were "
+            "saved."
+        )
+    for group in groups:
+        lacks = [name for name in optimizer.defaults if name not in group]
+        other = [name for name in group if name not in optimizer.defaults and name not in _OF_GROUPS]
+        if lacks and other:  # one alone may be another version of torch
+            raise TPError(
+                f"The checkpoint's optimizer is of another kind than {what}: it has `{other[0]}`, and no `{lacks[0]}`. Resume with the optimizer "
+                "that was saved, or begin anew with the weights alone (`load_from_checkpoint`)."
+            )
+
+
+_OF_GROUPS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}  # of schedulers
 
 
 def _local_state(p: Tensor, shard: Shard, value: Any, where: str) -> Any:

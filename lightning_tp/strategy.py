@@ -602,8 +602,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         with on_one_screen(self.global_rank):
             place = self._whole_checkpoint(str(self.broadcast(str(checkpoint_path))))
             loaded = self._load_checkpoint(place, weights_only)
-        self._restore_rng(loaded)
-        self._restore_positions(loaded)
+            self._restore_rng(loaded)
+            self._restore_positions(loaded)
         return loaded
 
     def _whole_checkpoint(self, path: str) -> Place:
@@ -676,10 +676,17 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             return self._load_dtensors(place, safe)
         if place.is_file():
             loaded: dict[str, Any] = checkpoint.load(place, mmap=True, **safe)
-            self.lightning_module.load_state_dict(loaded["state_dict"], strict=self.lightning_module.strict_loading)
+            self._load_weights_of_file(loaded, place)
             if self._averaging is None or not self._averaging.callbacks:
                 del loaded["state_dict"]
-            for optimizer, state in zip(optimizers, loaded.get("optimizer_states", ()), strict=False):
+            states = loaded.get("optimizer_states", ())
+            if len(states) < len(optimizers):
+                raise TPError(
+                    f"`{place}` has the states of {len(states)} optimizer(s), and there are {len(optimizers)}, so training can't go on from it: it "
+                    "was saved with weights only, or by another module. Weights alone are read by `trainer.validate`, `test` and `predict`, and "
+                    "by `load_from_checkpoint`."
+                )
+            for optimizer, state in zip(optimizers, states, strict=False):
                 border.load_optimizer_state(optimizer, state)
             return loaded
         metadata: dict[str, Any] = checkpoint.load(place / "meta.pt", **safe)
@@ -691,6 +698,22 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         if self._averaging is not None and self._averaging.callbacks:
             metadata["state_dict"] = self.lightning_module.state_dict()
         return metadata
+
+    def _load_weights_of_file(self, loaded: Any, place: Place) -> None:
+        """The whole tensors of a checkpoint in one file; each rank takes its shards."""
+        assert self.lightning_module is not None
+        if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
+            what = "a dict without `state_dict`" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
+            raise TPError(f"`{place}` is no checkpoint of a Trainer: there is {what} in it.")
+        found = self.lightning_module.load_state_dict(loaded["state_dict"], strict=False)
+        if not self.lightning_module.strict_loading:
+            return
+        for names, problem in ((found.missing_keys, "has no"), (found.unexpected_keys, "has, and the model has not,")):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise TPError(
+                    f"`{place}` {problem} `{names[0]}`{more}. Load with `strict_loading = False`, or use the model that wrote it."
+                )
 
     def _load_dtensors(self, place: Place, safe: dict[str, Any]) -> dict[str, Any]:
         """By Lightning's own functions, whose reader would unpickle anything."""
@@ -911,9 +934,15 @@ def follow_ckpt_path(strategy: type[TPStrategy]) -> None:
         return
 
     def parse_ckpt_path(self: Any, state_fn: TrainerFn, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
-        found = parse(self, state_fn, ckpt_path, *args, **kwargs)
         of = self.trainer.strategy
-        return of.find_checkpoint(self.trainer, ckpt_path, found) if isinstance(of, strategy) else found
+        if not isinstance(of, strategy):
+            return parse(self, state_fn, ckpt_path, *args, **kwargs)
+        with on_one_screen(of.global_rank):
+            try:
+                found = parse(self, state_fn, ckpt_path, *args, **kwargs)
+            except (ValueError, FileNotFoundError) as error:  # no best one, no file of that name
+                raise TPError(str(error)) from None
+        return of.find_checkpoint(self.trainer, ckpt_path, found)
 
     def _run(self: Any, model: Any, ckpt_path: Any = None, weights_only: bool | None = None) -> Any:
         if isinstance(self.strategy, strategy):

@@ -1,4 +1,5 @@
-"""torchrun restarts workers, and goes on with the nodes that are left: two network namespaces joined by a pair of virtual devices.
+"""torchrun restarts workers, goes on with the nodes that are left, and takes in those that come: two network namespaces joined by a pair of
+virtual devices.
 
 Tensor parallelism inside a node, data parallelism across. The weights are those of the uninterrupted run on one node, since the global batch
 stays. Needs root and Linux's `ip`.
@@ -26,6 +27,7 @@ from lightning_tp.watch import _has_ended
 from tests.elastic_worker import STEPS, train
 
 ROOT = Path(__file__).parents[1]
+TCP_RETRIES = 8  # of Linux: a connection with nobody at its other end fails after 102 s at most; by default 15, after 924 s
 CONF = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=90,close_timeout=10"
 
 
@@ -49,11 +51,14 @@ class Nodes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.pause = 0.2  # seconds after each batch
+        self.own_store = True  # workers' own: see docs/checkpoints.md
         self.names = {n: f"ltp{os.getpid()}{n}" for n in "ab"}
         self.agents: dict[str, subprocess.Popen[str]] = {}
         self.outputs: list[IO[str]] = []
         for n in "ab":
             _ip("netns", "add", self.names[n])
+            _ip("netns", "exec", self.names[n], "sh", "-c", f"echo {TCP_RETRIES} > /proc/sys/net/ipv4/tcp_retries2")
         _ip("link", "add", "va", "netns", self.names["a"], "type", "veth", "peer", "name", "vb", "netns", self.names["b"])
         for i, n in enumerate("ab", 1):
             _ip("-n", self.names[n], "link", "set", "lo", "up")
@@ -70,7 +75,8 @@ class Nodes:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "GLOO_SOCKET_IFNAME": f"v{node}",
-            "PAUSE": os.environ.get("P", "0.2"),
+            "PAUSE": str(self.pause),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(self.own_store)),
         }
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
@@ -156,8 +162,10 @@ def check(nodes: Nodes, weights: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(290)
-def test_a_worker_is_killed(nodes: Nodes, weights: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("own_store", [True, False])
+def test_a_worker_is_killed(own_store: bool, nodes: Nodes, weights: dict[str, torch.Tensor]) -> None:
     """All workers start again, on both nodes, and go on from the last checkpoint."""
+    nodes.own_store = own_store
     nodes.start("a")
     nodes.start("b")
     nodes.wait_for_step(5, world=4)
@@ -183,8 +191,25 @@ def test_a_node_is_lost(what: str, nodes: Nodes, weights: dict[str, torch.Tensor
     worlds = [w for _, w, _ in nodes.steps()]
     assert worlds == sorted(worlds, reverse=True) and worlds[-1] == 2
     check(nodes, weights)
-    if what == "cut":  # torchrun's own agent there waits for its rendezvous without a limit: the workers end by themselves
-        nodes.wait_for_end([nodes.steps(rank=r)[-1][2] for r in (2, 3)], seconds=240)
+    if what == "cut":  # the workers after ours and torch's time-outs, torchrun itself once Linux has given up its connection
+        nodes.wait_for_end([nodes.steps(rank=r)[-1][2] for r in (2, 3)], seconds=120)
+        assert nodes.wait("b", 120) != 0
     else:
         assert nodes.wait("b", 30) != 0
     assert max(step for step, _, _ in nodes.steps(rank=2)) < STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(290)
+def test_a_node_comes_later(nodes: Nodes, weights: dict[str, torch.Tensor]) -> None:
+    """The run goes on from its last checkpoint on both, in the middle of an epoch, by the same global batch."""
+    nodes.pause = 1.0
+    nodes.start("a")
+    nodes.wait_for_step(3, world=2)
+    nodes.start("b")
+    assert (nodes.wait("a", 200), nodes.wait("b", 30)) == (0, 0), nodes.said()
+    worlds = [w for _, w, _ in nodes.steps()]
+    assert worlds == sorted(worlds) and (worlds[0], worlds[-1]) == (2, 4)
+    taken = [step for step, w, _ in nodes.steps() if w == 4]
+    assert taken == list(range(taken[0], STEPS + 1)), "a step is one batch on two nodes"
+    check(nodes, weights)

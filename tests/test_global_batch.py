@@ -136,5 +136,7 @@ def test_another_mesh_goes_on_in_the_middle_of_an_epoch(before: int, now: int, a
 def test_what_is_no_whole_number_of_batches(kind: str) -> None:
     counts = {"ready": 7 if kind == "ready" else 8, "completed": 7}
     loaded = {"loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": dict(counts), "current": counts}}}}
-    with pytest.raises(ltp.TPError, match="after 7 batches on each of 1 data-parallel ranks, which is no whole number of batches on 2"):
+    with pytest.raises(
+        ltp.TPError, match="after 7 batches on each of 1 data-parallel ranks, which is no whole number of batches on 2"
+    ):
         rescale(loaded, [{"read": 7}], before=1, now=2)

@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lightning_tp._compat import fake_like, saved_without_data
 from lightning_tp.checkpoint.find import choose
 from lightning_tp.checkpoint.hugging_face import apart, names_in_files
+from lightning_tp.checkpoint.manifest import MANIFEST
 from lightning_tp.checkpoint.place import Place
 from lightning_tp.checkpoint.read import (
     DTYPES,
@@ -37,6 +38,7 @@ from lightning_tp.checkpoint.read import (
     bytes_of,
     in_memory,
     is_safetensors,
+    local,
     open_checkpoint,
     unique,
 )
@@ -89,6 +91,8 @@ def export(
     limit = parse_size(max_shard_size)
     if format not in ("safetensors", "hf", "torch"):
         raise TPError(f"`format={format!r}`: there are 'safetensors', 'hf' and 'torch'.")
+    if (local(checkpoint) / MANIFEST).is_file():
+        choose(Place(checkpoint), World(alone=True))  # refuses a damaged one
     contents = open_checkpoint(checkpoint, weights_only=weights_only)
     if not contents.model:
         raise TPError(f"`{checkpoint}` has no weights of a model in it.")
@@ -132,7 +136,7 @@ def consolidate(
     Raises:
         TPError: if it is no checkpoint or a broken one, or `out` is there.
     """
-    if Path(checkpoint).is_dir():
+    if local(checkpoint).is_dir():
         choose(Place(checkpoint), World(alone=True))  # refuses a damaged one
     with torch.serialization.safe_globals(list(safe_globals)):
         contents = open_checkpoint(checkpoint, weights_only=weights_only is not False)
@@ -146,7 +150,10 @@ def consolidate(
 
 def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state by number, as a plain optimizer has it."""
-    order = [name for group in state["param_groups"] for name in group["params"]]
+    try:
+        order = [name for group in state["param_groups"] for name in group["params"]]
+    except (KeyError, TypeError):
+        raise TPError("The checkpoint has no optimizer's state where one should be: there are no `param_groups`.") from None
     number = {name: i for i, name in enumerate(order)}
     values = {number[name]: of for name, of in state["state"].items() if name in number}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -160,7 +167,11 @@ def beside(out: str | Path, *, overwrite: bool, source: Path | None = None) -> I
     Raises:
         TPError: if `out` is there, and is not to be overwritten, or is (in) what is read.
     """
-    out = Path(out)
+    out = local(out)
+    try:
+        out.resolve()
+    except RuntimeError as error:
+        raise TPError(f"`{out}` can't be written: {error}.") from None
     if source is not None and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):
         raise TPError(f"`{out}` is, or has in it, the checkpoint that is read. Give another name.")
     if source is not None and source.is_dir() and source.resolve() in out.resolve().parents:
@@ -190,7 +201,8 @@ def beside(out: str | Path, *, overwrite: bool, source: Path | None = None) -> I
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    path.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -286,7 +298,8 @@ def write_torch(tree: Any, path: Path) -> None:
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise TPError(f"The checkpoint has something in it that does not pickle: {error}") from error
     except RuntimeError as error:  # of torch's writer
-        raise TPError(f"`{path}` can't be written: {(str(error).splitlines() or [''])[0]}") from error
+        text = str(error).partition("strerror: ")[2] or (str(error).splitlines() or [""])[0]
+        raise TPError(f"`{path.parent}` can't be written to: {text}") from error
     with TorchFile(path) as file:
         for i, stored in enumerate(leaves):
             file.fill(i, stored)

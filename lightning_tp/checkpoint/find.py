@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lightning_tp.checkpoint.commit import META, is_unfinished, put_aside, recover
-from lightning_tp.checkpoint.manifest import MANIFEST, Manifest, damage_of_archive, damage_of_file, read
+from lightning_tp.checkpoint.manifest import LATER, MANIFEST, Manifest, damage_of_archive, damage_of_file, read
 from lightning_tp.checkpoint.place import Place
 from lightning_tp.checkpoint.world import World
 from lightning_tp.errors import TPError
@@ -117,10 +117,13 @@ def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) 
     problem = damage(place, world)
     if problem is None:
         return place, None
+    problem = problem.removesuffix(".")
     if problem.startswith(_NONE):
         said = f"`{place}` is no checkpoint{problem.removeprefix(_NONE)}."
+    elif LATER in problem:
+        said = f"The checkpoint `{place}` can't be read: {problem}."
     else:
-        said = f"The checkpoint `{place}` is damaged: {problem}. Nothing of it was loaded."
+        said = f"The checkpoint `{place}` is damaged: {problem}."
     other = None
     for path in instead or ():
         one = Place(path, place.options)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tp.checkpoint.export import HF_CONFIG
-from lightning_tp.checkpoint.read import METADATA, Contents, Folder, Stored, is_safetensors, open_checkpoint, unique
+from lightning_tp.checkpoint.manifest import FORMAT, LATER, MANIFEST
+from lightning_tp.checkpoint.read import METADATA, Contents, Folder, Stored, is_safetensors, local, open_checkpoint, unique
 from lightning_tp.errors import TPError
 
-MANIFEST = "manifest.json"
 AT_ONCE = 2**22
 
 
@@ -104,7 +104,7 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, weights_only: 
     Raises:
         TPError: if it is nothing that could be a checkpoint. A broken one is no error, but has `problems`.
     """
-    path = Path(path)
+    path = local(path)
     files = (
         {f.relative_to(path).as_posix(): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()} if path.is_dir() else {}
     )
@@ -195,6 +195,10 @@ def _manifest(path: Path, found: Summary) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(file.read_text())
         if not isinstance(manifest["files"], dict):
             raise TypeError("`files` is no mapping")
+        if manifest.get("format") != FORMAT:
+            found.problems.append(
+                f"{MANIFEST} has the format {manifest.get('format')}, and {LATER}. Install the version that wrote it"
+            )
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         found.problems.append(f"{MANIFEST} can't be read ({error})")

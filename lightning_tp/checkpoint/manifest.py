@@ -21,6 +21,7 @@ from lightning_tp.errors import TPError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+LATER = f"this version of lightning_tp reads {FORMAT}"
 _PIECE = 1 << 22  # bytes that are read at a time
 
 
@@ -64,9 +65,7 @@ class Manifest:
             data = json.loads(text)
             form = data.pop("format")
             if form != FORMAT:
-                raise TPError(
-                    f"`{where}` has the format {form}, and this version of lightning_tp reads {FORMAT}. Install the version that wrote it."
-                )
+                raise TPError(f"`{where}` has the format {form}, and {LATER}. Install the version that wrote it.")
             known = {name: data[name] for name in cls.__dataclass_fields__}
             manifest = cls(**known)
             [(int(of["bytes"]), str(of["crc32"] if "crc32" in of else of["sha256"])) for of in manifest.files.values()]

@@ -14,6 +14,8 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_tp.errors import TPError
+
 
 class Place:
     """One name in a file system.
@@ -21,6 +23,9 @@ class Place:
     Args:
         url: a local path, or one with a protocol (`s3://..`, `memory://..`).
         options: of the file system, as fsspec takes them.
+
+    Raises:
+        TPError: if nobody here knows the protocol.
 
     Example:
         >>> place = Place("memory://runs/last.ckpt")
@@ -30,7 +35,12 @@ class Place:
 
     def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
         self.url, self.options = os.fspath(url), options
-        self.fs, path = url_to_fs(self.url, **(options or {}))
+        try:
+            self.fs, path = url_to_fs(self.url, **(options or {}))
+        except (ValueError, ImportError) as error:
+            raise TPError(
+                f"`{self.url}`: the file system of this URL is not known here ({error}). Install its package for fsspec, or give a local path."
+            ) from None
         self.path = path.rstrip("/") or "/"
         self.is_local = type(self.fs) is LocalFileSystem  # a subclass may be anything
 

@@ -8,6 +8,7 @@ torch's own metadata classes only, and everything else is read with `weights_onl
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import json
 import math
@@ -157,7 +158,7 @@ def open_checkpoint(path: str | Path, *, weights_only: bool = True) -> Contents:
     Raises:
         TPError: if it is none, or is broken.
     """
-    path = Path(path)
+    path = local(path)
     if (path / METADATA).is_file():
         return open_folder(path, weights_only=weights_only)
     if is_safetensors(path):
@@ -167,7 +168,34 @@ def open_checkpoint(path: str | Path, *, weights_only: bool = True) -> Contents:
     raise TPError(f"`{path}` is no checkpoint: {_what_it_is(path)}")
 
 
+def local(path: str | Path) -> Path:
+    """A path on this machine's file system, of which there may be nothing.
+
+    Raises:
+        TPError: if it can't be one.
+
+    Example:
+        >>> local("s3://runs/last.ckpt")
+        Traceback (most recent call last):
+        ...
+        lightning_tp.errors.TPError: `s3://runs/last.ckpt` is a URL, and this takes files of this machine. Copy it here, or name another path.
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][\w+.-]*:/", text):  # `Path` makes one stroke of two
+        raise TPError(f"`{text}` is a URL, and this takes files of this machine. Copy it here, or name another path.")
+    if not text or "\0" in text:
+        raise TPError(f"{text!r} is no path.")
+    try:
+        os.lstat(text)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+            raise TPError(f"`{text[:200]}{'..' if len(text) > 200 else ''}` can't be opened: {error.strerror}.") from None
+    return Path(path)
+
+
 def _what_it_is(path: Path) -> str:
+    if path.exists() and not path.is_dir():
+        return "it is neither a file nor a folder."
     if not path.exists():
         near = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
         return "there is no such file or folder." + (f" Beside it: {', '.join(near[:6])}." if near else "")
@@ -411,8 +439,12 @@ def load_file(path: Path, *, weights_only: bool = True) -> Any:
     except TPError:
         raise
     except Exception as error:  # of whatever stands there in the place of a checkpoint
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TPError(f"`{path}` is no checkpoint that `torch.load` can read: {text}") from None
+        if isinstance(error, PermissionError):
+            raise TPError(f"`{path}` can't be read: {error.strerror}.") from None
+        text = (str(error).splitlines() or [""])[0]
+        raise TPError(
+            f"`{path}` is no checkpoint that `torch.load` can read: {type(error).__name__} {text}".rstrip() + "."
+        ) from None
 
 
 def _refused(path: Path, error: Exception, weights_only: bool) -> TPError:
@@ -491,7 +523,8 @@ def open_file(path: Path, *, weights_only: bool = True) -> Contents:
     """See `open_checkpoint`: a Lightning checkpoint in one file, or a state dict."""
     tree = load_file(path, weights_only=weights_only)
     if not isinstance(tree, dict):
-        raise TPError(f"`{path}` has a {type(tree).__name__} in it; a checkpoint is a dict of tensors, or one with a `state_dict`.")
+        kind = "Tensor" if isinstance(tree, Stored) else type(tree).__name__
+        raise TPError(f"`{path}` has a {kind} in it; a checkpoint is a dict of tensors, or one with a `state_dict`.")
     key = next((k for k in ("state_dict", "model", "module") if isinstance(tree.get(k), dict)), None)
     if key is None:
         model = {k: v for k, v in tree.items() if isinstance(v, Stored)}
@@ -509,13 +542,15 @@ def open_file(path: Path, *, weights_only: bool = True) -> Contents:
 
 def is_safetensors(path: Path) -> bool:
     """Whether it is a file of safetensors, or a folder with such (as Hugging Face writes them)."""
-    return path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json") or bool(_files_of(path))
+    return (
+        (path.suffix == ".safetensors" and path.is_file()) or path.name.endswith(".safetensors.index.json") or bool(_files_of(path))
+    )
 
 
 def _files_of(path: Path) -> list[Path]:
     if path.name.endswith(".safetensors.index.json") and path.is_file():
         return _of_index(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not path.is_dir():
         return [path]
     if (path / INDEX).is_file():
         return _of_index(path / INDEX)

@@ -6,6 +6,7 @@ The state dict holds DTensors over the 2D mesh (`border.py`), so a checkpoint ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from lightning_tp.border import Shard, load_optimizer_state
+from lightning_tp.border import Shard, check_kind, load_optimizer_state
 from lightning_tp.checkpoint.commit import ELSEWHERE  # in the place of a DTensor: its key in the folder of that name
 from lightning_tp.checkpoint.place import Place
 from lightning_tp.checkpoint.safe import SafeGlobals, dcp_load, read_metadata
@@ -64,7 +65,7 @@ def load_optimizer(
     Values that are no tensors are plain data, or of `safe_globals`, unless `weights_only=False`.
 
     Raises:
-        TPError: if it is not there.
+        TPError: if it is not there, or of another optimizer.
     """
     folder = _place(path)
     stored = read_metadata(folder).state_dict_metadata
@@ -73,6 +74,7 @@ def load_optimizer(
             f"`{path}` has no `{key}`, so training can't go on from it: it was saved with weights only, or with fewer optimizers. Save with "
             "`ModelCheckpoint(save_weights_only=False)`; weights alone are read by `trainer.validate`, `test` and `predict`."
         )
+    _check_groups(optimizer, folder, key, stored)
     state: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -93,6 +95,21 @@ def load_optimizer(
     loaded = {key: {"state": state, "param_groups": groups}}
     dcp_load(loaded, folder, safe_globals=safe_globals, weights_only=weights_only)
     load_optimizer_state(optimizer, loaded[key])
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, folder: Place, key: str, stored: Mapping[str, Any]) -> None:
+    """By what the folder says of its groups, before anything is read."""
+    prefix = f"{key}.param_groups."
+    groups: dict[str, dict[str, Any]] = {}
+    for name in stored:
+        if name.startswith(prefix):
+            number, _, field = name.removeprefix(prefix).partition(".")
+            groups.setdefault(number, {})[field.partition(".")[0]] = None
+    if groups and all(number.isdigit() for number in groups):
+        try:
+            check_kind(optimizer, list(groups.values()))
+        except TPError as error:
+            raise TPError(f"`{folder}`, `{key}`: {error}") from None
 
 
 def _template(shard: Shard, there: Any, device: torch.device) -> Any:
