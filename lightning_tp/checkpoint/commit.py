@@ -157,14 +157,22 @@ def file_beside(target: Place) -> Iterator[Path]:
 
 
 def remove(target: Place) -> None:
-    """Remove a checkpoint: it is gone from its name at once, however long its files take. Nothing happens if it is not there."""
+    """Remove a checkpoint: it is gone from its name at once, however long its files take. Nothing happens if it is not there.
+
+    Raises:
+        TPError: if it can't be.
+    """
     if not target.is_local or os.path.islink(target.path) or not os.path.isdir(target.path):
         target.remove()
         return
     aside = _aside(target, "removed")
-    with suppress(FileNotFoundError):
+    try:
         os.makedirs(os.path.dirname(aside), exist_ok=True)
         os.rename(target.path, aside)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise TPError(f"`{target}` could not be removed: {error.strerror or error}.") from error
     Place(aside).remove()
     _leave(target)
 

@@ -192,6 +192,8 @@ def beside(out: str | Path, *, overwrite: bool, source: Path | None = None) -> I
             out.rename(old)
         temporary.replace(out)
         _sync(out.parent)
+    except FileExistsError:
+        raise TPError(f"`{out}` can't be written: `{out.parent}` is no folder. Nothing of it is left.") from None
     except OSError as error:
         raise TPError(f"`{out}` can't be written: {error.strerror or error}. Nothing of it is left.") from error
     finally:

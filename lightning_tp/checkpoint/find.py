@@ -5,6 +5,7 @@ Each rank checks a share of the files against the manifest; what one finds, all 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 from lightning_tp.checkpoint.commit import META, is_unfinished, put_aside, recover
@@ -15,6 +16,7 @@ from lightning_tp.errors import TPError
 
 SUFFIX = ".ckpt"
 _NONE = "it is no checkpoint"
+_CLOSED = "it can't be read"
 
 
 def damage(place: Place, world: World) -> str | None:
@@ -23,6 +25,8 @@ def damage(place: Place, world: World) -> str | None:
     def look() -> tuple[str | None, Manifest | None, bool]:
         if place.is_file():
             return None, None, True
+        if place.is_local and os.path.exists(place.path) and not os.access(place.path, os.R_OK | os.X_OK):
+            return f"{_CLOSED}: no permission", None, False
         if not place.is_dir():
             return f"{_NONE}: there is nothing of this name", None, False
         if is_unfinished(place):
@@ -31,6 +35,8 @@ def damage(place: Place, world: World) -> str | None:
             found = read(place)
         except TPError as error:
             return str(error), None, False
+        except OSError as error:
+            return f"{_CLOSED}: {error.strerror or error} ({error.filename})", None, False
         if found is None and not place.has(META):
             return f"{_NONE}: neither a file nor a folder with `{META}` in it", None, False
         return None, found, False
@@ -48,7 +54,7 @@ def damage(place: Place, world: World) -> str | None:
             problems = (damage_of_file(place, name, manifest.files[name]) for name in largest_first[world.rank :: world.size])
             mine = next((p for p in problems if p is not None), None)
     except OSError as error:
-        mine = f"it can't be read: {type(error).__name__}: {error}"
+        mine = f"{_CLOSED}: {error.strerror or error} ({error.filename})"
     return world.first_said(mine)
 
 
@@ -120,6 +126,8 @@ def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) 
     problem = problem.removesuffix(".")
     if problem.startswith(_NONE):
         said = f"`{place}` is no checkpoint{problem.removeprefix(_NONE)}."
+    elif problem.startswith(_CLOSED):
+        said = f"The checkpoint `{place}` can't be read{problem.removeprefix(_CLOSED)}."
     elif LATER in problem:
         said = f"The checkpoint `{place}` can't be read: {problem}."
     else:

@@ -13,7 +13,17 @@ from typing import Any
 
 from lightning_tp.checkpoint.export import HF_CONFIG
 from lightning_tp.checkpoint.manifest import FORMAT, LATER, MANIFEST
-from lightning_tp.checkpoint.read import METADATA, Contents, Folder, Stored, is_safetensors, local, open_checkpoint, unique
+from lightning_tp.checkpoint.read import (
+    METADATA,
+    Contents,
+    Folder,
+    Stored,
+    is_safetensors,
+    local,
+    open_checkpoint,
+    readable,
+    unique,
+)
 from lightning_tp.errors import TPError
 
 AT_ONCE = 2**22
@@ -105,6 +115,11 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, weights_only: 
         TPError: if it is nothing that could be a checkpoint. A broken one is no error, but has `problems`.
     """
     path = local(path)
+    with readable(path):
+        return _inspect(path, verify, weights_only)
+
+
+def _inspect(path: Path, verify: bool, weights_only: bool) -> Summary:
     files = (
         {f.relative_to(path).as_posix(): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()} if path.is_dir() else {}
     )

@@ -121,7 +121,11 @@ def checksum(file: Place, kind: str = "crc32") -> str:
 
 
 def damage_of_archive(file: Place, rank: int, world: int) -> str | None:
-    """What is wrong with a checkpoint in one file, which is a zip archive with checksums of its own: this rank's share of its records."""
+    """What is wrong with a checkpoint in one file, which is a zip archive with checksums of its own: this rank's share of its records.
+
+    Raises:
+        PermissionError: if it can't be looked at.
+    """
     try:
         with file.open("rb") as stream:
             if not zipfile.is_zipfile(stream):
@@ -135,6 +139,8 @@ def damage_of_archive(file: Place, rank: int, world: int) -> str | None:
                     with archive.open(record) as content:
                         while content.read(_PIECE):
                             pass
+    except PermissionError:
+        raise
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
         return f"{error} (of {file.size() if file.is_file() else 0} bytes)"
     return None

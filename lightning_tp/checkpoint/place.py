@@ -55,10 +55,12 @@ class Place:
     @property
     def parent(self) -> Place:
         """What this is in."""
+        if self.is_local:  # wherever the process may have gone since
+            return Place(os.path.dirname(self.path), self.options)
         return Place(self.url.rstrip("/").rpartition("/")[0] if "/" in self.url.rstrip("/") else ".", self.options)
 
     def __truediv__(self, name: str) -> Place:
-        return Place(f"{self.url.rstrip('/')}/{name}", self.options)
+        return Place(f"{self.path if self.is_local else self.url.rstrip('/')}/{name}", self.options)
 
     def exists(self) -> bool:
         """Whether something of this name is there."""

@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -159,13 +160,23 @@ def open_checkpoint(path: str | Path, *, weights_only: bool = True) -> Contents:
         TPError: if it is none, or is broken.
     """
     path = local(path)
-    if (path / METADATA).is_file():
-        return open_folder(path, weights_only=weights_only)
-    if is_safetensors(path):
-        return Contents("safetensors", path, open_safetensors(path), by="safetensors")
-    if path.is_file():
-        return open_file(path, weights_only=weights_only)
-    raise TPError(f"`{path}` is no checkpoint: {_what_it_is(path)}")
+    with readable(path):
+        if (path / METADATA).is_file():
+            return open_folder(path, weights_only=weights_only)
+        if is_safetensors(path):
+            return Contents("safetensors", path, open_safetensors(path), by="safetensors")
+        if path.is_file():
+            return open_file(path, weights_only=weights_only)
+        raise TPError(f"`{path}` is no checkpoint: {_what_it_is(path)}")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """While this lasts, what may not be read is a `TPError`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise TPError(f"`{error.filename or path}` can't be read: {error.strerror}.") from None
 
 
 def local(path: str | Path) -> Path:
@@ -190,6 +201,8 @@ def local(path: str | Path) -> Path:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
             raise TPError(f"`{text[:200]}{'..' if len(text) > 200 else ''}` can't be opened: {error.strerror}.") from None
+    if os.path.isdir(text) and not os.access(text, os.R_OK | os.X_OK):
+        raise TPError(f"`{text}` can't be opened: no permission.")
     return Path(path)
 
 
