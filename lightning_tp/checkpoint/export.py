@@ -6,11 +6,13 @@ meta device) which names and shapes its class has.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import pickle
 import re
 import shutil
+import socket
 import struct
 import warnings
 import zipfile
@@ -24,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_tp._compat import fake_like, saved_without_data
+from lightning_tp._compat import fake_like, rename_exchange, saved_without_data
 from lightning_tp.checkpoint.find import choose
 from lightning_tp.checkpoint.hugging_face import apart, names_in_files
 from lightning_tp.checkpoint.manifest import MANIFEST
@@ -176,21 +178,25 @@ def beside(out: str | Path, *, overwrite: bool, source: Path | None = None) -> I
         raise TPError(f"`{out}` is, or has in it, the checkpoint that is read. Give another name.")
     if source is not None and source.is_dir() and source.resolve() in out.resolve().parents:
         raise TPError(f"`{out}` lies in the checkpoint that is read. Give another place.")
+    with suppress(OSError):
+        _tidy(out)
     if out.exists() and not overwrite:
         raise TPError(f"`{out}` is there already. Give another name, or `overwrite=True`, on the command line `--overwrite`.")
     if out.is_dir() and any(out.iterdir()) and not (is_safetensors(out) or (out / METADATA).is_file()):
         raise TPError(
             f"`{out}` is a folder with other things in it than a checkpoint, and is not replaced. Remove it yourself, or give another name."
         )
-    temporary = out.parent / f".{out.name}.writing-{os.getpid()}"
-    old = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    temporary, old = (out.parent / f".{out.name}.{kind}-{socket.gethostname()}-{os.getpid()}" for kind in ("writing", "replaced"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of an earlier process with this number
         yield temporary
         _sync(temporary)
-        if out.is_dir() or (out.exists() and temporary.is_dir()):  # which no rename replaces
+        if not (out.is_dir() or (out.exists() and temporary.is_dir())):
+            temporary.replace(out)
+        elif not rename_exchange(str(temporary), str(out)):  # a file system that can't: for a moment nothing has the name
             out.rename(old)
-        temporary.replace(out)
+            temporary.rename(out)
         _sync(out.parent)
     except FileExistsError:
         raise TPError(f"`{out}` can't be written: `{out.parent}` is no folder. Nothing of it is left.") from None
@@ -199,12 +205,38 @@ def beside(out: str | Path, *, overwrite: bool, source: Path | None = None) -> I
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        for path in (temporary, old):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    path.unlink()
+        _remove(temporary)
+        _remove(old)
+
+
+def _tidy(out: Path) -> None:
+    """What processes of this machine that were killed have left beside `out`; what had its name gets it back."""
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*-{glob.escape(socket.gethostname())}-*")):
+        kind, _, rest = path.name.removeprefix(f".{out.name}.").partition("-")
+        pid = rest.rpartition("-")[2]
+        if kind not in ("writing", "replaced") or not pid.isdigit() or _is_there(int(pid)):
+            continue
+        if kind == "replaced" and not out.exists():
+            path.rename(out)
+        _remove(path)
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def _sync(path: Path) -> None:
