@@ -379,8 +379,13 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """The inverse of `optimizer_state`; also takes whole tensors, and the state of the same optimizer in one process."""
+    """The inverse of `optimizer_state`; also takes whole tensors, and the state of the same optimizer in one process.
+
+    Raises:
+        TPError: if the groups are others than the optimizer's.
+    """
     plain = optimizer.state_dict()
+    check_groups("the optimizer's state", len(state["param_groups"]), len(optimizer.param_groups))
     index = {
         p._ltp.name: i
         for g, ids in zip(optimizer.param_groups, plain["param_groups"], strict=True)
@@ -399,6 +404,20 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         for g, own in zip(state["param_groups"], plain["param_groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def check_groups(what: str, there: int, here: int) -> None:
+    """Refuse a state with another number of groups than the optimizer: part of it would be left out without a word.
+
+    Raises:
+        TPError: it gives both numbers.
+    """
+    if there != here:
+        raise TPError(
+            f"{what} has {there} parameter group(s), and the optimizer has {here}, so training can't go on from it. Let `configure_optimizers` "
+            "make the groups that were there when it was saved; those that a `BaseFinetuning` callback had added come back by themselves, if the "
+            "Trainer has the callback."
+        )
 
 
 def _local_state(p: Tensor, shard: Shard, value: Any, where: str) -> Any:

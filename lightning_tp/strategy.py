@@ -77,6 +77,7 @@ from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
 from lightning_tp.recompute import Recompute
 from lightning_tp.rng import rng_state, seed_mesh, set_shared_state
+from lightning_tp.thawing import note_trainable, thaw_again
 from lightning_tp.tuner import check_callbacks, find_lr_by_mean_loss, refuse_batch_size_finder
 from lightning_tp.watch import Watch
 
@@ -679,12 +680,16 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self.lightning_module.load_state_dict(loaded["state_dict"], strict=self.lightning_module.strict_loading)
             if self._averaging is None or not self._averaging.callbacks:
                 del loaded["state_dict"]
+            if trains:
+                thaw_again(self.lightning_module.trainer, loaded)
             for optimizer, state in zip(optimizers, loaded.get("optimizer_states", ()), strict=False):
                 border.load_optimizer_state(optimizer, state)
             return loaded
         metadata: dict[str, Any] = checkpoint.load(place / "meta.pt", **safe)
         key = model_key(checkpoint.read_metadata(place).state_dict_metadata) or "state_dict"  # "model": of FSDPStrategy
         checkpoint.load_model(self.lightning_module, place, strict=self.lightning_module.strict_loading, key=key)
+        if trains:
+            thaw_again(self.lightning_module.trainer, metadata)
         for i, optimizer in enumerate(optimizers):
             checkpoint.load_optimizer(optimizer, place, f"optimizer_{i}", **safe)
         metadata = checkpoint.with_dtensors(metadata, place, self.lightning_module)
@@ -713,6 +718,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         place = Place(str(self.broadcast(str(filepath))), storage_options)
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
         self._add_positions(checkpoint)
+        if self.lightning_module is not None:
+            note_trainable(self.lightning_module.trainer, checkpoint)
         self._finish_saving()
         if self.lightning_module is not None and (configs := config_in(self.lightning_module)):
             checkpoint[HF_CONFIG] = configs

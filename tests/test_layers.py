@@ -38,6 +38,7 @@ LAYERS: list[set[str]] = [
         "precision",
         "launch",
         "strategy",
+        "thawing",
         "fabric",
         "parity",
         "tuner",
@@ -59,6 +60,7 @@ KNOWS_LIGHTNING = {
     "precision",
     "pytorch_lightning",
     "strategy",
+    "thawing",
     "cli",
     "__init__",
 }

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from lightning_tp.border import Shard, load_optimizer_state
+from lightning_tp.border import Shard, check_groups, load_optimizer_state
 from lightning_tp.checkpoint.commit import ELSEWHERE  # in the place of a DTensor: its key in the folder of that name
 from lightning_tp.checkpoint.place import Place
 from lightning_tp.checkpoint.safe import SafeGlobals, dcp_load, read_metadata
@@ -64,7 +64,7 @@ def load_optimizer(
     Values that are no tensors are plain data, or of `safe_globals`, unless `weights_only=False`.
 
     Raises:
-        TPError: if it is not there.
+        TPError: if it is not there, or has another number of parameter groups.
     """
     folder = _place(path)
     stored = read_metadata(folder).state_dict_metadata
@@ -73,6 +73,9 @@ def load_optimizer(
             f"`{path}` has no `{key}`, so training can't go on from it: it was saved with weights only, or with fewer optimizers. Save with "
             "`ModelCheckpoint(save_weights_only=False)`; weights alone are read by `trainer.validate`, `test` and `predict`."
         )
+    indices = {k.removeprefix(f"{key}.param_groups.").partition(".")[0] for k in stored if k.startswith(f"{key}.param_groups.")}
+    if all(index.isdigit() for index in indices):
+        check_groups(f"`{path}`: `{key}`", len(indices), len(optimizer.param_groups))
     state: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
