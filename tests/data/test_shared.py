@@ -357,10 +357,13 @@ def test_alone_it_is_the_loader_itself() -> None:
     run_ranks(body, 1)
 
 
-def test_an_error_while_reading_by_index() -> None:
+@pytest.mark.parametrize("broken", [(0, 1), (0,), (1,)])
+def test_an_error_while_reading_by_index(broken: tuple[int, ...]) -> None:
+    """On all ranks of a group, or on one, whichever: it is raised there, and the others end with its words."""
+
     class Broken(ByIndex):
         def __getitem__(self, i: int) -> dict[str, Any]:
-            if i == 5:
+            if i == 5 and dist.get_rank() in broken:
                 raise OSError("no such file")
             return super().__getitem__(i)
 
@@ -368,10 +371,11 @@ def test_an_error_while_reading_by_index() -> None:
         try:
             list(share_loader(DataLoader(Broken(8)), Ranks(make_mesh("cpu", 1, 2))))
         except (OSError, TPError) as error:
-            return str(error)
+            return f"{type(error).__name__}: {error}"
         return ""
 
-    assert all("no such file" in said for said in run_ranks(body, 2))
+    for rank, said in enumerate(run_ranks(body, 2)):
+        assert said.startswith("OSError" if rank in broken else "Follows") and "no such file" in said, said
 
 
 # ------------------------------------------------------------------------------------------------------- in a Trainer
