@@ -35,6 +35,7 @@ from lightning_tp.meeting import one_start
 from lightning_tp.mesh import mesh_sizes
 
 Launcher = Literal["auto", "popen", "fork", "spawn"]
+LAST_WORDS = 30.0  # seconds that a process waits for the ranks it has started, once it has come to its own end
 LAUNCHERS = ("auto", "popen", "fork", "spawn")
 
 
@@ -110,7 +111,7 @@ def end_with_children(launcher: Any) -> None:
 
 def _end_with(children: list[subprocess.Popen[Any]]) -> None:
     failed = getattr(sys, "last_value", None) is not None
-    until = time.monotonic() + HEAD_START
+    until = time.monotonic() + (2 * HEAD_START if failed else LAST_WORDS)
     for child in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(max(0.0, until - time.monotonic()))
