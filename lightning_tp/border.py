@@ -427,8 +427,9 @@ def check_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
     what = f"this {type(optimizer).__name__}"
     if len(groups) != len(own):
         raise TPError(
-            f"The checkpoint's optimizer has {len(groups)} group(s) of parameters, and {what} has {len(own)}. Resume with the groups that were "
-            "saved."
+            f"The checkpoint's optimizer has {len(groups)} group(s) of parameters, and {what} has {len(own)}. Let "
+            "`configure_optimizers` make the groups that were there when it was saved; those that a `BaseFinetuning` callback had added come back "
+            "by themselves, if the Trainer has the callback."
         )
     for group in groups:
         lacks = [name for name in optimizer.defaults if name not in group]

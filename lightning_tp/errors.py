@@ -24,6 +24,10 @@ class TPError(ValueError):
     """
 
 
+class Follows(TPError):
+    """What a rank raises because another one has failed, which shows its own error: under a Trainer one line is said of it, no traceback."""
+
+
 @contextmanager
 def on_one_screen(rank: int, head_start: float | None = None) -> Iterator[None]:
     """Let an error that every rank meets at the same place be seen once: rank 0 raises it, the others leave with status 1.

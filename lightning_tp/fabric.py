@@ -37,15 +37,17 @@ from torch.amp import GradScaler
 from torch.multiprocessing import ProcessRaisedException
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_tp import border, checkpoint, grad, materialize
-from lightning_tp.apply import PlanLike, adopt, parallelize
-from lightning_tp.checkpoint import Content, Manifest, Place, World
+from lightning_tp.apply import PlanLike, adopt, check_options, parallelize
+from lightning_tp.checkpoint import Background, Content, HostCopy, Manifest, Place, World, group_for_saving
 from lightning_tp.checkpoint.whole import save_whole
 from lightning_tp.choose import choose_plan
+from lightning_tp.compiled import Compile
 from lightning_tp.data.same import check_same_batch
+from lightning_tp.data.shared import Ranks, share_loader
 from lightning_tp.declared import declared_plan
 from lightning_tp.dropout import Dropout, draws_of
 from lightning_tp.errors import TPError, on_one_screen
@@ -81,8 +83,11 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
         loss_parallel: False gathers logits where they are made.
         activation_checkpointing: "block" keeps only the input of each repeated block for the backward.
+        compile: True compiles each repeated block by `torch.compile`; also the name of a backend.
         dropout: "independent" or "exact", as in `TPStrategy`.
         save_distributed_checkpoint: False gathers a checkpoint in one file, on rank 0.
+        async_checkpoint: True writes checkpoints beside training, which waits for a copy in host memory only. One at a time; an error is raised
+            at the next `save` or `load`, or by `fabric.strategy.finish_saving()`.
         safe_globals: classes of your own that a checkpoint may have in it, and be loaded.
         launcher: "popen", "fork", "spawn" or "auto", as in `TPStrategy`; with "fork" and "spawn", `fabric.launch` needs a function.
         process_group_backend: of torch.distributed; default: gloo on CPU, nccl on CUDA.
@@ -107,8 +112,10 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         sequence_parallel: bool = True,
         loss_parallel: bool = True,
         activation_checkpointing: Literal["block"] | None = None,
+        compile: Compile = False,
         dropout: Dropout = "independent",
         save_distributed_checkpoint: bool = True,
+        async_checkpoint: bool = False,
         safe_globals: list[Any] | None = None,
         launcher: Launcher = "auto",
         process_group_backend: str | None = None,
@@ -124,6 +131,11 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         )
         with on_one_screen(rank_zero_only.rank):  # type: ignore[attr-defined]
             check_launcher(launcher)
+            check_options(activation_checkpointing, compile, dropout, "local")
+            if async_checkpoint and not save_distributed_checkpoint:
+                raise TPError(
+                    "`async_checkpoint=True` with `save_distributed_checkpoint=False`: one file is gathered while all wait. Leave one of them out."
+                )
             if inputs is not None and not isinstance(inputs, (Mapping, tuple)):
                 raise TPError(
                     f"`inputs` is a {type(inputs).__name__}: give a tuple of what `forward` is called with, `(tokens,)`, or a dict of its "
@@ -135,8 +147,11 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             "sequence_parallel": sequence_parallel,
             "loss_parallel": loss_parallel,
             "activation_checkpointing": activation_checkpointing,
+            "compile": compile,
             "dropout": dropout,
         }
+        self.async_checkpoint = async_checkpoint
+        self._background, self._host_copy = Background(), HostCopy()
         self._asked = (tp, dp)
         self.safe_globals: list[Any] = list(safe_globals or [])
         self._launch_by: Launcher = launcher
@@ -272,9 +287,13 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: DataLoader) -> DataLoader:
+        """Workers are seeded by the data-parallel rank; a stream is read by one rank and dealt out (`data/shared.py`), which is a collective."""
         of_worker = dataloader.worker_init_fn
         if isinstance(of_worker, partial) and of_worker.func is pl_worker_init_function:  # Fabric's, by the global rank
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.device_mesh.get_local_rank(DATA_PARALLEL))
+        if isinstance(dataloader.dataset, IterableDataset):
+            shared: DataLoader = share_loader(dataloader, Ranks(self.device_mesh), where="a loader of `setup_dataloaders`")
+            return shared
         return dataloader
 
     @override
@@ -307,7 +326,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             else:
                 target, value = rest, value.state_dict() if isinstance(value, _Stateful) else value
             _apply_filter(key, filter or {}, value, target)
-        world = World()
+        self.finish_saving()
         if not self._save_distributed_checkpoint:
             with on_one_screen(self.global_rank):
                 save_whole({**whole, **rest}, place)
@@ -317,13 +336,26 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         optimizers = any(isinstance(value, Optimizer) for value in state.values())
         about = Manifest(step=step, epoch=epoch, mesh=sizes, versions=checkpoint.versions(), weights_only=not optimizers)
         data = checkpoint.to_bytes(rest) if self.is_global_zero else None
-        checkpoint.save_folder(place, Content(whole, rest=data, about=about), world)
+        if not self.async_checkpoint:
+            checkpoint.save_folder(place, Content(whole, rest=data, about=about), World())
+            return
+        content, world = Content(self._host_copy.of(whole), rest=data, about=about), World(group_for_saving())
+        self._background.start(f"Saving `{place}`", lambda: checkpoint.save_folder(place, content, world))
+
+    def finish_saving(self) -> None:
+        """Wait until no save is under way, with `async_checkpoint=True`.
+
+        Raises:
+            TPError: if it failed.
+        """
+        self._background.wait()
 
     @override
     def load_checkpoint(
         self, path: Any, state: Any = None, strict: bool = True, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = str(self.broadcast(str(path)))
+        self.finish_saving()
         with on_one_screen(self.global_rank):
             if not state or isinstance(state, Optimizer):
                 raise TPError("`load`: say into what, `fabric.load(path, {'model': model, 'optimizer': optimizer})`.")

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The repeated blocks of a model: children of one container that have the same class and the same parameter shapes.
 
-    The outermost such containers count: the experts inside a block are not blocks.
+    The outermost such containers count: the experts inside a block are not blocks. A block that has two names (`self.backbone =
+    self.model.layers`) is one, by the first.
 
     Example:
         >>> from torch import nn
         >>> [name for name, _ in find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()))]
         ['0', '1']
     """
-    return list(_blocks(model, ""))
+    seen: set[nn.Module] = set()
+    return [(name, block) for name, block in _blocks(model, "") if block not in seen and not seen.add(block)]  # type: ignore[func-returns-value]
 
 
 def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

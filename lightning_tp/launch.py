@@ -7,9 +7,14 @@ far the run has come.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +30,12 @@ from typing_extensions import override
 
 from lightning_tp._compat import limit_waiting
 from lightning_tp.border import full_state_dict
-from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.errors import HEAD_START, TPError, on_one_screen
 from lightning_tp.meeting import one_start
 from lightning_tp.mesh import mesh_sizes
 
 Launcher = Literal["auto", "popen", "fork", "spawn"]
+LAST_WORDS = 30.0  # seconds that a process waits for the ranks it has started, once it has come to its own end
 LAUNCHERS = ("auto", "popen", "fork", "spawn")
 
 
@@ -73,6 +79,7 @@ class OnMesh:
 
     def _one_start(self: Any) -> AbstractContextManager[None]:
         """Around the making of the process group."""
+        end_with_children(self._launcher)
         dp, tp = self.sizes
         return one_start(self.cluster_environment.global_rank(), dp * tp, self._timeout)
 
@@ -89,6 +96,33 @@ class OnMesh:
         """
         tp, dp = self._asked
         return mesh_sizes(tp, dp, self.num_nodes * self.num_processes, ranks_per_node=self.num_processes)
+
+
+def end_with_children(launcher: Any) -> None:
+    """Let a process that has started the other ranks (`python train.py`) end after them, and with status 1 if one of them has failed.
+
+    Lightning's launcher ends without looking; so a rank that failed last of all (in `on_fit_end`, say) was not seen in the status.
+    """
+    children = getattr(launcher, "procs", None)
+    if children and not hasattr(launcher, "_ltp_children"):
+        launcher._ltp_children = children
+        atexit.register(_end_with, children)
+
+
+def _end_with(children: list[subprocess.Popen[Any]]) -> None:
+    failed = getattr(sys, "last_value", None) is not None
+    until = time.monotonic() + (2 * HEAD_START if failed else LAST_WORDS)
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, until - time.monotonic()))
+        if failed and child.returncode is None:
+            child.kill()
+    if any(child.returncode for child in children):  # None: it still works, and this one has come to its end
+        if not failed:
+            sys.stderr.write("[rank 0] ends with status 1, since another rank has failed\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def check_launcher(launcher: Launcher) -> None:

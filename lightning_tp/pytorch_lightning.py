@@ -33,6 +33,7 @@ TWINS = (
     "numbers",
     "precision",
     "strategy",
+    "thawing",
     "tuner",
     "watch",
 )  # modules and folders that know a Trainer

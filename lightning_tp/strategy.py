@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -20,6 +21,7 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn, _set_sampler_epoch
 from lightning.fabric.utilities.distributed import _sync_ddp_if_available
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core import module as core_module
 from lightning.pytorch.plugins.precision import Precision
@@ -32,6 +34,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
 from lightning_tp import border, checkpoint, grad, materialize
@@ -77,6 +80,7 @@ from lightning_tp.plan_table import numels
 from lightning_tp.precision import MeshMixedPrecision, allow_all_precisions, fsdp_policy, precision_of, wrap_grad_norm
 from lightning_tp.recompute import Recompute
 from lightning_tp.rng import rng_state, seed_mesh, set_shared_state
+from lightning_tp.thawing import note_trainable, thaw_again
 from lightning_tp.tuner import check_callbacks, find_lr_by_mean_loss, refuse_batch_size_finder
 from lightning_tp.watch import Watch
 
@@ -163,6 +167,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
+        silence_what_nobody_can_help()  # here, not on import: for other strategies they are true
         super().__init__(
             data_parallel_size=dp,
             tensor_parallel_size=tp,
@@ -416,6 +421,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             progress: Any = trainer.fit_loop.epoch_progress.current
             mid_epoch = bool(self._positions) and not self._pass_is_over
             _set_sampler_epoch(dataloader, progress.processed if mid_epoch else progress.ready)
+        if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            _warn_of_items_counted_twice(dataloader, trainer.state.fn.value)
         shared = share_loader(
             dataloader,
             self._ranks,
@@ -546,9 +553,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self._teardown(failed)
 
     def _teardown(self, failed: bool) -> None:
-        if self._watch is not None:
-            self._watch.stop(failed=failed)
-            self._watch = None
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.stop(failed=failed)
         if self._numbers is not None:
             self._numbers.close(self.lightning_module)
             self._numbers = None
@@ -679,6 +686,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self._load_weights_of_file(loaded, place)
             if self._averaging is None or not self._averaging.callbacks:
                 del loaded["state_dict"]
+            if trains:
+                thaw_again(self.lightning_module.trainer, loaded)
             states = loaded.get("optimizer_states", ())
             if len(states) < len(optimizers):
                 raise TPError(
@@ -692,6 +701,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         metadata: dict[str, Any] = checkpoint.load(place / "meta.pt", **safe)
         key = model_key(checkpoint.read_metadata(place).state_dict_metadata) or "state_dict"  # "model": of FSDPStrategy
         checkpoint.load_model(self.lightning_module, place, strict=self.lightning_module.strict_loading, key=key)
+        if trains:
+            thaw_again(self.lightning_module.trainer, metadata)
         for i, optimizer in enumerate(optimizers):
             checkpoint.load_optimizer(optimizer, place, f"optimizer_{i}", **safe)
         metadata = checkpoint.with_dtensors(metadata, place, self.lightning_module)
@@ -736,6 +747,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         place = Place(str(self.broadcast(str(filepath))), storage_options)
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
         self._add_positions(checkpoint)
+        if self.lightning_module is not None:
+            note_trainable(self.lightning_module.trainer, checkpoint)
         self._finish_saving()
         if self.lightning_module is not None and (configs := config_in(self.lightning_module)):
             checkpoint[HF_CONFIG] = configs
@@ -868,6 +881,19 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         return next((place.url for folder in folders for place in checkpoint.candidates(folder)), None)
 
 
+def _warn_of_items_counted_twice(loader: Any, name: str) -> None:
+    """In the place of Lightning's warning, which comes whether or not there are such items."""
+    sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return
+    items = len(sampler.dataset)  # type: ignore[arg-type]
+    if twice := sampler.total_size - items:
+        rank_zero_warn(
+            f"`trainer.{name}`: the {sampler.num_replicas} data-parallel ranks do not divide {items} items, so {twice} of them count(s) twice in "
+            f"what is logged. Give {items - items % sampler.num_replicas} or {sampler.total_size} items for exact numbers."
+        )
+
+
 def _is_mid_epoch(loaded: dict[str, Any]) -> bool:
     """Whether a checkpoint is from between two batches of one epoch."""
     batch = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
@@ -952,6 +978,15 @@ def follow_ckpt_path(strategy: type[TPStrategy]) -> None:
     parse_ckpt_path._lightning_tp = True  # type: ignore[attr-defined]
     _CheckpointConnector._parse_ckpt_path = parse_ckpt_path  # type: ignore[method-assign]
     trainer_module.Trainer._run = _run  # type: ignore[method-assign]
+
+
+def silence_what_nobody_can_help() -> None:
+    """Of warnings that come with every run, whatever the user does: one of torch about a line of Lightning's, on each rank; and one of
+    Lightning's that evaluation may count items twice, which this strategy gives where it is so, with the numbers."""
+    warnings.filterwarnings(
+        "ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", module=r"lightning\.pytorch\.utilities\._pytree"
+    )
+    warnings.filterwarnings("ignore", "Using `DistributedSampler` with the dataloaders", PossibleUserWarning)
 
 
 register(StrategyRegistry)

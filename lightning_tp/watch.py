@@ -34,7 +34,7 @@ from lightning.pytorch import Callback
 from typing_extensions import override
 
 from lightning_tp._compat import let_store_fail, own_connection, replace_for_a_while
-from lightning_tp.errors import HEAD_START, TPError, stopped_in_silence
+from lightning_tp.errors import HEAD_START, Follows, TPError, stopped_in_silence
 
 PERIOD = 1.0  # seconds between two looks
 GRACE = 3.0  # seconds that the main thread may stand still after another rank has failed
@@ -105,8 +105,20 @@ class Watch(Callback):
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"done/{self.rank}", "")
                 if self.rank == 0:
-                    self._store.wait([f"done/{rank}" for rank in range(1, self.world)], timedelta(seconds=2.5 * PERIOD))
+                    self._end_together()
+        elif self.rank == 0:  # let them read whose failure it was
+            with contextlib.suppress(RuntimeError):
+                self._store.wait([f"where/{rank}" for rank in range(1, self.world)], timedelta(seconds=2.5 * PERIOD))
         self._join()
+
+    def _end_together(self) -> None:
+        """Until the others are done, or one of them has failed at the very end: then this run has failed."""
+        others = [f"done/{rank}" for rank in range(1, self.world)]
+        until = time.monotonic() + 2.5 * PERIOD
+        while time.monotonic() < until and not self._store.check(others):
+            if self._store.check(["failed"]):
+                self._leave(json.loads(self._store.get("failed")))
+            time.sleep(PERIOD / 50)
 
     def _join(self) -> None:
         """End the thread before Python ends: one that then wakes up inside the store brings the process down."""
@@ -132,18 +144,21 @@ class Watch(Callback):
         if self._raised:
             return
         self._raised = True
+        broken = isinstance(exception, RuntimeError) and bool(_OF_A_COLLECTIVE.search(str(exception)))
+        follows = broken or isinstance(exception, Follows)
+        if follows and self._first is not None and self._first["rank"] != self.rank:  # known, and the store may be gone by now
+            self._leave(self._first)
         try:
             self._store.set(f"raised/{self.rank}", "")
             self._store.set(f"where/{self.rank}", json.dumps(self._where(_last_frame(exception.__traceback__))))
-            follows = isinstance(exception, RuntimeError) and bool(_OF_A_COLLECTIVE.search(str(exception)))
-            hang = follows and bool(_TIMEOUT.search(str(exception)))
+            hang = broken and bool(_TIMEOUT.search(str(exception)))
             if follows and not hang:
                 self._wait_for_a_reason()
             mine = {"rank": self.rank, "hang": hang, "type": type(exception).__name__, "text": str(exception)[:2000]}
             first = json.loads(self._store.compare_set("failed", "", json.dumps(mine)))
             hanging = self._hang_report() if hang and first["rank"] == self.rank else None
         except RuntimeError:  # the store is gone, and rank 0 with it
-            if not isinstance(exception, RuntimeError):
+            if not isinstance(exception, (RuntimeError, Follows)):
                 return  # this rank's own mistake: it is shown
             first, follows, hanging = self._first or _gone(), True, None
         if hanging is not None:

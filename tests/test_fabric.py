@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
@@ -131,10 +131,11 @@ def test_loops_as_in_one_process(mesh: tuple[int, int]) -> None:
         "clipped by value": {"clip": {"clip_val": 0.01}},
         "accumulated": {"accumulate": 3},
         "64-true": {"precision": "64-true"},
+        "compiled": {"compile": "aot_eager"},
     }
 
     def body(mesh: tuple[int, int] | None) -> list[Result]:
-        unknown = () if mesh else ("plan",)
+        unknown = () if mesh else ("plan", "compile")
         return [train(mesh, **{k: v for k, v in case.items() if k not in unknown}) for case in cases.values()]
 
     references = on(1, lambda: body(None))[0]
@@ -282,6 +283,48 @@ class Noisy(Dataset):
 
     def __getitem__(self, i: int) -> Tensor:
         return torch.rand(3)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(range(13))
+
+
+def test_streams_are_dealt_out() -> None:
+    """Each item once over the data-parallel axis, the same inside a group, in each pass; what makes no last step of all ranks is left out."""
+
+    def body() -> Any:
+        fabric = fabric_of(MESH_2X2)
+        loader = fabric.setup_dataloaders(DataLoader(Stream(), batch_size=2))
+        return [[batch.tolist() for batch in loader] for _ in range(2)]
+
+    results = on(4, body)
+    assert results[0] == results[1] == [[[0, 1], [4, 5], [8, 9]]] * 2
+    assert results[2] == results[3] == [[[2, 3], [6, 7], [10, 11]]] * 2
+
+
+def test_saving_beside_training(tmp_path: Path) -> None:
+    """What is saved is what was there when it was asked for; an error comes out at the next call."""
+
+    def body() -> Any:
+        fabric = fabric_of(TP2, async_checkpoint=True)
+        model = build()
+        model, optimizer = fabric.setup(model, optimizer_of(model))
+        loop(fabric, model, optimizer)
+        fabric.save(tmp_path / "checkpoint", {"model": model, "optimizer": optimizer, "step": 3})
+        saved = {name: t.clone() for name, t in ltp.full_state_dict(model.module).items()}
+        after = loop(fabric, model, optimizer)
+        fabric.load(tmp_path / "checkpoint", state := {"model": model, "optimizer": optimizer, "step": 0})
+        loaded = ltp.full_state_dict(model.module)
+        (tmp_path / "a file").touch()
+        fabric.save(tmp_path / "a file" / "checkpoint", {"model": model})
+        with pytest.raises(ltp.TPError, match="background"):
+            fabric.strategy.finish_saving()
+        return saved, loaded, state["step"], after, loop(fabric, model, optimizer)
+
+    for saved, loaded, step, after, again in on(2, body):
+        assert step == 3 and after == again
+        assert all(torch.equal(t, loaded[name]) for name, t in saved.items())
 
 
 def test_loaders_and_sums_go_over_the_data_parallel_axis() -> None:

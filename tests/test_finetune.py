@@ -11,13 +11,14 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
+from lightning_tp import errors
 from lightning_tp.mesh import make_mesh
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.test_apply import Sent
@@ -129,6 +130,49 @@ class PeftGPT2(Peft):
     kind = "gpt2"
 
 
+class OtherAdapter(Net):
+    """One more kind of peft's, on a model of Hugging Face; magnitudes (DoRA) and scales (IA3) are random, too."""
+
+    kind = "dora"
+
+    def make(self) -> nn.Module:
+        import peft
+        from transformers import LlamaConfig as Config
+        from transformers import LlamaForCausalLM
+
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
+        torch.manual_seed(0)  # prefix tuning and DoRA look at the weights when they are made
+        base = LlamaForCausalLM(Config(vocab_size=103, max_position_embeddings=64, **sizes))
+        every, how = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], {"r": 3, "lora_alpha": 6}
+        task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+        config: Any = {
+            "dora": lambda: peft.LoraConfig(**how, use_dora=True, target_modules=every),
+            "dora_columns": lambda: peft.LoraConfig(**how, use_dora=True, target_modules=["q_proj", "k_proj", "v_proj", "up_proj"]),
+            "rslora": lambda: peft.LoraConfig(r=3, lora_alpha=2, use_rslora=True, target_modules=every),
+            "ia3": lambda: peft.IA3Config(
+                **task, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+            ),
+            "prompt": lambda: peft.PromptTuningConfig(**task, num_virtual_tokens=5),
+            "prefix": lambda: peft.PrefixTuningConfig(**task, num_virtual_tokens=5),
+        }[self.kind]()
+        model: nn.Module = peft.get_peft_model(base, config)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        randomize_(model)
+        draw = torch.Generator().manual_seed(1)
+        for name, p in model.named_parameters():
+            if name in trained and ("magnitude" in name or "ia3" in name):
+                p.data = 0.5 + torch.rand(p.shape, generator=draw)
+        return model
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens).logits
+        return logits[:, -tokens.shape[1] :]  # behind virtual tokens
+
+
+def kind(name: str) -> type[OtherAdapter]:
+    return type(name, (OtherAdapter,), {"kind": name})
+
+
 class Thaw(BaseFinetuning):
     """Trains the head first, the second block from epoch 1 on."""
 
@@ -191,6 +235,23 @@ def test_frozen_weights_and_adapters(mesh: tuple[int, int]) -> None:
             assert_same(got, ref, mesh[0], cls.__name__)
 
 
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param((1, 2), id="tp2"),
+        *(pytest.param(m, id=i, marks=pytest.mark.slow) for m, i in (((1, 4), "tp4"), ((2, 2), "2x2"))),
+    ],
+)
+def test_other_adapters_of_peft(mesh: tuple[int, int]) -> None:
+    pytest.importorskip("peft")
+    quick, slow = ["dora", "ia3"], ["rslora", "prompt", "prefix", "dora_columns"]  # the plan of the last takes long to find
+    cases = [kind(name) for name in (quick if mesh == (1, 2) else quick + slow)]
+    refs = [fit(cls, None) for cls in cases]
+    for results in run_ranks(lambda: [fit(cls, mesh) for cls in cases], mesh[0] * mesh[1], init=False, timeout=400):
+        for cls, got, ref in zip(cases, results, refs, strict=True):
+            assert_same(got, ref, mesh[0], cls.__name__)
+
+
 @MESHES
 def test_blocks_that_are_thawed_in_mid_run(mesh: tuple[int, int]) -> None:
     ref = fit(Net, None, callbacks=[Thaw()], max_epochs=3)
@@ -198,6 +259,48 @@ def test_blocks_that_are_thawed_in_mid_run(mesh: tuple[int, int]) -> None:
         lambda: fit(Net, mesh, RULES, callbacks=[Thaw()], max_epochs=3), mesh[0] * mesh[1], init=False, timeout=200
     ):
         assert_same(got, ref, mesh[0], "thawed")
+
+
+class Backbone(Net):
+    """What `BackboneFinetuning` asks for; the blocks have two names by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = self.model.layers
+
+
+@MESHES
+def test_a_run_goes_on_behind_the_thawing(mesh: tuple[int, int], tmp_path: Path) -> None:
+    """Groups, their rates, and what is trained: as if it had not stopped, from a folder and from a file."""
+
+    def run(mesh: tuple[int, int] | None, path: Path | None = None, **how: Any) -> tuple[L.Trainer, Any]:
+        of = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.2, lambda_func=lambda epoch: 1.5)
+        module, made = Backbone(), trainer(mesh, RULES, callbacks=[of], **how)
+        made.fit(module, data(mesh[0] if mesh else 1), ckpt_path=path)
+        return made, module
+
+    def found(made: L.Trainer, module: nn.Module) -> Any:
+        groups = [(len(g["params"]), g["lr"]) for g in made.optimizers[0].param_groups]
+        return whole_of(module), groups, [n for n, p in module.named_parameters() if p.requires_grad]
+
+    def body() -> Any:
+        errors.HEAD_START, ends = 0.0, []
+        for one_file in (False, True):
+            path = tmp_path / f"{one_file}.ckpt"
+            first, _ = run(mesh, max_epochs=2)
+            first.strategy._save_distributed_checkpoint = not one_file  # type: ignore[attr-defined]
+            first.save_checkpoint(path)
+            ends.append(found(*run(mesh, path, max_epochs=3)))
+        with pytest.raises((ltp.TPError, SystemExit), match=r"has 2 parameter group\(s\), and the optimizer has 1|^1$"):
+            trainer(mesh, RULES, max_epochs=3).fit(Backbone(), data(mesh[0]), ckpt_path=tmp_path / "False.ckpt")
+        return ends
+
+    weights, groups, trained = found(*run(None, max_epochs=3))
+    assert len(groups) == 2 and len(trained) > 4
+    for ends in run_ranks(body, mesh[0] * mesh[1], init=False, timeout=300):
+        for got in ends:
+            assert_trees_close(got[0], weights, rtol=5e-4, name="gone on")
+            assert got[1] == [(n, pytest.approx(lr)) for n, lr in groups] and got[2] == trained
 
 
 @pytest.mark.parametrize("distributed", [True, False])

@@ -38,12 +38,13 @@ LAYERS: list[set[str]] = [
         "precision",
         "launch",
         "strategy",
+        "thawing",
         "fabric",
         "parity",
         "tuner",
         "watch",
     },
-    {"pytorch_lightning", "cli", "cli_parser", "cli_checkpoint", "cli_estimate", "cli_shapes", "__main__"},
+    {"pytorch_lightning", "cli", "cli_parser", "cli_checkpoint", "cli_estimate", "cli_script", "cli_shapes", "__main__"},
     {"__init__"},
 ]
 KNOWS_LIGHTNING = {
@@ -59,6 +60,7 @@ KNOWS_LIGHTNING = {
     "precision",
     "pytorch_lightning",
     "strategy",
+    "thawing",
     "cli",
     "__init__",
 }

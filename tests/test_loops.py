@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
     Callback,
     DeviceStatsMonitor,
     EMAWeightAveraging,
@@ -35,8 +36,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
@@ -187,6 +189,110 @@ def limits(run: Run) -> None:
         trainer.fit(module, run.data(), run.data(seed=1))
         run.look(trainer, module, name)
         run.found[f"{name} validated at"] = counts
+
+
+class Stream(IterableDataset):
+    """The same items, which can't be asked for by index."""
+
+    def __init__(self, items: int, seed: int) -> None:
+        self.items, self.seed = items, seed
+
+    def __iter__(self) -> Any:
+        return iter([dict(item) for item in ltp.RandomTokens(self.items, 12, 103, seed=self.seed)])
+
+
+class OfSeveral(Net):
+    """Takes batches of several loaders: in a dict, some of them None, or by the number of the loader."""
+
+    def total(self, batch: Any) -> Tensor:
+        losses = [self.loss(of) for of in ([batch] if "tokens" in batch else batch.values()) if of is not None]
+        return torch.stack(losses).sum()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.total(batch)
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", self.total(batch), sync_dist=True, batch_size=len(batch["tokens"]) if "tokens" in batch else 1)
+
+    test_step = validation_step
+
+
+@scenario
+def several_loaders(run: Run) -> None:
+    """`CombinedLoader` in all modes, of loaders by index and of streams, of unequal lengths; several loaders to evaluate on."""
+
+    def stream(items: int, seed: int) -> DataLoader:
+        return DataLoader(Stream(items, seed), batch_size=4 // run.dp)
+
+    kinds: dict[str, Callable[[], dict[str, DataLoader]]] = {
+        "by index": lambda: {"a": run.data(items=16), "b": run.data(items=24, seed=1)},
+        "streams": lambda: {"a": stream(16, 0), "b": stream(24, 1)},
+        "both": lambda: {"a": stream(24, 0), "b": run.data(items=16, seed=1)},
+    }
+    for name, make in kinds.items():
+        for mode in ("min_size", "max_size", "max_size_cycle"):
+            trainer, module = run.trainer(limit_train_batches=5 if mode == "max_size_cycle" else None), OfSeveral()
+            trainer.fit(module, CombinedLoader(make(), mode), CombinedLoader(make(), mode))
+            run.look(trainer, module, f"{name} {mode}")
+        trainer, module = run.trainer(val_check_interval=3, check_val_every_n_epoch=None), OfSeveral()
+        trainer.fit(module, run.data(), list(make().values()))
+        run.look(trainer, module, f"{name} one after the other")
+        trainer.test(module, CombinedLoader(make(), "sequential"), verbose=False)
+        run.look(trainer, module, f"{name} sequential")
+
+
+@scenario
+def ends(run: Run) -> None:
+    """A last batch that is smaller, of loaders by index; shares of loaders; loaders made anew in each epoch."""
+    for name, options in {
+        "smaller": {},
+        "shares": dict(limit_train_batches=0.6, limit_val_batches=0.6, val_check_interval=0.5),
+        "anew": dict(reload_dataloaders_every_n_epochs=1, max_epochs=3),
+        "by_batches": dict(val_check_interval=5, check_val_every_n_epoch=None, max_epochs=3),
+        "accumulated": dict(accumulate_grad_batches=3, val_check_interval=1),
+    }.items():
+        trainer, module, made = run.trainer(**options), Net(), []
+        seen: list[int] = []
+        module.on_validation_end = lambda seen=seen, trainer=trainer: seen.append(trainer.global_step)
+
+        def train(made: list[int] = made) -> DataLoader:
+            made.append(0)
+            return run.data(items=14)
+
+        module.train_dataloader, module.val_dataloader = train, lambda: run.data(items=18, seed=1)
+        trainer.fit(module)
+        run.look(trainer, module, name)
+        run.found[f"{name} validated at, made"] = (seen, len(made))
+
+
+@scenario
+def on_disk(run: Run) -> None:
+    """Lightning's defaults for loggers and checkpoints, the best k, and a writer of predictions: the same files."""
+
+    class Writes(BasePredictionWriter):
+        def write_on_epoch_end(self, trainer: Any, module: Any, predictions: Any, indices: Any) -> None:
+            part = trainer.global_rank // run.mesh[1] if run.mesh else 0
+            torch.save(predictions, Path(self.folder) / f"predicted-{part}.pt")
+
+    keep = [
+        ModelCheckpoint(monitor="val_loss", save_top_k=2, save_last=True),
+        ModelCheckpoint(every_n_train_steps=3, filename="{step}", save_top_k=-1),
+    ]
+    writer = Writes("epoch")
+    writer.folder = run.folder
+    trainer, module = run.trainer(logger=None, callbacks=[*keep, writer], enable_checkpointing=True, max_epochs=4), Net()
+    module.save_hyperparameters({"lr": 1e-2})
+    trainer.fit(module, run.data(), run.data(seed=1))
+    run.look(trainer, module)
+    run.found["kept"] = sorted(Path(p).name for p in keep[0].best_k_models), Path(keep[0].best_model_path).name
+    trainer.predict(module, run.data())
+    for dp_rank in range(1, run.dp):  # a share each, by its own name
+        if trainer.is_global_zero:
+            (run.folder / f"predicted-{dp_rank}.pt").unlink()
+    if run.mesh:
+        dist.barrier()
 
 
 @scenario

@@ -24,12 +24,16 @@ import lightning_tp as ltp
 from lightning_tp.watch import hang_report
 
 TIMEOUT = 15
-QUICK = [("step", "script"), ("all", "torchrun"), ("kill", "fork")]
+QUICK = [("step", "script"), ("all", "torchrun"), ("kill", "fork"), ("late", "script")]
 SLOW = [
     ("step", "torchrun"),
     ("step", "spawn"),
     ("callback", "torchrun"),
     ("loader", "torchrun"),
+    ("loader", "script"),
+    ("loader1", "script"),
+    ("end", "script"),
+    ("late", "torchrun"),
     ("first", "script"),
     ("all", "script"),
     ("kill", "script"),
@@ -57,7 +61,8 @@ class Data(Dataset[Tensor]):
         return 64
 
     def __getitem__(self, index: int) -> Tensor:
-        if self.what == "loader" and index >= 8 and os.environ["LOCAL_RANK"] == "0":
+        of = {"loader": "0", "loader1": "1"}.get(self.what)
+        if of is not None and index >= 8 and os.environ.get("LOCAL_RANK", "0") == of:
             fails("boom in the loader")
         return torch.full((8,), index / 64)
 
@@ -87,6 +92,15 @@ class Net(L.LightningModule):
         if what == "only" and rank == 1:
             sleeps()
         return self.mlp(batch).square().mean()
+
+    def on_train_end(self) -> None:
+        if self.what == "end" and self.global_rank == 1:
+            fails("boom at the end")
+
+    def on_fit_end(self) -> None:
+        if self.what == "late" and self.global_rank == 1:  # the others have come to their end by now
+            time.sleep(1.0)
+            fails("boom behind the end")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -175,7 +189,7 @@ def marked(mark: str) -> list[int]:
 @pytest.mark.parametrize(("what", "launcher"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_the_others_stop(what: str, launcher: str, tmp_path: Path) -> None:
     code, output, seconds = launch(what, launcher, tmp_path)
-    assert code != 0 and "came to the end" not in output
+    assert code != 0 and ("came to the end" not in output or what == "late"), output
     assert seconds < 30, output  # of which a launcher takes its share; on an idle machine 2 to 10
     shown = re.findall(r"^(?:\[rank\d\]: )?ValueError: boom.*$", output, flags=re.MULTILINE)
     assert len(set(shown)) == (0 if what.startswith("kill") else 1), output

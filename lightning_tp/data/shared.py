@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tp.data.same import fingerprint
-from lightning_tp.errors import TPError
+from lightning_tp.errors import Follows, TPError
 from lightning_tp.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 
 LOOKED_AT_WHOLE = 3  # batches of a pass that are compared in every byte
@@ -215,7 +215,13 @@ class _Indexed(_Shared):
             mine = fingerprint(message.batch, whole=index < LOOKED_AT_WHOLE)
         else:
             mine = END if message.kind == "end" else FAILED
-        if len(set(self.ranks.over_tp(mine))) == 1:
+        every = self.ranks.over_tp(mine)
+        if FAILED in every:  # on this rank or on another: it is not passed over
+            said = [message.batch if message.kind == "error" else None]
+            failed = every.index(FAILED)
+            dist.broadcast_object_list(said, src=self.ranks.first + failed, group=self.ranks.tp_group)
+            raise message.error or Follows(f"Reading data failed on rank {self.ranks.first + failed}: {said[0]}.")
+        if len(set(every)) == 1:
             return message.or_raise()
         self.shared = True
         self.say(
@@ -327,7 +333,8 @@ class _Stream(_Shared):
             return _Message("left out", last=True, rng=message.rng)
         if message.kind == "end":
             if last_batch is None:
-                return _Message("error", f"data-parallel rank {self.ranks.dp_rank} has no batch at all, so it can't take part")
+                none = f"data-parallel rank {self.ranks.dp_rank} has no batch at all, so it can't take part"
+                return _Message("error", none, error=TPError(f"{self.where}: {none}."))
             return _Message("shadow", last_batch)
         return message
 
@@ -354,7 +361,7 @@ class _Message(NamedTuple):
 
     def or_raise(self) -> _Message:
         if self.kind == "error":
-            raise self.error or TPError(f"Reading data failed on the rank that reads for this one: {self.batch}.")
+            raise self.error or Follows(f"Reading data failed on the rank that reads for this one: {self.batch}.")
         return self
 
 
@@ -393,7 +400,7 @@ def broadcast_message(message: _Message | None, ranks: Ranks) -> _Message:
     """What the first rank of the tensor-parallel group says, on all ranks of it; batches keep their devices. A collective.
 
     Raises:
-        Exception: on the first rank, what reading raised there; on the others a TPError with its words.
+        Exception: on the first rank, what reading raised there; on the others `Follows`, a TPError, with its words.
     """
     if ranks.tp == 1:
         assert message is not None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
@@ -23,6 +23,7 @@ from lightning_tp import TPError
 from lightning_tp.data.shared import Ranks, share_loader
 from lightning_tp.mesh import make_mesh
 from lightning_tp.rng import seed_mesh
+from lightning_tp.strategy import _warn_of_items_counted_twice
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 MESHES = [(1, 2), (2, 2), (2, 1)]
@@ -357,10 +358,13 @@ def test_alone_it_is_the_loader_itself() -> None:
     run_ranks(body, 1)
 
 
-def test_an_error_while_reading_by_index() -> None:
+@pytest.mark.parametrize("broken", [(0, 1), (0,), (1,)])
+def test_an_error_while_reading_by_index(broken: tuple[int, ...]) -> None:
+    """On all ranks of a group, or on one, whichever: it is raised there, and the others end with its words."""
+
     class Broken(ByIndex):
         def __getitem__(self, i: int) -> dict[str, Any]:
-            if i == 5:
+            if i == 5 and dist.get_rank() in broken:
                 raise OSError("no such file")
             return super().__getitem__(i)
 
@@ -368,10 +372,23 @@ def test_an_error_while_reading_by_index() -> None:
         try:
             list(share_loader(DataLoader(Broken(8)), Ranks(make_mesh("cpu", 1, 2))))
         except (OSError, TPError) as error:
-            return str(error)
+            return f"{type(error).__name__}: {error}"
         return ""
 
-    assert all("no such file" in said for said in run_ranks(body, 2))
+    for rank, said in enumerate(run_ranks(body, 2)):
+        assert said.startswith("OSError" if rank in broken else "Follows") and "no such file" in said, said
+
+
+def test_items_that_count_twice_are_named() -> None:
+    for items, expected in ((8, 0), (7, 1)):
+        loader = DataLoader(ByIndex(items), sampler=DistributedSampler(range(items), 2, 0))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            _warn_of_items_counted_twice(loader, "validate")
+        assert len(said) == expected
+    assert "do not divide 7 items, so 1 of them count(s) twice" in str(said[0].message) and "Give 6 or 8 items" in str(
+        said[0].message
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- in a Trainer

@@ -1,0 +1,50 @@
+"""Runs with Lightning's `BaseFinetuning` that go on from a checkpoint: what had been thawed is thawed again, with its optimizer groups.
+
+Such a callback freezes in `setup` and adds groups to the optimizer when an epoch begins. Lightning gives a resumed run the groups back in
+`on_fit_start`, before a checkpoint of shards is read, and leaves their weights frozen (in one process as well); here both are as they were,
+before the optimizer's state is read into them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
+
+TRAINABLE = "lightning_tp_trainable"  # in a checkpoint: the names of the parameters that required gradients
+
+
+def note_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Put the names of the weights that are trained at this moment into a checkpoint, if a callback thaws any."""
+    if _thawing(trainer):
+        checkpoint[TRAINABLE] = [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
+
+
+def thaw_again(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Freeze and thaw as it was when the checkpoint was written, and give the optimizers the groups that they had.
+
+    Args:
+        trainer: it has its optimizers, as `configure_optimizers` made them.
+        checkpoint: what is not sharded of it.
+    """
+    states = [checkpoint.get("callbacks", {}).get(callback.state_key) for callback in _thawing(trainer)]
+    if not any(states):
+        return
+    parameters = dict(trainer.lightning_module.named_parameters())
+    added: set[str] = set()
+    for state in states:
+        for i, groups in ((state or {}).get("internal_optimizer_metadata") or {}).items():
+            optimizer = trainer.optimizers[i]
+            have = len(optimizer.param_groups)
+            added |= {name for group in groups[have:] for name in group["params"]}
+            for group in groups[have:]:
+                optimizer.add_param_group({**group, "params": [parameters[name] for name in group["params"]]})
+    trained = checkpoint.get(TRAINABLE)  # None: of a Trainer without this package
+    for name, p in parameters.items():
+        if trained is not None or name in added:
+            p.requires_grad_(trained is None or name in trained)
+
+
+def _thawing(trainer: pl.Trainer) -> list[BaseFinetuning]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]
