@@ -469,15 +469,18 @@ _HERE = str(Path(__file__).parents[1])
 def place(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> tuple[Any, ...]:
     """The chain of (function, instruction) from a call of a torch function up to the forward of the module that runs.
 
-    Two calls from one helper that come from different places are told apart.
+    Two calls from one helper that come from different places are told apart. A function that calls itself counts once: a class whose
+    `__init_subclass__` wraps `forward` has one wrapper more in each subclass, as the styles and FSDP2 make them.
     """
-    chain = []
+    chain: list[tuple[str, str]] = []
     while frame is not None:
         code = frame.f_code
         if code in ends:
             break
         if not _is_inner(code):
-            chain.append((code.co_name, _position(code, frame.f_lasti)))
+            here = code.co_name, _position(code, frame.f_lasti)
+            if not chain or chain[-1] != here:
+                chain.append(here)
         frame = frame.f_back
     return tuple(chain)
 
