@@ -159,7 +159,9 @@ def mapped(x: Any, leaf: Callable[[Any], Any]) -> Any:
     """What a call is given, with something else in place of its tensors and numbers."""
     if isinstance(x, LocalShape):
         sizes = [leaf(n) for n in x]
-        return LocalShape(sizes) if any(isinstance(n, LocalInt) for n in sizes) else torch.Size(sizes)
+        if any(isinstance(n, LocalInt) for n in sizes):
+            return LocalShape(sizes)
+        return torch.Size(sizes) if all(isinstance(n, int) for n in sizes) else tuple(sizes)
     if type(x) in (tuple, list):
         return type(x)(mapped(i, leaf) for i in x)
     if type(x) is dict:

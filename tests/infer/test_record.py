@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.infer.sizes import LocalInt
+from lightning_tp.infer.sizes import LocalInt, LocalShape, mapped
 from lightning_tp.styles.local_ops import Call, LocalOps, Pattern
 
 
@@ -17,6 +17,12 @@ def test_a_size_is_followed_through_arithmetic() -> None:
     assert (2 * n + 1).local == (13, 13)
     assert type(n - n) is int
     assert type(LocalInt.of(4, (4, 4))) is int
+
+
+def test_a_shape_is_mapped_to_what_is_no_sizes() -> None:
+    shape = LocalShape((LocalInt.of(12, (6, 6)), 3))
+    assert mapped(shape, lambda n: (n, n)) == ((12, 12), (3, 3))
+    assert mapped(shape, int) == torch.Size([12, 3])
 
 
 def test_a_decision_by_a_size_that_ranks_see_otherwise_is_noticed() -> None:
