@@ -129,6 +129,7 @@ class Recorder(TorchFunctionMode):
         self.split = {n for n, _ in split}
         self.nodes, self.param_owner = split, owner
         self.mixed: set[str] = set()  # parameters that also meet whole activations: their gradient is made whole at once
+        self.outside: set[str] = set()  # those of which only what is computed from them meets shards: a query that is scaled first
         self.tables: set[str] = set()  # modules that look up in a table whose style does it on shards
         self.whole_reads = whole_reads
         LocalInt.diverging = set()
@@ -296,9 +297,16 @@ class Recorder(TorchFunctionMode):
         outs = [t for t in _tensors(out)]
         operands = [(path, t) for path, t in _with_paths(args, kwargs)]
         events = dict((kind, p) for kind, p in self.tracer.events)
-        if len(set(self.tracer.events)) > 1:  # several products inside one call, which can't be looked into
+        if (
+            len({e for e in self.tracer.events if e[0] != "apart"}) > 1
+        ):  # several products inside one call, which can't be looked into
             for n in {n for _, n in self.tracer.events}:
                 self.found.broken += [(nodes, f"{name} in `{module}`") for (of, _), nodes in self.nodes.items() if of == n]
+            return
+        if "apart" in events:  # nothing to add up of some products, on some ranks
+            self.found.broken += [
+                (nodes, f"{name} in `{module}`") for (of, _), nodes in self.nodes.items() if of == events["apart"]
+            ]
             return
         if name == "embedding" and module not in self.tables:
             tables = [t for _, t in operands if (p := self.tracer.shadow(t).param) is not None and p[0] in self.split]
@@ -464,6 +472,8 @@ class Recorder(TorchFunctionMode):
                 other, (dim, _) = next((o, x) for (p, o), x in zip(operands, layouts, strict=True) if p == beside)
                 beside = beside if other.ndim - dim == part[0] else None
             enter = (bool(split_outs) or any(self._is_share(t) for t in outs)) and self._enters(t)
+            if split_outs and shadow.param is not None and shadow.param[0] in self.outside:
+                enter = shadow.grad  # inside this very call
             if part is not None or enter:
                 changed.append(Operand(path, part, enter, beside if part else None))
         return tuple(changed)

@@ -420,6 +420,7 @@ def _record(
         recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
         recorders[-1].param_owner, recorders[-1].tables, recorders[-1].tried = owners, tables, trace.tried
         recorders[-1].mixed = recorders[-1].found.mixed = set(trace.local_uses) & set(trace.whole_uses)
+        recorders[-1].outside = set(trace.whole_uses) - set(trace.local_uses)
         if doors is not None:
             doors(tracer)
         return recorders[-1]

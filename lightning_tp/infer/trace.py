@@ -142,7 +142,9 @@ class Tracer(TorchDispatchMode):
         self.on_meta = any(p.is_meta for p in model.parameters())
         self.values: dict[int, tuple[Tensor, Tensor]] = {}  # of meta tensors that no weight has a part in
         self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # of tensors elsewhere that have met some on the meta device
-        self.events: list[tuple[str, str]] = []  # ("out" | "in" | "local", parameter) of the call that runs now
+        self.events: list[
+            tuple[str, str]
+        ] = []  # ("out" | "in" | "apart", parameter) of the call that runs now; "apart": in products of several, not all alike
         self.known: set[tuple[str, int, str]] = set()  # (parameter, dim, "in" or "out") that an earlier run found
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
         self.gathered = False  # whether what every rank has with a share of its gradient may be read by a split weight
@@ -395,7 +397,7 @@ class Tracer(TorchDispatchMode):
             moved: Any = first.amax(-1) if name == "view_as_complex" else first.unsqueeze(-1).expand(*first.shape, 2)
         elif name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
             moved = reshaped(first, outs[0].shape)
-        elif name in ("clone", "contiguous", "alias", "detach", "lift_fresh"):
+        elif name in ("clone", "contiguous", "alias", "detach", "lift_fresh", "_conj"):
             moved = first
         elif name == "cat" and len(first) > 1:
             moved = _cat(first, kwargs.get("dim", args[1] if len(args) > 1 else 0))
@@ -565,15 +567,43 @@ class Tracer(TorchDispatchMode):
         varies = found.shape[2] > 1 and bool((found != found[:, :, :1]).any())
         candidates = _param_dims([c[:, :, 0] for c in coordinates]) if m else []
         along = candidates[0] if len(candidates) == 1 else next((a for a in candidates if _follows(found[:, 0, :], a[1])), None)
+        batches = self._own_batches(found, name, coordinates) if same_rows and shape[0] > 1 and m else None
+        if batches is not None:
+            dim, where = batches
+            self.trace.uses[Use(name, dim, "out", self.stack[-1])] = None
+            top = self.trace.classes.join_along(x[:, 0, :], (1,), keepdim=True)  # (N, 1)
+            top = self.trace.classes.join(top, self.trace.classes.join_along(self._nodes(name, dim)[where], (1,), keepdim=True))
+            return top.unsqueeze(1).expand(shape[0], n, m)
         if varies and same_rows and along is not None and (name, along[0]) not in self.whole:
             dim, where = along
             self.trace.uses[Use(name, dim, "in", self.stack[-1])] = None
             self.events.append(("in", name))
             self.trace.classes.join(x[:, 0, :], self._nodes(name, dim)[where])
+            if self.owner is not None and bool((ranks := self.owner[shrunk(x[:, 0, :])]).ne(ranks[:1]).any()):
+                self.events.append(("apart", name))
             # a sum over ranks: whole again
             return torch.zeros((), dtype=torch.int64).expand(shape[0], n, m) if self.deferring else None
         self._use([name], [x])
         return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
+
+    def _own_batches(self, classes: Tensor, name: str, coordinates: tuple[Tensor, ...]) -> tuple[int, Tensor] | None:
+        """The dim of a weight of which each of several products has features of its own, as its input has: heads, with a matrix for each.
+
+        Args:
+            classes: of the input (N, n or 1, k).
+            name: of the weight.
+            coordinates: of the weight (N, k, m).
+
+        Returns:
+            The dim and the coordinates (N, features); None for products that share the features of either.
+        """
+        if not _apart(classes[:, 0, :]):
+            return None
+        for dim, where in enumerate(coordinates):
+            mine = shrunk(where)
+            if (name, dim) not in self.whole and mine.shape[0] > 1 and _apart(mine.flatten(1)):
+                return dim, mine.flatten(1)
+        return None
 
     def _without_rows(self, name: str, coordinates: Any, shape: Any, k: int, m: int) -> Tensor | None:
         """An expert without tokens: how its weight is split is known from other uses of it, or it is kept whole."""
@@ -688,6 +718,12 @@ def _param_dims(coordinates: list[Tensor]) -> list[tuple[int, Tensor]]:
         if small.numel() and small.shape[-1] > 1 and bool((small != small[..., :1]).any()):
             found.append((dim, small))
     return sorted(found, key=lambda a: -int(a[1].amax()))
+
+
+def _apart(rows: Tensor) -> bool:
+    """Whether no two rows have a number in common."""
+    numbers = torch.cat([row.unique() for row in rows])
+    return rows.shape[0] > 1 and numbers.unique().numel() == numbers.numel()
 
 
 def _follows(classes: Tensor, coordinate: Tensor) -> bool:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable
@@ -303,6 +304,77 @@ class Latent(nn.Module):
         k, v = self.kvb(self.kn(c)).view(B, S, H, 16).transpose(1, 2).split((8, 8), -1)
         k = torch.cat((k, rotary[:, None].expand(B, H, S, 4)), -1)
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, -1))
+
+
+class Absorbed(nn.Module):
+    """Latent attention on the latents themselves: the second weight of the keys and values is used as a matrix for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.a, self.b, self.o = (
+            nn.Linear(D, H * 8),
+            nn.Linear(D, 12),
+            nn.Linear(12, H * 16, bias=False),
+            nn.Linear(H * 8, D),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, S, _ = x.shape
+        latent, weights = self.a(x), self.b.weight.view(H, 16, 12)
+        q = torch.einsum("bshd,hdc->bshc", self.q(x).view(B, S, H, 8), weights[:, :8])
+        a = torch.einsum("bshc,btc->bsht", q, latent).softmax(-1)
+        v = torch.einsum("bshc,hdc->bshd", torch.einsum("bsht,btc->bshc", a, latent), weights[:, -8:])
+        return self.o(v.flatten(2))
+
+
+class LearnedQuery(Attention):
+    """One query, a parameter: what is computed from it meets the heads of each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Identity()
+        self.query = nn.Parameter(torch.zeros(1, 1, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, S, C = x.shape
+        _, k, v = self.heads_of(x)
+        q = self.query.expand(B, -1, -1).reshape(B, 1, H, C // H).transpose(1, 2)
+        return self.merged(F.scaled_dot_product_attention(q, k, v)).expand(B, S, C)
+
+
+class Correlated(Attention):
+    """Queries and keys are compared at all delays at once, as complex numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads_of(x)
+        delays = torch.fft.irfft(torch.fft.rfft(q, dim=2) * torch.conj(torch.fft.rfft(k, dim=2)), n=x.shape[1], dim=2)
+        return self.merged(delays.softmax(2) * v)
+
+
+class Checkpointed(nn.Module):
+    """Wraps the forward of each subclass, as layers of transformers do."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return forward(self, *args, **kwargs)
+
+        cls.forward = wrapped  # type: ignore[method-assign]
+
+
+class Wrapped(Checkpointed):
+    """What is known for each feature (its sizes too) stands beside split ones in the code of such a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 64), nn.Linear(64, D)
+        self.register_buffer("scale", noise(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(torch.multiply(self.up(x), self.scale)))
 
 
 class HeadList(nn.Module):
@@ -618,6 +690,10 @@ for how in ("alibi", "table", "sinks", "null", "prefix", "norm", "gate"):
     lm(f"scores_{how}", lambda how=how: Biased(how))
 lm("full_width_norm", FullNorm)
 lm("latent", Latent)
+lm("latent_absorbed", Absorbed, held=0.55)
+lm("learned_query", LearnedQuery)
+lm("correlated", Correlated)
+lm("wrapped_forward", mlp=Wrapped, held=0.55)
 lm("head_list", HeadList)
 lm("talking_heads", Talking)
 lm("windows", Windows)
