@@ -142,9 +142,8 @@ class Tracer(TorchDispatchMode):
         self.on_meta = any(p.is_meta for p in model.parameters())
         self.values: dict[int, tuple[Tensor, Tensor]] = {}  # of meta tensors that no weight has a part in
         self.twins: dict[int, tuple[Tensor, Tensor]] = {}  # of tensors elsewhere that have met some on the meta device
-        self.events: list[
-            tuple[str, str]
-        ] = []  # ("out" | "in" | "apart", parameter) of the call that runs now; "apart": in products of several, not all alike
+        # ("out" | "in" | "apart", parameter) of the call that runs now; "apart": several products, not all of them split alike
+        self.events: list[tuple[str, str]] = []
         self.known: set[tuple[str, int, str]] = set()  # (parameter, dim, "in" or "out") that an earlier run found
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
         self.gathered = False  # whether what every rank has with a share of its gradient may be read by a split weight
