@@ -309,14 +309,14 @@ def _escaped(trace: Trace, out: Any, tracer: Any) -> bool:
 
 
 def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any], trace: Trace) -> None:
-    """Keep these weights whole, and those of the blocks alike."""
+    """Keep these weights whole, and those of the blocks alike: not those of other widths, as the stages of a pyramid have."""
     if all(key in whole for key in bad):  # no step ahead: give up all
         bad = {k: "how its features are used could not be told" for k in trace.nodes}
-    stars = {(starred(n), d): why for (n, d), why in bad.items()}
+    stars = {(starred(n), names[n].shape, d): why for (n, d), why in bad.items()}
     for n in names:
         for d in range(names[n].ndim):
-            if (starred(n), d) in stars:
-                whole[n, d] = stars[starred(n), d]
+            if (starred(n), names[n].shape, d) in stars:
+                whole[n, d] = stars[starred(n), names[n].shape, d]
 
 
 def _members(trace: Trace) -> Tensor:

@@ -639,6 +639,23 @@ class Pictures(nn.Module):
         return self.head(self.block(torch.cat((self.cls.expand(B, -1, -1), x), 1))[:, 0])
 
 
+class Pyramid(nn.Module):
+    """Stages of growing width: of the first's one head ranks can have no share, of the others' they can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (16, 32, 64)
+        self.stages = nn.ModuleList(
+            nn.TransformerEncoderLayer(d, d // 16, 2 * d, dropout=0.0, batch_first=True, norm_first=True) for d in widths
+        )
+        self.merge = nn.ModuleList(nn.Linear(a, b) for a, b in zip((12, *widths), widths, strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for merge, stage in zip(self.merge, self.stages, strict=True):
+            x = stage(merge(x))
+        return x
+
+
 class Modulated(nn.Module):
     """DiT: scales, shifts and gates from a condition."""
 
@@ -779,6 +796,7 @@ case("torch_encoder", _torch_encoder)
 case("torch_unbatched", _torch_unbatched)
 case("twice", lambda: (Twice(), {"a": ids(3, 9), "b": ids(3, 7)}, lambda out: F.cross_entropy(out, torch.tensor([0, 2, 1]))))
 case("pictures", lambda: (Pictures(), {"x": noise(2, 3, 8, 8)}, lambda out: F.cross_entropy(out, torch.tensor([0, 3]))))
+case("pyramid", lambda: (Pyramid(), {"x": noise(2, 9, 12)}, weighted), held=0.6)
 case("modulated", lambda: (Modulated(), {"x": noise(2, 5, 6), "t": noise(2, 8)}, weighted))
 for how in ("nll", "gather", "smooth"):
     case(f"loss_{how}", lambda how=how: (Losses(how, tied=how == "gather"), {"tokens": ids()}, lambda out: out))
