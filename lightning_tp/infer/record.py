@@ -246,11 +246,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            if func.__self__ is Tensor.shape and self._has_layout(args[0]):
+            if func.__self__ is Tensor.shape and self._is_read(name, args[0], sys._getframe(1)):
                 with torch._C.DisableTorchFunction(), _untraced():
                     return self._read(func, name, args, kwargs, sys._getframe(1))
             return func(*args, **kwargs)
-        if name in READS and self._has_layout(args[0]):
+        if name in READS and self._is_read(name, args[0], sys._getframe(1)):
             with torch._C.DisableTorchFunction(), _untraced():
                 return self._read(func, name, args, kwargs, sys._getframe(1))
         given_args, given_kwargs = args, kwargs
@@ -277,6 +277,10 @@ class Recorder(TorchFunctionMode):
         """These of what a call is given are local where it is local."""
         known = {id(n) for n in numbers if isinstance(n, LocalInt)}
         self.given = [n for n in self.given if id(n) not in known]
+
+    def _is_read(self, name: str, t: Tensor, frame: Any) -> bool:
+        """Whether its size may be another one on a rank; or it is whole, and read in a loop where others are told the whole size."""
+        return self._has_layout(t) or (bool(self.whole_reads) and (self.tracer.stack[-1], name, place(frame)) in self.whole_reads)
 
     def _has_layout(self, t: Tensor) -> bool:
         shadow = self.tracer.shadow(t)

@@ -640,19 +640,19 @@ class Pictures(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Stages of growing width: of the first's one head ranks can have no share, of the others' they can."""
+    """Stages of growing width: the first has one group of features, of which ranks can have no share; of the others' they can."""
 
     def __init__(self) -> None:
         super().__init__()
         widths = (16, 32, 64)
-        self.stages = nn.ModuleList(
-            nn.TransformerEncoderLayer(d, d // 16, 2 * d, dropout=0.0, batch_first=True, norm_first=True) for d in widths
-        )
+        self.up, self.down = (nn.ModuleList(nn.Linear(*((d, 2 * d)[::way])) for d in widths) for way in (1, -1))
         self.merge = nn.ModuleList(nn.Linear(a, b) for a, b in zip((12, *widths), widths, strict=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        for merge, stage in zip(self.merge, self.stages, strict=True):
-            x = stage(merge(x))
+        for merge, up, down in zip(self.merge, self.up, self.down, strict=True):
+            x = merge(x)
+            groups = up(x).unflatten(-1, (x.shape[-1] // 16, -1)).softmax(-1)
+            x = x + down(groups.flatten(2))
         return x
 
 
