@@ -291,7 +291,7 @@ def test_a_run_goes_on_behind_the_thawing(mesh: tuple[int, int], tmp_path: Path)
             first.strategy._save_distributed_checkpoint = not one_file  # type: ignore[attr-defined]
             first.save_checkpoint(path)
             ends.append(found(*run(mesh, path, max_epochs=3)))
-        with pytest.raises((ltp.TPError, SystemExit), match=r"has 2 parameter group\(s\), and the optimizer has 1|^1$"):
+        with pytest.raises((ltp.TPError, SystemExit), match=r"has 2 group\(s\) of parameters, and this AdamW has 1|^1$"):
             trainer(mesh, RULES, max_epochs=3).fit(Backbone(), data(mesh[0]), ckpt_path=tmp_path / "False.ckpt")
         return ends
 
