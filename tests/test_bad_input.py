@@ -305,7 +305,7 @@ MISTAKES = {
 @pytest.mark.parametrize(
     "launcher, mistake",
     [
-        ("lightning", "rule"),
+        pytest.param("lightning", "rule", marks=pytest.mark.slow),
         ("torchrun", "data"),
         pytest.param("lightning", "data", marks=pytest.mark.slow),
         pytest.param("torchrun", "rule", marks=pytest.mark.slow),

@@ -422,7 +422,8 @@ def fit(name: str, attention: str, how: Any) -> tuple[list[float], dict[str, Ten
     return module.losses, ltp.full_state_dict(module)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_models_of_others_under_a_trainer(attention: str) -> None:
     """Derived plans: exact masks are those of one process; independent ones are others, and keep what is whole equal."""
     names = ["gpt2", "bert", "vit", "bart", "encoder"]

@@ -54,6 +54,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
+@pytest.mark.slow
 def test_random_tokens() -> None:
     output = run("examples/01_llama_random_tokens.py", "--fast")
     assert "Plan, given, tp=2" in output
@@ -82,7 +83,8 @@ def test_hugging_face() -> None:
     assert difference and float(difference[1]) < 1e-4
 
 
-@pytest.mark.parametrize("by", [pytest.param("itself", marks=pytest.mark.slow), "fabric run"])
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["itself", "fabric run"])
 def test_fabric(by: str) -> None:
     if by == "itself":
         output = run("examples/06_fabric.py", "--fast")

@@ -570,7 +570,9 @@ def run_script(command: list[str], script: Path, text: str, *args: str, timeout:
     )
 
 
-@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("lightning", marks=pytest.mark.slow), "torchrun"]
+)  # test_examples.py does it, too
 def test_real_launchers(launcher: str, tmp_path: Path) -> None:
     """Lightning starts the second process itself, or finds two that torchrun has started."""
 

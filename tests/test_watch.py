@@ -202,9 +202,9 @@ def test_the_others_stop(what: str, launcher: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "launcher"),
     [
-        ("sleep", "torchrun"),
+        pytest.param("sleep", "torchrun", marks=pytest.mark.slow),
         pytest.param("only", "script", marks=pytest.mark.slow),
-        pytest.param("sleep", "spawn", marks=pytest.mark.slow),
+        ("sleep", "spawn"),
     ],
 )
 def test_a_hang_is_named(what: str, launcher: str, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def several(tp: int, dp: int) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (2, 2)], ids=["tp2", "2x2"])
+@pytest.mark.parametrize(("tp", "dp"), [pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)], ids=["tp2", "2x2"])
 def test_what_drifts_is_named(tp: int, dp: int) -> None:
     found = run_ranks(several, tp * dp, tp, dp, init=False, timeout=120)[0]  # warnings are rank 0's
     for quiet in ("", "shard", "shuffled", "ignored"):

@@ -121,6 +121,7 @@ def test_half_precision_and_accumulation() -> None:
     hold(HALF)
 
 
+@pytest.mark.slow
 def test_the_rank_with_the_most_heads() -> None:
     hold(UNEVEN)
 
