@@ -23,6 +23,7 @@ from lightning_tp.infer.restore import modules_as_they_were
 from lightning_tp.infer.sizes import LocalInt, LocalShape, local_ints, local_of, mapped, on_rank, plain, whole_of
 from lightning_tp.infer.trace import Trace, Tracer, _untraced, run
 from lightning_tp.styles.local_ops import (
+    CONVOLUTIONS,
     COUNTS,
     FACTORIES,
     FIRST_SIZE,
@@ -42,8 +43,7 @@ NO_SLICE = {
     "embedding",
     "layer_norm",
     "rms_norm",
-    "conv1d",
-    "conv2d",
+    *CONVOLUTIONS,
     "expand",
     "view",
     "reshape",
@@ -343,6 +343,8 @@ class Recorder(TorchFunctionMode):
                 self._keeps_dim(name, args, kwargs, operands[0][1], layouts[0])
             else:
                 change["operands"] = self._operands(name, operands, layouts, outs, out_layouts, events)
+                if name in CONVOLUTIONS and isinstance(out_layouts[0], tuple):
+                    change.update(self._channels(args, kwargs, operands, change["operands"], outs[0], out_layouts[0]))
             if "in" not in events and to_logits is None and name not in RANDOM:
                 tried = Call(name, place(frame), **{k: v for k, v in change.items() if v})
                 change["operands"] = self._tried(tried, func, args, kwargs, out, operands, outs, [*layouts, *out_layouts])
@@ -481,6 +483,32 @@ class Recorder(TorchFunctionMode):
             if part is not None or enter:
                 changed.append(Operand(path, part, enter, beside if part else None))
         return tuple(changed)
+
+    def _channels(
+        self, args: Any, kwargs: Any, operands: Any, changed: tuple[Operand, ...], out: Tensor, layout: tuple[int, Pattern]
+    ) -> dict[str, Any]:
+        """Of a convolution whose output channels are split: its part of a whole bias; with groups, that of a whole input, and how many."""
+        dim, pattern = layout
+        weight = next(t for p, t in operands if p in ((1,), ("weight",)))
+        from_last = weight.ndim - 1
+        if dim != out.ndim - from_last:  # along the batch
+            return {}
+        groups = int(whole_of(args[6] if len(args) > 6 else kwargs.get("groups", 1)))
+        length = out.shape[dim]
+        enters = {o.path: o.enter for o in changed}
+        parts: dict[Any, tuple[int, Pattern]] = {}
+        for path, t in operands:
+            if path in ((2,), ("bias",)) and not self._has_layout(t):
+                parts[path] = 1, pattern
+            elif path in ((0,), ("input",)) and groups > 1 and self.layout(t) is None:
+                runs = pattern.runs * (length // pattern.period)
+                owner = torch.tensor([r for r, n in runs for _ in range(n)])
+                inputs = t.shape[t.ndim - from_last]
+                parts[path] = from_last, Pattern.of(owner[:: length // groups].repeat_interleave(inputs // groups))
+        found = [o for o in changed if o.path not in parts]
+        found += [Operand(path, part, enters.get(path, False)) for path, part in parts.items()]
+        of_ranks = tuple(pattern.local(length, r) * groups // length for r in range(self.tp))
+        return {"operands": tuple(found), "groups": of_ranks if groups > 1 else ()}
 
     def _is_share(self, t: Tensor) -> bool:
         """Whether every rank has all of it, beside its shards: its gradient is a share on each, as theirs is."""

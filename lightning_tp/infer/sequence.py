@@ -31,7 +31,7 @@ from lightning_tp.infer.trace import Shadow, Trace, Tracer, _untraced, leaves, r
 from lightning_tp.plan import Plan, Rule
 from lightning_tp.plan_table import starred
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
-from lightning_tp.styles.local_ops import READS, Call, LocalOps, place
+from lightning_tp.styles.local_ops import CONVOLUTIONS, READS, Call, LocalOps, place
 
 Arg = int | str
 Doors = Callable[[Tracer], None]
@@ -545,8 +545,8 @@ class _Stream:
 
         return hook
 
-    def _sum(self, out: Tensor, module: str) -> bool:
-        """Ranks' terms: whether they are added up here."""
+    def _sum(self, out: Tensor, module: str, along: bool = True) -> bool:
+        """Ranks' terms: whether they are added up here, where dim 1 is the tokens (`along`)."""
         region = self.inside[-1][0] if self.inside else None
         if region is not None and region.how == "return":
             region.summed = region.summed or False
@@ -554,7 +554,7 @@ class _Stream:
             self.deferred.add(module)
             return False
         wider = out.ndim == 3 and tuple(out.shape[:2]) == self.shape[:2]
-        if not (wider if region is not None and region.how == "sums" else tuple(out.shape) == self.shape):
+        if not along or not (wider if region is not None and region.how == "sums" else tuple(out.shape) == self.shape):
             if region is not None:  # the code goes on with it whole, and may come to another one
                 region.inner, region.wider = True, region.wider or wider
             return False
@@ -571,7 +571,7 @@ class _Stream:
             if not all(known) or len(outs) != 1:
                 self._fail(f"`{module}`: {name} sums here and not there", module)
                 return
-            if self._sum(outs[0], module):
+            if self._sum(outs[0], module, along=name not in CONVOLUTIONS):
                 params = [p[0] for t in given if (p := self.tracer.shadow(t).param) is not None and p[0] not in self.split]
                 self.call_sums[module, name, place(frame)] = params[0] if params else None
             return

@@ -365,6 +365,8 @@ def _heads(model: nn.Module, trace: Trace, owner: Tensor, out: Any, tracer: Any,
     heads = {}
     outs = _out_keys(trace)
     for (name, dim), nodes in trace.nodes.items():
+        if name in trace.convolved:
+            continue  # pictures, not logits along the last dim
         if (name, dim) in outs and bool(torch.isin(nodes[:1], seen)) and bool(torch.isin(nodes, seen).all()):
             heads[name] = nodes.numel()
     return heads
@@ -500,7 +502,7 @@ def _plan(
     rules += gathered
     rules += _embeddings(model, trace, heads, {id(model.get_submodule(r.pattern).weight) for r in gathered}, names, tp)
     for module, calls in found.calls.items():
-        if any(c.operands or c.sizes or c.pieces or c.items or c.leave or c.logits for c in calls):
+        if any(c.changes for c in calls):
             rules.append(Rule(module, LocalOps(_needed(calls)), "whole sizes in its code"))
     taken = {r.pattern for r in rules}
     mixed = set(trace.local_uses) & set(trace.whole_uses)
@@ -606,7 +608,7 @@ def _folded(rules: list[Rule], everything: list[str]) -> list[Rule]:
 
 def _needed(calls: list[Any]) -> tuple[Any, ...]:
     """The calls that change, and those that stand at the same place and hold their turn."""
-    places = {(c.name, c.at) for c in calls if c.operands or c.sizes or c.pieces or c.items or c.leave or c.logits}
+    places = {(c.name, c.at) for c in calls if c.changes}
     kept: dict[Any, list[Any]] = {}
     for c in calls:
         if (c.name, c.at) in places:

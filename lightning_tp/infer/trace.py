@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp.errors import TPError
+from lightning_tp.infer.channels import convolved, kernel_of
 from lightning_tp.infer.classes import Classes, compact, reshaped, shrunk
 from lightning_tp.infer.meta import made
 
@@ -63,6 +64,7 @@ class Trace:
     local_uses: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules where it meets split activations
     whole_uses: dict[str, set[str]] = field(default_factory=dict)
     looked_up: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules that take rows of it
+    convolved: set[str] = field(default_factory=set)  # weights of convolutions: their features lie along dim 1 of what comes out
     operands: list[Tensor] = field(default_factory=list)  # the features of each factor of a product of activations
     logits: list[Tensor] = field(default_factory=list)  # labels of what the loss was given
     tried: set[Any] = field(default_factory=set)  # calls that give the same on shards, in runs whose features are these
@@ -466,6 +468,24 @@ class Tracer(TorchDispatchMode):
         self._op_bmm(func, args[1:3], {}, out, grad)
         self._add(args[0], out, grad)
 
+    def _op_convolution(self, func: Any, args: Any, kwargs: Any, out: Tensor, grad: bool) -> None:
+        x, weight, bias, *_, transposed, _, groups = args
+        kernel = None if transposed and groups > 1 else kernel_of(self.shadow(weight).param, transposed)
+        tensors = [t for t in (x, weight, bias) if t is not None]
+        if kernel is None or self.shadow(weight).label is not None or (bias is not None and self.shadow(bias).label is not None):
+            shadows = [self.shadow(t) for t in tensors]
+            labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None]
+            self._use([s.param[0] for s in shadows if s.param is not None], [label for _, label in labelled])
+            self._stays_inside(tensors, shadows)
+            if labelled:
+                self._mixed("convolution", labelled, out, grad)
+            else:
+                self.put(out, Shadow(None, None, grad))
+            return
+        self.put(out, Shadow(convolved(self, x, kernel, groups, out), None, grad))
+        if bias is not None:
+            self._add(bias, out, grad)
+
     def _attention(self, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
         """softmax(q k^T + mask) v: the features of one head of q (B, H, T, F), of its k and of its v meet."""
         out = out[0] if isinstance(out, tuple) else out
@@ -584,6 +604,10 @@ class Tracer(TorchDispatchMode):
             return torch.zeros((), dtype=torch.int64).expand(shape[0], n, m) if self.deferring else None
         self._use([name], [x])
         return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
+
+    def _makes(self, name: str, dim: int) -> None:
+        """Note that a weight makes features, by this dim."""
+        self.trace.uses[Use(name, dim, "out", self.stack[-1])] = None
 
     def _own_batches(self, classes: Tensor, name: str, coordinates: tuple[Tensor, ...]) -> tuple[int, Tensor] | None:
         """The dim of a weight of which each of several products has features of its own, as its input has: heads, with a matrix for each.

@@ -32,6 +32,7 @@ from lightning_tp.styles.rewrite import rewritten
 
 SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
 WITH_BIAS: dict[str, Callable[..., Any]] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
+CONVOLUTIONS = frozenset(f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3))
 COUNTS = frozenset({"numel", "nelement", "__len__"})
 READS = frozenset({"__get__", "size"}) | COUNTS
 FACTORIES = frozenset({"zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full"})
@@ -124,6 +125,7 @@ class Call:
         items: for each rank, the (position, start, stop, step) of a slice in an index, and the length that it is taken of.
         leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
         logits: its result stays split for the loss: the length of the vocabulary.
+        groups: for each rank, how many groups of channels a convolution has.
         to: with `leave`, what the terms become: "replicate", "sequence" (this rank's tokens), or "partial" (terms, as they are).
     """
 
@@ -135,7 +137,13 @@ class Call:
     items: tuple[tuple[int, ...], ...] = ()
     leave: bool = False
     logits: int | None = None
+    groups: tuple[int, ...] = ()
     to: State = "replicate"
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything becomes of it: else it only holds its turn at a place in the code."""
+        return bool(self.operands or self.sizes or self.pieces or self.items or self.leave or self.logits or self.groups)
 
 
 @dataclass(frozen=True)
@@ -319,11 +327,20 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
         return torch.split(args[0], list(call.pieces[rank]), dim)
     if call.items:
         args = (args[0], _with_item(args[0], args[1], call.items[rank]))
+    if call.groups and len(args) > 6:
+        args = (*args[:6], call.groups[rank], *args[7:])
+    elif call.groups:
+        kwargs = {**kwargs, "groups": call.groups[rank]}
     if call.leave:
         bias = None
         if func is torch.nn.functional.linear:
             bias = kwargs.pop("bias", None) if "bias" in kwargs else (args[2] if len(args) > 2 else None)
             args = args[:2]
+        elif call.name in CONVOLUTIONS:
+            bias = kwargs.pop("bias", None) if "bias" in kwargs else (args[2] if len(args) > 2 else None)
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            bias = None if bias is None else bias.view(-1, *[1] * (weight.ndim - 2))  # beside the channels
+            args = args if len(args) < 3 else (*args[:2], None, *args[3:])
         elif call.name in WITH_BIAS and len(args) == 3:  # input + product
             bias, *args = args  # type: ignore[assignment]
             bias = bias if kwargs.get("beta", 1) == 1 else bias * kwargs["beta"]

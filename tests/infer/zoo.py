@@ -505,7 +505,59 @@ class Depthwise(nn.Module):
         return self.down(F.gelu(self.conv(self.up(x).mT).mT))
 
 
+class ConvMLP(nn.Module):
+    """Convolutions along the tokens as the layers of an MLP: of one token, or of neighbors; groups, and one filter for each channel."""
+
+    def __init__(self, kernel: int = 1, groups: int = 1, filters: bool = False) -> None:
+        super().__init__()
+        pad = kernel // 2
+        self.up = nn.Conv1d(D, 64, kernel, padding=pad, groups=groups)
+        self.filter = nn.Conv1d(64, 128, 3, padding=1, groups=64) if filters else nn.Identity()
+        self.down = nn.Conv1d(128 if filters else 64, D, kernel, padding=pad, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.filter(self.up(x.mT)))).mT
+
+
+class ConvAttention(Attention):
+    """Convolutions of one token as projections, of whole channels or of groups of them."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv1d(D, D, 1, groups=groups) for _ in range(3))
+        self.o = nn.Conv1d(D, D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, S, _ = x.shape
+        q, k, v = (f(x.mT).view(B, self.heads, D // self.heads, S) for f in (self.q, self.k, self.v))
+        scores = (q.mT @ k / (D // self.heads) ** 0.5).softmax(-1)
+        return self.o((v @ scores.mT).reshape(B, D, S)).mT
+
+
 # ---------------------------------------------------------------------------------------------------------------- models
+
+
+class ConvPictures(nn.Module):
+    """Pictures all the way: a feed-forward part with a filter for each channel, then layers that read what convolutions make."""
+
+    def __init__(self, out: int = 80) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, D, 2, 2)
+        self.up, self.filter, self.down = nn.Conv2d(D, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=64), nn.Conv2d(64, D, 1)
+        self.wider, self.groups, self.larger = (
+            nn.Conv2d(D, 64, 3),
+            nn.Conv2d(64, 128, 1, groups=4),
+            nn.ConvTranspose2d(128, D, 2, 2),
+        )
+        self.last, self.read = nn.Conv2d(D, 64, 1), nn.Linear(64, D)
+        self.head = nn.Conv2d(D, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.down(F.gelu(self.filter(self.up(x))))
+        x = self.larger(F.gelu(self.groups(F.gelu(self.wider(x)))))
+        x = self.read(F.relu(self.last(x)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x)
 
 
 class Scan(nn.Module):
@@ -720,7 +772,13 @@ for how in ("glu", "chunk", "interleaved", "pairs"):
     lm(f"gated_{how}", mlp=lambda how=how: Gated(how))
 for how in ("einsum", "bmm", "loop"):
     lm(f"experts_{how}", mlp=lambda how=how: Experts(how), held=0.8)
-lm("depthwise", mlp=Depthwise)
+lm("depthwise", mlp=Depthwise, held=0.55)
+lm("conv_mlp", mlp=ConvMLP, held=0.55)
+lm("conv_mlp_of_neighbors", mlp=lambda: ConvMLP(3), held=0.55)
+lm("conv_mlp_in_groups", mlp=lambda: ConvMLP(1, 4), held=0.58)
+lm("conv_mlp_with_filters", mlp=lambda: ConvMLP(1, filters=True), held=0.55)
+lm("conv_attention", ConvAttention, held=0.55)
+lm("conv_attention_in_groups", lambda: ConvAttention(4), held=0.55)
 lm("scan", Scan, held=0.8)
 lm("sequence_first", SequenceFirst)
 lm("fourier", Fourier)
@@ -796,6 +854,8 @@ case("torch_encoder", _torch_encoder)
 case("torch_unbatched", _torch_unbatched)
 case("twice", lambda: (Twice(), {"a": ids(3, 9), "b": ids(3, 7)}, lambda out: F.cross_entropy(out, torch.tensor([0, 2, 1]))))
 case("pictures", lambda: (Pictures(), {"x": noise(2, 3, 8, 8)}, lambda out: F.cross_entropy(out, torch.tensor([0, 3]))))
+case("conv_pictures", lambda: (ConvPictures(), {"x": noise(2, 3, 12, 12)}, weighted), held=0.66)
+case("conv_pictures_large_output", lambda: (ConvPictures(300), {"x": noise(2, 3, 12, 12)}, weighted), held=0.75)
 case("pyramid", lambda: (Pyramid(), {"x": noise(2, 9, 12)}, weighted), held=0.6)
 case("modulated", lambda: (Modulated(), {"x": noise(2, 5, 6), "t": noise(2, 8)}, weighted))
 for how in ("nll", "gather", "smooth"):
