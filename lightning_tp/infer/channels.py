@@ -26,10 +26,9 @@ def kernel_of(param: tuple[str, tuple[Tensor, ...]] | None, transposed: bool) ->
         return None
     matrix = []
     for coordinates in param[1]:
-        first = coordinates[(slice(None), slice(None), *(0,) * (coordinates.ndim - 2))]
-        small = shrunk(coordinates)
-        along_kernel = bool((small != small[(slice(None), slice(None), *(slice(0, 1),) * (small.ndim - 2))]).any())
-        if along_kernel and bool((first != first[:1, :1]).any()):
+        small = shrunk(coordinates).flatten(2)
+        first = small[:, :, 0].expand(coordinates.shape[:2])
+        if bool((small != small[:, :, :1]).any()) and bool((first != first[:1, :1]).any()):
             return None
         matrix.append(first.t() if transposed else first)
     return param[0], tuple(matrix)
@@ -37,8 +36,8 @@ def kernel_of(param: tuple[str, tuple[Tensor, ...]] | None, transposed: bool) ->
 
 def channels_of(classes: Tensor) -> Tensor | None:
     """The classes (C,) of a tensor (B, C, ..) in which they differ along the channels only; None for another one."""
-    small = shrunk(classes)
-    first = small[(slice(0, 1), slice(None), *(slice(0, 1),) * (small.ndim - 2))]
+    small = shrunk(classes).flatten(2)
+    first = small[:1, :, :1]
     return first.reshape(-1).expand(classes.shape[1]) if bool((small == first).all()) else None
 
 
@@ -80,10 +79,11 @@ def _in_groups(tracer: Tracer, name: str, matrix: tuple[Tensor, ...], channels: 
         tracer._use([name], [] if channels is None else [channels])
         return None if channels is None else classes.join_along(channels, (0,)).expand(n_out)
     weights = tracer._nodes(name, dim).view(groups, -1)
+    kind = "out" if tops is None else "along"
     if tops is None:
         tracer.events.append(("out", name))
         tops = classes.join_along(weights, (1,), keepdim=True)
     else:
         classes.join(tops, weights)
-    tracer._makes(name, dim)
+    tracer._makes(name, dim, kind)
     return tops.expand(groups, n_out // groups).reshape(-1)

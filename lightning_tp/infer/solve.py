@@ -217,7 +217,7 @@ def _inside(where: str, why: str, trace: Trace) -> dict[Key, str]:
 
 
 def _out_keys(trace: Trace) -> dict[Key, None]:
-    return {(u.name, u.dim): None for u in trace.uses if u.kind == "out"}
+    return {(u.name, u.dim): None for u in trace.uses if u.kind in ("out", "along")}
 
 
 def _kinds(trace: Trace, key: Key, piece: Tensor | None = None) -> list[tuple[int, Tensor]]:
@@ -236,6 +236,7 @@ def _kinds(trace: Trace, key: Key, piece: Tensor | None = None) -> list[tuple[in
 def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
     """Weights to keep whole, because what they are joined to has fewer parts than ranks: of each such group the smallest."""
     outs = _out_keys(trace)
+    first = {(u.name, u.dim) for u in trace.uses if u.kind == "out"}  # others may do without those that they go along with
     dims: dict[str, set[int]] = defaultdict(set)
     for name, dim in trace.nodes:
         dims[name].add(dim)
@@ -252,7 +253,7 @@ def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
                     group_of[c].append(key)
     bad: dict[Key, str] = {}
     for c in bad_classes:
-        members = [k for k in group_of[c] if k in outs] or group_of[c]
+        members = [k for k in group_of[c] if k in first] or [k for k in group_of[c] if k in outs] or group_of[c]
         smallest = min(names[n].shape[d] for n, d in members)
         for n, d in members:
             if names[n].shape[d] == smallest:

@@ -47,7 +47,7 @@ class Use:
 
     name: str  # of the parameter
     dim: int  # of the parameter that is split
-    kind: str  # "out": it makes features, "in": it ends them
+    kind: str  # "out": it makes features, "in": it ends them, "along": it has its own for each group of those it reads
     module: str  # whose forward ran
 
 
@@ -605,9 +605,9 @@ class Tracer(TorchDispatchMode):
         self._use([name], [x])
         return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
 
-    def _makes(self, name: str, dim: int) -> None:
+    def _makes(self, name: str, dim: int, kind: str) -> None:
         """Note that a weight makes features, by this dim."""
-        self.trace.uses[Use(name, dim, "out", self.stack[-1])] = None
+        self.trace.uses[Use(name, dim, kind, self.stack[-1])] = None
 
     def _own_batches(self, classes: Tensor, name: str, coordinates: tuple[Tensor, ...]) -> tuple[int, Tensor] | None:
         """The dim of a weight of which each of several products has features of its own, as its input has: heads, with a matrix for each.
