@@ -128,12 +128,19 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
     names_stars = {starred(n) for n in names}
     tries: dict[str, int] = {}
     ungathered: set[str] = set()
+    convolved: set[str] = set()
     for turn in range(MOST_RUNS + 1):
+        if (
+            turn == MOST_RUNS // 2
+        ):  # a chain of convolutions and batch norms is given up one by one: not the rest of the model for it
+            late = "whether its channels stay apart was not found in time"
+            whole.update({(n, d): late for n in convolved for d in range(names[n].ndim)})
         if turn == MOST_RUNS:  # what is left is whole, and right
             whole.update({(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)})
             shared = {}
         with readable_attention(model), modules_as_they_were(model):
             trace, out, tracer = run(model, call, inputs, set(whole), shared, during=once)
+        convolved |= trace.convolved
         alike = {name: like for name, like in alike.items() if name not in ran}  # given other inputs, after all: to be followed
         escaped = _escaped(trace, out, tracer)
         if escaped and shared:
@@ -646,14 +653,14 @@ def _readers(trace: Trace) -> dict[Key, str]:
 def _gathered(
     model: nn.Module, trace: Trace, names: dict[str, Any], whole: dict[Key, str], tp: int, ungathered: set[str]
 ) -> Iterator[Rule]:
-    """Large linear layers whose features are needed together: split all the same, their output gathered."""
+    """Large linear layers and convolutions whose features are needed together: split all the same, their output gathered."""
     split = {n for n, _ in trace.nodes}
     total = sum(p.numel() for p in names.values())
     modules = dict(model.named_modules())
     by_id = {id(p): n for n, p in names.items()}
     for where, module in modules.items():
         name = by_id.get(id(getattr(module, "weight", None)), "")
-        if name in split or not name or not isinstance(module, nn.Linear):
+        if name in split or not name or not (isinstance(module, nn.Linear) or _plain_convolution(module)):
             continue
         if any(not u or starred(where) == u or starred(where).startswith(f"{u}.") for u in ungathered):
             continue
@@ -661,7 +668,7 @@ def _gathered(
             continue
         weight = module.weight
         tied = {n for n, m in modules.items() if isinstance(m, nn.Embedding) and m.weight is weight}
-        if getattr(type(module).forward, "__code__", None) is not nn.Linear.forward.__code__:
+        if isinstance(module, nn.Linear) and getattr(type(module).forward, "__code__", None) is not nn.Linear.forward.__code__:
             continue
         if trace.whole_uses.get(name, set()) - tied != {where}:
             continue
@@ -679,6 +686,15 @@ def _gathered(
                 Colwise(input="replicate", output="replicate"),
                 f"its output is gathered: {whole.get((name, 0), 'no split weight reads it')}",
             )
+
+
+def _plain_convolution(module: nn.Module) -> bool:
+    """Whether it runs a forward of torch's own, on all channels."""
+    own = next((c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c)), None)
+    if own is None or not isinstance(module, own) or module.groups > 1:
+        return False
+    methods = ((getattr(type(module), m), getattr(own, m)) for m in ("forward", "_conv_forward"))
+    return all(getattr(mine, "__code__", None) is plain.__code__ for mine, plain in methods)
 
 
 def _elsewhere(bias: Any, where: str, trace: Trace, names: dict[str, Any]) -> bool:

@@ -28,12 +28,15 @@ from lightning_tp.styles.base import (
     split_of_ranges,
 )
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True)
 class Colwise(Style):
     """Split a linear layer by its output features: weight (out, in) -> (out / tp, in), bias (out,) -> (out / tp,).
 
-    Also an `nn.Embedding`, by its width: (n, d) -> (n, d / tp), the rows gathered again.
+    Also an `nn.Embedding`, by its width: (n, d) -> (n, d / tp), the rows gathered again; and an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`
+    without groups, by its output channels, which are gathered again (`output="replicate"`).
 
     Args:
         heads: the output is this many heads, whole heads go to a rank; fewer (key/value) heads than tp are shared by ranks.
@@ -60,6 +63,12 @@ class Colwise(Style):
             refuse_embedding_options(module, where)
             check_state(self, "output", ("width", "replicate", "sequence"), where)  # gathered in each case
             return {"weight": even_split(module.embedding_dim, 1, tp)}
+        if isinstance(module, CONVOLUTIONS) and self.output == "replicate":
+            if module.groups > 1:
+                raise TPError(f"`{where}`: `{self.name}` splits no convolution of {module.groups} groups. Use `replicate` for it.")
+            check_state(self, "input", ("gathered", "replicate"), where)
+            given = ("weight",) if module.bias is None else ("weight", "bias")
+            return {name: even_split(module.out_channels, 0, tp) for name in given}
         out_dim, _, shape = linear_dims(module, where, self.name)
         check_state(self, "input", ("gathered", "replicate", "sequence"), where)
         check_state(self, "output", ("width", "replicate"), where)
@@ -78,6 +87,10 @@ class Colwise(Style):
             become(module, _WidthEmbedding, _axis=site.axis, _width=module.embedding_dim, _leaves=self.output)
             module.embedding_dim = module.weight.shape[1]
             return
+        if isinstance(module, CONVOLUTIONS):
+            enter = transition(self.input or "gathered", "gathered")
+            become(module, _ColwiseConvolution, _axis=site.axis, _enter=enter, _gather=module.out_channels)
+            return
         out_dim, _, shape = linear_dims(module, site.where, self.name)
         width = set_sizes(module, out_features=shape[out_dim], nf=shape[out_dim])
         enter = transition(self.input or "gathered", "gathered")
@@ -92,6 +105,8 @@ class Colwise(Style):
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor.parallel import ColwiseParallel
 
+        if isinstance(module, CONVOLUTIONS):
+            raise TPError("torch's styles split no convolution.")
         return ColwiseParallel(
             input_layouts=Shard(1) if self.input == "sequence" else Replicate(),
             output_layouts={"replicate": Replicate(), "sequence": Shard(1)}.get(self.output, Shard(-1)),
@@ -164,6 +179,23 @@ class _Colwise(nn.Module):
             x = axis.share(x, enter)
         y = super().forward(x)  # (.., out / tp)
         return y if gather is None else width_to_replicate(y, axis, gather)
+
+
+class _ColwiseConvolution(nn.Module):
+    """Runs a convolution for its own output channels, and gathers them."""
+
+    _axis: Axis
+    _enter: Transition | None
+    _gather: int
+    weight: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        axis, enter = self._axis, self._enter
+        if enter is not None:
+            x = axis.share(x, enter)
+        channels = 1 - self.weight.ndim  # of (B, C, ..), or (C, ..)
+        y = super().forward(x).movedim(channels, -1).contiguous()
+        return width_to_replicate(y, axis, self._gather).movedim(-1, channels)
 
 
 class _Rowwise(nn.Module):
