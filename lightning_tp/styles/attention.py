@@ -40,6 +40,16 @@ class _Attention(nn.MultiheadAttention):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         N, L, _ = query.shape
         q, k, v = self._projected(query, key, value)
+        if self.bias_k is not None:  # one more key and value for all
+            k = torch.cat((k, self.bias_k.repeat(N, 1, 1)), 1)
+            v = torch.cat((v, self.bias_v.repeat(N, 1, 1)), 1)  # type: ignore[union-attr]
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        more = (self.bias_k is not None) + self.add_zero_attn
+        if more:
+            if is_causal and key_padding_mask is None and not need_weights:
+                attn_mask = None  # as torch: the mask is that of the queries and keys in their order, the further ones last
+            attn_mask, key_padding_mask = (None if m is None else F.pad(m, (0, more)) for m in (attn_mask, key_padding_mask))
         q = q.view(N, L, self.num_heads, self.head_dim).transpose(1, 2)  # (N, H, L, F)
         k = k.view(N, k.shape[1], self.num_heads, self.head_dim).transpose(1, 2)  # (N, H, S, F)
         v = v.view(N, v.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
@@ -99,12 +109,10 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def can_be_written_out(module: nn.Module) -> bool:
-    """Whether this is an `nn.MultiheadAttention` that runs its own class's forward, without extra keys."""
+    """Whether this is an `nn.MultiheadAttention` that runs its own class's forward."""
     return (
         isinstance(module, nn.MultiheadAttention)
         and getattr(type(module).forward, "__code__", None) is nn.MultiheadAttention.forward.__code__
-        and module.bias_k is None
-        and not module.add_zero_attn
     )
 
 

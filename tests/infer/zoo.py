@@ -656,6 +656,31 @@ class Pyramid(nn.Module):
         return x
 
 
+class Shown(nn.Module):
+    """Returns features that a further layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.wide, self.out = Block(Attention()), nn.Linear(D, 256), nn.Linear(256, D)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.wide(self.block(x))
+        return {"features": features, "y": self.out(features)}
+
+
+class MoreKeys(nn.Module):
+    """Attention to keys that are parameters, and to a key of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, H, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
 class Modulated(nn.Module):
     """DiT: scales, shifts and gates from a condition."""
 
@@ -797,6 +822,8 @@ case("torch_unbatched", _torch_unbatched)
 case("twice", lambda: (Twice(), {"a": ids(3, 9), "b": ids(3, 7)}, lambda out: F.cross_entropy(out, torch.tensor([0, 2, 1]))))
 case("pictures", lambda: (Pictures(), {"x": noise(2, 3, 8, 8)}, lambda out: F.cross_entropy(out, torch.tensor([0, 3]))))
 case("pyramid", lambda: (Pyramid(), {"x": noise(2, 9, 12)}, weighted), held=0.6)
+case("shown", lambda: (Shown(), {"x": noise(2, 5, D)}, lambda out: weighted(out["features"]) + weighted(out["y"])))
+case("more_keys", lambda: (MoreKeys(), {"x": noise(2, 5, D)}, weighted))
 case("modulated", lambda: (Modulated(), {"x": noise(2, 5, 6), "t": noise(2, 8)}, weighted))
 for how in ("nll", "gather", "smooth"):
     case(f"loss_{how}", lambda how=how: (Losses(how, tied=how == "gather"), {"tokens": ids()}, lambda out: out))

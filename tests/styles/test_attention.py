@@ -36,6 +36,10 @@ def outputs(model: nn.MultiheadAttention, inputs: tuple[torch.Tensor, ...], kwar
         ({}, {"key_padding_mask": PADDING, "attn_mask": PER_HEAD}),
         ({}, {"average_attn_weights": False}),
         ({"kdim": 6, "vdim": 4}, {}),
+        ({"add_bias_kv": True}, {"attn_mask": CAUSAL}),
+        ({"add_bias_kv": True, "add_zero_attn": True, "bias": False}, {"key_padding_mask": PADDING}),
+        ({"add_bias_kv": True}, {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
+        ({"add_zero_attn": True, "batch_first": False}, {"attn_mask": CAUSAL, "need_weights": False}),
     ],
 )
 def test_as_torch(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
@@ -72,8 +76,7 @@ def test_what_is_left_to_torch() -> None:
             return super().forward(*args, **kwargs)
 
     assert can_be_written_out(nn.MultiheadAttention(8, 2))
-    assert not can_be_written_out(nn.MultiheadAttention(8, 2, add_bias_kv=True))
-    assert not can_be_written_out(nn.MultiheadAttention(8, 2, add_zero_attn=True))
+    assert can_be_written_out(nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True))
     assert not can_be_written_out(Own(8, 2))
 
 
