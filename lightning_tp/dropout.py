@@ -6,7 +6,9 @@ is the same on all ranks, shards of one differ. (What is equal by chance, zeros 
 Calls on shards then run on this rank's own stream (`rng.py`). In the steps between, only the modules that make such calls are looked into, so
 that a model without dropout pays nothing: `F.dropout` and SDPA are replaced while such a module runs, and where its code has got hold of them
 under another name, or calls something else, the mode is on again. Numbers that are drawn by themselves (`torch.rand` of a drop path) are
-followed to the activation that they meet; one number for each sample is shared on any activation.
+followed to the activation that they meet; one number for each sample is shared on any activation, and so are the places that an index was
+drawn for. `torch.seed()` in a forward gives all ranks of a group the same seed; where they seed themselves differently in another way, the
+next draw for a whole activation in an observed step raises.
 
 `exact` gives the masks of one process: the mask of the whole activation is drawn from the shared stream, and each rank takes its part. It
 looks into every step and draws tp times as much: for comparing runs. Attention is written out, as SDPA's math kernel computes it.
@@ -17,7 +19,9 @@ Not covered: random numbers outside of training mode, and inside of compiled cod
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
+import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +30,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -58,6 +63,7 @@ FILLS = frozenset(
     }
 )  # fmt: skip
 DRAWS = ON_OPERAND | FILLS
+BY_INDEX = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select, F.embedding, torch.embedding})
 REPLACED: dict[str, Callable[..., Any]] = {"dropout": F.dropout, "scaled_dot_product_attention": F.scaled_dot_product_attention}
 OF_ATTENTION = F.scaled_dot_product_attention
 EXACT = frozenset({F.dropout, torch.dropout, OF_ATTENTION})
@@ -141,6 +147,7 @@ class Draws:
         self.by_name: str | None = None  # the stand-in that is passing on a call
         self.last: tuple[nn.Module, torch.Size] | None = None  # the split layer that ran last, and the shape that it gave
         self._marks: dict[int, tuple[Tensor, Site, nn.Module | None, Key]] = {}
+        self._seeds: random.Random | None = None  # the same on all ranks of the group, from the first `torch.seed()` on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Draws:
         import copy
@@ -153,18 +160,32 @@ class Draws:
         """A training step, of which the first, second, third, fifth, ninth, .. are observed."""
         n = self.steps
         self.steps += 1
-        if self.on or (n & (n - 1) and not self.exact) or torch.compiler.is_compiling():
+        if self.on or torch.compiler.is_compiling():
             yield
+            return
+        if n & (n - 1) and not self.exact:
+            with _seeded_by(self.seed):
+                yield
             return
         self.observing = self.on = True
         try:
-            with self.mode, _replaced(self.stand_ins), _nothing_compiled():
+            with self.mode, _replaced(self.stand_ins), _nothing_compiled(), _seeded_by(self.seed):
                 yield
         finally:
             self.observing = self.on = False
             self._marks.clear()
             self.running.clear()
             self.busy = False
+
+    def seed(self) -> int:
+        """`torch.seed()`, the same on all ranks of the group. A collective the first time."""
+        if self._seeds is None:
+            payload = [random.SystemRandom().getrandbits(63)]
+            dist.broadcast_object_list(payload, group=self.axis.group, group_src=0)
+            self._seeds = random.Random(payload[0])
+        seed = self._seeds.getrandbits(63)
+        torch.manual_seed(seed)
+        return seed
 
     # ------------------------------------------------------------------------------------------------------ one call
 
@@ -251,7 +272,8 @@ class Draws:
             return out
         for i in [i for i, mark in self._marks.items() if mark[1] is site]:
             del self._marks[i]
-        if self._is_shared(noise, met[0]) or self._differs(met[0]) is None:
+        of_places = func in BY_INDEX and not noise.is_floating_point() and noise.dtype is not torch.bool
+        if of_places or self._is_shared(noise, met[0]) or self._differs(met[0]) is None:
             return out
         if self.exact:
             raise TPError(
@@ -277,12 +299,20 @@ class Draws:
         x = x.detach()
         flat = x.reshape(-1)
         sample = flat[:: max(1, -(-flat.numel() // SAMPLE))].double()
-        mine = torch.zeros(8 + SAMPLE, dtype=torch.float64, device=x.device)
+        mine = torch.zeros(9 + SAMPLE, dtype=torch.float64, device=x.device)
         mine[0], mine[1 : 1 + min(x.ndim, 7)] = x.ndim, torch.tensor(x.shape[:7], dtype=torch.float64, device=x.device)
-        mine[8 : 8 + sample.numel()] = sample.nan_to_num(0.0)
+        mine[8] = _point(x.device)
+        mine[9 : 9 + sample.numel()] = sample.nan_to_num(0.0)
         every = gather_rows(mine, self.axis.group)
-        shapes, samples = every[:, :8], every[:, 8:]
+        shapes, points, samples = every[:, :8], every[:, 8], every[:, 9:]
         off = (samples - samples[0]).norm(dim=1).max() > TOLERANCE * samples.norm(dim=1).max()
+        if bool((points != points[0]).any()):
+            raise TPError(
+                f"Random numbers are drawn for an activation of shape {tuple(x.shape)}, and torch's generator for {x.device.type} is not in the "
+                f"same state on all tp={self.axis.size} ranks: where the activation is whole, each would change it otherwise. See that the "
+                "ranks of a tensor-parallel group draw the same: nothing may be drawn on one of them only, nor a generator be seeded by what "
+                "differs between them (its own `seed()`, the time, the rank; `torch.seed()` is the same on all of them)."
+            )
         if not bool(off | (shapes != shapes[0]).any()):
             return None
         return [[int(n) for n in row[1 : 1 + int(row[0])]] for row in shapes.tolist()]
@@ -408,6 +438,26 @@ class _Layer(nn.Module):
             with _looked_into(self):
                 return super().forward(x)
         return on_own_stream(draws.axis.rank, x.device, partial(super().forward, x))
+
+
+@contextlib.contextmanager
+def _seeded_by(seed: Callable[[], int]) -> Iterator[None]:
+    """`torch.seed` is this one, for as long as this runs."""
+    before, torch.seed = torch.seed, seed
+    try:
+        yield
+    finally:
+        torch.seed = before
+
+
+def _point(device: torch.device) -> int:
+    """A number (below 2**52, exact in double precision) for the state that torch's generator is in."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+        state = f"{generator.initial_seed()} {generator.get_offset()}".encode()
+    else:
+        state = torch.get_rng_state().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(state).digest()[:6], "little")
 
 
 class _replaced:

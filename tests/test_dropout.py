@@ -440,3 +440,76 @@ def test_models_of_others_under_a_trainer(attention: str) -> None:
         assert one[i][0] == other[i][0] and one[i][0] != pytest.approx(losses, rel=1e-3), name
         assert one[i][0] == pytest.approx(losses, rel=0.3), name
         assert all(torch.equal(t, other[i][1][n]) for n, t in one[i][1].items()), name
+
+
+# ------------------------------------------------------------------------------------------------- seeds and indices
+
+
+class Seeded(nn.Module):
+    """Seeds by itself in its forward, drops a whole activation, looks at some tokens only."""
+
+    def __init__(self, seed: Callable[[], Any] | None, *, sampled: bool = False) -> None:
+        super().__init__()
+        self.seed, self.sampled = seed, sampled
+        self.up, self.down = nn.Linear(DIM, 48), nn.Linear(48, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seed is not None:
+            self.seed()
+        y = self.up(x).relu()
+        if self.sampled:
+            y = y.index_select(1, torch.randint(0, y.shape[1], (4,))) + y.mean(1, keepdim=True)
+        y = self.down(y)
+        return y if self.sampled else F.dropout(y, 0.5, self.training)
+
+
+def seeded_steps(model: nn.Module) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for seed in range(5):  # the fourth is one that nobody observes
+        x = torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(seed))
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+SEEDED_PLAN = {"up": "colwise", "down": "rowwise"}
+
+
+def test_a_model_that_seeds_anew_draws_the_same_on_all_ranks() -> None:
+    before = torch.seed
+
+    def body() -> None:
+        model = ltp.parallelize(randomize_(Seeded(lambda: torch.seed())), make_mesh("cpu", 1, 2), SEEDED_PLAN)
+        losses = torch.tensor(seeded_steps(model))
+        other = losses.clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(losses, other)
+        assert torch.seed is before
+
+    run_ranks(body, 2)
+
+
+def test_ranks_that_seed_themselves_otherwise_are_refused() -> None:
+    def body() -> None:
+        model = ltp.parallelize(randomize_(Seeded(lambda: torch.manual_seed(dist.get_rank()))), make_mesh("cpu", 1, 2), SEEDED_PLAN)
+        with pytest.raises(ltp.TPError, match="generator for cpu is not in the same state on all tp=2 ranks"):
+            model(torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(0)))
+
+    run_ranks(body, 2)
+
+
+def test_places_that_are_drawn_are_those_of_one_process() -> None:
+    whole = randomize_(Seeded(None, sampled=True))
+    torch.manual_seed(3)
+    ref = seeded_steps(whole)
+
+    def body() -> None:
+        model = ltp.parallelize(randomize_(Seeded(None, sampled=True)), make_mesh("cpu", 1, 2), SEEDED_PLAN)
+        torch.manual_seed(3)
+        assert seeded_steps(model) == pytest.approx(ref, rel=1e-5)
+
+    run_ranks(body, 2)

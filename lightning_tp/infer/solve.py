@@ -459,6 +459,12 @@ def _broken(found: Found, trace: Trace, owner: Tensor, sinks: list[Tensor], head
     for name, vocab in heads.items():
         if vocab < SMALL_VOCAB * tp:
             bad.update({k: "a small output" for k in trace.nodes if k[0] == name})
+    shown = [trace.classes.find(nodes) for (name, _), nodes in trace.nodes.items() if name in heads]
+    if shown:  # what the model gives shows as whole, to the weights that read it, too
+        classes, outs = torch.cat(shown).unique(), _out_keys(trace)
+        for key, nodes in trace.nodes.items():
+            if key not in outs and bool(torch.isin(trace.classes.find(nodes), classes).any()):
+                bad[key] = "it reads an output of the model, which is whole"
     for label in sinks:
         for key in _made_by(label, trace):
             if key[0] not in heads:

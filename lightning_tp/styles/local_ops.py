@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_tp.comm import Axis, State, length_of, outside, replicate_to_gathered, transition
 from lightning_tp.errors import TPError
-from lightning_tp.styles.attention import bind_attention
+from lightning_tp.styles.attention import WRITTEN_OUT, bind_attention, written_out
 from lightning_tp.styles.base import Site, Split, Style, become, split_of_ranges
 from lightning_tp.styles.rewrite import rewritten
 
@@ -164,6 +164,8 @@ class LocalOps(Style):
     def bind(self, module: nn.Module, site: Site) -> None:
         if isinstance(module, nn.MultiheadAttention):
             bind_attention(module, site.axis)
+        if any(name == WRITTEN_OUT for call in self.calls for name, _ in call.at):
+            become(module, _Functional, _attention=written_out(site.axis))
         if not self.calls:
             return
         mixin = _own_functions(type(module), self.calls)  # type: ignore[arg-type]  # as in `become`
@@ -221,6 +223,20 @@ def _call_of(plain: dict[str, Any]) -> Call:
 
 def _tuples(x: Any) -> Any:
     return tuple(_tuples(i) for i in x) if isinstance(x, (list, tuple)) else x
+
+
+class _Functional(nn.Module):
+    """Writes out the attention that the module's own code calls as a function."""
+
+    _attention: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        of = torch.nn.functional
+        before, of.multi_head_attention_forward = of.multi_head_attention_forward, self._attention
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            of.multi_head_attention_forward = before
 
 
 class _LocalOps(nn.Module):

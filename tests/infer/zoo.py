@@ -708,6 +708,60 @@ class Pyramid(nn.Module):
         return x
 
 
+class Shown(nn.Module):
+    """Returns features that a further layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.wide, self.out = Block(Attention()), nn.Linear(D, 256), nn.Linear(256, D)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.wide(self.block(x))
+        return {"features": features, "y": self.out(features)}
+
+
+class MoreKeys(nn.Module):
+    """Attention to keys that are parameters, and to a key of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, H, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Functional(nn.Module):
+    """Code that calls torch's attention as a function, with a bias for each head; weights apart, or in one."""
+
+    def __init__(self, packed: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.qkv = nn.Linear(D, 3 * D) if packed else None
+        if packed:
+            del self.q, self.k, self.v
+        self.scale, self.mlp = nn.Parameter(torch.ones(H, 1, 1)), MLP()
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        if self.qkv is not None:
+            of: dict[str, Any] = {"in_proj_weight": self.qkv.weight, "in_proj_bias": self.qkv.bias}
+        else:
+            of = {"in_proj_weight": None, "in_proj_bias": torch.cat((self.q.bias, self.k.bias, self.v.bias))}
+            of |= {f"{n}_proj_weight": getattr(self, n).weight for n in "qkv"} | {"use_separate_proj_weight": True}
+        rest: dict[str, Any] = {"bias_k": None, "bias_v": None, "add_zero_attn": False, "dropout_p": 0.0}
+        rest |= {
+            "out_proj_weight": self.o.weight,
+            "out_proj_bias": self.o.bias,
+            "attn_mask": (self.scale * bias).repeat(len(x), 1, 1),
+        }
+        y, weights = F.multi_head_attention_forward(y, y, y, embed_dim_to_check=D, num_heads=H, **of, **rest)
+        x = x + y.transpose(0, 1)
+        return x + self.mlp(x) * weights.mean()
+
+
 class Modulated(nn.Module):
     """DiT: scales, shifts and gates from a condition."""
 
@@ -857,6 +911,10 @@ case("pictures", lambda: (Pictures(), {"x": noise(2, 3, 8, 8)}, lambda out: F.cr
 case("conv_pictures", lambda: (ConvPictures(), {"x": noise(2, 3, 12, 12)}, weighted), held=0.66)
 case("conv_pictures_large_output", lambda: (ConvPictures(301), {"x": noise(2, 3, 12, 12)}, weighted), held=0.55)
 case("pyramid", lambda: (Pyramid(), {"x": noise(2, 9, 12)}, weighted), held=0.6)
+case("shown", lambda: (Shown(), {"x": noise(2, 5, D)}, lambda out: weighted(out["features"]) + weighted(out["y"])), held=0.6)
+case("more_keys", lambda: (MoreKeys(), {"x": noise(2, 5, D)}, weighted))
+case("functional", lambda: (Functional(), {"x": noise(2, 5, D), "bias": noise(H, 5, 5)}, weighted))
+case("functional_packed", lambda: (Functional(packed=True), {"x": noise(2, 5, D), "bias": noise(H, 5, 5)}, weighted))
 case("modulated", lambda: (Modulated(), {"x": noise(2, 5, 6), "t": noise(2, 8)}, weighted))
 for how in ("nll", "gather", "smooth"):
     case(f"loss_{how}", lambda how=how: (Losses(how, tied=how == "gather"), {"tokens": ids()}, lambda out: out))

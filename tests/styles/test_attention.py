@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tp.styles.attention import can_be_written_out, readable_attention
+from lightning_tp.styles.attention import can_be_written_out, readable_attention, written_out
 from lightning_tp.testing import assert_trees_close, randomize_
 
 CAUSAL = torch.ones(5, 5).triu(1).bool()
@@ -36,6 +36,10 @@ def outputs(model: nn.MultiheadAttention, inputs: tuple[torch.Tensor, ...], kwar
         ({}, {"key_padding_mask": PADDING, "attn_mask": PER_HEAD}),
         ({}, {"average_attn_weights": False}),
         ({"kdim": 6, "vdim": 4}, {}),
+        ({"add_bias_kv": True}, {"attn_mask": CAUSAL}),
+        ({"add_bias_kv": True, "add_zero_attn": True, "bias": False}, {"key_padding_mask": PADDING}),
+        ({"add_bias_kv": True}, {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False}),
+        ({"add_zero_attn": True, "batch_first": False}, {"attn_mask": CAUSAL, "need_weights": False}),
     ],
 )
 def test_as_torch(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
@@ -72,8 +76,7 @@ def test_what_is_left_to_torch() -> None:
             return super().forward(*args, **kwargs)
 
     assert can_be_written_out(nn.MultiheadAttention(8, 2))
-    assert not can_be_written_out(nn.MultiheadAttention(8, 2, add_bias_kv=True))
-    assert not can_be_written_out(nn.MultiheadAttention(8, 2, add_zero_attn=True))
+    assert can_be_written_out(nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True))
     assert not can_be_written_out(Own(8, 2))
 
 
@@ -82,3 +85,41 @@ def test_the_fast_path_comes_back() -> None:
     with readable_attention(nn.MultiheadAttention(8, 2)):
         assert not torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_function(batch: tuple[int, ...], need_weights: bool) -> None:
+    model = randomize_(nn.MultiheadAttention(16, 4, add_bias_kv=True))
+    x = torch.randn(5, *batch, 16, generator=torch.Generator().manual_seed(0))
+    of = (
+        16,
+        4,
+        model.in_proj_weight,
+        model.in_proj_bias,
+        model.bias_k,
+        model.bias_v,
+        True,
+        0.0,
+        model.out_proj.weight,
+        model.out_proj.bias,
+    )
+    more = {"need_weights": need_weights, "attn_mask": CAUSAL, "average_attn_weights": False}
+    ref = torch.nn.functional.multi_head_attention_forward(x, x, x, *of, **more)
+    got = written_out(None)(x, x, x, *of, **more)
+    with readable_attention(nn.Identity()):
+        again = torch.nn.functional.multi_head_attention_forward(x, x, x, *of, **more)
+    assert (got[1] is None) == (ref[1] is None) == (not need_weights)
+    for one in (got, again):
+        assert_trees_close(
+            dict(enumerate(t for t in one if t is not None)), dict(enumerate(t for t in ref if t is not None)), rtol=1e-5
+        )
+
+
+def test_keys_that_are_there_already_are_left_to_torch() -> None:
+    model = randomize_(nn.MultiheadAttention(16, 4))
+    g = torch.Generator().manual_seed(0)
+    x, static = torch.randn(5, 2, 16, generator=g), torch.randn(8, 7, 4, generator=g)
+    of = (16, 4, model.in_proj_weight, model.in_proj_bias, None, None, False, 0.0, model.out_proj.weight, model.out_proj.bias)
+    ref, _ = torch.nn.functional.multi_head_attention_forward(x, x, x, *of, static_k=static, static_v=static)
+    assert torch.equal(written_out(None)(x, x, x, *of, static_k=static, static_v=static)[0], ref)
