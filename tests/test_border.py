@@ -297,7 +297,7 @@ def test_loading_dtensors_of_another_mesh() -> None:
     run_ranks(body, 4)
 
 
-@pytest.mark.parametrize("source", MESHES)
+@pytest.mark.parametrize("source", [m if m in ("tp2", "2x2") else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
 def test_distributed_checkpoint_on_every_mesh(source: str, tmp_path: Path) -> None:
     """Weights and the state of AdamW after two steps, written on one mesh and read on each."""
     target = lambda model: torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)  # noqa: E731

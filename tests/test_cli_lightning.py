@@ -79,6 +79,7 @@ def test_subcommands_as_in_one_process(tmp_path: Path) -> None:
             assert got == pytest.approx({k: v for k, v in ref.items() if k not in ("predicted", "sizes")}, rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_by_two(tmp_path: Path) -> None:
     strategy = ["--trainer.strategy=lightning_tp.TPStrategy", "--trainer.strategy.init_args.tp=2"]
     for got in run_ranks(subcommands, 4, 4, *strategy, folder=tmp_path, init=False):

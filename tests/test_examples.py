@@ -105,6 +105,7 @@ def test_cli() -> None:
     assert re.search(r"Throughput: [\d,]+ tokens/s", output)
 
 
+@pytest.mark.slow
 def test_cli_reads_the_yaml_of_its_docstring(tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
     script = ROOT / "examples/04_lightning_cli.py"

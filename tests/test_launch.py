@@ -226,7 +226,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "environments"),
     [
-        pytest.param([1, 1, 1], [{}], id="one process"),
+        pytest.param([1, 1, 1], [{}], id="one process", marks=slow),
         pytest.param([2, 2, 1], [{}], id="started by Lightning", marks=slow),  # test_strategy.py does it, too
         pytest.param([2, 2, 1], [slurm(r, 1) for r in range(2)], id="slurm"),
         pytest.param([2, 1, 2], [slurm(r, 2) for r in range(2)], id="slurm, two nodes", marks=slow),

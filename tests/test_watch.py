@@ -24,8 +24,9 @@ import lightning_tp as ltp
 from lightning_tp.watch import hang_report
 
 TIMEOUT = 15
-QUICK = [("step", "script"), ("all", "torchrun"), ("kill", "fork"), ("late", "script")]
+QUICK = [("step", "script"), ("kill", "fork"), ("late", "script")]
 SLOW = [
+    ("all", "torchrun"),
     ("step", "torchrun"),
     ("step", "spawn"),
     ("callback", "torchrun"),

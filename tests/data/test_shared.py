@@ -526,7 +526,7 @@ def in_trainers(mesh: tuple[int, int] | None, cases: Callable[[int], Any], **opt
 _references: dict[str, Any] = {}
 
 
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 2), marks=pytest.mark.slow), (2, 2)], ids=["tp2", "2x2"])
 def test_streams_train_as_in_one_process(mesh: tuple[int, int]) -> None:
     (reference,) = in_trainers(None, loaders)
     ranks = in_trainers(mesh, loaders)
