@@ -38,6 +38,7 @@ MOST_RUNS = 24
 MOST_SHARES = 2  # times that a further part of one fused weight is given to every rank
 SMALL_OUTPUT = 8  # output features a rank, below which a layer is not split for memory alone
 SMALL_SHARE = 200  # nor if all parameters are this many times as many
+SMALL_CONVOLUTION = 30  # nor a convolution, if these are: small beside the picture that would be gathered, as a stem of patches is
 SMALL_VOCAB = 64  # rows a rank, below which an embedding or a head is kept whole
 
 Key = tuple[str, int]
@@ -686,7 +687,8 @@ def _gathered(
             continue
         if not len(even_shard(weight.shape[0], tp - 1, tp)):
             continue  # nothing for the last rank
-        if weight.shape[0] >= (SMALL_OUTPUT * tp if split else tp) and (not split or weight.numel() * SMALL_SHARE >= total):
+        share = SMALL_SHARE if isinstance(module, nn.Linear) else SMALL_CONVOLUTION
+        if weight.shape[0] >= (SMALL_OUTPUT * tp if split else tp) and (not split or weight.numel() * share >= total):
             yield Rule(
                 where,
                 Colwise(input="replicate", output="replicate"),
