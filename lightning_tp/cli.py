@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lightning_tp import cli_checkpoint, cli_estimate, cli_shapes
 from lightning_tp._compat import version_of
 from lightning_tp.cli_parser import TARGET, Parser, check_output, checked_plan_file, ended, examples
-from lightning_tp.cli_script import is_script, run_script, step_loss
+from lightning_tp.cli_script import is_script, run_script
 from lightning_tp.comm import even_shard
 from lightning_tp.declared import declared_plan
 from lightning_tp.errors import TPError
@@ -272,12 +272,11 @@ def load(text: str, *, weights: bool = False) -> Target:
 
 def _script(text: str, weights: bool) -> Target:
     reached = run_script(text, _called, weights=weights)
-    step = reached.module.example_input_array is None
     return Target(
         lambda: copy.deepcopy(reached.module),
         reached.module,
         _as_inputs(reached.inputs),
-        step_loss if step else default_loss,
+        reached.loss_fn,
         reached.plan if reached.plan is not None else _own_plan(reached.module),
         reached.batch,
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_tp.errors import TPError
+from lightning_tp.estimate.world import default_loss
 from lightning_tp.example import data_of, first_of, made_quiet
 
 LIGHTNINGS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
@@ -33,12 +34,14 @@ class Reached:
     Args:
         module: a LightningModule whose forward is its `training_step`, unless it has an `example_input_array`.
         inputs: what that forward is called with.
+        loss_fn: the loss in what that gives.
         plan: of its strategy, if that was given one.
         batch: samples in a batch of its loader, if that says so.
     """
 
     module: nn.Module
     inputs: Any
+    loss_fn: Callable[..., Tensor]
     plan: Any
     batch: int | None
 
@@ -100,7 +103,7 @@ def _reached(fit: _Fit, plan: Any, text: str) -> Reached:
     module = fit.module
     own = module.example_input_array
     if own is not None:
-        return Reached(module, own, plan, None)
+        return Reached(module, own, default_loss, plan, None)
     if not module.automatic_optimization:
         raise TPError(
             f"`{text}`: {type(module).__name__} steps its optimizers by itself, so that its `training_step` can't be run alone. Set "
@@ -108,7 +111,8 @@ def _reached(fit: _Fit, plan: Any, text: str) -> Reached:
         )
     made_quiet(module)
     module.forward = _Step(module)
-    return Reached(module, (tree_map_only(Tensor, lambda t: t.detach().cpu(), fit.example),), plan, fit.batch)
+    batch = tree_map_only(Tensor, lambda t: t.detach().cpu(), fit.example)
+    return Reached(module, (batch,), _step_loss, plan, fit.batch)
 
 
 class _Step:
@@ -130,7 +134,7 @@ class _Step:
         return out
 
 
-def step_loss(out: Any) -> Tensor:
+def _step_loss(out: Any) -> Tensor:
     """The loss in what a `training_step` returns."""
     loss: Tensor = out["loss"] if isinstance(out, dict) else out
     return loss
@@ -169,10 +173,9 @@ def _alone(init: Any, lightning: str, weights: bool, plans: list[Any]) -> Any:
             return torch.device("meta") if empty_init and not weights else super().tensor_init_context(False)
 
         def setup(self, trainer: Any) -> None:
-            state = torch.get_rng_state()
-            loader = data_of(trainer)
-            example = None if trainer.lightning_module.example_input_array is not None else first_of(loader)
-            torch.set_rng_state(state)
+            with torch.random.fork_rng([]):
+                loader = data_of(trainer)
+                example = None if trainer.lightning_module.example_input_array is not None else first_of(loader)
             raise _Fit(trainer.lightning_module, example, getattr(loader, "batch_size", None))
 
         def teardown(self) -> None:

@@ -163,19 +163,19 @@ class Draws:
         if self.on or torch.compiler.is_compiling():
             yield
             return
-        if n & (n - 1) and not self.exact:
-            with _seeded_by(self.seed):
+        with _seeded_by(self.seed):
+            if n & (n - 1) and not self.exact:
                 yield
-            return
-        self.observing = self.on = True
-        try:
-            with self.mode, _replaced(self.stand_ins), _nothing_compiled(), _seeded_by(self.seed):
-                yield
-        finally:
-            self.observing = self.on = False
-            self._marks.clear()
-            self.running.clear()
-            self.busy = False
+                return
+            self.observing = self.on = True
+            try:
+                with self.mode, _replaced(self.stand_ins), _nothing_compiled():
+                    yield
+            finally:
+                self.observing = self.on = False
+                self._marks.clear()
+                self.running.clear()
+                self.busy = False
 
     def seed(self) -> int:
         """`torch.seed()`, the same on all ranks of the group. A collective the first time."""

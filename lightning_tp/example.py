@@ -58,11 +58,8 @@ def first_batch(trainer: pl.Trainer) -> Any:
     Raises:
         TPError: for data that can be read once only.
     """
-    state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng([]):
         return first_of(data_of(trainer))
-    finally:
-        torch.set_rng_state(state)
 
 
 def data_of(trainer: pl.Trainer) -> Any:

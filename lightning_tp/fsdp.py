@@ -26,8 +26,10 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         >>> [name for name, _ in find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU()))]
         ['0', '1']
     """
-    seen: set[nn.Module] = set()
-    return [(name, block) for name, block in _blocks(model, "") if block not in seen and not seen.add(block)]  # type: ignore[func-returns-value]
+    first: dict[nn.Module, str] = {}
+    for name, block in _blocks(model, ""):
+        first.setdefault(block, name)
+    return [(name, block) for block, name in first.items()]
 
 
 def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -443,17 +443,16 @@ def load_file(path: Path, *, weights_only: bool = True) -> Any:
         TPError: if it is no such file, or has classes in it that `weights_only` refuses.
     """
     try:
-        if is_zipfile(path):  # what `torch.save` writes since 1.6: tensors have a place there
-            with fake_tensors():
-                return _as_stored(torch.load(path, map_location="cpu", weights_only=weights_only), path)
-        return _as_stored(torch.load(path, map_location="cpu", weights_only=weights_only), None)
+        with readable(path):
+            if is_zipfile(path):  # what `torch.save` writes since 1.6: tensors have a place there
+                with fake_tensors():
+                    return _as_stored(torch.load(path, map_location="cpu", weights_only=weights_only), path)
+            return _as_stored(torch.load(path, map_location="cpu", weights_only=weights_only), None)
     except pickle.UnpicklingError as error:
         raise _refused(path, error, weights_only) from None
     except TPError:
         raise
     except Exception as error:  # of whatever stands there in the place of a checkpoint
-        if isinstance(error, PermissionError):
-            raise TPError(f"`{path}` can't be read: {error.strerror}.") from None
         text = (str(error).splitlines() or [""])[0]
         raise TPError(
             f"`{path}` is no checkpoint that `torch.load` can read: {type(error).__name__} {text}".rstrip() + "."

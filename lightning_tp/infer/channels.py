@@ -85,5 +85,5 @@ def _in_groups(tracer: Tracer, name: str, matrix: tuple[Tensor, ...], channels: 
         tops = classes.join_along(weights, (1,), keepdim=True)
     else:
         classes.join(tops, weights)
-    tracer._makes(name, dim, kind)
+    tracer._used(name, dim, kind)
     return tops.expand(groups, n_out // groups).reshape(-1)

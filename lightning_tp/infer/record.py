@@ -301,16 +301,9 @@ class Recorder(TorchFunctionMode):
         outs = [t for t in _tensors(out)]
         operands = [(path, t) for path, t in _with_paths(args, kwargs)]
         events = dict((kind, p) for kind, p in self.tracer.events)
-        if (
-            len({e for e in self.tracer.events if e[0] != "apart"}) > 1
-        ):  # several products inside one call, which can't be looked into
+        if len(set(self.tracer.events)) > 1:  # several products inside one call, which can't be looked into; or split "apart"
             for n in {n for _, n in self.tracer.events}:
                 self.found.broken += [(nodes, f"{name} in `{module}`") for (of, _), nodes in self.nodes.items() if of == n]
-            return
-        if "apart" in events:  # nothing to add up of some products, on some ranks
-            self.found.broken += [
-                (nodes, f"{name} in `{module}`") for (of, _), nodes in self.nodes.items() if of == events["apart"]
-            ]
             return
         if name == "embedding" and module not in self.tables:
             tables = [t for _, t in operands if (p := self.tracer.shadow(t).param) is not None and p[0] in self.split]

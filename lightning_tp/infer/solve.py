@@ -29,7 +29,8 @@ from lightning_tp.plan_check import INFERRED
 from lightning_tp.plan_table import starred
 from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.styles.attention import readable_attention
-from lightning_tp.styles.base import even_split
+from lightning_tp.styles.base import even_split, is_conv1d
+from lightning_tp.styles.linear import CONVOLUTIONS
 from lightning_tp.styles.local_ops import LocalOps, Pattern, ShardParameter
 
 MOST_REAL = 5_000_000  # parameters, above which a model is followed without computing
@@ -394,9 +395,7 @@ def _standard(model: nn.Module, trace: Trace, names: dict[str, Any]) -> dict[str
         module = model.get_submodule(owner_name)
         if getattr(module, "weight", None) is not names[name]:
             continue
-        plain = isinstance(module, nn.Linear) and getattr(type(module).forward, "__code__", None) is nn.Linear.forward.__code__
-        conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-        if plain or conv1d:
+        if (isinstance(module, nn.Linear) and _runs_torchs_code(module)) or is_conv1d(module):
             standard[name] = owner_name
     return standard
 
@@ -667,7 +666,7 @@ def _gathered(
     by_id = {id(p): n for n, p in names.items()}
     for where, module in modules.items():
         name = by_id.get(id(getattr(module, "weight", None)), "")
-        if name in split or not name or not (isinstance(module, nn.Linear) or _plain_convolution(module)):
+        if name in split or not name or not _runs_torchs_code(module) or getattr(module, "groups", 1) > 1:
             continue
         if any(not u or starred(where) == u or starred(where).startswith(f"{u}.") for u in ungathered):
             continue
@@ -675,8 +674,6 @@ def _gathered(
             continue
         weight = module.weight
         tied = {n for n, m in modules.items() if isinstance(m, nn.Embedding) and m.weight is weight}
-        if isinstance(module, nn.Linear) and getattr(type(module).forward, "__code__", None) is not nn.Linear.forward.__code__:
-            continue
         if trace.whole_uses.get(name, set()) - tied != {where}:
             continue
         if (
@@ -696,13 +693,11 @@ def _gathered(
             )
 
 
-def _plain_convolution(module: nn.Module) -> bool:
-    """Whether it runs a forward of torch's own, on all channels."""
-    own = next((c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c)), None)
-    if own is None or not isinstance(module, own) or module.groups > 1:
-        return False
-    methods = ((getattr(type(module), m), getattr(own, m)) for m in ("forward", "_conv_forward"))
-    return all(getattr(mine, "__code__", None) is plain.__code__ for mine, plain in methods)
+def _runs_torchs_code(module: nn.Module) -> bool:
+    """Whether this is a linear layer or a convolution, and no class below has a forward of its own."""
+    own = next((c for c in (nn.Linear, *CONVOLUTIONS) if isinstance(module, c)), None)
+    methods = ("forward", "_conv_forward") if own in CONVOLUTIONS else ("forward",)
+    return own is not None and all(getattr(getattr(type(module), m), "__code__", None) is getattr(own, m).__code__ for m in methods)
 
 
 def _elsewhere(bias: Any, where: str, trace: Trace, names: dict[str, Any]) -> bool:

@@ -150,9 +150,8 @@ class Tracer(TorchDispatchMode):
         self.owner: Tensor | None = None  # the rank of each feature, where it is known: -1 for all ranks
         self.gathered = False  # whether what every rank has with a share of its gradient may be read by a split weight
         self.deferring = False  # whether terms of sums over ranks are not added up where they are made
-        self.log: list[tuple[Any, ...]] | None = (
-            None  # (module, operation, what it is given beside tensors, shapes of what comes out)
-        )
+        # (module, operation, what it is given beside tensors, shapes of what comes out), of a run that is compared with another
+        self.log: list[tuple[Any, ...]] | None = None
         self.names = {id(p): n for n, p in model.named_parameters()}
         self.shapes = {n: p.shape for n, p in model.named_parameters()}
 
@@ -288,14 +287,19 @@ class Tracer(TorchDispatchMode):
         if name in MOVES:
             self._move(func, args, kwargs, out, grad)
             return
-        labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None and t.numel()]
-        params = [s.param[0] for s in shadows if s.param is not None]
         if name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
             self.put(out, Shadow(self.shadow(args[0]).label, None, False))
             return
         if name in ("_to_copy", "to", "type_as") and isinstance(out, Tensor):
             self.put(out, Shadow(shadows[0].label, shadows[0].param, grad))
             return
+        self._meets(func, args, kwargs, out, tensors, shadows, grad)
+
+    def _meets(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[Shadow], grad: bool) -> None:
+        """An operation of which no more is known than whether it works on each element, or reduces."""
+        name = func.overloadpacket.__name__
+        labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None and t.numel()]
+        params = [s.param[0] for s in shadows if s.param is not None]
         if name == "embedding" and params:
             self.trace.looked_up.setdefault(params[0], set()).add(self.stack[-1])
         self._use(params, [label for _, label in labelled])
@@ -473,14 +477,7 @@ class Tracer(TorchDispatchMode):
         kernel = None if transposed and groups > 1 else kernel_of(self.shadow(weight).param, transposed)
         tensors = [t for t in (x, weight, bias) if t is not None]
         if kernel is None or self.shadow(weight).label is not None or (bias is not None and self.shadow(bias).label is not None):
-            shadows = [self.shadow(t) for t in tensors]
-            labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None]
-            self._use([s.param[0] for s in shadows if s.param is not None], [label for _, label in labelled])
-            self._stays_inside(tensors, shadows)
-            if labelled:
-                self._mixed("convolution", labelled, out, grad)
-            else:
-                self.put(out, Shadow(None, None, grad))
+            self._meets(func, args, kwargs, out, tensors, [self.shadow(t) for t in tensors], grad)
             return
         self.put(out, Shadow(convolved(self, x, kernel, groups, out), None, grad))
         if bias is not None:
@@ -576,7 +573,7 @@ class Tracer(TorchDispatchMode):
                 return None
             dim, where = along
             nodes = self._nodes(name, dim)
-            self.trace.uses[Use(name, dim, "out", self.stack[-1])] = None
+            self._used(name, dim, "out")
             self.events.append(("out", name))
             self._piece(name, dim, where)
             labels = nodes[where]  # (N, m)
@@ -589,13 +586,13 @@ class Tracer(TorchDispatchMode):
         batches = self._own_batches(found, name, coordinates) if same_rows and shape[0] > 1 and m else None
         if batches is not None:
             dim, where = batches
-            self.trace.uses[Use(name, dim, "out", self.stack[-1])] = None
+            self._used(name, dim, "out")
             top = self.trace.classes.join_along(x[:, 0, :], (1,), keepdim=True)  # (N, 1)
             top = self.trace.classes.join(top, self.trace.classes.join_along(self._nodes(name, dim)[where], (1,), keepdim=True))
             return top.unsqueeze(1).expand(shape[0], n, m)
         if varies and same_rows and along is not None and (name, along[0]) not in self.whole:
             dim, where = along
-            self.trace.uses[Use(name, dim, "in", self.stack[-1])] = None
+            self._used(name, dim, "in")
             self.events.append(("in", name))
             self.trace.classes.join(x[:, 0, :], self._nodes(name, dim)[where])
             if self.owner is not None and bool((ranks := self.owner[shrunk(x[:, 0, :])]).ne(ranks[:1]).any()):
@@ -605,8 +602,8 @@ class Tracer(TorchDispatchMode):
         self._use([name], [x])
         return self.trace.classes.join_along(x, (2,), keepdim=True).expand(shape[0], n, m)
 
-    def _makes(self, name: str, dim: int, kind: str) -> None:
-        """Note that a weight makes features, by this dim."""
+    def _used(self, name: str, dim: int, kind: str) -> None:
+        """Note what a weight does to features, by this dim."""
         self.trace.uses[Use(name, dim, kind, self.stack[-1])] = None
 
     def _own_batches(self, classes: Tensor, name: str, coordinates: tuple[Tensor, ...]) -> tuple[int, Tensor] | None:
@@ -636,7 +633,7 @@ class Tracer(TorchDispatchMode):
         ):
             for dim, where in dims:
                 if (name, dim, kind) in self.known:
-                    self.trace.uses[Use(name, dim, kind, self.stack[-1])] = None
+                    self._used(name, dim, kind)
                     self.events.append((kind, name))
                     nodes = self._nodes(name, dim)
                     return None if kind == "in" else nodes[where].unsqueeze(1).expand(shape[0], shape[1], m)

@@ -244,6 +244,12 @@ def _grafted(mixin: type, cls: type) -> type:
     return made
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is the linear layer of transformers that has its weight transposed, (in, out); told by its name, for it is not imported."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
+
+
 def linear_dims(module: nn.Module, where: str, style: str) -> tuple[int, int, torch.Size]:
     """(dim of the output features, dim of the input features, shape) of a linear layer's weight.
 
@@ -252,10 +258,10 @@ def linear_dims(module: nn.Module, where: str, style: str) -> tuple[int, int, to
     Raises:
         TPError: if the module is no linear layer.
     """
-    weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         return 0, 1, module.weight.shape
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2:
+    if is_conv1d(module):
+        weight: Any = module.weight
         return 1, 0, weight.shape
     raise TPError(
         f"`{where}`: the style `{style}` splits a linear layer, and this is a {type(module).__name__}. Use `replicate` for it, "

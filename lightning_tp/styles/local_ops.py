@@ -349,14 +349,12 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
         kwargs = {**kwargs, "groups": call.groups[rank]}
     if call.leave:
         bias = None
-        if func is torch.nn.functional.linear:
+        if func is torch.nn.functional.linear or call.name in CONVOLUTIONS:
             bias = kwargs.pop("bias", None) if "bias" in kwargs else (args[2] if len(args) > 2 else None)
-            args = args[:2]
-        elif call.name in CONVOLUTIONS:
-            bias = kwargs.pop("bias", None) if "bias" in kwargs else (args[2] if len(args) > 2 else None)
-            weight = kwargs["weight"] if "weight" in kwargs else args[1]
-            bias = None if bias is None else bias.view(-1, *[1] * (weight.ndim - 2))  # beside the channels
             args = args if len(args) < 3 else (*args[:2], None, *args[3:])
+            if bias is not None and call.name in CONVOLUTIONS:
+                weight = kwargs["weight"] if "weight" in kwargs else args[1]
+                bias = bias.view(-1, *[1] * (weight.ndim - 2))  # beside the channels
         elif call.name in WITH_BIAS and len(args) == 3:  # input + product
             bias, *args = args  # type: ignore[assignment]
             bias = bias if kwargs.get("beta", 1) == 1 else bias * kwargs["beta"]
