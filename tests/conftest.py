@@ -7,4 +7,4 @@ pytest_plugins = ["lightning_tp.testing.fixtures", "pytester"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", type=int, default=1, help="how many runs `test_faults.py` kills at a random instant (50: minutes)")
+    parser.addoption("--faults", type=int, default=2, help="how many runs `test_faults.py` kills at a random instant (50: minutes)")

@@ -436,9 +436,7 @@ def profilers(run: Run) -> None:
 @scenario
 def loggers(run: Run) -> None:
     """One set of files, with the same rows."""
-    kinds = [CSVLogger(run.folder, name="csv")]
-    with contextlib.suppress(ModuleNotFoundError):
-        kinds.append(TensorBoardLogger(run.folder, name="board"))
+    kinds = [CSVLogger(run.folder, name="csv"), TensorBoardLogger(run.folder, name="board")]
     callbacks = [LearningRateMonitor(log_momentum=True), DeviceStatsMonitor(cpu_stats=False)]
     trainer, module = run.trainer(logger=kinds, callbacks=callbacks, enable_checkpointing=True), Restarts()
     trainer.fit(module, run.data(), run.data())
