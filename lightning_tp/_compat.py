@@ -38,6 +38,17 @@ def queue_after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def is_asked_of_autograd_grad(parameter: torch.Tensor) -> bool:
+    """Whether the backward pass that is running now is that of a `torch.autograd.grad` of this parameter."""
+    with torch.enable_grad():
+        node: Any = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    try:
+        torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:  # "A leaf node was passed to .. but we are currently running autograd.grad()"
+        return "autograd.grad()" in str(error)
+    return False
+
+
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without the wrapper that torch puts around it for its functional transforms: half of a small call's cost."""
     direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]

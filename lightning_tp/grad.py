@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import flatten, local_tensor, queue_after_backward, unflatten, wrap_total_norm
+from lightning_tp._compat import flatten, is_asked_of_autograd_grad, local_tensor, queue_after_backward, unflatten, wrap_total_norm
 from lightning_tp.border import Shard
 from lightning_tp.comm import Axis
 from lightning_tp.errors import TPError
@@ -82,6 +82,7 @@ class PartialGradients:
         """The first collective of a backward pass; cheap, since it is called at every one."""
         if self._pass() is not None:
             return
+        self._refuse_to_return_shares()
         self._before.clear()
         found = any(share.parameter.grad is not None for share in self.shares)
         self._pending = found and self._pending  # else somebody has thrown them away
@@ -94,6 +95,17 @@ class PartialGradients:
         finish = self.finish
         self._pass = ref(finish)
         queue_after_backward(finish)
+
+    def _refuse_to_return_shares(self) -> None:
+        """`torch.autograd.grad` gives its gradients back before the pass is over: they can't be summed."""
+        for share in self.shares:
+            parameter = share.parameter
+            if not share.shard.fsdp and parameter.requires_grad and is_asked_of_autograd_grad(parameter):
+                raise TPError(
+                    f"`torch.autograd.grad` is asked for the gradient of `{share.shard.name}`, of which each of the tp={self.axis.size} ranks "
+                    "has a share: it would be given back before the shares are summed. Call `loss.backward(inputs=[..])` instead, and "
+                    "take `.grad`."
+                )
 
     def finish(self) -> None:
         """The end of a backward pass."""

@@ -379,6 +379,37 @@ def test_sums_that_are_put_off(mesh: tuple[int, int]) -> None:
     run_ranks(body, mesh[0] * mesh[1])
 
 
+def test_autograd_grad_of_shares_is_refused() -> None:
+    """It would give back what is not summed yet; of anything else it is right, and so is `backward(inputs=..)`."""
+    whole = llama()
+    backward(whole, batch())
+    ref = ltp.full_gradients(whole)
+
+    def loss(model: Llama) -> Tensor:
+        return F.cross_entropy(model(batch()[:, :-1]).flatten(0, 1), batch()[:, 1:].flatten())
+
+    def body() -> None:
+        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
+        norm, column = model.layers[1].attention_norm.weight, model.layers[0].feed_forward.w1.weight
+        backward(model, batch())
+        for asked in ([norm], [column, norm]):
+            with pytest.raises(
+                ltp.TPError, match=r"`layers\.1\.attention_norm\.weight`, of which each of the tp=2 .*backward\(inputs="
+            ):
+                torch.autograd.grad(loss(model), asked)
+        assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)  # what was there before has stayed
+        kept = column.grad.clone()
+        (got,) = torch.autograd.grad(loss(model), column)
+        torch.testing.assert_close(got, kept, rtol=1e-9, atol=0)
+        model.zero_grad()
+        loss(model).backward(inputs=[norm, column])
+        asked = {name: g for name, g in ltp.full_gradients(model).items() if g is not None}
+        assert asked.keys() == {"layers.1.attention_norm.weight", "layers.0.feed_forward.w1.weight"}
+        assert_trees_close(asked, {name: ref[name] for name in asked}, rtol=1e-9)
+
+    run_ranks(body, 2)
+
+
 def test_a_backward_that_failed_is_forgotten() -> None:
     """Out of memory in the middle, caught by the user, who goes on with the next batch."""
     whole = llama()
