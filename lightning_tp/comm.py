@@ -60,6 +60,7 @@ class Axis:
         self.rank = group.rank()
         self.size = group.size()
         self.seq_len: int | None = None  # of the sequence that is in shards now
+        self.seq_len_changed = False  # to another whose shards are as long: a shard does not tell which it is of
         self.on_backward: Callable[[], None] | None = None  # see grad.PartialGradients
         self.sum: Callable[[Tensor, bool], Tensor] | None = None  # how terms are added up instead, see recompute.py
         self.summing = False  # a product runs whose terms will be added up
@@ -409,7 +410,9 @@ def even_shard(length: int, rank: int, tp: int) -> range:
 
 
 def _cut_sequence(x: Tensor, axis: Axis) -> int:
-    axis.seq_len = x.shape[SEQUENCE_DIM]
+    before, axis.seq_len = axis.seq_len, x.shape[SEQUENCE_DIM]
+    if before is not None and before != axis.seq_len and math.ceil(before / axis.size) == math.ceil(axis.seq_len / axis.size):
+        axis.seq_len_changed = True
     return axis.seq_len
 
 
@@ -424,4 +427,26 @@ def length_of(shard: Tensor, axis: Axis) -> int:
             + ". Something between the two changed or never cut the sequence (dim 1): give the module in between the style "
             "`replicate`, or turn sequence parallelism off (`sequence_parallel=False`)."
         )
+    if axis.seq_len_changed and (own := _length_at_its_cut(shard)) not in (None, seq_len):
+        raise TPError(
+            f"A shard of a sequence of {own} tokens is wanted whole after another of {seq_len} tokens was cut over tp={axis.size} ranks "
+            f"({tokens} a rank, both): an encoder's and a decoder's, say. One is in shards at a time: let the first leave its last module "
+            "whole (`output='replicate'`), or turn sequence parallelism off (`sequence_parallel=False`)."
+        )
     return seq_len
+
+
+def _length_at_its_cut(shard: Tensor) -> int | None:
+    """The length of what this shard was cut from, by the nearest cut in its graph; None without one (no gradient is recorded)."""
+    nodes, seen = [shard.grad_fn], set()
+    for node in nodes:  # grows: breadth first
+        if isinstance(node, _CUTS):
+            return node.seq_len
+        for earlier, _ in () if node is None else node.next_functions:
+            if earlier is not None and earlier not in seen:
+                seen.add(earlier)
+                nodes.append(earlier)
+    return None
+
+
+_CUTS: Any = (_PartialToSequence._backward_cls, _ReplicateToSequence._backward_cls)

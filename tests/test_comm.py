@@ -308,6 +308,25 @@ def test_a_shard_of_another_length_is_refused() -> None:
     run_ranks(body, 2)
 
 
+@pytest.mark.parametrize("pair", [("replicate", "sequence"), ("partial", "sequence")], ids=str)
+def test_two_sequences_whose_shards_are_as_long_are_told_apart(pair: Pair) -> None:
+    """An encoder's 9 tokens, then a decoder's 10, both 5 a rank: the first would get a token of padding, without a word."""
+
+    def body() -> None:
+        axis = axis_of()
+        cut_first = function(pair, 2)
+        first = torch.tanh(cut_first(torch.ones(1, 9, 2, requires_grad=True), axis)) * 2
+        assert sequence_to_gathered(first, axis).shape == (1, 9, 2)
+        second = torch.tanh(cut_first(torch.ones(1, 10, 2, requires_grad=True), axis)) * 2
+        assert sequence_to_gathered(second, axis).shape == (1, 10, 2)  # another batch is well
+        with pytest.raises(TPError, match=r"of 9 tokens .* of 10 tokens .* tp=2 ranks \(5 a rank, both\).*output='replicate'"):
+            sequence_to_gathered(first + 1, axis)
+        third = cut_first(torch.ones(1, 9, 2, requires_grad=True), axis)
+        assert sequence_to_gathered(third, axis).shape == (1, 9, 2)
+
+    run_ranks(body, 2)
+
+
 def test_the_length_is_that_of_the_last_cut() -> None:
     def body() -> None:
         axis = axis_of()
