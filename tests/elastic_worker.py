@@ -21,19 +21,25 @@ from examples.llama import PLAN, LlamaConfig, LlamaModule
 STEPS, GLOBAL_BATCH, BATCH = 20, 8, 4
 
 
-class Net(LlamaModule):
-    folder: Path
+class Record(L.Callback):
+    """Of each step, before it is saved: whoever is killed between the two takes it again, and none is missing."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        with (self.folder / f"log.{trainer.global_rank}").open("a") as f:
+            f.write(json.dumps([trainer.global_step, trainer.world_size, os.getpid()]) + "\n")
+
+
+class Net(LlamaModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        with (self.folder / f"log.{self.trainer.global_rank}").open("a") as f:
-            f.write(json.dumps([self.trainer.global_step, self.trainer.world_size, os.getpid()]) + "\n")
         time.sleep(float(os.environ.get("PAUSE", "0")))
 
 
 def train(folder: Path, *, tp: int = 2, nodes: int = 1) -> None:
     L.seed_everything(0, verbose=False)
     module = Net(LlamaConfig(103, 32, 2, num_heads=4, num_kv_heads=2, hidden_dim=48))
-    module.folder = folder
     strategy = ltp.TPStrategy(tp=tp, plan=PLAN, global_batch=GLOBAL_BATCH, timeout=timedelta(seconds=20))
     saves = ModelCheckpoint(folder / "saves", "{step}", every_n_train_steps=2, save_last=True, save_top_k=-1)
     trainer = L.Trainer(
@@ -45,7 +51,7 @@ def train(folder: Path, *, tp: int = 2, nodes: int = 1) -> None:
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[saves],
+        callbacks=[Record(folder), saves],
     )
     dataset = ltp.RandomTokens(64, 12, 103)
     sampler = DistributedSampler(dataset, nodes, int(os.environ["RANK"]) // tp, shuffle=True)  # one order, dealt out in turn
