@@ -303,7 +303,7 @@ def test_a_run_goes_on_behind_the_thawing(mesh: tuple[int, int], tmp_path: Path)
             assert got[1] == [(n, pytest.approx(lr)) for n, lr in groups] and got[2] == trained
 
 
-@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("distributed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_checkpoints_of_adapters_alone(tmp_path: Path, distributed: bool) -> None:
     pytest.importorskip("peft")
     whole = fit(Peft, None, max_epochs=2)

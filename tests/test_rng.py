@@ -189,8 +189,11 @@ PLAN = {"embed": "vocab_embedding", "up": "colwise", "down": "rowwise", "head": 
 QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
 
 
-@pytest.mark.parametrize("distributed", [True, False], ids=["folder", "file"])
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
+@pytest.mark.parametrize(
+    ("mesh", "distributed"),
+    [((1, 2), True), ((1, 2), False), ((2, 2), True), pytest.param((2, 2), False, marks=pytest.mark.slow)],
+    ids=["tp2-folder", "tp2-file", "2x2-folder", "2x2-file"],
+)
 def test_a_resumed_run_drops_what_the_uninterrupted_one_did(mesh: tuple[int, int], distributed: bool, tmp_path: Path) -> None:
     """From the end of an epoch and from the middle of one; on another mesh it goes on, differently."""
 

@@ -58,7 +58,11 @@ def assert_equal(got: dict[str, Tensor], ref: dict[str, Tensor]) -> None:
         assert torch.equal(got[name], t), name
 
 
-@pytest.mark.parametrize("source, target", [((1, 2), (2, 2)), ((2, 2), (1, 2)), ((2, 2), (1, 4))], ids=str)
+@pytest.mark.parametrize(
+    "source, target",
+    [((1, 2), (2, 2)), ((2, 2), (1, 2)), pytest.param((2, 2), (1, 4), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_run_goes_on(source: tuple[int, int], target: tuple[int, int], tmp_path: Path) -> None:
     """Bitwise on the same mesh, with a fresh optimizer that has no state yet; with the same weights and state on another."""
 

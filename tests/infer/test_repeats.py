@@ -69,7 +69,9 @@ def _hf(name: str) -> tuple[nn.Module, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "meta"),
     [
-        *((name, False) for name in ("llama", "gemma3", "gpt2", "bert", "mixtral")),
+        *((name, False) for name in ("gpt2", "bert", "mixtral")),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("gemma3", False, marks=pytest.mark.slow),
         ("llama", True),
         ("gemma3", True),
         pytest.param("t5", False, marks=pytest.mark.slow),
