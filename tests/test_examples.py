@@ -148,7 +148,7 @@ def test_commands_of_the_readme_name_what_is_there() -> None:
     for block in (install, test):  # each from nothing, by itself
         assert block.startswith("python -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt torch && ")
     assert install.rstrip().endswith("python examples/01_llama_random_tokens.py")
-    assert test.rstrip().endswith("pytest")
+    assert test.rstrip().endswith(" pytest -n 2 --dist loadfile")
     words = shlex.split(install) + shlex.split(test)
     for name in [word for word in words if word.endswith((".py", ".txt"))]:
         assert (ROOT / name).is_file(), name

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import io
 import logging
 import multiprocessing
@@ -439,6 +440,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _child(job: _Job, rank: int, call: Call | None) -> NoReturn:
     """A rank's whole life. It ends by `os._exit`: a forked rank must not run its parent's exit handlers."""
     code = 1
+    gc.freeze()  # what a fork brings along is never garbage here; to look through it would also copy its memory
     try:
         if hasattr(os, "setpgrp"):
             os.setpgrp()  # so that whatever this rank starts is killed with it
