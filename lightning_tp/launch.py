@@ -14,8 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,12 +104,21 @@ class OnMesh:
 def end_with_children(launcher: Any) -> None:
     """Let a process that has started the other ranks (`python train.py`) end after them, and with status 1 if one of them has failed.
 
-    Lightning's launcher ends without looking; so a rank that failed last of all (in `on_fit_end`, say) was not seen in the status.
+    Lightning's launcher ends without looking; so a rank that failed last of all (in `on_fit_end`, say) was not seen in the status. And its
+    thread, which looks every 5 s, kills all ranks the moment it finds one dead: they are left time to say which one that was.
     """
     children = getattr(launcher, "procs", None)
     if children and not hasattr(launcher, "_ltp_children"):
         launcher._ltp_children = children
         atexit.register(_end_with, children)
+        for thread in threading.enumerate():
+            if getattr(thread, "_child_processes", None) is children:
+                thread._terminate_all = partial(_after_their_words, thread._terminate_all)  # type: ignore[attr-defined]
+
+
+def _after_their_words(terminate: Callable[[], None]) -> None:
+    time.sleep(HEAD_START)
+    terminate()
 
 
 def _end_with(children: list[subprocess.Popen[Any]]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities import imports
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors import accelerator_connector
@@ -19,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from examples.llama import PLAN, LlamaConfig, LlamaModule
+from lightning_tp import launch
 from lightning_tp.launch import ProcessLauncher
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
@@ -133,6 +137,21 @@ def test_an_error_of_a_rank_is_seen_as_itself() -> None:
 def test_weights_without_a_place_are_said() -> None:
     with pytest.warns(UserWarning, match=r"2 of \d+ trained weights \(`more.weight`, ..\) have no place"):
         trainer_of(ltp.TPStrategy(launcher="fork"), 2, enable_checkpointing=False).fit(Late(), data())
+
+
+def test_ranks_are_left_time_to_say_who_was_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's launcher looks after its children, and kills all others when one is dead."""
+    monkeypatch.setattr(launch, "HEAD_START", 1.0)
+    monkeypatch.setattr(launch.atexit, "register", lambda *args: None)
+    main = subprocess.Popen(["sleep", "30"])
+    children = [subprocess.Popen(["false"])]
+    observer = _ChildProcessObserver(main.pid, children, sleep_period=0.2)  # type: ignore[arg-type]
+    observer.start()
+    launch.end_with_children(SimpleNamespace(procs=children))
+    with pytest.raises(subprocess.TimeoutExpired):
+        main.wait(0.9)
+    assert main.wait(5) == -signal.SIGKILL
+    observer.join()
 
 
 def test_cuda_before_a_fork_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,14 +196,8 @@ def test_the_others_stop(what: str, launcher: str, tmp_path: Path) -> None:
     assert len(set(shown)) == (0 if what.startswith("kill") else 1), output
     if launcher != "fork":  # its parent shows the one that it saw
         assert len(shown) == (0 if what.startswith("kill") else 1), output
-    if what == "kill0":
-        assert "because of rank 0: its process" in output and "has ended without a word" in output
-    if (
-        what == "kill" and launcher == "script"
-    ):  # by the watch, or by Lightning's launcher, which looks every 5 s and then ends them at once
-        assert re.search(
-            r"because of rank 1: its process \(\d+\) has ended|\[rank: 1\] Child process .* terminated with code -9", output
-        )
+    if what == "kill0" or (what == "kill" and launcher == "script"):
+        assert "has ended without a word" in output
 
 
 @pytest.mark.parametrize(
