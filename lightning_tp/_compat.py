@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from importlib import metadata
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,15 +38,15 @@ def queue_after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def is_asked_of_autograd_grad(parameter: torch.Tensor) -> bool:
-    """Whether the backward pass that is running now is that of a `torch.autograd.grad` of this parameter."""
+def asked_by(parameter: torch.Tensor) -> Literal["backward", "grad"] | None:
+    """What the backward pass that is running now is of: a `backward` that adds to this parameter's `.grad`, a `torch.autograd.grad` that gives
+    its gradient back, or neither."""
     with torch.enable_grad():
         node: Any = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     try:
-        torch._C._will_engine_execute_node(node)
+        return "backward" if torch._C._will_engine_execute_node(node) else None
     except RuntimeError as error:  # "A leaf node was passed to .. but we are currently running autograd.grad()"
-        return "autograd.grad()" in str(error)
-    return False
+        return "grad" if "autograd.grad()" in str(error) else None
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import flatten, is_asked_of_autograd_grad, local_tensor, queue_after_backward, unflatten, wrap_total_norm
+from lightning_tp._compat import asked_by, flatten, local_tensor, queue_after_backward, unflatten, wrap_total_norm
 from lightning_tp.border import Shard
 from lightning_tp.comm import Axis
 from lightning_tp.errors import TPError
@@ -100,7 +100,12 @@ class PartialGradients:
         """`torch.autograd.grad` gives its gradients back before the pass is over: they can't be summed."""
         for share in self.shares:
             parameter = share.parameter
-            if not share.shard.fsdp and parameter.requires_grad and is_asked_of_autograd_grad(parameter):
+            if share.shard.fsdp or not parameter.requires_grad:
+                continue
+            asked = asked_by(parameter)
+            if asked == "backward":  # and so for all: one look a pass
+                return
+            if asked == "grad":
                 raise TPError(
                     f"`torch.autograd.grad` is asked for the gradient of `{share.shard.name}`, of which each of the tp={self.axis.size} ranks "
                     "has a share: it would be given back before the shares are summed. Call `loss.backward(inputs=[..])` instead, and "
