@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch.distributed as dist
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.tuner import Tuner
@@ -35,6 +36,7 @@ def test_batch_sizes_are_not_searched(tmp_path: Path) -> None:
         trainer = L.Trainer(devices=2, strategy=ltp.TPStrategy(tp=2), callbacks=[BatchSizeFinder()], **QUIET)
         with pytest.raises((ltp.TPError, SystemExit)) as info:
             trainer.fit(Sized())
+        dist.barrier()  # rank 0 holds the store, with which the other may not have met yet
         return str(info.value)
 
     assert "`BatchSizeFinder` does not work" in run_ranks(body, 2, init=False, timeout=60)[0]
