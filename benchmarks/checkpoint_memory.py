@@ -139,7 +139,7 @@ def held(model: Any) -> int:
 
 
 def pretrained(blocks: int, folder: str) -> tuple[int, float]:
-    from lightning_tp.mesh import make_mesh
+    from lightning_tp.core.comm.mesh import make_mesh
 
     with Peak() as peak:
         with ltp.init_on_meta():

@@ -25,9 +25,11 @@ from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from examples.llama import PLAN, LlamaConfig, LlamaModule
-from lightning_tp import grad, numbers, watch
-from lightning_tp.data import shared
-from lightning_tp.dropout import Draws
+from lightning_tp.core.ops.random_numbers import Draws
+from lightning_tp.data import group_loader, same_batch
+from lightning_tp.shards import gradients
+from lightning_tp.trainer.adapt import metrics
+from lightning_tp.trainer.launch import watchdog
 
 SPENT: dict[str, float] = defaultdict(float)  # seconds
 THREAD: dict[str, float] = {}
@@ -59,19 +61,19 @@ class TimedStep:
 
 def watch_them() -> None:
     """Put a clock around each."""
-    shared.fingerprint = timed("comparing batches", shared.fingerprint)  # type: ignore[attr-defined]
-    shared.Ranks.over_tp = timed("comparing batches", shared.Ranks.over_tp)  # type: ignore[method-assign]
-    numbers._plain = timed("plain numbers", numbers._plain)  # type: ignore[attr-defined]
-    grad.PartialGradients._check = timed("checking gradients", grad.PartialGradients._check)  # type: ignore[method-assign]
+    same_batch.fingerprint = timed("comparing batches", same_batch.fingerprint)  # type: ignore[attr-defined]
+    group_loader.Ranks.over_tp = timed("comparing batches", group_loader.Ranks.over_tp)  # type: ignore[method-assign]
+    metrics._plain = timed("plain numbers", metrics._plain)  # type: ignore[attr-defined]
+    gradients.PartialGradients._check = timed("checking gradients", gradients.PartialGradients._check)  # type: ignore[method-assign]
     step = Draws.step
     Draws.step = lambda self: TimedStep("looking for random numbers", step(self))  # type: ignore[method-assign]
-    look = watch.Watch._look
+    look = watchdog.Watch._look
 
     def timed_look(self: Any) -> None:
         THREAD["clock"] = time.pthread_getcpuclockid(threading.get_ident())
         look(self)
 
-    watch.Watch._look = timed_look  # type: ignore[method-assign]
+    watchdog.Watch._look = timed_look  # type: ignore[method-assign]
 
 
 class Report(L.Callback):

@@ -29,9 +29,10 @@ from published_models import build
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from lightning_tp.estimate.hardware import Hardware, hardware
-from lightning_tp.estimate.predict import Options, Tracer, loss_of, predict
+from lightning_tp.estimate.cost.hardware import Hardware, hardware
+from lightning_tp.estimate.predict import Options, predict
 from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.trace.traces import Tracer, loss_of
 
 FILE = Path(__file__).with_name("published.json")
 BF16 = torch.bfloat16

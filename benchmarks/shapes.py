@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
-from lightning_tp.estimate.hardware import Hardware, hardware
-from lightning_tp.estimate.measure import Key, Measured, free_bytes, once_of, present_device, rate_of
-from lightning_tp.estimate.tiles import tiling
+from lightning_tp.estimate.cost.hardware import Hardware, hardware
+from lightning_tp.estimate.cost.measure import Key, Measured, free_bytes, once_of, present_device, rate_of
+from lightning_tp.estimate.cost.tiles import tiling
 
 TPS = (1, 2, 4, 8)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # for each device
@@ -284,7 +284,7 @@ def _saved(published: Published, model: str, tokens: int, tp: int, hw: Hardware 
 
 
 def _style(i: int) -> dict[str, Any]:
-    from lightning_tp.estimate.shapes_plot import COLORS, MARKS
+    from lightning_tp.estimate.drawn.matmul_plot import COLORS, MARKS
 
     return {"color": COLORS[i], "marker": MARKS[i], "markersize": 4.5, "linewidth": 1.3}
 
@@ -299,7 +299,7 @@ def _axis(axes: Any, tokens: tuple[int, ...]) -> None:
 
 def plot_predicted(folder: Path) -> None:
     """TFLOP/s of matrix products against the tokens of a device, eight models."""
-    from lightning_tp.estimate.shapes_plot import new_figure, save
+    from lightning_tp.estimate.drawn.matmul_plot import new_figure, save
 
     for device in ("h100", "a100"):
         hw = hardware(device)
@@ -345,7 +345,7 @@ def _finish(figure: Any, grid: Any, x: str, y: str, title: str) -> None:
 
 def plot_published(folder: Path, out: Path) -> None:
     """Measured gain of tp against predicted gain, forward products of a block."""
-    from lightning_tp.estimate.shapes_plot import new_figure, save
+    from lightning_tp.estimate.drawn.matmul_plot import new_figure, save
 
     tokens = (64, 128, 256, 512, 1024, 2048)
     models = ("Llama-2-7b-hf", "CodeLlama-34b-Instruct-hf", "Llama-2-70b-hf")
@@ -422,7 +422,7 @@ def whole_steps(folder: Path | None) -> None:
 
 
 def _plot_steps(results: dict[str, Any], folder: Path) -> None:
-    from lightning_tp.estimate.shapes_plot import new_figure, save, steps
+    from lightning_tp.estimate.drawn.matmul_plot import new_figure, save, steps
 
     figure = new_figure((12.0, 3.6))
     grid = figure.subplots(1, 4, squeeze=False)

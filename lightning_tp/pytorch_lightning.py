@@ -23,20 +23,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lightning_tp.errors import TPError
-from lightning_tp.module import TensorParallel as TensorParallel
 
-TWINS = (
-    "averaging",
-    "callbacks",
-    "global_batch",
-    "launch",
-    "numbers",
-    "precision",
-    "strategy",
-    "thawing",
-    "tuner",
-    "watch",
-)  # modules and folders that know a Trainer
+TWINS = ("callbacks", "trainer")  # folders that know a Trainer
 NAMES = {
     r"\blightning\.pytorch\b": "pytorch_lightning",
     r"\blightning\.fabric\b": "lightning_fabric",
@@ -77,8 +65,10 @@ sys.meta_path.insert(0, _Twins())  # before the one that would find the sources 
 if TYPE_CHECKING:
     from lightning_tp.callbacks import ShardSummary as ShardSummary
     from lightning_tp.callbacks import Throughput as Throughput
-    from lightning_tp.strategy import TPStrategy as TPStrategy
+    from lightning_tp.trainer.mixin import TensorParallel as TensorParallel
+    from lightning_tp.trainer.strategy import TPStrategy as TPStrategy
 else:
     from lightning_tp.pytorch_lightning.callbacks import ShardSummary as ShardSummary
     from lightning_tp.pytorch_lightning.callbacks import Throughput as Throughput
-    from lightning_tp.pytorch_lightning.strategy import TPStrategy as TPStrategy
+    from lightning_tp.pytorch_lightning.trainer.mixin import TensorParallel as TensorParallel
+    from lightning_tp.pytorch_lightning.trainer.strategy import TPStrategy as TPStrategy

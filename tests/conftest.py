@@ -7,4 +7,6 @@ pytest_plugins = ["lightning_tp.testing.fixtures", "pytester"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", type=int, default=2, help="how many runs `test_faults.py` kills at a random instant (50: minutes)")
+    parser.addoption(
+        "--faults", type=int, default=2, help="how many runs `scenarios/test_faults.py` kills at a random instant (50: minutes)"
+    )

@@ -1,6 +1,6 @@
-"""Imports go one way: a lower layer never imports a higher one, and only the top knows Lightning.
+"""Imports go one way: `FLOORS` is the order, and all imports of all files are held against it.
 
-Read from the sources, at module level (an import inside a function waits until it is needed, and `TYPE_CHECKING` is for readers).
+All means: at the top of a file, inside functions, and under `TYPE_CHECKING`. An import inside a function is as much of a circle as any other.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,159 +16,186 @@ import pytest
 import lightning_tp
 
 ROOT = Path(lightning_tp.__file__).parent
+TESTS = Path(__file__).parent
 
-# From the bottom up; a unit may import what stands in its own row or in one before. A folder is one unit.
-LAYERS: list[set[str]] = [
-    {"errors"},
-    {"_compat", "mesh", "meeting", "comm"},
-    {"loss", "logits", "deferred", "rng", "fsdp"},
-    {"styles"},
-    {"plan", "plan_check", "plan_table"},
-    {"border", "grad", "declared", "dropout", "infer", "materialize", "compiled", "recompute"},  # what reads a plan
-    {"apply", "checkpoint", "choose", "estimate", "data", "optimizers"},
-    {
-        "testing",
-        "averaging",
-        "callbacks",
-        "example",
-        "first_batch",
-        "global_batch",
-        "module",
-        "numbers",
-        "precision",
-        "launch",
-        "strategy",
-        "thawing",
-        "fabric",
-        "parity",
-        "tuner",
-        "watch",
-    },
-    {"pytorch_lightning", "cli", "cli_parser", "cli_checkpoint", "cli_estimate", "cli_script", "cli_shapes", "__main__"},
-    {"__init__"},
+# The one place where the order of the package is written down, from the ground up: what stands in a row may import from the rows before it.
+# Where a row names several, none of them imports another. docs/architecture.md shows the same as a picture.
+FLOORS: list[set[str]] = [
+    {"errors", "_compat"},
+    {"core"},
+    {"styles", "data"},
+    {"plan", "shards"},
+    {"checkpoint"},
+    {"apply"},
+    {"infer"},
+    {"estimate", "verify"},
+    {"trainer", "callbacks", "testing", "cli"},
+    {"pytorch_lightning", "__main__", "__init__"},
 ]
-KNOWS_LIGHTNING = {
-    "averaging",
-    "tuner",
-    "watch",
-    "callbacks",
-    "fabric",
-    "global_batch",
-    "launch",
-    "module",
-    "numbers",
-    "precision",
-    "pytorch_lightning",
-    "strategy",
-    "thawing",
-    "cli",
-    "__init__",
+# The same inside of folders that have folders: a folder's own files stand above its subfolders.
+SUBFOLDERS: dict[str, list[str]] = {
+    "core": ["comm", "modules", "ops"],
+    "styles": ["calls"],
+    "checkpoint": ["weights"],
+    "infer": ["follow", "calls", "sequence"],
+    "estimate": ["trace", "cost", "drawn"],
+    "trainer": ["launch", "adapt"],
 }
-IMPORTED_LATE = {"transformers", "timm", "safetensors", "matplotlib", "rich", "jsonargparse", "numpy", "pytest"}
+KNOWS_LIGHTNING = {"trainer", "callbacks", "cli", "pytorch_lightning", "__init__"}
+IMPORTED_LATE = {
+    "transformers",
+    "timm",
+    "safetensors",
+    "huggingface_hub",
+    "matplotlib",
+    "jinja2",
+    "rich",
+    "jsonargparse",
+    "numpy",
+    "pytest",
+}
 PYTEST_ONLY = "testing/fixtures.py"
+# what torch's own notes on extending it tell to import
+PUBLIC_IN_ALL_BUT_NAME = ("torch.utils._pytree.", "torch.utils._python_dispatch.", "torch._ops.OpOverload")
 
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
-
-
-def unit(path: str) -> str:
-    """`styles/base.py` -> `styles`."""
-    return path.partition("/")[0].removesuffix(".py")
+SOURCES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 
-def layer(name: str) -> int:
-    return next(i for i, row in enumerate(LAYERS) if name in row)
+def module_of(source: str) -> str:
+    """`styles/base.py` -> `styles.base`, `styles/__init__.py` -> `styles`, `__init__.py` -> ``."""
+    return source.removesuffix(".py").replace("/", ".").removesuffix("__init__").removesuffix(".")
 
 
-def at_module_level(path: Path) -> Iterator[str]:
-    """The dotted modules that a file imports when it is imported; `from a import b` gives `a.b`."""
+MODULES = {module_of(source): source for source in SOURCES}
 
-    def walk(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-        for node in body:
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-                yield from walk(node.orelse)
-            elif isinstance(node, (ast.If, ast.Try, ast.With)):
-                for part in ("body", "orelse", "finalbody"):
-                    yield from walk(getattr(node, part, []))
-                for handler in getattr(node, "handlers", []):
-                    yield from walk(handler.body)
-            elif isinstance(node, ast.ClassDef):
-                yield from walk(node.body)
-            else:
-                yield node
 
-    for node in walk(ast.parse(path.read_text()).body):
+def imports(tree: ast.AST, *, late: bool = True) -> Iterator[str]:
+    """The dotted names that a file imports; `from a import b` gives `a.b`. Without `late`, only those at the top that run on import."""
+    for node in ast.walk(tree) if late else _at_the_top(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: a relative import"
+            assert node.level == 0, "a relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def own(path: Path) -> Iterator[str]:
-    """The units of this package that a file imports; `from lightning_tp import apply, Plan` is `apply` and `__init__`."""
-    units = {unit(source) for source in SOURCES}
-    for name in at_module_level(path):
+def _at_the_top(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from (child for other in node.orelse for child in (other, *_at_the_top(other)))
+            continue
+        yield node
+        yield from _at_the_top(node)
+
+
+def own_imports(source: str) -> set[str]:
+    """The modules of this package that a file imports, without the leading `lightning_tp.`; itself left out."""
+    found = set()
+    for name in imports(SOURCES[source]):
         package, _, rest = name.partition(".")
         if package == "lightning_tp":
-            first = rest.partition(".")[0]
-            yield first if first in units else "__init__"
+            while rest and rest not in MODULES:
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found - {module_of(source)}
 
 
-def test_every_file_has_a_layer() -> None:
-    known = set().union(*LAYERS)
-    new = sorted({unit(source) for source in SOURCES} - known)
-    assert not new, f"{new}: say in LAYERS (tests/test_layers.py) what these may import, and DESIGN.md section 4 with it"
+IMPORTS = {module_of(source): own_imports(source) for source in SOURCES}
+# a folder's `__init__` that only lists names is the face of the folder, and no file of its own
+FACES = {
+    module
+    for module, source in MODULES.items()
+    if source.endswith("__init__.py") and not any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in SOURCES[source].body)
+}
+
+
+def floor_of(module: str) -> int:
+    unit = module.partition(".")[0] or "__init__"
+    return next((i for i, row in enumerate(FLOORS) if unit in row), -1)
+
+
+def test_every_file_and_folder_has_a_floor() -> None:
+    homeless = sorted({source for source in SOURCES if floor_of(module_of(source)) < 0})
+    assert not homeless, f"{homeless}: say in FLOORS what these may import, and docs/architecture.md with it"
+    folders = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/*/") if (path / "__init__.py").exists()}
+    assert folders == {f"{folder}/{sub}" for folder, subs in SUBFOLDERS.items() for sub in subs}
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_lower_layers_do_not_import_higher_ones(source: str) -> None:
-    above = sorted(name for name in set(own(ROOT / source)) if layer(name) > layer(unit(source)))
-    assert not above, (
-        f"{source} imports {above}, which stand above it; import them inside the function that needs them, or move the code"
-    )
+def test_lower_floors_do_not_import_higher_ones(source: str) -> None:
+    module = module_of(source)
+    unit, floor = module.partition(".")[0], floor_of(module)
+    others = {m for m in IMPORTS[module] if m.partition(".")[0] != unit}
+    above = sorted(m or "lightning_tp" for m in others if floor_of(m) >= floor)
+    assert not above, f"{source} imports {above}, which stand beside or above it: move the code to where it belongs"
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.count("/") and s.partition("/")[0] in SUBFOLDERS])
+def test_subfolders_do_not_import_what_stands_above_them(source: str) -> None:
+    def level(module: str, folder: str) -> int:
+        parts = module.split(".")
+        names = SUBFOLDERS[folder]
+        return names.index(parts[1]) if len(parts) > 1 and parts[1] in names else len(names)
+
+    module = module_of(source)
+    folder = module.partition(".")[0]
+    if module in FACES:
+        return
+    inside = {m for m in IMPORTS[module] if m.partition(".")[0] == folder and m not in FACES}
+    above = sorted(m for m in inside if level(m, folder) > level(module, folder))
+    assert not above, f"{source} imports {above}, which stand above it in SUBFOLDERS"
+
+
+def circles(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """What is left of a graph when all that leads out of every circle is taken away; empty without a circle."""
+    left = {node: set(to) & graph.keys() for node, to in graph.items()}
+    while True:
+        ends = {n for n, to in left.items() if not to & left.keys()}
+        ends |= {n for n in left if not any(n in to for m, to in left.items() if m != n)}
+        if not ends:
+            return {n: to & left.keys() for n, to in left.items()}
+        left = {n: to for n, to in left.items() if n not in ends}
+
+
+def test_no_files_import_each_other() -> None:
+    """Not even inside a folder: files that import each other can only be read together."""
+    assert not circles({m: {to for to in found if to not in FACES} for m, found in IMPORTS.items() if m not in FACES})
+
+
+def test_no_folders_import_each_other() -> None:
+    folders: dict[str, set[str]] = {}
+    for module, found in IMPORTS.items():
+        if module not in FACES:
+            folder = module.partition(".")[0]
+            folders.setdefault(folder, set()).update(to.partition(".")[0] for to in found)
+    assert not circles({folder: to - {folder} for folder, to in folders.items()})
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_only_the_top_knows_lightning(source: str) -> None:
-    packages = {name.partition(".")[0] for name in at_module_level(ROOT / source)}
-    if unit(source) not in KNOWS_LIGHTNING:
+    packages = {name.partition(".")[0] for name in imports(SOURCES[source])}
+    if (module_of(source).partition(".")[0] or "__init__") not in KNOWS_LIGHTNING:
         assert not packages & {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
-    late = packages & IMPORTED_LATE - ({"pytest"} if source == PYTEST_ONLY else set())
+    at_once = {name.partition(".")[0] for name in imports(SOURCES[source], late=False)}
+    late = at_once & IMPORTED_LATE - ({"pytest"} if source == PYTEST_ONLY else set())
     assert not late, f"{source} imports {late} when it is imported; they are extras, or slow"
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if unit(s) != "_compat"])
+@pytest.mark.parametrize("source", [s for s in SOURCES if s != "_compat.py"])
 def test_private_parts_of_torch_are_named_in_one_file(source: str) -> None:
     """Whatever may move with the next version of torch: modules and names with an underscore."""
-    names = [name for name in at_module_level(ROOT / source) if name.startswith("torch.")]
+    names = [name for name in imports(SOURCES[source]) if name.startswith("torch.")]
     private = [name for name in names if any(part.startswith("_") for part in name.split("."))]
     assert [name for name in private if not name.startswith(PUBLIC_IN_ALL_BUT_NAME)] == []
 
 
-# what torch's own notes on extending it tell to import
-PUBLIC_IN_ALL_BUT_NAME = ("torch.utils._pytree.", "torch.utils._python_dispatch.", "torch._ops.OpOverload")
-
-
-def test_there_are_no_cycles() -> None:
-    """Not even inside a layer: files that import each other can only be read together."""
-    modules = {"lightning_tp." + s.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): s for s in SOURCES}
-    edges: dict[str, set[str]] = {}
-    for module, source in modules.items():
-        found = set()
-        for name in at_module_level(ROOT / source):
-            found |= {name, name.rpartition(".")[0]} & modules.keys()
-        edges[module] = found - {module}
-    left = dict(edges)
-    while ends := [m for m, to in left.items() if not to & left.keys()]:
-        for m in ends:
-            del left[m]
-    cycle = {m: sorted(to & left.keys()) for m, to in left.items()}
-    assert not cycle, f"import cycle among {cycle}"
-
-
 def test_the_core_runs_without_lightning() -> None:
     """In a process of its own: no file below the top brings Lightning in through the back door."""
-    core = sorted({f"lightning_tp.{unit(s)}" for s in SOURCES if unit(s) not in KNOWS_LIGHTNING})
+    core = sorted(
+        f"lightning_tp.{m}" for m in MODULES if m and (m.partition(".")[0]) not in KNOWS_LIGHTNING | {"testing", "__main__"}
+    )
     code = (
         "import sys, types\n"
         f"package = types.ModuleType('lightning_tp'); package.__path__ = [{str(ROOT)!r}]\n"

@@ -13,11 +13,13 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_tp._compat import local_tensor
 from lightning_tp.callbacks.shards import find_mesh
+from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.hardware import guess, hardware
-from lightning_tp.estimate.predict import Options, Tracer, predict
-from lightning_tp.estimate.report import Estimate, size
-from lightning_tp.first_batch import quiet
+from lightning_tp.estimate.cost.hardware import guess, hardware
+from lightning_tp.estimate.predict import Options, predict
+from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.trace.traces import Tracer
+from lightning_tp.estimate.units import size
 
 
 def twin_of(module: L.LightningModule) -> L.LightningModule:

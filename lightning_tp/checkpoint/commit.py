@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from lightning_tp._compat import rename_exchange
 from lightning_tp.checkpoint.files import Files, Summed, Sums, Writer, total
 from lightning_tp.checkpoint.manifest import MANIFEST, Manifest
-from lightning_tp.checkpoint.place import Place
-from lightning_tp.checkpoint.world import World
+from lightning_tp.checkpoint.storage import Place
+from lightning_tp.core.comm.agree import World
 from lightning_tp.errors import TPError
 
 ASIDE = ".lightning_tp"  # the folder beside checkpoints where they are made and unmade; Lightning looks into none that is hidden

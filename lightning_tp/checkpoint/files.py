@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from lightning_tp.checkpoint.place import Place
+from lightning_tp.checkpoint.storage import Place
 
 Sums = dict[str, dict[str, Any]]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 from lightning_tp.checkpoint.commit import META, is_unfinished, put_aside, recover
 from lightning_tp.checkpoint.manifest import LATER, MANIFEST, Manifest, damage_of_archive, damage_of_file, read
-from lightning_tp.checkpoint.place import Place
-from lightning_tp.checkpoint.world import World
+from lightning_tp.checkpoint.storage import Place
+from lightning_tp.core.comm.agree import World
 from lightning_tp.errors import TPError
 
 SUFFIX = ".ckpt"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_tp._compat import version_of
-from lightning_tp.checkpoint.place import Place
+from lightning_tp.checkpoint.storage import Place
 from lightning_tp.errors import TPError
 
 MANIFEST = "manifest.json"

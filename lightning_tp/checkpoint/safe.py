@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from lightning_tp._compat import METADATA_CLASSES
 from lightning_tp.checkpoint.files import Files
-from lightning_tp.checkpoint.place import Place
+from lightning_tp.checkpoint.storage import Place
 from lightning_tp.errors import TPError
 
 SafeGlobals = Sequence[Callable[..., Any]]

@@ -15,11 +15,12 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from lightning_tp.border import Shard, check_kind, load_optimizer_state
 from lightning_tp.checkpoint.commit import ELSEWHERE  # in the place of a DTensor: its key in the folder of that name
-from lightning_tp.checkpoint.place import Place
 from lightning_tp.checkpoint.safe import SafeGlobals, dcp_load, read_metadata
+from lightning_tp.checkpoint.storage import Place
 from lightning_tp.errors import TPError
+from lightning_tp.shards.optimizer_state import check_kind, load_optimizer_state
+from lightning_tp.shards.shard import Shard
 
 
 def load_model(model: nn.Module, path: Path | Place, *, strict: bool = True, key: str = "state_dict") -> None:

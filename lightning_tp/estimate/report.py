@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_tp.estimate.collectives import Collective
-from lightning_tp.estimate.flops import Flops, Product
-from lightning_tp.estimate.hardware import Hardware
-from lightning_tp.estimate.memory import Memory
-from lightning_tp.estimate.roofline import Time
-from lightning_tp.plan_table import columns
+from lightning_tp.estimate.cost.collectives import Collective
+from lightning_tp.estimate.cost.flops import Flops, Product
+from lightning_tp.estimate.cost.hardware import Hardware
+from lightning_tp.estimate.cost.memory import Memory
+from lightning_tp.estimate.cost.roofline import Time
+from lightning_tp.estimate.units import count, seconds, share, size
+from lightning_tp.plan.table import columns
 
 if TYPE_CHECKING:
-    from lightning_tp.estimate.world import World
-    from lightning_tp.plan import Plan
+    from lightning_tp.estimate.trace.rank import World
+    from lightning_tp.plan.plan import Plan
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
@@ -115,7 +116,7 @@ class Estimate:
         Raises:
             TPError: for another ending, a file that can't be written, or matplotlib that is not there.
         """
-        from lightning_tp.estimate.plots import plot
+        from lightning_tp.estimate.drawn.plots import plot
 
         plot(self, path)
 
@@ -129,7 +130,7 @@ class Estimate:
         Raises:
             TPError: if the file can't be written.
         """
-        from lightning_tp.estimate.html import write_report
+        from lightning_tp.estimate.drawn.pages import write_report
 
         write_report(self, path, command=command)
 
@@ -200,48 +201,6 @@ class Estimate:
             lines += columns(table, left={0, 1} if len(names) > 3 else {0})
         lines += ["", "Assumed:", *(f"  - {a}" for a in self.assumptions)]
         return "\n".join(lines)
-
-
-def size(n: float) -> str:
-    """Bytes, for reading.
-
-    Example:
-        >>> size(3 * 2**30)
-        '3.00 GiB'
-    """
-    for unit in ("bytes", "KiB", "MiB"):
-        if abs(n) < 1024:
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
-
-
-def seconds(s: float) -> str:
-    """A time, for reading.
-
-    Example:
-        >>> seconds(0.0123)
-        '12.3 ms'
-    """
-    return f"{s:.2f} s" if s >= 1 else f"{1e3 * s:.1f} ms" if s >= 1e-3 else f"{1e6 * s:.1f} us"
-
-
-def share(n: float, total: float) -> str:
-    """A part, for reading."""
-    return f"{n / max(1, total):.0%}"
-
-
-def count(n: float) -> str:
-    """A number of parameters, for reading.
-
-    Example:
-        >>> count(68.98e9)
-        '69.0B'
-    """
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n >= scale:
-            return f"{n / scale:.1f}{unit}"
-    return f"{n:.0f}"
 
 
 def _jsonable(value: Any) -> Any:

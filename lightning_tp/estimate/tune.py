@@ -8,7 +8,6 @@ a difference.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,91 +16,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tp.apply import PlanLike
+from lightning_tp.apply.activation_checkpointing import Recompute
+from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.hardware import Hardware, hardware
-from lightning_tp.estimate.optimizer import OptimizerLike, known_optimizer
-from lightning_tp.estimate.predict import Options, check_size, loss_of, predict
-from lightning_tp.estimate.report import Estimate, seconds, size
-from lightning_tp.estimate.scale import ScalingTracer
-from lightning_tp.estimate.world import Precision, resized
-from lightning_tp.plan_table import columns
-from lightning_tp.recompute import Recompute
+from lightning_tp.estimate.cost.hardware import Hardware, hardware
+from lightning_tp.estimate.predict import Options, predict
+from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.trace.extrapolate import ScalingTracer
+from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer
+from lightning_tp.estimate.trace.rank import Precision, resized
+from lightning_tp.estimate.trace.traces import check_size, loss_of
+from lightning_tp.estimate.tune_report import Refused, Tuned
+from lightning_tp.estimate.units import size
 
 LARGEST_BATCH = 64
+
+
 ORDER: tuple[Recompute | None, ...] = (None, "selective", "block")  # from the most memory to the least
+
+
 MOST_WHOLE = 1.5  # a rank may hold this many times its even share of the blocks' weights, else tp is of little use
-
-
-@dataclass(frozen=True)
-class Refused:
-    """Something that is not possible.
-
-    Args:
-        what: the choice, or a group of them.
-        why: in words, with the numbers.
-    """
-
-    what: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What there is to choose from.
-
-    Args:
-        fits: the fastest first.
-        refused: what is not possible, and why.
-        global_batch: samples of an optimizer step.
-        gpus: devices.
-    """
-
-    fits: tuple[Estimate, ...]
-    refused: tuple[Refused, ...]
-    global_batch: int
-    gpus: int
-
-    def to_json(self) -> str:
-        """All choices with their main numbers, and what is refused."""
-        names = ("tp", "dp", "batch", "accumulate", "activation_checkpointing", "precision", "needed")
-        fits = [
-            {n: getattr(e, n) for n in names} | {f"{e.unit}_per_s": e.tokens_per_s, "mfu": e.mfu, "step_s": e.time.step}
-            for e in self.fits
-        ]
-        refused = [{"what": r.what, "why": r.why} for r in self.refused]
-        return json.dumps({"gpus": self.gpus, "global_batch": self.global_batch, "fits": fits, "refused": refused}, indent=1)
-
-    def html(self, path: str | Path, *, command: str = "") -> None:
-        """Write the choices as HTML, with their memory as bars; see `Estimate.html`."""
-        from lightning_tp.estimate.html import write_choices
-
-        write_choices(self, path, command=command)
-
-    def __str__(self) -> str:
-        head = f"{len(self.fits)} choices fit on {self.gpus} devices at {self.global_batch} samples a step"
-        unit = self.fits[0].unit if self.fits else "tokens"
-        rows = [("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "step", f"{unit}/s/device", "MFU")]
-        for i, e in enumerate(self.fits, 1):
-            rows.append(
-                (
-                    str(i),
-                    str(e.tp),
-                    str(e.dp),
-                    str(e.batch),
-                    str(e.accumulate),
-                    e.activation_checkpointing,
-                    e.precision,
-                    size(e.needed),
-                    seconds(e.time.step),
-                    f"{e.tokens_per_s_per_device:,.0f}",
-                    f"{e.mfu:.1%}",
-                )
-            )
-        lines = [head, *columns(rows, left=())]
-        if self.refused:
-            lines += ["", "Not possible:", *(f"  {r.what}: {r.why}" for r in self.refused)]
-        return "\n".join(lines)
 
 
 def tune(

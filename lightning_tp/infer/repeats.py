@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_tp.fsdp import find_blocks
-from lightning_tp.infer.classes import shrunk
-from lightning_tp.infer.trace import Shadow, Tracer, Values, _untraced, run
-from lightning_tp.plan import Rule
+from lightning_tp.core.modules.blocks import find_blocks, own_numbers
+from lightning_tp.infer.follow.features import shrunk
+from lightning_tp.infer.follow.run import run
+from lightning_tp.infer.follow.tracer import Shadow, Tracer, Values, _untraced
+from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import PrepareInput, PrepareOutput
 
 FEWEST = 4  # blocks of one kind, from which it is worth to look
+
 
 Alike = dict[str, str]  # a block's name -> that of the first that does the same
 
@@ -282,34 +284,10 @@ def for_all(rules: list[Rule], alike: Alike) -> list[Rule]:
     return new
 
 
-# ------------------------------------------------------------------------------------------- blocks with the same code
-
 Places = list[tuple[nn.Module, str]]  # attributes in which blocks keep their number
+
+
 NOT_SETTINGS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
-
-
-def own_numbers(blocks: Mapping[str, nn.Module]) -> dict[str, set[tuple[str, str]]]:
-    """For each container of blocks, (module, attribute) in which every block keeps its own number: its key, or its place among all.
-
-    Example:
-        >>> layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        >>> for i, layer in enumerate(layers):
-        ...     layer.number = i
-        >>> own_numbers(dict(layers.named_children()))
-        {'': {('', 'number')}}
-    """
-    found: dict[str, set[tuple[str, str]]] = {}
-    for i, (name, block) in enumerate(blocks.items()):
-        holder, _, key = name.rpartition(".")
-        numbers = {i, int(key)} if key.isdigit() else {i}
-        mine = {
-            (n, k)
-            for n, m in block.named_modules()
-            for k, v in m.__dict__.items()
-            if isinstance(v, int) and not isinstance(v, bool) and v in numbers
-        }
-        found[holder] = found[holder] & mine if holder in found else mine
-    return found
 
 
 def _same_code(blocks: Mapping[str, nn.Module]) -> tuple[Alike, Places]:
@@ -374,6 +352,8 @@ NOTICED = (
     "add", "radd", "sub", "rsub", "mul", "rmul", "mod", "rmod", "divmod", "pow", "floordiv", "rfloordiv", "truediv", "rtruediv",
     "and", "rand", "or", "xor", "lshift", "rshift",
 )  # fmt: skip
+
+
 for _name in (f"__{word}__" for word in NOTICED):
     setattr(_Place, _name, _noticing(_name))
 

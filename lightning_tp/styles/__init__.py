@@ -17,12 +17,13 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Split, Style
+from lightning_tp.styles.base import Site, Style
 from lightning_tp.styles.boundary import PrepareInput, PrepareOutput
+from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
 from lightning_tp.styles.fused import FusedColwise
 from lightning_tp.styles.linear import Colwise, Rowwise
-from lightning_tp.styles.local_ops import LocalOps, ShardParameter
-from lightning_tp.styles.sequence import Replicate, Sequence
+from lightning_tp.styles.replicated import Replicate, Sequence
+from lightning_tp.styles.split import Split
 from lightning_tp.styles.vocab import VocabEmbedding, VocabHead
 
 STYLES: dict[str, type[Style]] = {

@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_tp.comm import Axis, State, Transition, transition
+from lightning_tp.core.comm.axis import Axis, State
+from lightning_tp.core.comm.transitions import Transition, transition
+from lightning_tp.core.modules.swap_class import become
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Split, Style, become
+from lightning_tp.styles.base import Site, Style
+from lightning_tp.styles.split import Split
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_tp.comm import State, transition
+from lightning_tp.core.comm.axis import State
+from lightning_tp.core.comm.transitions import transition
+from lightning_tp.core.modules.swap_class import become
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import (
-    Site,
-    Split,
-    Style,
-    become,
-    check_heads,
-    check_state,
-    even_split,
-    head_split,
-    linear_dims,
-    set_sizes,
-)
+from lightning_tp.styles.base import Site, Style, check_state, linear_dims, set_sizes
 from lightning_tp.styles.linear import _Colwise
+from lightning_tp.styles.split import Split, check_heads, even_split, head_split
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_tp.comm import Axis, State, Transition, transition, width_to_replicate
+from lightning_tp.core.comm.axis import Axis, State
+from lightning_tp.core.comm.transitions import Transition, transition, width_to_replicate
+from lightning_tp.core.modules.swap_class import become
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import (
-    Ranges,
-    Site,
-    Split,
-    Style,
-    become,
-    check_heads,
-    check_state,
-    even_split,
-    head_split,
-    linear_dims,
-    set_sizes,
-    split_of_ranges,
-)
+from lightning_tp.styles.base import Site, Style, check_state, linear_dims, set_sizes
+from lightning_tp.styles.split import Ranges, Split, check_heads, even_split, head_split, split_of_ranges
+
+
+def _runs_torchs_code(module: nn.Module) -> bool:
+    """Whether this is a linear layer or a convolution, and no class below has a forward of its own."""
+    own = next((c for c in (nn.Linear, *CONVOLUTIONS) if isinstance(module, c)), None)
+    methods = ("forward", "_conv_forward") if own in CONVOLUTIONS else ("forward",)
+    return own is not None and all(getattr(getattr(type(module), m), "__code__", None) is getattr(own, m).__code__ for m in methods)
+
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

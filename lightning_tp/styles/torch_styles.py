@@ -8,7 +8,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.styles.base import Style
 from lightning_tp.styles.boundary import PrepareInput, PrepareOutput
 from lightning_tp.styles.linear import Colwise, Rowwise
-from lightning_tp.styles.sequence import Sequence
+from lightning_tp.styles.replicated import Sequence
 from lightning_tp.styles.vocab import VocabHead
 
 

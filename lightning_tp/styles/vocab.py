@@ -13,10 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_tp.comm import Axis, State, Transition, partial_to_replicate, partial_to_sequence, transition, width_to_replicate
+from lightning_tp.core.comm.axis import Axis, State
+from lightning_tp.core.comm.transitions import Transition, partial_to_replicate, partial_to_sequence, transition, width_to_replicate
+from lightning_tp.core.modules.swap_class import become
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Split, Style, become, check_state, even_split, linear_dims, set_sizes
+from lightning_tp.styles.base import Site, Style, check_state, linear_dims, set_sizes
 from lightning_tp.styles.linear import refuse_embedding_options
+from lightning_tp.styles.split import Split, even_split
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class VocabEmbedding(Style):
 class VocabHead(Style):
     """Split the output layer by the vocabulary: weight (V, d) -> (V / tp, d). The logits stay split for the loss.
 
-    The module returns `lightning_tp.loss.SplitLogits` of the whole shape (.., V): the cross entropy of torch runs on its shards,
+    The module returns `lightning_tp.core.ops.split_logits.SplitLogits` of the whole shape (.., V): the cross entropy of torch runs on its shards,
     anything else gathers them. Without loss parallelism it returns the gathered logits.
 
     Args:
@@ -137,7 +140,7 @@ class _VocabHead(nn.Module):
     _split: bool
 
     def forward(self, x: Tensor) -> Tensor:
-        from lightning_tp.loss import split_logits
+        from lightning_tp.core.ops.logits_rules import split_logits
 
         axis = self._axis
         if self._enter is not None:

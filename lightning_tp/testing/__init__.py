@@ -5,11 +5,11 @@ compares named tensors, `assert_parity` a split model with the whole one, and `r
 no mistake. The pytest fixtures and `run_if` need pytest, so they are imported from `lightning_tp.testing.fixtures`.
 """
 
+from lightning_tp.core.comm.fake_world import fake_world as fake_world
+from lightning_tp.core.comm.fake_world import single_rank_mesh as single_rank_mesh
 from lightning_tp.testing.compare import assert_parity as assert_parity
 from lightning_tp.testing.compare import assert_trees_close as assert_trees_close
 from lightning_tp.testing.compare import randomize_ as randomize_
-from lightning_tp.testing.ranks import RankError as RankError
-from lightning_tp.testing.ranks import RankFailure as RankFailure
-from lightning_tp.testing.ranks import fake_world as fake_world
-from lightning_tp.testing.ranks import run_ranks as run_ranks
-from lightning_tp.testing.ranks import single_rank_mesh as single_rank_mesh
+from lightning_tp.verify.run_ranks import RankError as RankError
+from lightning_tp.verify.run_ranks import RankFailure as RankFailure
+from lightning_tp.verify.run_ranks import run_ranks as run_ranks

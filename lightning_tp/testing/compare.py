@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tp.errors import TPError
-
-if TYPE_CHECKING:
-    from lightning_tp.parity import ParityReport
+from lightning_tp.verify.compare import _largest, difference
+from lightning_tp.verify.report import ParityReport
+from lightning_tp.verify.verify import verify
 
 M = TypeVar("M", bound=nn.Module)
 
 _SHOWN = 10  # a broken model differs everywhere; the worst few names say enough
-
-
-class Difference(NamedTuple):
-    """How far one tensor is from its reference."""
-
-    name: str
-    error: float
-    detail: str
 
 
 def assert_trees_close(
@@ -108,8 +100,6 @@ def assert_parity(
         >>> assert_parity(model, (torch.ones(2, 4, 8),), lambda y: y.square().mean(), tp=2, steps=1).ok
         True
     """
-    from lightning_tp.parity import verify  # which uses these tools itself
-
     report = verify(model_fn, inputs, loss_fn, tp=tp, rtol=rtol, **options)
     if not report.ok:
         raise AssertionError(str(report))
@@ -141,40 +131,6 @@ def randomize_(model: M, seed: int = 0) -> M:
         with torch.no_grad():
             parameter.copy_(values)
     return model
-
-
-def difference(name: str, got: Tensor, ref: Tensor, floor: float) -> Difference:
-    """How far `got` is from `ref`, relative to the largest value of `ref`, or to `floor` where that is more."""
-    if got.shape != ref.shape:
-        return Difference(name, float("inf"), f"shape {tuple(got.shape)}, but ref has {tuple(ref.shape)}")
-    g, r = _wide(got), _wide(ref)
-    delta = torch.where(g == r, 0.0, (g - r).abs()).nan_to_num(nan=float("inf"))
-    largest = delta.max().item() if delta.numel() else 0.0
-    scale = max(_largest(ref), floor)
-    error = 0.0 if largest == 0 else largest / scale if scale else float("inf")
-    detail = f"error {error:.1e}   max|got-ref| {largest:.1e}   max|ref| {_largest(ref):.1e}   {tuple(ref.shape)}"
-    return Difference(name, error, detail + _factor(g, r))
-
-
-def _factor(got: Tensor, ref: Tensor) -> str:
-    """Says when `got` is a multiple of `ref`: the mark of a sum over ranks that is missing, or done twice."""
-    norm = (ref.abs() ** 2).sum().item()
-    if not norm or not torch.isfinite(got).all() or not torch.isfinite(ref).all():
-        return ""
-    factor = (got * ref.conj()).sum().real.item() / norm
-    off = (got - factor * ref).abs().max().item() / ref.abs().max().item()
-    return f"   got is {factor:.3g} x ref" if abs(factor - 1) > 1e-2 and off < 1e-3 else ""
-
-
-def _largest(tensor: Tensor) -> float:
-    """The largest finite absolute value."""
-    wide = _wide(tensor).abs()
-    wide = wide[wide.isfinite()]
-    return wide.max().item() if wide.numel() else 0.0
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _moments(parameter: nn.Parameter, owners: list[tuple[nn.Module, str]]) -> tuple[float, float]:

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_tp.testing.ranks import fake_world as fake_world
+from lightning_tp.core.comm.fake_world import fake_world as fake_world
 
 # Variables that Lightning, torch and pytest set in passing, also in a test that does nothing wrong.
 ALLOWED_ENVIRONMENT = frozenset(

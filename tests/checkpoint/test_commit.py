@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import lightning_tp as ltp
 from lightning_tp import _compat
+from lightning_tp import _compat as _compat_module
 from lightning_tp.checkpoint import (
     Content,
     Manifest,
@@ -25,6 +26,7 @@ from lightning_tp.checkpoint import (
     candidates,
     choose,
     commit,
+    files,
     load,
     recover,
     remove,
@@ -76,8 +78,8 @@ def killed_at(event: int, work: Callable[[], None]) -> bool:
 
         for name in KILLED_AT:
             setattr(os, name, guard(getattr(os, name)))
-        if commit.rename_exchange is _compat.rename_exchange:
-            commit.rename_exchange = guard(_compat.rename_exchange)
+        if _compat_module.rename_exchange is _compat.rename_exchange:
+            _compat_module.rename_exchange = guard(_compat.rename_exchange)
         try:
             work()
         except BaseException:
@@ -153,14 +155,14 @@ def test_a_rank_that_can_not_write(tmp_path: Path) -> None:
         target = Place(tmp_path / "last.ckpt")
         save_folder(target, content(1), World())
         if dist.get_rank() == 1:
-            own = commit.Files.create_stream
+            own = files.Files.create_stream
 
             def fails(self: Any, path: Any, mode: str) -> Any:
                 if "w" in mode:
                     raise PermissionError(13, "Permission denied", str(path))
                 return own(self, path, mode)
 
-            commit.Files.create_stream = fails
+            files.Files.create_stream = fails
         with pytest.raises(ltp.TPError, match=r"last\.ckpt` could not be written: PermissionError.*before it are untouched"):
             save_folder(target, content(2), World())
         dist.barrier()

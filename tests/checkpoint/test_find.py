@@ -79,11 +79,11 @@ def test_a_folder_without_a_manifest_is_read_unchecked(tmp_path: Path) -> None:
 
 def test_each_rank_checks_a_share(tmp_path: Path) -> None:
     def body() -> list[str]:
-        from lightning_tp.checkpoint import find
+        from lightning_tp.checkpoint import manifest
 
         looked: list[str] = []
-        own = find.damage_of_file
-        find.damage_of_file = lambda folder, name, said: looked.append(name) or own(folder, name, said)
+        own = manifest.damage_of_file
+        manifest.damage_of_file = lambda folder, name, said: looked.append(name) or own(folder, name, said)
         w = {f"w{dist.get_rank()}": torch.ones(99)}
         save_folder(Place(tmp_path / "a.ckpt"), Content(w, rest=commit.to_bytes({}) if dist.get_rank() == 0 else None), World())
         assert choose(Place(tmp_path / "a.ckpt"), World())[1] is None

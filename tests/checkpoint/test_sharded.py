@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
-from lightning_tp import border
 from lightning_tp.checkpoint import (
     Content,
     Place,
@@ -25,7 +24,8 @@ from lightning_tp.checkpoint import (
     with_dtensors,
     without_dtensors,
 )
-from lightning_tp.mesh import DATA_PARALLEL, make_mesh
+from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
+from lightning_tp.shards import optimizer_state
 from lightning_tp.testing import randomize_, run_ranks
 
 CONFIG = dict(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=1, hidden_dim=90, bias=True)
@@ -45,7 +45,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Any, seed: in
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """In the layout that Lightning uses."""
-    dcp.save({"state_dict": model.state_dict(), "optimizer_0": border.optimizer_state(optimizer)}, checkpoint_id=path)
+    dcp.save({"state_dict": model.state_dict(), "optimizer_0": optimizer_state.optimizer_state(optimizer)}, checkpoint_id=path)
 
 
 def adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
@@ -73,7 +73,7 @@ def test_a_run_goes_on(source: tuple[int, int], target: tuple[int, int], tmp_pat
         for i in range(2):
             step(model, optimizer, mesh, i)
         save(model, optimizer, tmp_path)
-        saved = ltp.full_state_dict(model), border.full_optimizer_state(optimizer)["state"]
+        saved = ltp.full_state_dict(model), optimizer_state.full_optimizer_state(optimizer)["state"]
         step(model, optimizer, mesh, 2)
         end = ltp.full_state_dict(model)
 
@@ -95,7 +95,7 @@ def test_a_run_goes_on(source: tuple[int, int], target: tuple[int, int], tmp_pat
         assert_equal(ltp.full_state_dict(model), weights)
         optimizer = adamw(model, lr=1.0)
         load_optimizer(optimizer, tmp_path, "optimizer_0")
-        loaded = border.full_optimizer_state(optimizer)["state"]
+        loaded = optimizer_state.full_optimizer_state(optimizer)["state"]
         assert set(loaded) == set(states)
         for name, of in states.items():
             assert_equal(loaded[name], of)

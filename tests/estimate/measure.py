@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from lightning_tp.apply import parallelize
-from lightning_tp.grad import clip_grad_norm_, unsummed
-from lightning_tp.mesh import make_mesh
-from lightning_tp.plan import Plan
-from lightning_tp.precision import MeshGradScaler, fsdp_policy
+from lightning_tp.apply.parallelize import parallelize
+from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.plan.plan import Plan
+from lightning_tp.shards.grad_norm import clip_grad_norm_
+from lightning_tp.shards.gradients import unsummed
+from lightning_tp.trainer.adapt.precision import MeshGradScaler, fsdp_policy
 
 NAMES = {
     "allreduce_": "all-reduce",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_tp import TPError
 from lightning_tp.estimate import Estimate, estimate
-from lightning_tp.estimate.html import report
+from lightning_tp.estimate.drawn.pages import report
 from tests.estimate.models import MODELS
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp import TPError
-from lightning_tp.estimate.hardware import hardware
+from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.predict import estimate
 from lightning_tp.estimate.tune import tune
 from tests.estimate.models import MODELS
@@ -38,9 +38,10 @@ def test_it_says_what_estimate_says(tp: int, monkeypatch: pytest.MonkeyPatch) ->
     from llama import PLAN
 
     from lightning_tp.estimate import predict
+    from lightning_tp.estimate.trace import rank
 
     traced: list[int] = []
-    step = predict.trace_step
+    step = rank.trace_step
     monkeypatch.setattr(
         predict, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
     )

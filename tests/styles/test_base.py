@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.comm import partial_to_replicate, replicate_to_gathered
-from lightning_tp.plan import Rule
+from lightning_tp.core.comm.transitions import partial_to_replicate, replicate_to_gathered
+from lightning_tp.core.modules.swap_class import become
+from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import STYLES, Colwise, FusedColwise, PrepareInput, Replicate, Rowwise, Site, Split, Style, make_style
-from lightning_tp.styles.base import become, check_heads, even_split, head_split
+from lightning_tp.styles.split import check_heads, even_split, head_split
 from lightning_tp.testing import run_ranks
-from tests.styles.harness import alone
+from tests.harness import alone
 
 X = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.plan import Rule
+from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Rowwise, Sequence
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-from tests.styles.harness import Alone, Collectives, alone, held, mesh, whole_gradient_of, whole_of
+from tests.harness import Alone, Collectives, alone, held, mesh, whole_gradient_of, whole_of
 
 AR, AG, RS = "all-reduce", "all-gather", "reduce-scatter"
 X = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from lightning_tp.styles import FusedColwise, PrepareInput, Rowwise
 from lightning_tp.testing import run_ranks
-from tests.styles.harness import alone, mesh
+from tests.harness import alone, mesh
 
 AR, AG, RS = "all-reduce", "all-gather", "reduce-scatter"
 X = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))

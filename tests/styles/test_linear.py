@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from lightning_tp.styles import Colwise, PrepareInput, Rowwise, Sequence
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-from tests.styles.harness import Collectives, alone, gradients, mesh
+from tests.harness import Collectives, alone, gradients, mesh
 
 X = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))
 WIDE = torch.randn(2, 17, 341, generator=torch.Generator().manual_seed(0))

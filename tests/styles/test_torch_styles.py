@@ -21,11 +21,11 @@ from torch.distributed.tensor.parallel import (
 
 import lightning_tp as ltp
 from examples.llama import Llama, LlamaConfig
-from lightning_tp.plan import Rule
+from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Rowwise, Sequence, VocabEmbedding, VocabHead
 from lightning_tp.styles.torch_styles import from_torch, is_torch_style
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-from tests.styles.harness import Collectives, gradients, mesh
+from tests.harness import Collectives, gradients, mesh
 
 CONFIG = LlamaConfig(vocab_size=61, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=36, max_seq_len=32, bias=True)
 TOKENS = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(0))

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.comm import even_shard
-from lightning_tp.logits import SplitLogits
+from lightning_tp.core.comm.axis import even_shard
+from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.styles import VocabEmbedding, VocabHead
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-from tests.styles.harness import Alone, Collectives, alone, gradients, held, mesh, whole_gradient_of
+from tests.harness import Alone, Collectives, alone, gradients, held, mesh, whole_gradient_of
 
 AR, AG, RS = "all-reduce", "all-gather", "reduce-scatter"
 V = 1003

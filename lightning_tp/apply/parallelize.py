@@ -1,0 +1,204 @@
+"""`parallelize`: a plan onto a model, in place. The order of the steps and nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_tp.apply import materialize
+from lightning_tp.apply.activation_checkpointing import Recompute, check_recompute, chosen, run_again
+from lightning_tp.apply.bind import _Adopt, adopt, bind_styles, split_parameters, sum_groups
+from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, take_back
+from lightning_tp.apply.fsdp import apply_fsdp
+from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
+from lightning_tp.checkpoint.weights.pretrained import read_shards, waiting
+from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.mesh import check_mesh
+from lightning_tp.core.modules.blocks import find_blocks
+from lightning_tp.core.ops.random_numbers import Dropout, bind_dropout, draws_of
+from lightning_tp.errors import TPError
+from lightning_tp.plan.check import any_split, refuse_wrapped, splits_nothing
+from lightning_tp.plan.declared import declared_plan
+from lightning_tp.plan.plan import Plan
+from lightning_tp.shards import gradients as grad
+from lightning_tp.shards import state_dict
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+PlanLike = Plan | Mapping[str, Any] | str | Path
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    plan: PlanLike | None = None,
+    *,
+    sequence_parallel: bool = True,
+    loss_parallel: bool = True,
+    activation_checkpointing: Recompute | None = None,
+    compile: Compile = False,
+    precision: MixedPrecisionPolicy | None = None,
+    dropout: Dropout = "independent",
+    backend: Literal["local", "dtensor"] = "local",
+    device: torch.device | None = None,
+    fsdp_root: nn.Module | None = None,
+) -> nn.Module:
+    """Split `model` over the tensor-parallel axis of `mesh`, then shard it by FSDP2 over the data-parallel axis.
+
+    Every rank calls it with the same model. Afterwards the model is called as before, with the same inputs, and shows what one
+    process would show; every rank of a tensor-parallel group has to be given the same batch. Its parameters are this rank's
+    plain shards (FSDP2's DTensors over the data-parallel axis, where that has more than one rank), its state dict shows
+    DTensors over the mesh.
+
+    Args:
+        model: on any device, or on the meta device (then its weights are drawn here, equal to those of one process).
+        mesh: 2D, with the axes ("data_parallel", "tensor_parallel").
+        plan: how; a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the one that the model declares.
+        sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
+        loss_parallel: False gathers the logits of a `vocab_head`.
+        activation_checkpointing: "block" keeps of each repeated block only its input for the backward, and runs it again; "selective" also
+            what is dear to compute (products, attention, sums over ranks); a function (name, module) -> bool chooses the modules that are run
+            again.
+        compile: True compiles each repeated block by `torch.compile`; the name of a backend, or a function like one, does it by that.
+        precision: FSDP2's policy; it acts where the data-parallel axis has more than one rank.
+        dropout: "independent" draws masks of each rank's own for shards of an activation, and equal ones for whole activations; "exact" draws
+            those of one process, for comparing runs.
+        backend: "local" computes on plain tensors; "dtensor" applies the same plan by `parallelize_module` of torch.
+        device: where a model on the meta device goes. Default: the mesh's.
+        fsdp_root: the module inside `model` that is called, if it isn't `model` itself.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TPError: before anything is changed, for a plan that does not fit the model or is not the same on all ranks, or a
+            model that is distributed already.
+
+    Example:
+        >>> from lightning_tp.testing import single_rank_mesh
+        >>> with single_rank_mesh() as mesh:
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+        ...     parallelize(model, mesh, {"0": "colwise", "1": "rowwise"})(torch.zeros(1, 2, 4)).shape
+        torch.Size([1, 2, 4])
+    """
+    dp_mesh, tp_mesh = check_mesh(mesh)
+    check_options(activation_checkpointing, compile, dropout, backend)
+    compile = take_back(model) or compile
+    plan = resolve_plan(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
+    same_plan_everywhere(plan, mesh)
+    if tp_mesh.size() > 1 and not any_split(plan.entries) and dist.get_rank() == 0:
+        warnings.warn(splits_nothing(plan, model, tp_mesh.size()), stacklevel=2)
+    blocks = [block for _, block in find_blocks(model)]
+    again = chosen(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
+    stored = waiting(model)
+    whole_values = materialize.source_of(model, stored)
+    if whole_values is not None and backend == "dtensor":
+        raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
+    same_weights_everywhere(model, mesh)
+    axis = Axis(tp_mesh.get_group())
+    model._ltp_plan = plan  # type: ignore[assignment]
+
+    if backend == "dtensor":
+        return _parallelize_by_torch(model, mesh, plan, blocks, precision, fsdp_root)
+    split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
+    if tp_mesh.size() > 1:
+        bind_styles(model, plan, axis, loss_parallel=loss_parallel)
+    compiling = compile_blocks(blocks, compile) if compile else None
+    if activation_checkpointing is not None:
+        run_again(again, axis, activation_checkpointing)
+    shards = {name: p._ltp for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+    if dp_mesh.size() > 1:
+        apply_fsdp(fsdp_root or model, blocks, dp_mesh, precision=precision)
+    if whole_values is not None:
+        materialize.fill(model, same_values_everywhere(whole_values, mesh), shards, device or torch.device(mesh.device_type))
+    gradients = grad.PartialGradients(axis, sum_groups(plan, mesh))
+    model._ltp_adopt = _Adopt(shards, gradients)  # type: ignore[assignment]
+    adopt(model)
+    read_shards(model, stored)
+    state_dict.attach_state_dict(model)
+    if tp_mesh.size() > 1:
+        bind_dropout(model, axis, dropout)
+    if compiling is not None:
+        compiling.draws = draws_of(model)
+    return model
+
+
+def check_options(recompute: Recompute | None, compile: Compile, dropout: Dropout, backend: str) -> None:
+    """Refuse options that don't go together, or don't exist.
+
+    Raises:
+        TPError: it says which.
+    """
+    if dropout not in ("independent", "exact") or (dropout == "exact" and backend == "dtensor"):
+        raise TPError(f"`dropout={dropout!r}`: there is 'independent', and 'exact' with `backend='local'`.")
+    check_recompute(recompute)
+    if backend == "dtensor" and (recompute is not None or compile):
+        raise TPError(
+            "`backend='dtensor'` has neither activation checkpointing nor `compile`. Use `backend='local'`, or leave them out."
+        )
+    if compile and recompute == "selective":
+        raise TPError(
+            "`compile` together with `activation_checkpointing='selective'`: selective checkpointing looks at each operator, and compiled code "
+            "has none; a compiler decides by itself what is cheap enough to be computed again. Use 'block', or leave one of them out."
+        )
+    check_compile(compile)
+    if compile and dropout == "exact":
+        raise TPError("`compile` together with `dropout='exact'`, which looks into every step: leave one of them out.")
+
+
+def resolve_plan(model: nn.Module, plan: PlanLike | None, tp: int, *, sequence_parallel: bool = True) -> Plan:
+    """The checked plan for `model`: the one given, else the one that it declares.
+
+    Raises:
+        TPError: if there is neither, or it does not fit.
+    """
+    refuse_wrapped(model)
+    found = Plan.of(plan) if plan is not None else declared_plan(model, tp)
+    if found is None and tp == 1:
+        found = Plan({"**": "replicate"}, source="nothing to split over tp=1")
+    if found is None:
+        raise TPError(
+            f"There is no plan for {type(model).__name__}: none was given, and it declares none (as Hugging Face models do by "
+            "`base_model_tp_plan`). "
+            + (
+                f"It has repeated blocks ({', '.join(n for n, _ in find_blocks(model)[:3])}): say how their linear layers are split, "
+                "`plan={'layers.*.attention.wq': 'colwise', 'layers.*.attention.wo': 'rowwise', .., '**': 'replicate'}`."
+                if find_blocks(model)
+                else "It has no repeated transformer blocks either; tensor parallelism is for transformers. Use tp=1, or a plan."
+            )
+        )
+    if not sequence_parallel:
+        found = found.without_sequence_parallel()
+    return found.check(model, tp)
+
+
+def _parallelize_by_torch(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    plan: Plan,
+    blocks: list[nn.Module],
+    precision: MixedPrecisionPolicy | None,
+    fsdp_root: nn.Module | None,
+) -> nn.Module:
+    """The same plan by PyTorch's own styles, parameters as DTensors: the reference, and the way out."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    dp_mesh, tp_mesh = check_mesh(mesh)
+    tied = sorted(plan.tied)
+    if tied and any(plan.splits[n].dim is not None for n in tied if n in plan.splits):
+        raise TPError(
+            f"`backend='dtensor'`: PyTorch's styles untie `{tied[0]}` without a word. Use `backend='local'`, or untie it."
+        )
+    if tp_mesh.size() > 1:
+        parallelize_module(model, tp_mesh, plan.to_torch(model))
+    if dp_mesh.size() > 1:
+        apply_fsdp(fsdp_root or model, blocks, dp_mesh, precision=precision)
+    return model

@@ -1,0 +1,1 @@
+"""Read and write weights in the formats of other libraries: safetensors, Hugging Face, `torch.save`, distributed checkpoint."""

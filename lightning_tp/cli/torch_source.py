@@ -1,0 +1,134 @@
+"""Write a plan as Python source for `torch.distributed.tensor.parallel.parallelize_module`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_tp.core.modules.blocks import starred
+from lightning_tp.errors import TPError
+from lightning_tp.plan.plan import Plan
+
+USE_LOCAL = "Use `backend='local'`."  # the advice of `to_torch`, which is none for a file
+
+
+NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")
+
+
+def python_source(plan: Plan, model: nn.Module, target: str) -> str:
+    """A Python file with a function `parallelize(model, tp_mesh)` that splits the model by PyTorch's own styles.
+
+    Raises:
+        TPError: if torch has no counterpart of some rules; it lists their modules.
+    """
+    refused: dict[str, list[str]] = {}
+    for entry in plan.entries:
+        why = ""
+        if entry.style.name in NOT_IN_TORCH:
+            why = f"`{entry.style.name}`"
+        else:
+            try:
+                Plan(plan.rules, plan.source, (entry,), plan.tp, plan.tied).to_torch(model)
+            except TPError as error:
+                why = str(error).removeprefix(f"`{entry.where}`: ").replace(USE_LOCAL, "").strip(" .")
+        if why:
+            refused.setdefault(why, []).append(starred(entry.where))
+    tied = [name for name in sorted(plan.tied) if name in plan.splits and plan.splits[name].dim is not None]
+    if tied:
+        refused["tied weights, which torch's styles untie without a word"] = tied
+    if refused:
+        what = "; ".join(f"{', '.join(f'`{n}`' for n in dict.fromkeys(names))} ({why})" for why, names in refused.items())
+        raise TPError(
+            f"`--emit-python`: torch.distributed.tensor.parallel has no counterpart of {what}. Use `parallelize` of lightning_tp."
+        )
+    styles = {name: _style_source(style) for name, style in plan.to_torch(model).items()}
+    folded = _folded(styles, [name for name, _ in model.named_modules(remove_duplicate=False)])
+    words = sorted(
+        {word for source in folded.values() for word in re.findall(r"\b[A-Z]\w+(?=\()", source)} - {"Partial", "Replicate", "Shard"}
+    )
+    placements = sorted({word for source in folded.values() for word in re.findall(r"\b(?:Partial|Replicate|Shard)(?=\()", source)})
+    lines = [
+        f'"""How {type(model).__name__} is split over a tensor-parallel axis, in plain PyTorch.',
+        "",
+        f"Written by `lightning-tp plan {target} --tp {plan.tp} --emit-python`, from a plan that was {plan.source}. The model's",
+        f"code has to count its heads by -1: on a rank there are 1/{plan.tp} of them.",
+        *([f"Sequences have to be as long as a multiple of {plan.tp}."] if any("Shard(1)" in x for x in folded.values()) else []),
+        '"""',
+        "",
+        "from torch import nn",
+        "from torch.distributed.device_mesh import DeviceMesh",
+        *([f"from torch.distributed.tensor import {', '.join(placements)}"] if placements else []),
+        f"from torch.distributed.tensor.parallel import {', '.join([*words, 'parallelize_module'])}",
+        "",
+        "",
+        "def parallelize(model: nn.Module, tp_mesh: DeviceMesh) -> nn.Module:",
+        f'    """Split the model over the {plan.tp} ranks of `tp_mesh`, in place."""',
+        "    plan = {",
+        *(f"        {json.dumps(name)}: {source}," for name, source in folded.items()),
+        "    }",
+        "    return parallelize_module(model, tp_mesh, plan)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _folded(styles: Mapping[str, str], everything: Iterable[str]) -> dict[str, str]:
+    """One pattern for the modules of all blocks, where it stands for these and no others."""
+    groups: dict[str, list[str]] = {}
+    for name in styles:
+        groups.setdefault(starred(name), []).append(name)
+    every = Counter(starred(name) for name in everything)
+    folded: dict[str, str] = {}
+    for star, names in groups.items():
+        if len({styles[n] for n in names}) == 1 and every[star] == len(names):
+            folded[star] = styles[names[0]]
+        else:
+            folded |= {n: styles[n] for n in names}
+    return folded
+
+
+def _style_source(style: Any) -> str:
+    """The expression that makes one of torch's styles."""
+    from torch.distributed.tensor import parallel as torch_tp
+
+    if isinstance(style, (torch_tp.ColwiseParallel, torch_tp.RowwiseParallel)):
+        arrives, leaves = _placements([style.input_layouts[0], style.output_layouts[0]])
+        whole = "" if style.use_local_output else ", use_local_output=False"
+        return f"{type(style).__name__}(input_layouts={arrives}, output_layouts={leaves}{whole})"
+    if isinstance(style, torch_tp.SequenceParallel):
+        return "SequenceParallel()"
+    if isinstance(style, torch_tp.PrepareModuleInput):
+        options = []
+        if style.input_layouts:
+            options += [
+                f"input_layouts={_tuple(style.input_layouts)}",
+                f"desired_input_layouts={_tuple(style.desired_input_layouts)}",
+            ]
+        if style.input_kwarg_layouts:
+            options += [
+                f"{n}={{{', '.join(f'{json.dumps(k)}: {_placements([v])[0]}' for k, v in getattr(style, n).items())}}}"
+                for n in ("input_kwarg_layouts", "desired_input_kwarg_layouts")
+            ]
+        if style.use_local_output:
+            options.append("use_local_output=True")
+        return f"PrepareModuleInput({', '.join(options)})"
+    if isinstance(style, torch_tp.PrepareModuleOutput):
+        left, read = _tuple(style.output_layouts), _tuple(style.desired_output_layouts)
+        return f"PrepareModuleOutput(output_layouts={left}, desired_output_layouts={read})"
+    raise AssertionError(f"a style of torch that `to_torch` never makes: {type(style).__name__}")
+
+
+def _tuple(placements: Any) -> str:
+    found = _placements(placements)
+    return f"({', '.join(found)},)" if len(found) == 1 else f"({', '.join(found)})"
+
+
+def _placements(placements: Any) -> list[str]:
+    return [
+        "None" if p is None else f"Shard({p.dim})" if p.is_shard() else "Partial()" if p.is_partial() else "Replicate()"
+        for p in placements
+    ]

@@ -1,0 +1,1 @@
+"""What everything else is built on: collectives, changes to modules, operators on shards."""

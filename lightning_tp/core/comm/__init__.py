@@ -1,0 +1,1 @@
+"""The mesh, the tensor-parallel axis, and the collectives on it."""

@@ -1,0 +1,76 @@
+"""The tensor-parallel axis as one rank sees it, and how a length is cut into shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.compiler import is_compiling
+
+State = Literal["replicate", "gathered", "sequence", "width", "partial"]
+
+
+SEQUENCE_DIM = 1
+
+
+class Axis:
+    """The tensor-parallel axis as one rank sees it: its process group, the rank's place, and the length of the sequence.
+
+    Args:
+        group: the process group of the axis.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = group.rank()
+        self.size = group.size()
+        self.seq_len: int | None = None  # of the sequence that is in shards now
+        self.seq_len_changed = False  # to another whose shards are as long: a shard does not tell which it is of
+        self.on_backward: Callable[[], None] | None = None  # see grad.PartialGradients
+        self.sum: Callable[[Tensor, bool], Tensor] | None = None  # how terms are added up instead, see recompute.py
+        self.summing = False  # a product runs whose terms will be added up
+        self._shared: tuple[Tensor, tuple[int, bool, bool], Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        memo[id(self)] = twin = Axis(self.group)  # a process group can't be copied; a copied model talks over the same one
+        return twin
+
+    def share(self, x: Tensor, enter: Callable[[Tensor, Axis], Tensor]) -> Tensor:
+        """`enter(x)`, computed once for all the modules that are handed the very same `x` (q, k and v; gate and up).
+
+        One collective forward instead of three, and one backward: autograd adds the three gradients before it.
+        """
+        if is_compiling():
+            return self._share(x, enter)
+        if x.is_inference():
+            return enter(x, self)  # counts no versions: it could have been written to
+        state = (x._version, x.requires_grad, torch.is_grad_enabled())
+        shared = self._shared
+        if shared is not None and shared[0] is x and shared[1] == state:
+            return shared[2]
+        y = enter(x, self)
+        self._shared = (x, state, y)
+        return y
+
+    @torch.compiler.disable
+    def _share(self, x: Tensor, enter: Callable[[Tensor, Axis], Tensor]) -> Tensor:
+        return self.share(x, enter)
+
+    def forget(self) -> None:
+        """Let go of the activation that `share` keeps, when its readers have read it."""
+        self._shared = None
+
+
+def even_shard(length: int, rank: int, tp: int) -> range:
+    """The indices that `rank` holds of a dim of this length: ceil(length / tp) each, as `torch.chunk`, the last ones less.
+
+    Example:
+        >>> [len(even_shard(341, r, 2)) for r in range(2)]
+        [171, 170]
+    """
+    shard = math.ceil(length / tp)
+    return range(min(rank * shard, length), min((rank + 1) * shard, length))

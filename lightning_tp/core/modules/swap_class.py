@@ -1,0 +1,45 @@
+"""Give one module a subclass of its own class."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import nn
+
+
+def become(module: nn.Module, mixin: type, **attributes: Any) -> None:
+    """Let this one module run through `mixin.forward`: a subclass of its own class, as FSDP2 does it.
+
+    Replacing the class costs nothing at run time (a hook does), and survives `copy.deepcopy` (a replaced `forward` does not). A mixin that
+    is a layer itself (an `nn.Embedding`) takes that layer's place under the module's class: what a subclass adds stays.
+    """
+    try:
+        module.__class__ = _subclass(mixin, type(module))  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
+    except TypeError:  # "object layout differs": its class has other bases before nn.Module
+        module.__class__ = _grafted(mixin, type(module))  # type: ignore[arg-type]
+    for name, value in attributes.items():
+        module.__dict__[name] = value
+
+
+@cache
+def _subclass(mixin: type, cls: type) -> type:
+    layer = mixin.__mro__[1]
+    beneath = layer is nn.Embedding and layer is not cls and issubclass(cls, layer)
+    bases = (cls, mixin) if beneath else (mixin,) if issubclass(mixin, cls) else (mixin, cls)
+    return type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", bases, {"__module__": cls.__module__})
+
+
+@cache
+def _grafted(mixin: type, cls: type) -> type:
+    """A subclass of `cls` alone, with the functions of `mixin`, whose `super()` is `cls`."""
+    made = type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", (cls,), {"__module__": cls.__module__})
+    for name, f in vars(mixin).items():
+        if isinstance(f, FunctionType):
+            cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
+            closure = tuple(CellType(made) if n == "__class__" else c for n, c in cells)
+            twin = FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, closure)
+            twin.__kwdefaults__ = f.__kwdefaults__
+            setattr(made, name, twin)
+    return made

@@ -1,0 +1,1 @@
+"""Operators on sharded activations: split logits and their losses, random numbers, attention."""

@@ -1,0 +1,1 @@
+"""From a trace to bytes, FLOPs, communication and seconds on given hardware."""

@@ -1,0 +1,1 @@
+"""Plots, pictures and HTML reports of estimates and plans."""

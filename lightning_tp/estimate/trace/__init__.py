@@ -1,0 +1,1 @@
+"""Trace one training step of one rank on the meta device."""

@@ -1,0 +1,68 @@
+"""Which plan a model gets that was given none: what it declares, if that is right and good, else what is inferred."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from lightning_tp.core.modules.snapshot import Weightless, as_it_was, has_more_than, modules_as_they_were
+from lightning_tp.errors import TPError
+from lightning_tp.infer import infer_by_call
+from lightning_tp.infer.dry_run import try_on_a_rank
+from lightning_tp.infer.repeats import alike_blocks
+from lightning_tp.infer.search import MOST_REAL
+from lightning_tp.plan.check import INFERRED
+from lightning_tp.plan.declared import declared_plan
+from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.table import numels
+
+AS_GOOD = 1.01  # of what a rank holds by the inferred plan: up to this, what the model's authors have declared is taken
+
+
+def choose_plan(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, tp: int) -> Plan:
+    """The plan of a model that runs by `call(model, inputs)`.
+
+    What it declares is checked against its modules and tried on a rank's shards, and compared with what can be inferred: a declaration
+    often splits the embedding only, or gathers queries and keys so that every rank computes all heads. The one by which a rank holds less
+    is taken, weights first, then activations, and says so as its `source`.
+
+    Raises:
+        TPError: if there is neither; with the reason why nothing could be inferred.
+    """
+    declared = _usable(model, call, inputs, tp)
+    try:
+        inferred = infer_by_call(model, call, inputs, tp)
+    except TPError:
+        if declared is None:
+            raise
+        return declared
+    if declared is None:
+        return inferred
+    total, by_declared = numels(declared)
+    by_inferred = numels(inferred.check(model, tp))[1]
+    if by_declared > AS_GOOD * by_inferred:
+        why = f"a rank holds {by_inferred / total:.0%} of the weights; as {declared.source}, {by_declared / total:.0%}"
+    elif inferred.sequence_parallel and not declared.sequence_parallel:
+        why = f"as {declared.source}, and with sequence parallelism"
+    else:
+        return declared
+    return Plan(inferred.rules, f"{INFERRED}: {why}")
+
+
+def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, tp: int) -> Plan | None:
+    """What the model declares, checked, if it fits and runs."""
+    try:
+        declared = declared_plan(model, tp)
+        if declared is None:
+            return None
+        declared = declared.check(model, tp)
+    except TPError:
+        return None  # not believed
+    large = has_more_than(model, MOST_REAL)
+    with as_it_was(model):
+        with Weightless(model) if large else nullcontext(), modules_as_they_were(model):
+            alike = alike_blocks(model, call, inputs)
+        return declared if try_on_a_rank(model, call, inputs, declared, tp, alike) is None else None

@@ -1,0 +1,1 @@
+"""Infer where activations can be sharded along the sequence."""

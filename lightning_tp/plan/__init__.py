@@ -1,0 +1,1 @@
+"""Plans: rules as written, and as checked against a model."""

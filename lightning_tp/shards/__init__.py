@@ -1,0 +1,1 @@
+"""A parameter and its shard: state dicts, gradients, norms, optimizer states."""

@@ -1,0 +1,174 @@
+"""Norms of whole gradients from their shards, and clipping by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_tp._compat import local_tensor, wrap_total_norm
+from lightning_tp.errors import TPError
+from lightning_tp.shards.gradients import PartialGradients
+from lightning_tp.shards.shard import Shard
+
+_applied: WeakSet[PartialGradients] = WeakSet()  # of the models that live; weak references to parameters would pin them
+
+
+def register(gradients: PartialGradients) -> None:
+    """Let `torch.nn.utils.clip_grad_norm_`, however it was imported, take the norm of the whole gradients of these."""
+    _applied.add(gradients)
+    wrap_total_norm(_norm_of_applied)
+
+
+def _norm_of_applied(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def get_total_norm(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Tensor:
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        of = {id(p.grad): p._ltp for gradients in _applied for p in gradients.parameters}  # type: ignore[attr-defined]
+        known = [(of[id(t)], t) for t in tensors if id(t) in of]
+        if not known:
+            return own(tensors, norm_type, error_if_nonfinite, foreach)
+        if len(known) != len(tensors):
+            raise TPError(
+                f"The norm is asked of {len(tensors)} gradients together, of which {len(known)} belong to a split model: clip the "
+                "others by themselves."
+            )
+        return _whole_norm(known, norm_type, error_if_nonfinite)
+
+    return get_total_norm
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[torch.nn.Parameter], norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
+    """The norm of the whole gradients, as one process would have it: each element counted once; one all-reduce an axis.
+
+    Args:
+        parameters: of a model that `parallelize` was applied to.
+        norm_type: p of the p-norm; `inf` for the largest element.
+        error_if_nonfinite: raise if the norm is not finite.
+
+    Returns:
+        A scalar, equal on all ranks. torch's counterpart is `torch.nn.utils.get_total_norm`.
+    """
+    known = [(p._ltp, p.grad) for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
+    return _whole_norm(known, norm_type, error_if_nonfinite)
+
+
+@torch.no_grad()
+def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
+    """The norm of each parameter's whole gradient, and of all together: names and values that `grad_norm` of Lightning has in one process.
+
+    `lightning.pytorch.utilities.grad_norm` does the same on a split model, through this. One all-reduce an axis for all of them.
+
+    Args:
+        module: that `parallelize` was applied to, or a part of it. Every rank has to ask.
+        norm_type: p of the p-norm; `inf` for the largest element.
+        group_separator: stands between "grad_2.0_norm" and the parameter's name.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> {name: f"{norm:.3f}" for name, norm in grad_norms(layer).items()}
+        {'grad_2.0_norm/weight': '1.414', 'grad_2.0_norm_total': '1.414'}
+    """
+    order = float(norm_type)
+    if order <= 0:
+        raise TPError(f"`norm_type={norm_type!r}`: give a number above 0, or 'inf'.")
+    named = [(n, p, p.grad) for n, p in module.named_parameters() if p.grad is not None]
+    if not named:
+        return {}
+    largest = order == float("inf")
+    each, groups = [], {}
+    for _, p, grad in named:
+        shard = getattr(p, "_ltp", None)
+        local = local_tensor(grad)
+        parts = [(local, 1)] if shard is None else shard.parts_by_copies(local)
+        norms = [(_norms([part], order)[0], copies) for part, copies in parts if part.numel()]
+        zero = torch.zeros((), device=local.device, dtype=torch.float64 if local.dtype == torch.float64 else torch.float32)
+        each.append(
+            max((norm for norm, _ in norms), default=zero)
+            if largest
+            else sum((norm.pow(order) / copies for norm, copies in norms), zero)
+        )
+        groups.update({id(group): group for group in (() if shard is None else shard.groups) if group.size() > 1})
+    total = torch.stack([t.to(each[0].dtype) for t in each])
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    for group in groups.values():
+        group.allreduce([total], options).wait()
+    all_together = total.max() if largest else total.sum().pow(1 / order)
+    total = total if largest else total.pow(1 / order)
+    found = {f"grad_{order}_norm{group_separator}{name}": norm for (name, _, _), norm in zip(named, total, strict=True)}
+    return {**found, f"grad_{order}_norm_total": all_together}
+
+
+@torch.no_grad()
+def _whole_norm(gradients: list[tuple[Shard, Tensor]], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    if not gradients:
+        return torch.zeros(())
+    parts: list[Tensor] = []
+    shares: list[float] = []  # of an element that n ranks hold, each counts 1/n
+    for shard, grad in gradients:
+        if shard.split.sum_rows is None:
+            parts.append(local_tensor(grad))
+            shares.append(1 / shard.copies)
+        else:
+            for part, copies in shard.parts_by_copies(local_tensor(grad)):
+                parts.append(part)
+                shares.append(1 / copies)
+    if norm_type == float("inf"):
+        some = [part for part in parts if part.numel()] or [parts[0].new_zeros(1)]  # a rank may hold nothing
+        total, op = _norms(some, norm_type).max(), dist.ReduceOp(dist.ReduceOp.MAX)
+    else:
+        norms = _norms(parts, norm_type)
+        total, op = (
+            torch.dot(norms.pow(norm_type), _vector(tuple(shares), norms.device, norms.dtype)),
+            dist.ReduceOp(dist.ReduceOp.SUM),
+        )
+    options = dist.AllreduceOptions()
+    options.reduceOp = op
+    for group in gradients[0][0].groups:
+        if group.size() > 1:
+            group.allreduce([total], options).wait()
+    norm = total if norm_type == float("inf") else total.pow(1.0 / norm_type)
+    if error_if_nonfinite and not bool(norm.isfinite()):
+        raise RuntimeError(f"The gradient norm of order {norm_type} is {float(norm)}: it can't be clipped.")
+    return norm
+
+
+def _norms(parts: list[Tensor], norm_type: float) -> Tensor:
+    """The norm of each, as one float32 vector (float64 for float64)."""
+    if len({t.dtype for t in parts}) == 1:
+        half = parts[0].dtype in (torch.float16, torch.bfloat16)
+        return torch.stack(torch._foreach_norm(parts, norm_type, dtype=torch.float32 if half else None))
+    return torch.stack([torch.linalg.vector_norm(t, norm_type, dtype=torch.float32) for t in parts])
+
+
+@lru_cache(maxsize=8)
+def _vector(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """These numbers on the device; kept, since a model asks for the same ones at every step."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.nn.Parameter | Iterable[torch.nn.Parameter], max_norm: float, norm_type: float = 2.0
+) -> Tensor:
+    """Scale all gradients in place so that their norm is at most `max_norm`; returns the norm before. See `grad_norm`.
+
+    Counterpart of `torch.nn.utils.clip_grad_norm_` (which does the same on a split model, through this).
+    """
+    parameters = [parameters] if isinstance(parameters, torch.nn.Parameter) else parameters
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = grad_norm(parameters, norm_type)
+    if not parameters:
+        return norm
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_tensor(p.grad) for p in parameters], scale)  # type: ignore[arg-type]
+    return norm

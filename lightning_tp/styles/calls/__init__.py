@@ -1,0 +1,1 @@
+"""Run a module whose code hard-codes full sizes with local ones."""

@@ -1,0 +1,149 @@
+"""Precision under a Trainer: what Lightning refuses for a model-parallel strategy, and a scaler of which all ranks think the same.
+
+`32-true`, `bf16-true` and `16-true` are Lightning's own plugins. Here are `16-mixed` and `bf16-mixed`, whose gradients are clipped after they
+were unscaled, whatever the optimizer, and the permission for `16-mixed` and `64-true`. What FSDP2 gathers and sums in is `fsdp_policy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
+
+from lightning_tp._compat import OptState, local_tensor, non_finite_check_and_unscale_
+from lightning_tp.errors import TPError
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+def precision_of(plugin: Precision | None) -> Precision | None:
+    """The plugin that does the same on a mesh of ranks: Lightning's own where that is right."""
+    if type(plugin) is not MixedPrecision:
+        return plugin
+    scaler = MeshGradScaler.like(plugin.scaler) if type(plugin.scaler) is GradScaler else plugin.scaler
+    return MeshMixedPrecision(plugin.precision, plugin.device, scaler)  # type: ignore[arg-type]  # Lightning says str
+
+
+def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
+    """FSDP2's policy for a Trainer's precision: what it gathers and computes in is half, what it sums in is float32.
+
+    Example:
+        >>> fsdp_policy("16-mixed").param_dtype, fsdp_policy("16-mixed").reduce_dtype
+        (torch.float16, torch.float32)
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if precision in ("bf16-mixed", "16-mixed"):
+        half = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+        return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if precision in ("bf16-true", "16-true"):
+        return MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy()
+
+
+class MeshMixedPrecision(MixedPrecision):
+    """Lightning's, with a scaler for all ranks, and gradients that are unscaled before anything clips them.
+
+    Lightning leaves unscaling to optimizers that can do it (`fused=True`), and refuses to clip their gradients, even where there is no scaler; with
+    `automatic_optimization=False` it clips gradients that are still scaled.
+    """
+
+    def span(self, groups: Iterable[dist.ProcessGroup]) -> None:
+        """The groups over which a gradient that is not finite is everybody's: those of both axes."""
+        if isinstance(self.scaler, MeshGradScaler):
+            self.scaler.groups = tuple(group for group in groups if group.size() > 1)
+
+    @override
+    def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        if self.scaler is not None:
+            self._unscale(optimizer)
+        super(MixedPrecision, self).clip_gradients(optimizer, *args, **kwargs)
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        if self.scaler is None:
+            return super().optimizer_step(optimizer, model, closure, **kwargs)
+        if isinstance(optimizer, LBFGS):
+            raise TPError(
+                "`precision='16-mixed'`: LBFGS evaluates its closure several times a step, which a gradient scaler can't follow."
+            )
+        result = closure()
+        skipped = result is None and model.automatic_optimization  # the step returned None: there was no backward
+        if not skipped:
+            self._unscale(optimizer)
+        self._after_closure(model, optimizer)
+        if skipped:
+            return result
+        done = self.scaler.step(optimizer, **kwargs)  # not taken where a gradient on any rank is not finite
+        self.scaler.update()
+        return done
+
+    def _unscale(self, optimizer: Optimizer) -> None:
+        assert self.scaler is not None
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # LightningOptimizer, in manual optimization
+        if self.scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            self.scaler.unscale_(optimizer)
+
+
+MeshMixedPrecision.__qualname__ = MixedPrecision.__qualname__  # under which a checkpoint has the scale: that of one process fits
+
+
+class MeshGradScaler(GradScaler):
+    """torch's, for gradients of which each rank has its shards: what one rank finds not to be finite, all ranks know.
+
+    So all ranks skip the same steps and have the same scale. One all-reduce an axis for each optimizer step.
+    """
+
+    groups: tuple[dist.ProcessGroup, ...] = ()
+
+    @classmethod
+    def like(cls, other: GradScaler) -> MeshGradScaler:
+        """One with the same settings."""
+        return cls(
+            other._device,
+            init_scale=other._init_scale,
+            growth_factor=other._growth_factor,
+            backoff_factor=other._backoff_factor,
+            growth_interval=other._growth_interval,
+            enabled=other._enabled,
+        )
+
+    @override
+    @torch.no_grad()
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.dtype == torch.float16 and not allow_fp16:
+                    raise TPError(
+                        f"`precision='16-mixed'`: the gradient of `{getattr(getattr(p, '_ltp', None), 'name', 'a parameter')}` is float16, so the "
+                        "parameter is: mixed precision keeps parameters in float32. Don't call `.half()` on the model, or use "
+                        "`precision='16-true'`."
+                    )
+                grad = local_tensor(p.grad)
+                by_dtype.setdefault(grad.dtype, []).append(grad)
+        if not by_dtype:
+            return {}
+        found_inf = found_inf.to(next(iter(by_dtype.values()))[0].device)
+        for grads in by_dtype.values():
+            non_finite_check_and_unscale_(grads, found_inf, inv_scale.to(found_inf.device))
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        for ranks in self.groups:
+            ranks.allreduce([found_inf], options).wait()
+        return {found_inf.device: found_inf}

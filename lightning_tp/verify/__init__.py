@@ -1,0 +1,1 @@
+"""Compare a split model with the same model in one process."""

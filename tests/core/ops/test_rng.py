@@ -1,0 +1,229 @@
+"""Random streams of the ranks: equal inside a tensor-parallel group, different over the data-parallel axis; own ones; saved ones."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import lightning_tp as ltp
+from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
+from lightning_tp.core.ops.rng import on_own_stream, rng_state, seed_mesh, set_rng_state
+from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from lightning_tp.testing.fixtures import run_if
+
+
+@pytest.mark.parametrize("seeded", ["alike", "each by its rank", "not at all"])
+def test_streams_of_the_ranks(seeded: str) -> None:
+    def body() -> Tensor:
+        mesh = make_mesh("cpu", 2, 2)
+        if seeded != "not at all":
+            torch.manual_seed(dist.get_rank() if seeded == "each by its rank" else 0)
+        seed_mesh(mesh)
+        return torch.randn(4)
+
+    a, b, c, d = run_ranks(body, 4)
+    assert torch.equal(a, b) and torch.equal(c, d) and not torch.equal(a, c)
+    if seeded != "not at all":
+        torch.manual_seed(0)
+        assert torch.equal(a, torch.randn(4))
+
+
+def test_the_first_goes_on_as_one_process() -> None:
+    """From where it stands, not from its seed."""
+
+    def body() -> Tensor:
+        torch.manual_seed(5)
+        torch.randn(dist.get_rank() * 7 + 3)
+        seed_mesh(make_mesh("cpu", 2, 1))
+        return torch.randn(4)
+
+    first, second = run_ranks(body, 2)
+    torch.manual_seed(5)
+    torch.randn(3)
+    assert torch.equal(first, torch.randn(4)) and not torch.equal(first, second)
+
+
+class Net(nn.Module):
+    """Dropout on whole activations, between split layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.up, self.down, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.dropout(self.embed(tokens), 0.5, self.training)
+        return self.head(F.dropout(self.down(self.up(x).relu()), 0.5, self.training))
+
+
+def test_dropout_of_whole_activations_is_that_of_one_process() -> None:
+    plan = {"embed": "vocab_embedding", "up": "colwise", "down": "rowwise", "head": "vocab_head"}
+    tokens = torch.arange(12).view(2, 6) % 11
+
+    def loss(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+
+    whole = randomize_(Net())
+    torch.manual_seed(1)
+    ref = loss(whole)
+    ref.backward()
+
+    def body() -> None:
+        mesh = make_mesh("cpu", 1, 2)
+        model = ltp.parallelize(randomize_(Net()), mesh, plan)
+        torch.manual_seed(1 + dist.get_rank())
+        seed_mesh(mesh)
+        out = loss(model)
+        assert out.item() == pytest.approx(ref.item(), rel=1e-5)
+        out.backward()
+        assert_trees_close(ltp.full_gradients(model), ltp.full_gradients(whole), rtol=1e-4)
+        assert mesh.get_local_rank(DATA_PARALLEL) == 0
+
+    run_ranks(body, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ own streams
+
+
+def own_streams(device: str) -> None:
+    where = torch.device(device)
+    draw = lambda rank, n=8: on_own_stream(rank, where, lambda: torch.rand(n, device=where))  # noqa: E731
+    torch.manual_seed(0)
+    if where.type == "cuda":
+        torch.cuda.manual_seed(0)
+    generator = torch.cuda.default_generators[0] if where.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    first = [draw(0), draw(0), draw(0)]
+    after = torch.rand(4, device=where)
+    generator.set_state(state)
+    second = [draw(1), draw(1, 3), draw(1, 100)]  # shards of other sizes: the shared stream goes on alike
+    assert torch.equal(after, torch.rand(4, device=where))
+    assert len({tuple(t[:3].tolist()) for t in (*first, *second)}) == 6
+    generator.set_state(state)
+    assert torch.equal(draw(0), first[0])  # replayed
+    seed = generator.initial_seed()
+    with pytest.raises(ZeroDivisionError):
+        on_own_stream(0, where, lambda: 1 / 0)
+    assert generator.initial_seed() == seed
+    generator.set_state(state)
+    many = torch.stack([draw(rank, 1000) for rank in range(16) for _ in range(16)]).double()
+    assert many.mean().item() == pytest.approx(0.5, abs=5e-3)
+    off = torch.corrcoef(many).fill_diagonal_(0).abs().max().item()  # no two of them alike
+    assert off < 0.2
+
+
+def test_own_streams() -> None:
+    own_streams("cpu")
+
+
+@run_if(min_gpus=1)
+def test_own_streams_on_a_gpu() -> None:
+    own_streams("cuda:0")
+
+
+# ------------------------------------------------------------------------------------------------------ saved and restored
+
+
+def draws() -> tuple[float, float, float]:
+    return torch.rand(()).item(), random.random(), float(numpy.random.rand())
+
+
+def test_states_of_all_coordinates(tmp_path: Path) -> None:
+    def body() -> list[tuple[float, float, float]]:
+        mesh = make_mesh("cpu", 2, 2)
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(dist.get_rank())
+        draws()
+        state = rng_state(mesh)
+        if dist.get_rank() == 0:
+            torch.save(state, tmp_path / "state.pt")
+        dist.barrier()
+        expected = draws()
+        set_rng_state(mesh, torch.load(tmp_path / "state.pt", weights_only=True))
+        assert draws() == expected
+        with pytest.raises(ltp.TPError, match="a mesh of 2 x 2 ranks can't be given to one of 1 x 4"):
+            set_rng_state(make_mesh("cpu", 1, 4), state)
+        return [expected]
+
+    ranks = run_ranks(body, 4)
+    assert len({each for (each,) in ranks}) == 4
+
+
+class Dropped(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = randomize_(MLP())
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        tokens = batch["tokens"]
+        return F.cross_entropy(self.model(tokens).flatten(0, 1), tokens.flatten())
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(outputs["loss"].item())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class MLP(Net):
+    """Dropout on whole activations, and on shards."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.dropout(self.embed(tokens), 0.5, self.training)
+        return self.head(self.down(F.dropout(self.up(x).relu(), 0.5, self.training)))
+
+
+PLAN = {"embed": "vocab_embedding", "up": "colwise", "down": "rowwise", "head": "vocab_head"}
+QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "distributed"),
+    [((1, 2), True), ((1, 2), False), ((2, 2), True), pytest.param((2, 2), False, marks=pytest.mark.slow)],
+    ids=["tp2-folder", "tp2-file", "2x2-folder", "2x2-file"],
+)
+def test_a_resumed_run_drops_what_the_uninterrupted_one_did(mesh: tuple[int, int], distributed: bool, tmp_path: Path) -> None:
+    """From the end of an epoch and from the middle of one; on another mesh it goes on, differently."""
+
+    def fit(mesh: tuple[int, int], start: Path | None, save: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+        torch.manual_seed(5)
+        saves = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=mesh[0] * mesh[1],
+            strategy=ltp.TPStrategy(tp=mesh[1], plan=PLAN, save_distributed_checkpoint=distributed),
+            max_epochs=2,
+            callbacks=[saves] if save else [],
+            enable_checkpointing=save,
+            **QUIET,
+        )
+        module = Dropped()
+        items = [ltp.RandomTokens(1, 6, 11)[0]] * 12  # all alike: Lightning begins the data anew in the middle of an epoch
+        trainer.fit(module, DataLoader(items, batch_size=4 // mesh[0], num_workers=0), ckpt_path=start)
+        return module.losses, ltp.full_state_dict(module)
+
+    def body() -> None:
+        losses, weights = fit(mesh, None, save=True)
+        saved = {int(p.stem.rpartition("=")[2]): p for p in tmp_path.glob("*.ckpt")}
+        assert sorted(saved) == [1, 2, 3, 4, 5, 6]
+        for step in (3, 2, 4):
+            again, end = fit(mesh, saved[step])
+            assert again == losses[step:], (step, again, losses)
+            assert all(torch.equal(t, weights[n]) for n, t in end.items())
+        if mesh == (2, 2):
+            again, _ = fit((4, 1), saved[3])
+            assert again != losses[3:] and len(again) == 3
+
+    run_ranks(body, mesh[0] * mesh[1], init=False)

@@ -1,0 +1,553 @@
+"""A plan held against a model: what it fills in, what it conserves, and everything that it refuses, with numbers and remedies."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import parallelize_module
+
+import lightning_tp as ltp
+from examples.llama import PLAN, Llama, LlamaConfig
+from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.rule import Rule
+from lightning_tp.styles import Colwise, FusedColwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Split
+from lightning_tp.testing import fake_world, run_ranks
+from tests.harness import mesh
+
+SMALL = LlamaConfig(vocab_size=61, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=36, max_seq_len=32)
+
+
+def tiny(**changes: Any) -> Llama:
+    return Llama(LlamaConfig(**{**SMALL.__dict__, **changes}))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.norm(x)).relu())
+
+
+def blocks(**kwargs: Any) -> nn.Module:
+    return nn.ModuleDict({"blocks": nn.ModuleList(MLP(**kwargs) for _ in range(2))})
+
+
+def refuses(rules: Any, model: nn.Module, *messages: str, tp: int = 2) -> str:
+    """The plan is refused, and the message has all of these."""
+    with pytest.raises(ltp.TPError) as error:
+        Plan.of(rules if not isinstance(rules, list) else Plan(rules)).check(model, tp)
+    for message in messages:
+        assert message in str(error.value), f"not {message!r} in: {error.value}"
+    return str(error.value)
+
+
+SPLIT = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise"}
+
+# ------------------------------------------------------------------------------------------------------- what is held
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied": True}, {"bias": True, "hidden_dim": 341, "vocab_size": 1003}, {"num_kv_heads": 1}], ids=str
+)
+def test_conservation(tp: int, changes: dict[str, Any]) -> None:
+    """The ranks' shards of a split parameter are all of it, each element as often as heads are shared; the rest is whole."""
+    model = tiny(**changes)
+    plan = Plan(PLAN).check(model, tp)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert plan.splits.keys() == plan.shapes.keys() == parameters.keys()
+    kv_copies = max(1, tp // model.config.num_kv_heads)
+    for name, p in parameters.items():
+        split, shape = plan.splits[name], plan.shapes[name]
+        assert shape == tuple(p.shape)
+        held = [math.prod(split.local_shape(shape, rank)) for rank in range(tp)]
+        copies = kv_copies if ".wk." in name or ".wv." in name else 1
+        if "norm" in name or name.endswith(("wo.bias", "w2.bias")):
+            assert split.dim is None and held == [p.numel()] * tp
+        else:
+            assert split.dim is not None and sum(held) == p.numel() * copies, name
+        seen = torch.zeros(shape)
+        for rank in range(tp):
+            mine = torch.zeros(shape)
+            split.put(mine, torch.ones(split.local_shape(shape, rank)), rank)
+            seen += mine
+        assert bool((seen == (tp if split.dim is None else copies)).all()), name
+    assert plan.tied == (frozenset({"output.weight"}) if changes.get("tied") else frozenset())
+    numels = [
+        sum(math.prod(s.local_shape(plan.shapes[n], r)) for n, s in plan.splits.items() if n not in plan.tied) for r in range(tp)
+    ]
+    assert max(numels) < sum(p.numel() for p in model.parameters()) or tp == 1
+
+
+def test_any_width_and_any_vocabulary() -> None:
+    plan = Plan(PLAN).check(tiny(hidden_dim=341, vocab_size=1003), tp=4)
+    assert [plan.splits["layers.0.feed_forward.w1.weight"].length(r) for r in range(4)] == [86, 86, 86, 83]
+    assert plan.splits["layers.0.feed_forward.w2.weight"].dim == 1
+    assert [plan.splits["output.weight"].length(r) for r in range(4)] == [251, 251, 251, 250]
+    assert plan.splits["output.weight"] == plan.splits["tok_embeddings.weight"]
+
+
+def test_local_shapes_on_real_ranks_are_those_of_the_plan() -> None:
+    def body() -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        rank, model = dist.get_rank(), tiny(hidden_dim=341, vocab_size=1003, bias=True)
+        plan = Plan(PLAN).check(model, 4)
+        ltp.parallelize(model, mesh(), PLAN)
+        return [(n, tuple(p.shape), plan.splits[n].local_shape(plan.shapes[n], rank)) for n, p in model.named_parameters()]
+
+    for rank in run_ranks(body, 4):
+        assert rank and [name for name, has, planned in rank if has != planned] == []
+
+
+def test_entries_are_in_the_order_of_the_model() -> None:
+    entries = Plan(PLAN).check(tiny(), tp=2).entries
+    order = [name for name, _ in tiny().named_modules()]
+    assert [e.where for e in entries] == sorted((e.where for e in entries), key=order.index)
+
+
+# --------------------------------------------------------------------------------------------------- what is filled in
+
+
+def styles(plan: Plan) -> dict[str, Any]:
+    return {e.where: e.style for e in plan.entries if e.style.splits_parameters}
+
+
+def test_the_stream_decides_what_arrives_and_what_leaves() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8), MLP(), nn.Linear(8, 10))
+    rules = {"0": "vocab_embedding", "1.up": "colwise", "1.down": "rowwise", "2": "vocab_head"}
+    whole = styles(Plan({**rules, "1.norm": "replicate"}).check(model, tp=2))
+    assert whole["0"].output == whole["1.down"].output == "replicate"
+    assert whole["1.up"].input == whole["2"].input == "replicate"
+    shards = styles(Plan({**rules, "1.norm": "sequence"}).check(model, tp=2))
+    assert shards["0"].output == shards["1.down"].output == "sequence"
+    assert shards["1.up"].input == shards["2"].input == "sequence"
+
+
+def test_a_door_is_found_where_the_input_can_be_gathered_once() -> None:
+    plan = Plan(PLAN).check(tiny(), tp=2)
+    doors = {e.where: e for e in plan.entries if isinstance(e.style, PrepareInput)}
+    assert list(doors) == [f"layers.{i}.{part}" for i in range(2) for part in ("attention", "feed_forward")]
+    assert doors["layers.0.attention"].style == PrepareInput(arrives="sequence", wanted="gathered")
+    assert doors["layers.0.attention"].reason == "gathered once for wq, wk, wv; wo sums"
+    assert styles(plan)["layers.0.attention.wq"].input == "gathered"
+    assert not any(isinstance(e.style, PrepareInput) for e in Plan(PLAN).without_sequence_parallel().check(tiny(), tp=2).entries)
+
+
+def test_no_door_around_a_norm_on_shards_of_the_sequence() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList(MLP() for _ in range(2))})
+    plan = Plan({**SPLIT, "blocks.*.norm": "sequence"}).check(model, tp=2)
+    assert styles(plan)["blocks.0.up"].input == "sequence"  # it gathers for itself
+    assert not any(isinstance(e.style, PrepareInput) for e in plan.entries)
+
+
+def test_a_door_that_is_given_is_not_doubled() -> None:
+    rules = {**PLAN, "layers.*.attention": PrepareInput(arg="x")}
+    plan = Plan(rules).check(tiny(), tp=2)
+    doors = [e.style for e in plan.entries if e.where == "layers.1.attention"]
+    assert doors == [PrepareInput(arrives="sequence", arg="x")]
+    assert styles(plan)["layers.1.attention.wq"].input == "gathered"
+
+
+class Heads(nn.Module):
+    def __init__(self, heads: int, kv_heads: int, size: int, **attributes: int) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, heads * size), nn.Linear(8, kv_heads * size)
+        self.v, self.o = nn.Linear(8, kv_heads * size), nn.Linear(heads * size, 8)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+QKV = {"attn.q": "colwise", "attn.k": "colwise", "attn.v": "colwise", "attn.o": "rowwise"}
+
+
+@pytest.mark.parametrize(
+    "attributes, found",
+    [
+        ({"head_dim": 6}, True),
+        ({"head_size": 6}, True),
+        ({"d_head": 6}, True),
+        ({"attention_head_size": 6}, True),
+        ({"num_heads": 4}, True),
+        ({"n_heads": 4}, True),
+        ({"n_head": 4}, True),
+        ({"num_attention_heads": 4}, True),
+        ({"nhead": 4}, True),
+        ({"head_dim": 6, "num_heads": 99}, True),
+        ({"head_dim": 5}, False),  # does not divide them: it means something else
+        ({"num_heads": 5}, False),
+        ({"num_heads": 0}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_heads_are_found_by_the_sizes_that_the_module_stores(attributes: dict[str, int], found: bool) -> None:
+    model = nn.ModuleDict({"attn": Heads(4, 2, 6, **attributes)})
+    of = styles(Plan(QKV).check(model, tp=2))
+    q, k = ((4, 4), (2, 4)) if found else ((None, None), (None, None))
+    assert (of["attn.q"].heads, of["attn.q"].query_heads) == q
+    assert (of["attn.k"].heads, of["attn.k"].query_heads) == (of["attn.v"].heads, of["attn.v"].query_heads) == k
+
+
+def test_heads_that_are_given_stay() -> None:
+    model = nn.ModuleDict({"attn": Heads(4, 2, 6, head_dim=6)})
+    of = styles(Plan({**QKV, "attn.k": Colwise(heads=1, query_heads=4)}).check(model, tp=2))
+    assert of["attn.k"].heads == 1 and of["attn.v"].heads == 2
+
+
+def test_an_mlp_has_no_heads_and_neither_has_a_gathered_output() -> None:
+    model = nn.ModuleDict({"attn": Heads(4, 1, 6, head_dim=6), "mlp": MLP(hidden=341)})
+    rules = {**QKV, "mlp.up": "colwise", "mlp.down": "rowwise", "**": "replicate"}
+    gathered = {"attn.q": Colwise(output="replicate"), "attn.k": Colwise(output="replicate"), "attn.o": Rowwise(input="replicate")}
+    plan = Plan({**rules, **gathered}).check(model, tp=2)
+    assert styles(plan)["mlp.up"].heads is None
+    assert plan.splits["attn.k.weight"].ranges == (((0, 3),), ((3, 6),))
+    assert plan.splits["attn.v.weight"].ranges == (((0, 6),), ((0, 6),))
+
+
+def test_which_whole_parameters_have_a_share_of_their_gradient() -> None:
+    class Attention(Heads):
+        def __init__(self) -> None:
+            super().__init__(4, 4, 6, head_dim=6)
+            self.q_norm, self.norm = nn.LayerNorm(6), nn.LayerNorm(8)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.norm = Attention(), nn.LayerNorm(8)
+
+    rules = {**QKV, "**": "replicate"}
+    plan = Plan(rules).check(Model(), tp=2)
+    sums = {name: split.sum_over for name, split in plan.splits.items() if "norm" in name and "weight" in name}
+    assert sums == {"attn.q_norm.weight": 2, "attn.norm.weight": 1, "norm.weight": 1}
+    inside = Plan({**rules, "norm": "sequence"}).check(Model(), tp=2)  # now attn has a door, and all behind it works on shares
+    sums = {name: split.sum_over for name, split in inside.splits.items() if "norm" in name and "weight" in name}
+    assert sums == {"attn.q_norm.weight": 2, "attn.norm.weight": 2, "norm.weight": 2}
+    given = Plan({**rules, "attn.q_norm": Replicate(partial_grad=False)}).check(Model(), tp=2)
+    assert given.splits["attn.q_norm.weight"].sum_over == 1
+
+
+def test_between_gathered_layers_gradients_are_whole() -> None:
+    """As Olmo 2 does it: norms over the full width of q and k, so that their outputs are gathered."""
+
+    class Attention(Heads):
+        def __init__(self) -> None:
+            super().__init__(4, 2, 6, head_dim=6)
+            self.q_norm, self.k_norm = nn.RMSNorm(24), nn.RMSNorm(12)
+
+    whole = Colwise(output="replicate")
+    rules = {"attn.q": whole, "attn.k": whole, "attn.v": whole, "attn.o": Rowwise(input="replicate"), "**": "replicate"}
+    plan = Plan(rules).check(nn.ModuleDict({"attn": Attention()}), tp=2)
+    assert [plan.splits[f"attn.{n}_norm.weight"].sum_over for n in "qk"] == [1, 1]
+
+
+# -------------------------------------------------------------------------------------------------------- what matches
+
+
+def test_a_rule_that_matches_nothing() -> None:
+    model = tiny()
+    refuses(
+        {**PLAN, "layers.*.attention.qw": "colwise"},
+        model,
+        "The rule `layers.*.attention.qw` -> `colwise` matches no module",
+        "`layers.*.attention.wq`",
+        "names)",
+        "Correct the pattern",
+    )
+    refuses({**PLAN, "attention": "replicate"}, model, "`attention` -> `replicate` matches no module")
+    refuses({"encoder.block": "colwise"}, nn.Linear(2, 2), "matches no module and no parameter", "`weight`")
+
+
+def test_it_says_where_it_looked() -> None:
+    model = nn.ModuleDict({"net": tiny()})
+    refuses({**PLAN, "layers.*.mlp.w1": "colwise"}, model, "`layers.*.mlp.w1`", "of `net`", "`layers.*.feed_forward.w1`")
+
+
+def test_parameters_in_no_rule() -> None:
+    rules = {p: s for p, s in PLAN.items() if not p.endswith("w2")}
+    refuses(
+        rules,
+        tiny(),
+        "2 of 21 parameters of Llama are in no rule",
+        "`layers.0.feed_forward.w2.weight` (32, 36)",
+        "`'**': 'replicate'`",
+    )
+    message = refuses({"output": "colwise"}, tiny(), "20 of 21 parameters", ", ..")
+    assert message.count("`layers.") == 3  # and not all twenty
+
+
+def test_two_rules_for_one_module() -> None:
+    refuses(
+        {**SPLIT, "blocks.*.u*": "replicate"},
+        blocks(),
+        "`blocks.0.up`: two rules for one module, `colwise` and `replicate`",
+        "`**` gives way",
+    )
+    refuses(
+        [Rule("0", PrepareInput(arg=0)), Rule("0", PrepareInput(arg=0)), Rule("0", "colwise")],
+        nn.Sequential(nn.Linear(2, 2)),
+        "two rules for one module",
+    )
+
+
+def test_two_rules_for_one_weight() -> None:
+    """A container and what it holds."""
+    refuses(
+        {**SPLIT, "blocks.0": "replicate", "blocks.1.norm": "replicate"},
+        blocks(),
+        "`blocks.0.up.weight`: two rules for one weight",
+        "`colwise` on `blocks.0.up` and `replicate` on `blocks.0`",
+    )
+    refuses(
+        {**SPLIT, "blocks.*.norm": "sequence", "blocks.*.norm.bias": "replicate"},
+        blocks(),
+        "`blocks.0.norm.bias`: two rules for one weight",
+    )
+
+
+def test_one_rule_that_matches_a_container_and_what_it_holds() -> None:
+    """`head.**` is the module, its children and their parameters: one thing, said once."""
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList([MLP(), MLP()]), "head": nn.Sequential(nn.Linear(8, 4), nn.Sequential(nn.LayerNorm(4)))}
+    )
+    for style in ("replicate", "sequence"):
+        plan = Plan({**SPLIT, "blocks.*.norm": "replicate", "head.**": style}).check(model, tp=2)
+        assert [e.where for e in plan.entries if e.where.startswith("head")] == ["head"]
+        assert {n for n in plan.splits if n.startswith("head")} == {
+            "head.0.weight",
+            "head.0.bias",
+            "head.1.0.weight",
+            "head.1.0.bias",
+        }
+
+
+def test_the_catch_all_gives_way() -> None:
+    plan = Plan({**SPLIT, "**": "replicate"}).check(blocks(), tp=2)
+    whole = [e for e in plan.entries if isinstance(e.style, Replicate)]
+    assert [e.where for e in whole] == [f"blocks.{i}.norm.{n}" for i in range(2) for n in ("weight", "bias")]
+    assert {e.reason for e in whole} == {"no other rule names it"}
+    plan = Plan([*Plan(SPLIT).rules, Rule("**", "replicate", "on purpose")]).check(blocks(), tp=2)
+    assert {e.reason for e in plan.entries if isinstance(e.style, Replicate)} == {"on purpose"}
+
+
+def test_the_catch_all_can_only_replicate() -> None:
+    refuses({**SPLIT, "**": "sequence"}, blocks(), "`**` can only be `replicate`, not `sequence`: name the modules")
+
+
+def test_a_parameter_by_its_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos = nn.Parameter(torch.zeros(4, 8))
+            self.mlp = MLP()
+
+    rules = {"mlp.up": "colwise", "mlp.down": "rowwise", "mlp.norm.*": "replicate", "pos": Replicate(partial_grad=True)}
+    plan = Plan(rules).check(Model(), tp=2)
+    assert plan.splits["pos"] == Split(sum_over=2) and plan.splits["mlp.norm.bias"] == Split()
+    refuses({**rules, "pos": "colwise"}, Model(), "`pos` is a parameter; the style `colwise` is for modules. Only `replicate`")
+
+
+def test_nothing_is_split() -> None:
+    refuses(
+        {"**": "replicate"},
+        blocks(),
+        "The plan (given) splits nothing of ModuleDict",
+        "tp=2 times the same work",
+        "`colwise` and `rowwise`",
+    )
+    refuses({"blocks.*.norm": "sequence", "**": "replicate"}, blocks(), "splits nothing")
+    assert Plan({"**": "replicate"}).check(blocks(), tp=1).tp == 1  # and one rank needs no split
+
+
+# ------------------------------------------------------------------------------------------------------ what fits where
+
+
+def test_a_style_on_the_wrong_module() -> None:
+    for style in ("colwise", "rowwise", "fused_colwise", "vocab_head"):
+        refuses(
+            {**SPLIT, "blocks.*.norm": style},
+            blocks(),
+            f"`blocks.0.norm`: the style `{style}` splits a linear layer",
+            "LayerNorm",
+            "`replicate`",
+        )
+    refuses({"blocks.0": "colwise", "**": "replicate"}, blocks(), "`blocks.0`", "this is a MLP", "name the linear layers inside it")
+    refuses({**SPLIT, "blocks.*.norm": "vocab_embedding"}, blocks(), "splits an nn.Embedding, and this is a LayerNorm")
+
+
+def test_heads_that_tp_does_not_divide() -> None:
+    six = tiny(num_heads=6, num_kv_heads=6, dim=48)
+    refuses(PLAN, six, "`layers.0.attention.wq`: 6 heads do not split over tp=4. Use tp=1, 2, 3, 6", "`replicate`", tp=4)
+    Plan(PLAN).check(six, tp=3)
+    refuses(
+        PLAN, tiny(), "`layers.0.attention.wq`: 4 heads do not split over tp=8: tp is larger than the 4 heads. Use tp=1, 2, 4", tp=8
+    )
+    three = tiny(num_heads=6, num_kv_heads=3, dim=48)
+    refuses(PLAN, three, "`layers.0.attention.wk`: 3 key/value heads (of 6 heads) do not split over tp=2. Use tp=1, 3, 6", tp=2)
+    Plan(PLAN).check(three, tp=6)
+
+
+def test_parts_that_do_not_add_up() -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 20), "out": nn.Linear(8, 8)})
+    refuses(
+        {"qkv": FusedColwise(parts=(8, 4, 4)), "out": "rowwise"}, model, "`qkv`: the parts (8, 4, 4) add up to 16, the layer has 20"
+    )
+    refuses(
+        {"qkv": "fused_colwise", "out": "rowwise"}, model, "`qkv`: 20 output features are not 3 equal parts", "`parts=(.., ..)`"
+    )
+
+
+@pytest.mark.parametrize("tp", [0, -2, 1.5, "2", True])
+def test_a_tp_that_is_no_number_of_ranks(tp: Any) -> None:
+    refuses(PLAN, tiny(), f"`tp={tp!r}`", "1 or more", tp=tp)
+
+
+# ---------------------------------------------------------------------------------------------------------- tied weights
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok, self.mlp, self.head = nn.Embedding(10, 8), MLP(), nn.Linear(8, 10, bias=False)
+        self.head.weight = self.tok.weight
+
+
+ENDS = {"mlp.up": "colwise", "mlp.down": "rowwise", "mlp.norm": "replicate"}
+
+
+def test_tied_weights_go_together() -> None:
+    plan = Plan({**ENDS, "tok": "vocab_embedding", "head": "vocab_head"}).check(Tied(), tp=2)
+    assert plan.splits["tok.weight"] == plan.splits["head.weight"] and plan.tied == {"head.weight"}
+    Plan({**ENDS, "tok": "replicate", "head": "replicate"}).check(Tied(), tp=2)
+    Plan({**ENDS, "**": "replicate"}).check(Tied(), tp=2)
+
+
+@pytest.mark.parametrize("tok, head", [("vocab_embedding", "replicate"), ("replicate", "vocab_head"), ("colwise", "vocab_head")])
+def test_tied_weights_split_in_two_ways(tok: str, head: str) -> None:
+    remedy = "Tied embedding and head go together as `vocab_embedding` and `vocab_head`, or both as `replicate`"
+    refuses(
+        {**ENDS, "tok": tok, "head": head},
+        Tied(),
+        "`tok.weight` and `head.weight` are one tied weight",
+        f"`{tok}` and `{head}`",
+        remedy,
+    )
+
+
+def test_one_end_of_a_tied_weight_in_no_rule() -> None:
+    """The other end alone would be split, and the two would go apart without a word."""
+    for rest in ({}, {"**": "replicate"}):
+        refuses(
+            {**ENDS, "tok": "vocab_embedding", **rest},
+            Tied(),
+            "one tied weight",
+            "`vocab_embedding`",
+            "`head.weight` is in no rule",
+            "go together",
+        )
+        refuses({**ENDS, "head": "vocab_head", **rest}, Tied(), "one tied weight", "`vocab_head`", "`tok.weight` is in no rule")
+
+
+def test_one_end_of_a_whole_tied_weight_is_enough() -> None:
+    """Whole under one name, whole under the other: and still one parameter when the plan is applied."""
+    with fake_world(2):
+        for rules in ({"tok": "replicate"}, {"head": "replicate"}, {"**": "replicate"}):
+            model = Tied()
+            ltp.parallelize(model, mesh(), {**ENDS, **rules})
+            assert model.head.weight is model.tok.weight and hasattr(model.tok.weight, "_ltp"), rules
+    mesh.cache_clear()
+
+
+def test_tied_weights_that_disagree_about_their_gradient() -> None:
+    model = nn.ModuleDict({"mlp": MLP(), "a": nn.LayerNorm(8), "b": nn.LayerNorm(8)})
+    model["b"].weight = model["a"].weight
+    rules = {"mlp.up": "colwise", "mlp.down": "rowwise", "mlp.norm": "replicate", "a": "sequence"}
+    refuses(
+        {**rules, "b": Replicate(partial_grad=False)},
+        model,
+        "`a.weight` and `b.weight` are one tied weight",
+        "`sequence` and `replicate`",
+    )
+    Plan({**rules, "b": "sequence"}).check(model, tp=2)
+
+
+def test_a_module_that_is_there_twice_needs_one_rule() -> None:
+    shared = MLP()
+    model = nn.ModuleDict({"first": shared, "again": shared})
+    plan = Plan({"first.up": "colwise", "first.down": "rowwise", "first.norm": "replicate"}).check(model, tp=2)
+    assert plan.splits["first.up.weight"].dim == 0
+    both = Plan({"*.up": "colwise", "*.down": "rowwise", "**": "replicate"}).check(model, tp=2)
+    assert both.splits["first.up.weight"] == both.splits["again.up.weight"]
+
+
+# -------------------------------------------------------------------------------------------- what is distributed already
+
+
+def test_models_that_something_else_has_wrapped(gloo: dist.ProcessGroup) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    remedy = ("Hand over the plain module", "by itself")
+    ddp = nn.parallel.DistributedDataParallel(tiny())
+    refuses(PLAN, ddp, "`the model` is wrapped by DistributedDataParallel already", *remedy)
+    refuses(PLAN, nn.ModuleDict({"net": ddp}), "`net` is wrapped by DistributedDataParallel already")
+    refuses(PLAN, nn.DataParallel(tiny()), "`the model` is wrapped by DataParallel already", *remedy)
+    mesh = init_device_mesh("cpu", (1,))
+    sharded = tiny()
+    fully_shard(sharded.layers[1], mesh=mesh)
+    refuses(PLAN, sharded, "`layers.1` is wrapped by FSDP2's fully_shard already", *remedy)
+    split = tiny()
+    parallelize_module(
+        split, mesh, {"output": Plan({"output": "colwise", "**": "replicate"}).check(split, tp=2).to_torch(split)["output"]}
+    )
+    refuses(PLAN, split, "`output.weight` is split already", "DTensor", "applied once, to the plain module")
+
+
+def test_fsdp1(gloo: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its __init__ wants a GPU
+    nn.Module.__init__(wrapped)
+    wrapped._fsdp_wrapped_module = tiny()
+    monkeypatch.setattr(FullyShardedDataParallel, "named_parameters", nn.Module.named_parameters)
+    refuses(PLAN, nn.ModuleDict({"net": wrapped}), "`net` is wrapped by FullyShardedDataParallel already", "FSDP2")
+
+
+def test_a_plan_is_applied_once() -> None:
+    with fake_world(2):
+        model = tiny()
+        ltp.parallelize(model, mesh(), PLAN)
+        with pytest.raises(ltp.TPError, match=r"`tok_embeddings.weight` is split already.*once, to the plain module"):
+            ltp.parallelize(model, mesh(), PLAN)
+        refuses(PLAN, model, "is split already")
+    mesh.cache_clear()
+
+
+def test_a_bad_plan_changes_nothing() -> None:
+    """Refused before the first tensor is touched."""
+    with fake_world(2):
+        model = tiny()
+        before = copy.deepcopy(model.state_dict())
+        objects = [id(p) for p in model.parameters()]
+        for rules in ({**PLAN, "nothing": "colwise"}, {**PLAN, "norm": "colwise"}, {k: v for k, v in PLAN.items() if k != "norm"}):
+            with pytest.raises(ltp.TPError):
+                ltp.parallelize(model, mesh(), rules)
+        assert [id(p) for p in model.parameters()] == objects
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert type(model.output) is nn.Linear and not hasattr(model, "_ltp_plan")
+    mesh.cache_clear()
+
+
+def test_several_outputs_of_one_module_are_several_rules() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
+    rules = [Rule("0", "colwise"), Rule("1", "rowwise"), *(Rule("0", PrepareOutput(index=i)) for i in range(2))]
+    assert sum(isinstance(e.style, PrepareOutput) for e in Plan(rules).check(model, tp=2).entries) == 2
+    refuses([*rules, Rule("0", PrepareOutput(arrives="partial", index=1))], model, "`0`: two rules for one module")

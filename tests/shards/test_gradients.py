@@ -1,0 +1,624 @@
+"""Gradients of a split model: their norm and its clipping as in one process, shares summed, wrong plans found, optimizers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_ as imported_before
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lightning_tp as ltp
+from examples.llama import PLAN, Llama, LlamaConfig
+from lightning_tp._compat import local_tensor
+from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL, make_mesh
+from lightning_tp.shards import grad_norm
+from lightning_tp.shards import gradients as grad
+from lightning_tp.styles import Colwise, FusedColwise, PrepareInput, Replicate, Rowwise
+from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+
+DIM, HEAD_DIM, VOCAB = 64, 8, 101
+MESHES = {"tp2": (1, 2), "tp4": (1, 4), "2x2": (2, 2)}
+each_mesh = pytest.mark.parametrize("mesh", MESHES.values(), ids=list(MESHES))
+
+
+def llama(kv_heads: int = 1, dtype: torch.dtype = torch.float64, **other: Any) -> Llama:
+    config = dict(vocab_size=VOCAB, dim=DIM, num_layers=2, num_heads=8, hidden_dim=90, bias=True)
+    return randomize_(Llama(LlamaConfig(num_kv_heads=kv_heads, **{**config, **other})).to(dtype))
+
+
+class FusedBlock(nn.Module):
+    """Attention whose q, k and v are one layer; norms of q and k on each head; MLP whose gate and up are one layer."""
+
+    def __init__(self, heads: int = 8, kv_heads: int = 1, hidden: int = 90) -> None:
+        super().__init__()
+        self.kv_heads = kv_heads
+        self.norm = nn.LayerNorm(DIM)
+        self.qkv = nn.Linear(DIM, (heads + 2 * kv_heads) * HEAD_DIM)
+        self.q_norm = nn.RMSNorm(HEAD_DIM, eps=1e-5)
+        self.out = nn.Linear(heads * HEAD_DIM, DIM)
+        self.gate_up = nn.Linear(DIM, 2 * hidden)
+        self.down = nn.Linear(hidden, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(self.norm(x)).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)  # (B, H + 2 K, T, F)
+        q, k, v = y.split([y.shape[1] - 2 * self.kv_heads, self.kv_heads, self.kv_heads], 1)
+        y = F.scaled_dot_product_attention(self.q_norm(q), k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class FusedNet(nn.Module):
+    def __init__(self, kv_heads: int = 1) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, DIM)
+        self.blocks = nn.ModuleList(FusedBlock(kv_heads=kv_heads) for _ in range(2))
+        self.head = nn.Linear(DIM, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def fused_plan(kv_heads: int, tp: int, **other: Any) -> dict[str, Any]:
+    local = max(1, kv_heads // tp)
+    return {
+        "embed": "vocab_embedding",
+        "blocks.*": PrepareInput(arrives="replicate", wanted="replicate", attributes=(("kv_heads", local),)),
+        "blocks.*.norm": "replicate",
+        "blocks.*.qkv": FusedColwise(parts=(8 * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM), heads=(8, kv_heads, kv_heads)),
+        "blocks.*.q_norm": Replicate(partial_grad=True),
+        "blocks.*.out": "rowwise",
+        "blocks.*.gate_up": FusedColwise(parts=2),
+        "blocks.*.down": "rowwise",
+        "head": "vocab_head",
+        **other,
+    }
+
+
+def fused(kv_heads: int = 1, dtype: torch.dtype = torch.float64) -> FusedNet:
+    return randomize_(FusedNet(kv_heads).to(dtype))
+
+
+def batch(seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (4, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def backward(model: nn.Module, tokens: Tensor, mesh: Any = None) -> Tensor:
+    if mesh is not None:
+        tokens = tokens.chunk(mesh[DATA_PARALLEL].size())[mesh.get_local_rank(DATA_PARALLEL)]
+    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    return loss.detach()
+
+
+class Sent(TorchDispatchMode):
+    """The names of the collectives while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.all.append(func.overloadpacket.__name__.strip("_"))
+        return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------------ norm and clipping
+
+Build = Callable[[], nn.Module]
+CLIPPED: dict[tuple[int, int], dict[str, tuple[Build, Any]]] = {
+    (1, 2): {
+        "llama, tied": (lambda: llama(4, tied=True), PLAN),
+        "fused, 1 kv head": (fused, fused_plan(1, 2)),
+    },
+    (1, 4): {
+        "llama, 3 words": (lambda: llama(vocab_size=3), PLAN),
+        "fused, 1 kv head": (fused, fused_plan(1, 4)),
+        "fused, 2 kv heads": (lambda: fused(2), fused_plan(2, 4)),
+    },
+    (2, 2): {
+        "llama, tied": (lambda: llama(4, tied=True), PLAN),
+        "llama, 3 words": (lambda: llama(vocab_size=3), PLAN),
+        "fused, 1 kv head": (fused, fused_plan(1, 2)),
+    },
+}
+ORDERS = (2.0, 1.0, float("inf"), 3.0)
+MOST = 1e-3  # so little that there is always something to clip
+
+
+@dataclass
+class Clipped:
+    """What a model has, clipped by each norm: the norms before, and the gradients after; and the norm of every third gradient."""
+
+    tokens: Tensor
+    norms: dict[float, float]
+    gradients: dict[float, dict[str, Tensor]]
+    of_some: float
+
+
+def clipped(model: nn.Module, clip: Callable[..., Tensor], order: float, tokens: Tensor, mesh: Any = None) -> tuple[float, Any]:
+    model.zero_grad()
+    backward(model, tokens, mesh)
+    norm = clip(model.parameters(), MOST, norm_type=order)
+    return norm.item(), {n: g.clone() for n, g in ltp.full_gradients(model).items()}
+
+
+def some(model: nn.Module) -> list[nn.Parameter]:
+    return list(model.parameters())[::3]
+
+
+def clipped_in_one_process(build: Build, tokens: Tensor) -> Clipped:
+    found = {order: clipped(build(), torch.nn.utils.clip_grad_norm_, order, tokens) for order in ORDERS}
+    assert all(norm > 2 * MOST for norm, _ in found.values())
+    whole = build()
+    backward(whole, tokens)
+    of_some = torch.nn.utils.clip_grad_norm_(some(whole), 1e9).item()
+    return Clipped(tokens, {o: norm for o, (norm, _) in found.items()}, {o: g for o, (_, g) in found.items()}, of_some)
+
+
+@each_mesh
+def test_norm_and_clipping_as_in_one_process(mesh: tuple[int, int]) -> None:
+    cases = CLIPPED[mesh]
+    refs = {name: clipped_in_one_process(build, batch() % 3 if "words" in name else batch()) for name, (build, _) in cases.items()}
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        for name, (build, plan) in cases.items():
+            model, ref = ltp.parallelize(build(), device_mesh, plan), refs[name]
+            from torch.nn.utils import clip_grad_norm_ as imported_after
+
+            for who, clip, orders in (
+                ("ours", ltp.clip_grad_norm_, ORDERS),
+                ("before", imported_before, (2.0, float("inf"))),
+                ("after", imported_after, (1.0,)),
+            ):
+                for order in orders:
+                    norm, gradients = clipped(model, clip, order, ref.tokens, device_mesh)
+                    assert norm == pytest.approx(ref.norms[order], rel=1e-9), f"{name}, {who}, order {order}"
+                    assert_trees_close(gradients, ref.gradients[order], rtol=1e-9, name=f"{name}, {who}, order {order}")
+            model.zero_grad()
+            backward(model, ref.tokens, device_mesh)
+            got = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            assert got.item() == pytest.approx(ref.norms[2.0], rel=1e-9), name
+            assert ltp.clip_grad_norm_(some(model), 1e9).item() == pytest.approx(ref.of_some, rel=1e-9), name
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+@each_mesh
+def test_clipping_by_value(mesh: tuple[int, int]) -> None:
+    whole = fused()
+    backward(whole, batch())
+    torch.nn.utils.clip_grad_value_(whole.parameters(), 1e-3)
+    ref = ltp.full_gradients(whole)
+    assert all(g.abs().max() <= 1e-3 for g in ref.values())
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        model = ltp.parallelize(fused(), device_mesh, fused_plan(1, mesh[1]))
+        backward(model, batch(), device_mesh)
+        torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (2, 1)], ids=["tp2", "2x2", "dp2"])
+def test_one_all_reduce_an_axis(mesh: tuple[int, int]) -> None:
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        model = ltp.parallelize(llama(), device_mesh, PLAN)
+        backward(model, batch(), device_mesh)
+        for clip in (ltp.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+            for order in (2.0, float("inf")):
+                with Sent() as sent:
+                    clip(model.parameters(), 1.0, norm_type=order)
+                assert sent.all == ["allreduce"] * sum(n > 1 for n in mesh), (clip, order)
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+def test_norm_of_half_precision_is_taken_in_float32() -> None:
+    """bfloat16 has 3 digits, also in torch's own norm of each gradient; the norm of all should have more."""
+
+    def body() -> None:
+        model = ltp.parallelize(llama(dtype=torch.bfloat16), make_mesh("cpu", 1, 2), PLAN)
+        backward(model, batch())
+        exact = torch.cat([g.double().flatten() for g in ltp.full_gradients(model).values()]).norm().item()
+        assert ltp.clip_grad_norm_(model.parameters(), 1e9).item() == pytest.approx(exact, rel=1e-5)
+
+    run_ranks(body, 2)
+
+
+def test_a_norm_that_is_not_finite() -> None:
+    def body() -> None:
+        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
+        backward(model, batch())
+        if dist.get_rank() == 1:  # on one rank only; all have to know
+            model.output.weight.grad[0, 0] = float("nan")
+        with pytest.raises(RuntimeError, match=r"order 2\.0 is nan"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        assert ltp.clip_grad_norm_(model.parameters(), 1.0).isnan()
+
+    run_ranks(body, 2)
+
+
+def test_nothing_to_clip() -> None:
+    def body() -> None:
+        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
+        for clip in (ltp.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+            assert clip(model.parameters(), 1.0) == 0
+        backward(model, batch())
+        before = ltp.full_gradients(model)
+        norm = ltp.clip_grad_norm_(model.output.weight, 1e9)  # a tensor alone, as torch's takes it
+        assert norm == torch.nn.utils.clip_grad_norm_(model.output.weight, 1e9) > 0
+        assert_trees_close(ltp.full_gradients(model), before, rtol=0.0)
+
+    run_ranks(body, 2)
+
+
+def test_other_models_are_clipped_as_ever() -> None:
+    def gradients() -> nn.Linear:
+        layer = randomize_(nn.Linear(8, 8))
+        layer(torch.ones(2, 8)).sum().backward()
+        return layer
+
+    ref = torch.nn.utils.clip_grad_norm_(gradients().parameters(), 0.1).item()
+
+    def body() -> None:
+        before = len(grad_norm._applied)  # models of tests before this one, that the forked process has inherited
+        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
+        backward(model, batch())
+        layer = gradients()
+        with Sent() as sent:
+            assert imported_before(layer.parameters(), 0.1).item() == ref
+        assert not sent.all
+        assert torch.nn.utils.get_total_norm([torch.ones(4)]).item() == 2
+        mine = len(list(model.parameters()))
+        with pytest.raises(ltp.TPError, match=rf"asked of {mine + 2} gradients together, of which {mine} belong"):
+            torch.nn.utils.clip_grad_norm_([*model.parameters(), *gradients().parameters()], 1.0)
+        assert len(grad_norm._applied) == before + 1
+        del model
+        gc.collect()
+        assert len(grad_norm._applied) <= before  # a model that is gone is not asked any more
+
+    run_ranks(body, 2)
+
+
+# ------------------------------------------------------------------------------------------------- shares of gradients
+
+
+@each_mesh
+def test_gradients_of_fused_and_shared_heads(mesh: tuple[int, int]) -> None:
+    refs = {}
+    for kv_heads in (1, 2):
+        whole = fused(kv_heads)
+        backward(whole, batch())
+        refs[kv_heads] = ltp.full_gradients(whole)
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        for kv_heads, ref in refs.items():
+            model = ltp.parallelize(fused(kv_heads), device_mesh, fused_plan(kv_heads, mesh[1]))
+            for _ in range(2):
+                backward(model, batch(), device_mesh)
+                assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9, name=f"{kv_heads} key/value heads")
+                model.zero_grad()
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+@each_mesh
+def test_gradients_that_are_there_already_are_added_to(mesh: tuple[int, int]) -> None:
+    """Several backward passes, by one graph or by several, zeros left behind by `zero_grad`: each share is summed once."""
+    whole = llama()
+    backward(whole, batch())
+    backward(whole, batch(1))
+    ref = ltp.full_gradients(whole)
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        model = ltp.parallelize(llama(), device_mesh, PLAN)
+        for set_to_none in (True, False, True):
+            backward(model, batch(), device_mesh)
+            backward(model, batch(1), device_mesh)
+            assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
+            model.zero_grad(set_to_none=set_to_none)
+        if mesh[0] == 1:  # FSDP2 frees what it gathered
+            loss = F.cross_entropy(model(batch()[:, :-1]).flatten(0, 1), batch()[:, 1:].flatten())
+            loss.backward(retain_graph=True)
+            once = {n: g.clone() for n, g in ltp.full_gradients(model).items()}
+            loss.backward()
+            twice = {n: g / 2 for n, g in ltp.full_gradients(model).items()}
+            assert_trees_close(twice, once, rtol=1e-9)
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+@each_mesh
+def test_sums_that_are_put_off(mesh: tuple[int, int]) -> None:
+    """Any order of passes that sum and that don't, gradients thrown away in between: right after each pass that sums."""
+
+    def passes(model: nn.Module, order: str, device_mesh: Any = None) -> list[dict[str, Tensor]]:
+        found = []
+        model.zero_grad()
+        for i, what in enumerate(order):
+            if what in "zZ":
+                model.zero_grad(set_to_none=what == "Z")
+                continue
+            with grad.unsummed(model) if what == "." else nullcontext():
+                backward(model, batch(i), device_mesh)
+            if what == "+":
+                found.append({n: g.clone() for n, g in ltp.full_gradients(model).items()})
+        return found
+
+    orders = ("..+", "+.+", "..Z+", "..Z.+", "+..+.+") + (("..z+", "+z.+") if mesh[0] == 1 else ())
+    refs = {order: passes(llama(), order) for order in orders}
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        for order, ref in refs.items():
+            if mesh[0] > 1 and "Z" in order:
+                continue  # FSDP2 keeps what it has not reduced, whatever `zero_grad` does
+            model = ltp.parallelize(llama(), device_mesh, PLAN)
+            for i, (got, there) in enumerate(zip(passes(model, order, device_mesh), ref, strict=True)):
+                assert_trees_close(got, there, rtol=1e-9, name=f"{order}, {i}")
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+def test_autograd_grad_of_shares_is_refused() -> None:
+    """It would give back what is not summed yet; of anything else it is right, and so is `backward(inputs=..)`."""
+    whole = llama()
+    backward(whole, batch())
+    ref = ltp.full_gradients(whole)
+
+    def loss(model: Llama) -> Tensor:
+        return F.cross_entropy(model(batch()[:, :-1]).flatten(0, 1), batch()[:, 1:].flatten())
+
+    def body() -> None:
+        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
+        norm, column = model.layers[1].attention_norm.weight, model.layers[0].feed_forward.w1.weight
+        backward(model, batch())
+        for asked in ([norm], [column, norm]):
+            with pytest.raises(
+                ltp.TPError, match=r"`layers\.1\.attention_norm\.weight`, of which each of the tp=2 .*backward\(inputs="
+            ):
+                torch.autograd.grad(loss(model), asked)
+        assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)  # what was there before has stayed
+        kept = column.grad.clone()
+        (got,) = torch.autograd.grad(loss(model), column)
+        torch.testing.assert_close(got, kept, rtol=1e-9, atol=0)
+        model.zero_grad()
+        loss(model).backward(inputs=[norm, column])
+        asked = {name: g for name, g in ltp.full_gradients(model).items() if g is not None}
+        assert asked.keys() == {"layers.1.attention_norm.weight", "layers.0.feed_forward.w1.weight"}
+        assert_trees_close(asked, {name: ref[name] for name in asked}, rtol=1e-9)
+
+    run_ranks(body, 2)
+
+
+def test_a_backward_that_failed_is_forgotten() -> None:
+    """Out of memory in the middle, caught by the user, who goes on with the next batch."""
+    whole = llama()
+    backward(whole, batch())
+    ref = ltp.full_gradients(whole)
+
+    def fail(_: Tensor) -> None:
+        raise MemoryError("out of memory")
+
+    def body() -> None:
+        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
+        backward(model, batch(1))
+        for _ in range(2):
+            handle = model.layers[0].feed_forward.w2.weight.register_hook(fail)
+            with pytest.raises(MemoryError):
+                backward(model, batch(2))
+            handle.remove()
+            model.zero_grad()
+            backward(model, batch())
+            assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
+
+    run_ranks(body, 2)
+
+
+def test_frozen_parameters() -> None:
+    frozen = ("norm", "bias", "wk")
+
+    def freeze(model: nn.Module) -> nn.Module:
+        for name, p in model.named_parameters():
+            p.requires_grad_(not any(word in name for word in frozen))
+        return model
+
+    whole = freeze(llama())
+    backward(whole, batch())
+    ref = ltp.full_gradients(whole)
+    assert set(ref) == {n for n, p in whole.named_parameters() if p.requires_grad} and len(ref) == 14
+
+    def body(dp: int) -> None:
+        mesh = make_mesh("cpu", dp, 2)
+        model = ltp.parallelize(freeze(llama()), mesh, PLAN)
+        backward(model, batch(), mesh)
+        assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == set(ref)
+
+    run_ranks(body, 2, 1)
+    run_ranks(body, 4, 2)
+
+
+# ------------------------------------------------------------------------------------------------ a plan that is wrong
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
+def test_a_share_that_the_plan_calls_whole_is_found(mesh: tuple[int, int]) -> None:
+    def body() -> str:
+        device_mesh = make_mesh("cpu", *mesh)
+        plan = fused_plan(1, 2, **{"blocks.*.q_norm": Replicate(partial_grad=False)})
+        model = ltp.parallelize(fused(dtype=torch.float32), device_mesh, plan)
+        with pytest.raises(ltp.TPError) as info:
+            backward(model, batch(), device_mesh)
+        return str(info.value)
+
+    for message in run_ranks(body, mesh[0] * mesh[1], timeout=60):
+        assert message.startswith("`blocks.0.q_norm.weight` is whole on every rank, but its gradient is not the same")
+        assert "partial_grad=True" in message
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
+def test_a_whole_gradient_that_the_plan_calls_a_share_is_found(mesh: tuple[int, int]) -> None:
+    def body() -> str:
+        device_mesh = make_mesh("cpu", *mesh)
+        plan = fused_plan(1, 2, **{"blocks.*.norm": Replicate(partial_grad=True)})
+        model = ltp.parallelize(fused(dtype=torch.float32), device_mesh, plan)
+        with pytest.raises(ltp.TPError) as info:
+            backward(model, batch(), device_mesh)
+        return str(info.value)
+
+    for message in run_ranks(body, mesh[0] * mesh[1], timeout=60):
+        assert message.startswith("`blocks.0.norm.weight`: the plan says that each rank has a share of its gradient")
+        assert "2 times too large" in message and "partial_grad=False" in message
+
+
+# ------------------------------------------------------------------------------------------------------------ optimizers
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-3),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-3, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-3, fused=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, nesterov=True, weight_decay=0.1),
+}
+
+
+def steps(model: nn.Module, make: Callable[[Any], torch.optim.Optimizer], mesh: Any = None) -> dict[str, Tensor]:
+    optimizer = make(model.parameters())
+    for step in range(3):
+        backward(model, batch(step), mesh)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    return ltp.full_state_dict(model)
+
+
+@each_mesh
+def test_optimizers_step_as_in_one_process(mesh: tuple[int, int]) -> None:
+    tried = {n: make for n, make in OPTIMIZERS.items() if mesh != (1, 4) or n == "SGD"}
+    refs = {name: steps(fused(), make) for name, make in tried.items()}
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        for name, make in tried.items():
+            model = ltp.parallelize(fused(), device_mesh, fused_plan(1, mesh[1]))
+            assert_trees_close(steps(model, make, device_mesh), refs[name], rtol=1e-8, name=name)
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+def test_adafactor_runs_and_keeps_replicas_equal() -> None:
+    """On the tensor-parallel axis; torch's own can't step on FSDP2's shards (see test_strategy)."""
+    mesh = (1, 2)
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        model = ltp.parallelize(llama(dtype=torch.float32), device_mesh, PLAN)
+        before = ltp.full_state_dict(model)
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(5):
+            losses.append(backward(model, batch(), device_mesh).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < losses[0]
+        after = ltp.full_state_dict(model)
+        assert all(not torch.equal(after[n], t) for n, t in before.items())
+        assert all(t.isfinite().all() for t in after.values())
+        for name, p in model.named_parameters():
+            if p._ltp.split.dim is None:
+                group, mine = device_mesh.get_group(TENSOR_PARALLEL), local_tensor(p.detach())
+                every = [torch.empty_like(mine) for _ in range(mesh[1])]
+                dist.all_gather(every, mine, group=group)
+                assert all(torch.equal(t, mine) for t in every), name
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+@each_mesh
+def test_bfloat16_parameters(mesh: tuple[int, int]) -> None:
+    """As far from float64 as one process in bfloat16 is, give or take a half."""
+    exact, rounded = llama(), llama(dtype=torch.bfloat16)
+    exact.load_state_dict(rounded.state_dict())
+    loss = backward(exact, batch()).item()
+    backward(rounded, batch())
+    ref = ltp.full_gradients(exact)
+
+    def off(gradients: dict[str, Tensor]) -> dict[str, float]:
+        return {n: ((g.double() - ref[n]).norm() / ref[n].norm()).item() for n, g in gradients.items() if ".wk.bias" not in n}
+
+    single = off(ltp.full_gradients(rounded))
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        model = ltp.parallelize(llama(dtype=torch.bfloat16), device_mesh, PLAN)
+        assert backward(model, batch(), device_mesh).item() == pytest.approx(loss, rel=0.05)
+        gradients = ltp.full_gradients(model)
+        assert all(g.dtype == torch.bfloat16 for g in gradients.values())
+        for name, error in off(gradients).items():
+            assert error < 1.5 * single[name] + 0.01, name
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        ltp.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+# ---------------------------------------------------------------------------------------------------- whole over all ranks
+
+
+def test_gradients_of_a_model_with_rules_of_other_kinds() -> None:
+    """Column-wise with gathered output, row-wise on whole input, an embedding split by its width."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCAB, DIM)
+            self.blocks = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(2))
+            self.extra = nn.Parameter(torch.zeros(DIM))
+            self.head = nn.Linear(DIM, VOCAB)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embed(tokens) + self.extra
+            return self.head(self.blocks[1](F.gelu(self.blocks[0](x))))
+
+    plan = {
+        "embed": Colwise(output="replicate"),
+        "blocks.0": Colwise(output="replicate"),
+        "blocks.1": Rowwise(input="replicate"),
+        "head": Colwise(output="replicate"),
+        "**": "replicate",
+    }
+    build = lambda: randomize_(Net().double())  # noqa: E731
+    whole = build()
+    backward(whole, batch())
+    ref = ltp.full_gradients(whole)
+
+    def body(dp: int) -> None:
+        mesh = make_mesh("cpu", dp, 2)
+        model = ltp.parallelize(build(), mesh, plan)
+        backward(model, batch(), mesh)
+        assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
+
+    run_ranks(body, 2, 1)
+    run_ranks(body, 4, 2)

@@ -1,0 +1,231 @@
+"""`verify` finds no fault where there is none, and names the place where there is one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_tp as ltp
+from examples.llama import PLAN, Llama, LlamaConfig
+from lightning_tp import ParityReport, Plan, TPError, verify
+from lightning_tp.styles import Rowwise
+from lightning_tp.testing import RankError
+from lightning_tp.verify.compare import Row
+
+CONFIG = LlamaConfig(vocab_size=130, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=54)
+TOKENS = torch.randint(0, 130, (4, 11), generator=torch.Generator().manual_seed(0))
+
+
+def llama() -> Llama:
+    return Llama(CONFIG)
+
+
+def next_token(logits: Tensor, inputs: Any) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs[0][:, 1:].flatten())
+
+
+class NanoBlock(nn.Module):
+    """As nanoGPT has it: one projection for queries, keys and values, heads counted from the whole width."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
+        q, k, v = (t.view(B, T, self.heads, C // self.heads).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous().view(B, T, C)
+        x = x + self.c_proj(y)
+        return x + self.down(F.gelu(self.up(self.ln_2(x))))
+
+
+class NanoGPT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(130, 32), nn.Embedding(16, 32)
+        self.h = nn.ModuleList(NanoBlock(32, 4) for _ in range(2))
+        self.ln_f, self.lm_head = nn.LayerNorm(32), nn.Linear(32, 130, bias=False)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+def assert_ok(report: ParityReport, of: type[nn.Module]) -> None:
+    assert report.ok, str(report)
+    report.raise_if_bad()
+    kinds = [row.kind for row in report.rows]
+    assert kinds.count("loss") == 3
+    names = {name for name, _ in of().named_parameters()}
+    assert {row.name for row in report.rows if row.kind == "grad"} == names
+    assert {row.name for row in report.rows if row.kind == "weight"} >= names
+    assert [r.error for r in report.rows] == sorted((r.error for r in report.rows), reverse=True)
+    assert report.rows[0].error < 2e-4  # rounding, well below what is allowed
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2), (2, 2)])
+def test_a_given_plan(tp: int, dp: int) -> None:
+    report = verify(llama, (TOKENS,), next_token, tp=tp, dp=dp, plan=PLAN)
+    assert_ok(report, llama)  # type: ignore[arg-type]
+    assert report.plan.source == "given" and report.plan.tp == tp
+    assert report.held == pytest.approx(1 / (tp * dp), abs=0.02)
+    first, *_, last = str(report).splitlines()
+    assert first.startswith(f"As in one process (tp={tp} x dp={dp}, 3 steps of SGD")
+    assert "Plan, given" in last
+
+
+def test_a_declared_plan() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, intermediate_size=54, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(vocab_size=130, attention_bias=True, **sizes)
+    inputs = {"input_ids": TOKENS, "labels": TOKENS, "use_cache": False}
+    report = verify(lambda: transformers.LlamaForCausalLM(config), inputs, lambda out: out.loss, tp=2, dp=2)
+    assert report.ok, str(report)
+    assert report.plan.source == "inferred: as declared by LlamaForCausalLM, and with sequence parallelism"
+
+
+def test_an_inferred_plan() -> None:
+    report = verify(NanoGPT, (TOKENS,), next_token, tp=2)
+    assert_ok(report, NanoGPT)
+    assert report.plan.source == "inferred" and report.held < 0.6
+
+
+def test_data_that_is_drawn_at_each_step() -> None:
+    report = verify(llama, lambda: (torch.randint(0, 130, (2, 7)),), lambda y: y.square().mean(), plan=PLAN, lr=0.01, steps=2)
+    assert report.ok and report.lr == 0.01
+    first, second = (verify(llama, lambda: (torch.randint(0, 130, (2, 7)),), next_token, plan=PLAN, seed=s).lr for s in (0, 1))
+    assert first != second
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong is found
+
+
+def test_a_style_that_forgets_a_sum_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`w2` of the second block hands on what this rank has, and no rank adds the others'."""
+    monkeypatch.setattr(Rowwise, "bind", _without_sum(Rowwise.bind, "layers.1.feed_forward.w2"))
+    report = verify(llama, (TOKENS,), next_token, plan=PLAN, sequence_parallel=False)
+    assert not report.ok
+    assert str(report).startswith("NOT as in one process (tp=2 x dp=1")
+    assert "BAD" in str(report) and not report.rows[0].ok
+    with pytest.raises(TPError, match="NOT as in one process"):
+        report.raise_if_bad()
+
+
+def _without_sum(bind: Any, where: str) -> Any:
+    def forgets(self: Any, module: nn.Module, site: Any) -> None:
+        bind(self, module, site)
+        if site.where == where:
+            module._leave = lambda y, axis: y  # type: ignore[assignment]
+
+    return forgets
+
+
+def test_a_gradient_that_is_not_summed_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm over this rank's tokens: its gradient is a share, and nothing else is wrong before the first step."""
+    from lightning_tp.shards.gradients import PartialGradients
+
+    watch = PartialGradients.watch
+    monkeypatch.setattr(
+        PartialGradients, "watch", lambda self, ps: watch(self, [p for p in ps if p._ltp.name != "layers.0.ffn_norm.weight"])
+    )
+    report = verify(llama, (TOKENS,), next_token, plan=PLAN)
+    assert not report.ok
+    bad = [(row.kind, row.name) for row in report.rows if not row.ok]
+    assert {name for _, name in bad[:2]} == {"layers.0.ffn_norm.weight"}
+    assert [name for kind, name in bad if kind == "grad"] == ["layers.0.ffn_norm.weight"]
+
+
+def test_a_wrong_plan_is_found() -> None:
+    """A norm on whole activations, its gradient said to be a share: the first backward pass sees it before the comparison does."""
+    whole = Plan(PLAN).without_sequence_parallel()
+    rules = [r for r in whole.rules if r.pattern != "layers.*.ffn_norm"]
+    rules += [ltp.Rule(f"layers.{i}.ffn_norm", {"style": "replicate", "partial_grad": i == 1}) for i in range(2)]
+    with pytest.raises(TPError, match=r"`layers\.1\.ffn_norm\.weight`: the plan says"):
+        verify(llama, (TOKENS,), next_token, plan=Plan(rules))
+
+
+def test_a_rank_that_fails_is_a_rank_error() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            assert y.shape[-1] == 16, "half of it is here"
+            return self.down(y)
+
+    with pytest.raises(RankError, match="half of it is here"):
+        verify(Counts, (torch.ones(2, 3, 8),), lambda y: y.square().mean(), plan={"up": "colwise", "down": "rowwise"})
+
+
+def test_names_of_the_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning_tp.verify.verify as parity
+
+    apply = ltp.parallelize
+
+    def renames(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        apply(model, *args, **kwargs)
+        model.register_buffer("extra", torch.zeros(2))
+        return model
+
+    monkeypatch.setattr(parity, "parallelize", renames)
+    report = verify(llama, (TOKENS,), next_token, plan=PLAN)
+    assert [row.name for row in report.rows if not row.ok] == ["extra"]
+    assert math.isinf(report.rows[0].error)
+
+
+def test_nan_is_never_allowed() -> None:
+    assert not Row("w", "grad", math.nan, 1e-3).ok
+    assert Row("w", "grad", 1e-4, 1e-3).ok
+
+
+# ------------------------------------------------------------------------------------------------------------ what users get wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(tp=0), "tp=0"),
+        (dict(steps=True), "steps=True"),
+        (dict(dp=3), "4 rows"),
+        (dict(loss_fn=lambda y: y), "has to be a scalar"),
+        (dict(loss_fn=lambda y: y.mean() * 0), "norm of all gradients is 0"),
+        (dict(loss_fn=lambda y: y.mean() / 0), "norm of all gradients is nan|norm of all gradients is inf"),
+        (dict(model_fn=lambda: 3), "returned a int"),
+        (dict(inputs=(TOKENS + 1000,)), "does not run in one process: IndexError"),
+        (dict(plan={"nothing": "colwise"}), "nothing"),
+    ],
+)
+def test_mistakes(arguments: dict[str, Any], says: str) -> None:
+    defaults: dict[str, Any] = dict(model_fn=llama, inputs=(TOKENS,), loss_fn=next_token, plan=PLAN)
+    with pytest.raises(TPError, match=says):
+        verify(**{**defaults, **arguments})
+
+
+def test_a_model_on_the_meta_device_has_no_weights_to_compare() -> None:
+    def meta() -> nn.Module:
+        with torch.device("meta"):
+            return llama()
+
+    with pytest.raises(TPError, match="meta device"):
+        verify(meta, (TOKENS,), next_token, plan=PLAN)
+
+
+def test_nothing_of_this_process_changes() -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    verify(llama, (TOKENS,), next_token, plan=PLAN, steps=1)
+    assert torch.equal(state, torch.get_rng_state()) and not dist.is_initialized()
