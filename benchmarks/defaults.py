@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from examples.llama import PLAN, LlamaConfig, LlamaModule
-from lightning_tp.core.ops.random_numbers import Draws
+from lightning_tp.core.ops.random_numbers import RandomCallPolicy
 from lightning_tp.data import group_loader, same_batch
 from lightning_tp.shards import gradients
 from lightning_tp.trainer.adapt import metrics
@@ -65,15 +65,15 @@ def watch_them() -> None:
     group_loader.Ranks.over_tp = timed("comparing batches", group_loader.Ranks.over_tp)  # type: ignore[method-assign]
     metrics._plain = timed("plain numbers", metrics._plain)  # type: ignore[attr-defined]
     gradients.PartialGradients._check = timed("checking gradients", gradients.PartialGradients._check)  # type: ignore[method-assign]
-    step = Draws.step
-    Draws.step = lambda self: TimedStep("looking for random numbers", step(self))  # type: ignore[method-assign]
-    look = watchdog.Watch._look
+    step = RandomCallPolicy.step
+    RandomCallPolicy.step = lambda self: TimedStep("looking for random numbers", step(self))  # type: ignore[method-assign]
+    look = watchdog.Watchdog._look
 
     def timed_look(self: Any) -> None:
         THREAD["clock"] = time.pthread_getcpuclockid(threading.get_ident())
         look(self)
 
-    watchdog.Watch._look = timed_look  # type: ignore[method-assign]
+    watchdog.Watchdog._look = timed_look  # type: ignore[method-assign]
 
 
 class Report(L.Callback):

@@ -17,12 +17,12 @@ import torch
 from published import loss
 from published_models import build
 
+from lightning_tp.core.units import seconds, size
 from lightning_tp.estimate import estimate
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.roofline import collective_seconds, in_node
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.estimate.tune import tune
-from lightning_tp.estimate.units import seconds, size
 
 SEQ, GLOBAL = 4096, 1024
 TPS = (1, 2, 4, 8)

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.predict import Options, predict
 from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.traces import Tracer, loss_of
+from lightning_tp.estimate.trace.traces import TraceCache, loss_of
 
 FILE = Path(__file__).with_name("published.json")
 BF16 = torch.bfloat16
@@ -79,9 +79,9 @@ def two_of_five(name: str, module: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=2)
-def tracer(model: str, seq: int) -> Tracer:
+def tracer(model: str, seq: int) -> TraceCache:
     tokens = torch.zeros(1, seq, dtype=torch.long)
-    return Tracer(build(model, seq), {"tokens": tokens}, loss_of(loss), None)
+    return TraceCache(build(model, seq), {"tokens": tokens}, loss_of(loss), None)
 
 
 def predicted(run: Run, hardware: Hardware | None = None) -> Estimate:

@@ -38,7 +38,7 @@ def queue_after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-def asked_by(parameter: torch.Tensor) -> Literal["backward", "grad"] | None:
+def backward_kind(parameter: torch.Tensor) -> Literal["backward", "grad"] | None:
     """What the backward pass that is running now is of: a `backward` that adds to this parameter's `.grad`, a `torch.autograd.grad` that gives
     its gradient back, or neither."""
     with torch.enable_grad():
@@ -291,7 +291,7 @@ def let_store_fail(after: timedelta) -> None:
             continue
 
 
-def own_connection() -> torch.distributed.Store | None:
+def clone_store() -> torch.distributed.Store | None:
     """A connection of the caller's own to the store of the process group, for another thread; None if it isn't one over TCP."""
     store: Any = torch.distributed.distributed_c10d._get_default_store()
     under = store
@@ -307,7 +307,7 @@ def limit_waiting(groups: Iterable[torch.distributed.ProcessGroup], timeout: tim
 
 
 @functools.cache
-def let_gloo_end_first() -> None:
+def wait_for_gloo_at_exit() -> None:
     """Leave gloo's threads a moment before Python ends.
 
     The last of them to let go of a tensor of a collective asks for the interpreter, and if that is gone, brings the process down with
@@ -316,7 +316,7 @@ def let_gloo_end_first() -> None:
     atexit.register(time.sleep, 0.1)
 
 
-def replace_for_a_while(owner: Any, name: str, value: Any) -> Callable[[], None]:
+def patched(owner: Any, name: str, value: Any) -> Callable[[], None]:
     """Set an attribute, and hand back what undoes it: Lightning and torchmetrics have no other way in for some things."""
     had = name in vars(owner)
     before = vars(owner).get(name)
@@ -376,3 +376,17 @@ def backward_under_modes(loss: Tensor) -> None:
     """`loss.backward()`; code that is run again for it sees the `TorchFunctionMode`s that are on, as in the forward."""
     engine: Any = torch.autograd.graph._engine_run_backward
     engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def fake_store() -> Any:
+    """A store that torch's `fake` backend takes; importing it registers the backend."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def fake_process_group(rank: int, size: int) -> Any:
+    """A group of torch's `fake` backend by itself, without `init_process_group`."""
+    from torch._C._distributed_c10d import FakeProcessGroup
+
+    return FakeProcessGroup._create_internal(rank, size)

@@ -24,12 +24,12 @@ class TPError(ValueError):
     """
 
 
-class Follows(TPError):
+class SecondaryError(TPError):
     """What a rank raises because another one has failed, which shows its own error: under a Trainer one line is said of it, no traceback."""
 
 
 @contextmanager
-def on_one_screen(rank: int, head_start: float | None = None) -> Iterator[None]:
+def raise_on_rank_zero(rank: int, head_start: float | None = None) -> Iterator[None]:
     """Let an error that every rank meets at the same place be seen once: rank 0 raises it, the others leave with status 1.
 
     Args:
@@ -37,7 +37,7 @@ def on_one_screen(rank: int, head_start: float | None = None) -> Iterator[None]:
         head_start: seconds until the others leave. Default: `HEAD_START`.
 
     Example:
-        >>> with on_one_screen(rank=1, head_start=0):
+        >>> with raise_on_rank_zero(rank=1, head_start=0):
         ...     raise TPError("the same on all ranks")
         Traceback (most recent call last):
         ...
@@ -48,13 +48,13 @@ def on_one_screen(rank: int, head_start: float | None = None) -> Iterator[None]:
     except TPError:
         if rank == 0:
             raise
-        with stopped_in_silence():
+        with default_sigterm():
             time.sleep(HEAD_START if head_start is None else head_start)
         raise SystemExit(1) from None
 
 
 @contextmanager
-def stopped_in_silence() -> Iterator[None]:
+def default_sigterm() -> Iterator[None]:
     """Let a launcher's SIGTERM end this process as it is; Lightning's handler would talk to ranks that are gone, and say so."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -141,7 +141,7 @@ def alone(
         want = want if isinstance(want[0], int) else want[rank]
         assert tuple(p.shape) == want, f"{what}: {name} is {tuple(p.shape)}, not {want}"
 
-    axis = model._ltp_adopt.gradients.axis
+    axis = model._tp_registry.gradients.axis
     if arrives == "sequence":
         axis.seq_len = x.shape[SEQUENCE_DIM]  # as if something before had cut it
     for turn in range(2):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import lightning_tp as ltp
-from lightning_tp.errors import HEAD_START, TPError, on_one_screen
+from lightning_tp.errors import HEAD_START, TPError, raise_on_rank_zero
 from lightning_tp.testing import RankError, run_ranks
 
 
@@ -22,10 +22,10 @@ def test_it_is_a_value_error_that_pickles() -> None:
 def test_rank_0_shows_it_and_the_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
-    with pytest.raises(TPError, match=r"^here$"), on_one_screen(rank=0):
+    with pytest.raises(TPError, match=r"^here$"), raise_on_rank_zero(rank=0):
         raise TPError("here")
     for rank in (1, 7):
-        with pytest.raises(SystemExit) as leaves, on_one_screen(rank):
+        with pytest.raises(SystemExit) as leaves, raise_on_rank_zero(rank):
             raise TPError("here")
         assert leaves.value.code == 1 and leaves.value.__suppress_context__
     assert waited == [HEAD_START, HEAD_START]  # so that rank 0 can speak before a launcher stops all
@@ -33,9 +33,9 @@ def test_rank_0_shows_it_and_the_others_leave(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_no_mistake_of_the_user_is_shown_by_all() -> None:
     for rank in (0, 1):
-        with pytest.raises(RuntimeError, match=r"ours"), on_one_screen(rank):
+        with pytest.raises(RuntimeError, match=r"ours"), raise_on_rank_zero(rank):
             raise RuntimeError("ours")
-        with on_one_screen(rank):
+        with raise_on_rank_zero(rank):
             done = True
         assert done
 
@@ -44,7 +44,7 @@ def test_on_real_ranks() -> None:
     def body() -> None:
         import torch.distributed as dist
 
-        with on_one_screen(dist.get_rank(), head_start=0.2):
+        with raise_on_rank_zero(dist.get_rank(), head_start=0.2):
             raise TPError("the same on all ranks")
 
     with pytest.raises(RankError) as error:

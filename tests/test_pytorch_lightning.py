@@ -76,7 +76,7 @@ def test_fit_as_in_one_process(tmp_path: Path) -> None:
 def test_precision_is_the_other_packages(tmp_path: Path) -> None:
     ref = run_ranks(fit, 1, Net, "auto", tmp_path / "ref", precision="bf16-mixed", init=False)[0]
     for loss, _, module in run_ranks(fit, 2, Net, twin.TPStrategy(tp=2), tmp_path / "tp", precision="bf16-mixed", init=False):
-        assert loss == pytest.approx(ref[0], rel=2e-2) and module == "lightning_tp.pytorch_lightning.precision"
+        assert loss == pytest.approx(ref[0], rel=2e-2) and module == "lightning_tp.pytorch_lightning.trainer.adapt.precision"
 
 
 @pytest.mark.slow

@@ -31,18 +31,18 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
 from lightning_tp.core.comm.collectives import all_reduce, reduce_scatter
 from lightning_tp.core.comm.transitions import outside
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.random_numbers import run_block
 from lightning_tp.errors import TPError
 
-Recompute: TypeAlias = Literal["block", "selective"] | Callable[[str, nn.Module], bool]
+ActivationCheckpointing: TypeAlias = Literal["block", "selective"] | Callable[[str, nn.Module], bool]
 
 
-def check_recompute(how: Any) -> None:
+def check_activation_checkpointing(how: Any) -> None:
     """Refuse what is no kind of activation checkpointing.
 
     Example:
-        >>> check_recompute("all")
+        >>> check_activation_checkpointing("all")
         Traceback (most recent call last):
         ...
         lightning_tp.errors.TPError: `activation_checkpointing='all'`: there are 'block', 'selective', a function (name, module) -> bool, and None.
@@ -53,7 +53,7 @@ def check_recompute(how: Any) -> None:
         )
 
 
-def chosen(model: nn.Module, blocks: Iterable[nn.Module], how: Recompute) -> list[nn.Module]:
+def modules_to_checkpoint(model: nn.Module, blocks: Iterable[nn.Module], how: ActivationCheckpointing) -> list[nn.Module]:
     """The modules that are run again.
 
     Raises:
@@ -80,10 +80,10 @@ def chosen(model: nn.Module, blocks: Iterable[nn.Module], how: Recompute) -> lis
     return [m for _, m in named]
 
 
-def run_again(modules: Iterable[nn.Module], axis: Axis, how: Recompute) -> None:
+def checkpoint_modules(modules: Iterable[nn.Module], axis: Axis, how: ActivationCheckpointing) -> None:
     """Let these modules keep for the backward what `how` says, and run again there."""
     for module in modules:
-        become(module, _Checkpointed, _axis_of_block=axis, _selective=how == "selective")
+        swap_class(module, _Checkpointed, _axis_of_block=axis, _selective=how == "selective")
 
 
 class _Checkpointed(nn.Module):

@@ -15,7 +15,7 @@ from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards import grad_norm, shard
 from lightning_tp.shards import gradients as grad
-from lightning_tp.styles import Site
+from lightning_tp.styles import BindContext
 
 
 def split_parameters(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: bool = False) -> None:
@@ -38,8 +38,8 @@ def split_parameters(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: bo
                 split = splits[full]
                 with torch.no_grad():
                     local = nn.Parameter(split.take(p, tp_rank) if split.dim is not None else p.detach(), p.requires_grad)
-                local.__dict__.update({k: v for k, v in p.__dict__.items() if k != "_ltp"})
-                local._ltp = shard.Shard(full, split, shapes[full], mesh, fsdp, full in guessed)  # type: ignore[attr-defined]
+                local.__dict__.update({k: v for k, v in p.__dict__.items() if k != "_tp_shard"})
+                local._tp_shard = shard.ParamShard(full, split, shapes[full], mesh, fsdp, full in guessed)  # type: ignore[attr-defined]
                 done[id(p)] = local
             module._parameters[name] = done[id(p)]
 
@@ -55,7 +55,7 @@ def bind_styles(model: nn.Module, plan: Plan, axis: Axis, *, loss_parallel: bool
             module = model.get_submodule(entry.where)
             if (id(module), str(style)) not in bound:
                 bound.add((id(module), str(style)))
-                style.bind(module, Site(entry.where, axis, loss_parallel))
+                style.bind(module, BindContext(entry.where, axis, loss_parallel))
 
 
 def _is_module(model: nn.Module, name: str) -> bool:
@@ -79,33 +79,33 @@ def sum_groups(plan: Plan, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:
     return groups
 
 
-class _Adopt:
+class ParamRegistry:
     """What the parameters of an applied model are."""
 
-    def __init__(self, shards: dict[str, shard.Shard], gradients: grad.PartialGradients) -> None:
+    def __init__(self, shards: dict[str, shard.ParamShard], gradients: grad.PartialGradients) -> None:
         self.shards = shards
         self.gradients = gradients
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Adopt:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParamRegistry:
         """A copied model sums its own gradients. Its parameters are in `memo`: a module's attributes are copied in their order."""
         of = self.gradients
-        twin = _Adopt(self.shards, grad.PartialGradients(copy.deepcopy(of.axis, memo), of.groups))
+        twin = ParamRegistry(self.shards, grad.PartialGradients(copy.deepcopy(of.axis, memo), of.groups))
         parameters = []
         for p in of.parameters:
-            memo[id(p)]._ltp = p._ltp  # type: ignore[attr-defined]
+            memo[id(p)]._tp_shard = p._tp_shard  # type: ignore[attr-defined]
             parameters.append(memo[id(p)])
         twin.gradients.watch(parameters)
         grad_norm.register(twin.gradients)
         return twin
 
 
-def adopt(model: nn.Module) -> None:
+def tag_parameters(model: nn.Module) -> None:
     """Tell the parameter objects that the model has now what they are; again after something has replaced them."""
-    of: _Adopt = model._ltp_adopt  # type: ignore[assignment]
+    of: ParamRegistry = model._tp_registry  # type: ignore[assignment]
     parameters = []
     for name, p in model.named_parameters():
         if name in of.shards:
-            p._ltp = of.shards[name]  # type: ignore[attr-defined]
+            p._tp_shard = of.shards[name]  # type: ignore[attr-defined]
             parameters.append(p)
     of.gradients.watch(parameters)
     grad_norm.register(of.gradients)

@@ -29,8 +29,8 @@ from torch import nn
 
 from lightning_tp._compat import backend_of, compile_function, function_modes, is_compiler_error, take_compiled
 from lightning_tp.core.comm import transitions
-from lightning_tp.core.modules.swap_class import become
-from lightning_tp.core.ops.random_numbers import Draws
+from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.core.ops.random_numbers import RandomCallPolicy
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.local_ops import changes_calls
 
@@ -51,7 +51,7 @@ def check_compile(how: Any) -> None:
         raise TPError(f"`compile={how!r}`: {error}; True is 'inductor', and a function like a backend is one.") from None
 
 
-class Compiling:
+class BlockCompiler:
     """How the blocks of one model are compiled.
 
     Args:
@@ -62,13 +62,13 @@ class Compiling:
     def __init__(self, backend: str | Callable[..., Any], limit: int) -> None:
         self.inner = backend_of(backend) if isinstance(backend, str) else backend
         self.limit = limit
-        self.draws: Draws | None = None
+        self.draws: RandomCallPolicy | None = None
         self.failed = False
         self.off = False
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Compiling:
-        memo[id(self)] = twin = Compiling(self.inner, self.limit)
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockCompiler:
+        memo[id(self)] = twin = BlockCompiler(self.inner, self.limit)
         twin.draws = copy.deepcopy(self.draws, memo)
         return twin
 
@@ -103,19 +103,19 @@ class Compiling:
         return any(changes_calls(mode) for mode in function_modes())
 
 
-def compile_blocks(blocks: Iterable[nn.Module], how: Compile) -> Compiling:
+def compile_blocks(blocks: Iterable[nn.Module], how: Compile) -> BlockCompiler:
     """Let each of these compile itself when it first runs; state dict keys stay as they are."""
     blocks = list(blocks)
     if not blocks:
         warnings.warn("`compile`: there are no repeated blocks to compile; the model runs as it is.", stacklevel=2)
-    of = Compiling("inductor" if how is True else how, limit=max(8, len(blocks) + 4))  # type: ignore[arg-type]
+    of = BlockCompiler("inductor" if how is True else how, limit=max(8, len(blocks) + 4))  # type: ignore[arg-type]
     for block in blocks:
-        become(block, _Compiled, _compiling=of)
+        swap_class(block, _Compiled, _compiling=of)
     return of
 
 
 class _Compiled(nn.Module):
-    _compiling: Compiling
+    _compiling: BlockCompiler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         of = self._compiling
@@ -137,7 +137,7 @@ class _Compiled(nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def take_back(model: nn.Module) -> Any:
+def unwrap_compiled(model: nn.Module) -> Any:
     """Undo what users have compiled in a model; says so once. Before a plan is made.
 
     Returns:

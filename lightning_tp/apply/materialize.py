@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from lightning_tp._compat import local_tensor
 from lightning_tp.core.modules.deferred_init import deferred_init, values
-from lightning_tp.core.modules.tape import Tape
+from lightning_tp.core.modules.tape import InitTape
 from lightning_tp.errors import TPError
-from lightning_tp.shards.shard import Shard
+from lightning_tp.shards.shard import ParamShard
 
 Values = Iterator[tuple[list[str], Tensor]]
-_tapes: list[Tape] = []
+_tapes: list[InitTape] = []
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def source_of(model: nn.Module, known: Collection[str] = ()) -> Values | None:
     return _from_reset_parameters(model, tensors, names)
 
 
-def _from_tape(tape: Tape, whole: Values) -> Values:
+def _from_tape(tape: InitTape, whole: Values) -> Values:
     yield from whole
     _tapes.remove(tape)
 
@@ -121,7 +121,7 @@ def _reset(whole: list[tuple[str, nn.Module]], names: dict[int, list[str]], ids:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, whole_values: Values, shards: Mapping[str, Shard], device: torch.device) -> None:
+def fill(model: nn.Module, whole_values: Values, shards: Mapping[str, ParamShard], device: torch.device) -> None:
     """Give every tensor on the meta device memory on `device`, and this rank's shard of its value."""
     tied: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

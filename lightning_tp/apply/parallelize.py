@@ -13,16 +13,21 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp.apply import materialize
-from lightning_tp.apply.activation_checkpointing import Recompute, check_recompute, chosen, run_again
-from lightning_tp.apply.bind import _Adopt, adopt, bind_styles, split_parameters, sum_groups
-from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, take_back
+from lightning_tp.apply.activation_checkpointing import (
+    ActivationCheckpointing,
+    check_activation_checkpointing,
+    checkpoint_modules,
+    modules_to_checkpoint,
+)
+from lightning_tp.apply.bind import ParamRegistry, bind_styles, split_parameters, sum_groups, tag_parameters
+from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, unwrap_compiled
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
 from lightning_tp.checkpoint.weights.pretrained import read_shards, waiting
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import check_mesh
 from lightning_tp.core.modules.blocks import find_blocks
-from lightning_tp.core.ops.random_numbers import Dropout, bind_dropout, draws_of
+from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls, policy_of
 from lightning_tp.errors import TPError
 from lightning_tp.plan.check import any_split, refuse_wrapped, splits_nothing
 from lightning_tp.plan.declared import declared_plan
@@ -43,7 +48,7 @@ def parallelize(
     *,
     sequence_parallel: bool = True,
     loss_parallel: bool = True,
-    activation_checkpointing: Recompute | None = None,
+    activation_checkpointing: ActivationCheckpointing | None = None,
     compile: Compile = False,
     precision: MixedPrecisionPolicy | None = None,
     dropout: Dropout = "independent",
@@ -91,20 +96,20 @@ def parallelize(
     """
     dp_mesh, tp_mesh = check_mesh(mesh)
     check_options(activation_checkpointing, compile, dropout, backend)
-    compile = take_back(model) or compile
+    compile = unwrap_compiled(model) or compile
     plan = resolve_plan(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
     same_plan_everywhere(plan, mesh)
     if tp_mesh.size() > 1 and not any_split(plan.entries) and dist.get_rank() == 0:
         warnings.warn(splits_nothing(plan, model, tp_mesh.size()), stacklevel=2)
     blocks = [block for _, block in find_blocks(model)]
-    again = chosen(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
+    again = modules_to_checkpoint(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
     stored = waiting(model)
     whole_values = materialize.source_of(model, stored)
     if whole_values is not None and backend == "dtensor":
         raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
     same_weights_everywhere(model, mesh)
     axis = Axis(tp_mesh.get_group())
-    model._ltp_plan = plan  # type: ignore[assignment]
+    model._tp_applied_plan = plan  # type: ignore[assignment]
 
     if backend == "dtensor":
         return _parallelize_by_torch(model, mesh, plan, blocks, precision, fsdp_root)
@@ -113,25 +118,25 @@ def parallelize(
         bind_styles(model, plan, axis, loss_parallel=loss_parallel)
     compiling = compile_blocks(blocks, compile) if compile else None
     if activation_checkpointing is not None:
-        run_again(again, axis, activation_checkpointing)
-    shards = {name: p._ltp for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+        checkpoint_modules(again, axis, activation_checkpointing)
+    shards = {name: p._tp_shard for name, p in model.named_parameters()}  # type: ignore[attr-defined]
     if dp_mesh.size() > 1:
         apply_fsdp(fsdp_root or model, blocks, dp_mesh, precision=precision)
     if whole_values is not None:
         materialize.fill(model, same_values_everywhere(whole_values, mesh), shards, device or torch.device(mesh.device_type))
     gradients = grad.PartialGradients(axis, sum_groups(plan, mesh))
-    model._ltp_adopt = _Adopt(shards, gradients)  # type: ignore[assignment]
-    adopt(model)
+    model._tp_registry = ParamRegistry(shards, gradients)  # type: ignore[assignment]
+    tag_parameters(model)
     read_shards(model, stored)
     state_dict.attach_state_dict(model)
     if tp_mesh.size() > 1:
-        bind_dropout(model, axis, dropout)
+        bind_random_calls(model, axis, dropout)
     if compiling is not None:
-        compiling.draws = draws_of(model)
+        compiling.draws = policy_of(model)
     return model
 
 
-def check_options(recompute: Recompute | None, compile: Compile, dropout: Dropout, backend: str) -> None:
+def check_options(recompute: ActivationCheckpointing | None, compile: Compile, dropout: Dropout, backend: str) -> None:
     """Refuse options that don't go together, or don't exist.
 
     Raises:
@@ -139,7 +144,7 @@ def check_options(recompute: Recompute | None, compile: Compile, dropout: Dropou
     """
     if dropout not in ("independent", "exact") or (dropout == "exact" and backend == "dtensor"):
         raise TPError(f"`dropout={dropout!r}`: there is 'independent', and 'exact' with `backend='local'`.")
-    check_recompute(recompute)
+    check_activation_checkpointing(recompute)
     if backend == "dtensor" and (recompute is not None or compile):
         raise TPError(
             "`backend='dtensor'` has neither activation checkpointing nor `compile`. Use `backend='local'`, or leave them out."

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from lightning_tp._compat import local_tensor
 from lightning_tp.callbacks.shards import find_mesh
-from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.errors import TPError, raise_on_rank_zero
 
 RNG = "the random state"
 _NONE = torch.iinfo(torch.int64).min  # of a rank that does not hold it
@@ -103,7 +103,7 @@ class DriftWatch(L.Callback):
             return
         message = drift_message(drifted, self._copies, sums, step)
         if self.on_drift == "raise":
-            with on_one_screen(trainer.global_rank):
+            with raise_on_rank_zero(trainer.global_rank):
                 raise TPError(message)
         if new := {c.name for c in drifted} - self._said:
             self._said |= new
@@ -117,7 +117,7 @@ def replicated(module: nn.Module, mesh: DeviceMesh) -> list[Copies]:
     inside_groups = tuple(row for row in rows if len(row) > 1)
     copies = [Copies(RNG, RNG, inside_groups)] if inside_groups else []
     for name, p in module.named_parameters():
-        shard = getattr(p, "_ltp", None)
+        shard = getattr(p, "_tp_shard", None)
         if shard is None:
             continue
         split = shard.split

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_tp._compat import local_tensor
 from lightning_tp.callbacks.shards import find_mesh
+from lightning_tp.core.units import size
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import guess, hardware
 from lightning_tp.estimate.predict import Options, predict
 from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.traces import Tracer
-from lightning_tp.estimate.units import size
+from lightning_tp.estimate.trace.traces import TraceCache
 
 
 def twin_of(module: L.LightningModule) -> L.LightningModule:
@@ -71,7 +71,7 @@ def predict_run(
     )
     with quiet(twin):
         found = predict(
-            Tracer(twin, batch, loss_of, plan), batch, mesh["data_parallel"].size(), mesh["tensor_parallel"].size(), hw, options
+            TraceCache(twin, batch, loss_of, plan), batch, mesh["data_parallel"].size(), mesh["tensor_parallel"].size(), hw, options
         )
     return found, known is not None
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 
 @dataclass(frozen=True)
-class Held:
+class ShardSummaryRow:
     """What one rank holds, and where in the mesh it stands."""
 
     rank: int
@@ -66,11 +66,11 @@ class ShardSummary(L.Callback):
             print(optimizer_line(all_bytes), flush=True)
 
 
-def held_by_this_rank(trainer: L.Trainer, module: nn.Module) -> Held:
+def held_by_this_rank(trainer: L.Trainer, module: nn.Module) -> ShardSummaryRow:
     """Count the parameters that lie on this rank."""
     mesh = find_mesh(trainer)
     parameters = [_local(parameter) for parameter in module.parameters()]
-    return Held(
+    return ShardSummaryRow(
         rank=trainer.global_rank,
         dp_rank=_coordinate(mesh, "data_parallel", default=trainer.global_rank),
         tp_rank=_coordinate(mesh, "tensor_parallel", default=0),
@@ -101,11 +101,11 @@ def num_optimizer_bytes(trainer: L.Trainer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def shard_table(held: list[Held], whole: int | None, *, name: str = "the model", max_rows: int = 16) -> str:
+def shard_table(held: list[ShardSummaryRow], whole: int | None, *, name: str = "the model", max_rows: int = 16) -> str:
     """Lay out what each rank holds as a table of text.
 
     Example:
-        >>> print(shard_table([Held(0, 0, 0, 60, 240), Held(1, 0, 1, 50, 200)], 100, name="Net"))
+        >>> print(shard_table([ShardSummaryRow(0, 0, 0, 60, 240), ShardSummaryRow(1, 0, 1, 50, 200)], 100, name="Net"))
         Shards of Net: 100 parameters in the whole model, 2 ranks
         rank | data-parallel rank | tensor-parallel rank | parameters held | share of the whole | bytes
            0 |                  0 |                    0 |              60 |              60.0% | 240 B
@@ -161,7 +161,7 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _share(held: Held, whole: int | None) -> str:
+def _share(held: ShardSummaryRow, whole: int | None) -> str:
     return f"{100 * held.num_parameters / whole:.1f}%" if whole else "-"
 
 

@@ -162,7 +162,7 @@ class Throughput(L.Callback):
     def _prediction(self, trainer: L.Trainer, module: L.LightningModule) -> str:
         assert self._twin is not None
         optimizers = trainer.optimizers
-        plan = next((m.__dict__["_ltp_plan"] for m in module.modules() if "_ltp_plan" in m.__dict__), None)
+        plan = next((m.__dict__["_tp_applied_plan"] for m in module.modules() if "_tp_applied_plan" in m.__dict__), None)
         try:
             self.predicted, timed = predict_run(
                 self._twin, self._batch, trainer, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_tp._compat import copy_dtensor, let_gloo_end_first
+from lightning_tp._compat import copy_dtensor, wait_for_gloo_at_exit
 from lightning_tp.errors import TPError
 
 _group: tuple[Any, Any] = (None, None)  # a reference to the default group, the group made for it
@@ -30,7 +30,7 @@ def group_for_saving() -> dist.ProcessGroup | None:
     world = dist.group.WORLD
     if _group[0] is None or _group[0]() is not world:
         _group = (weakref.ref(world), dist.new_group(backend="gloo"))
-        let_gloo_end_first()
+        wait_for_gloo_at_exit()
     made: dist.ProcessGroup = _group[1]
     return made
 

@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from lightning_tp._compat import rename_exchange
 from lightning_tp.checkpoint.files import Files, Summed, Sums, Writer, total
 from lightning_tp.checkpoint.manifest import MANIFEST, Manifest
-from lightning_tp.checkpoint.storage import Place
-from lightning_tp.core.comm.agree import World
+from lightning_tp.checkpoint.storage import StoragePath
+from lightning_tp.core.comm.agree import Peers
 from lightning_tp.errors import TPError
 
 ASIDE = ".lightning_tp"  # the folder beside checkpoints where they are made and unmade; Lightning looks into none that is hidden
@@ -44,7 +44,7 @@ _OURS = {".metadata", META, PLAN, MANIFEST, UNFINISHED, ELSEWHERE}
 
 
 @dataclass
-class Content:
+class SaveContent:
     """What goes into a checkpoint folder.
 
     Args:
@@ -62,13 +62,13 @@ class Content:
     about: Manifest = field(default_factory=Manifest)
 
 
-def save_folder(target: Place, content: Content, world: World) -> None:
+def save_folder(target: StoragePath, content: SaveContent, world: Peers) -> None:
     """Write and commit a checkpoint folder. A collective of all ranks of `world`.
 
     Raises:
         TPError: on all ranks, if one of them could not write; what was there before is untouched then.
     """
-    written = Place(world.from_first(lambda: _begin(target)), target.options)
+    written = StoragePath(world.from_first(lambda: _begin(target)), target.options)
     files = Files(written)
     problem = None
     try:
@@ -97,7 +97,7 @@ def save_folder(target: Place, content: Content, world: World) -> None:
     world.from_first(commit)
 
 
-def save_file(target: Place, write: Callable[[Any], None]) -> None:
+def save_file(target: StoragePath, write: Callable[[Any], None]) -> None:
     """Write and commit a checkpoint of one file: `write` gets the stream. By one rank.
 
     Raises:
@@ -110,7 +110,7 @@ def save_file(target: Place, write: Callable[[Any], None]) -> None:
         except OSError as error:
             raise TPError(_why(error, None, target)) from error
         return
-    written = Place(_begin(target, folder=False))
+    written = StoragePath(_begin(target, folder=False))
     summed: Summed | None = None
     try:
         with written.open("wb") as raw:
@@ -129,7 +129,7 @@ def save_file(target: Place, write: Callable[[Any], None]) -> None:
 
 
 @contextmanager
-def file_beside(target: Place) -> Iterator[Path]:
+def file_beside(target: StoragePath) -> Iterator[Path]:
     """A path to write one file to, which is committed under the target's name at the end. By one rank.
 
     Raises:
@@ -142,7 +142,7 @@ def file_beside(target: Place) -> Iterator[Path]:
             with file.open("rb") as written:
                 save_file(target, lambda stream: shutil.copyfileobj(written, stream))
         return
-    made = Place(_begin(target, folder=False))
+    made = StoragePath(_begin(target, folder=False))
     try:
         yield Path(made.path)
         made.sync()
@@ -156,7 +156,7 @@ def file_beside(target: Place) -> Iterator[Path]:
         raise
 
 
-def remove(target: Place) -> None:
+def remove(target: StoragePath) -> None:
     """Remove a checkpoint: it is gone from its name at once, however long its files take. Nothing happens if it is not there.
 
     Raises:
@@ -173,30 +173,30 @@ def remove(target: Place) -> None:
         pass
     except OSError as error:
         raise TPError(f"`{target}` could not be removed: {error.strerror or error}.") from error
-    Place(aside).remove()
+    StoragePath(aside).remove()
     _leave(target)
 
 
-def recover(target: Place) -> None:
+def recover(target: StoragePath) -> None:
     """Complete what a crash has left where the name had to be given away for a moment (a file system without an exchange of names)."""
     if not target.is_local or os.path.lexists(target.path):
         return
     for name, kind, token in _left(target):
         if kind == "replaced":
-            new = Place(f"{_folder(target)}/{target.name}.saving-{token}")
+            new = StoragePath(f"{_folder(target)}/{target.name}.saving-{token}")
             whole = new.is_file() or (new / MANIFEST).is_file()
             os.rename(new.path if whole else f"{_folder(target)}/{name}", target.path)
             return
 
 
-def put_aside(folder: Place) -> list[str]:
+def put_aside(folder: StoragePath) -> list[str]:
     """The names that `recover` would bring back in this folder."""
     found = [_parts(name) for name in (folder / ASIDE).names()] if folder.is_local else []
     names = {parts[0] for parts in found if parts is not None and parts[1] == "replaced"}
     return sorted(name for name in names if not os.path.lexists(f"{folder.path}/{name}"))
 
 
-def is_unfinished(folder: Place) -> bool:
+def is_unfinished(folder: StoragePath) -> bool:
     """Whether this was begun in its place, and never completed."""
     return (folder / UNFINISHED).is_file() and not (folder / MANIFEST).is_file()
 
@@ -204,7 +204,7 @@ def is_unfinished(folder: Place) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- steps
 
 
-def _begin(target: Place, *, folder: bool = True) -> str:
+def _begin(target: StoragePath, *, folder: bool = True) -> str:
     """Make room: what is written goes to this path."""
     recover(target)
     others = sorted(
@@ -225,7 +225,7 @@ def _begin(target: Place, *, folder: bool = True) -> str:
                     (target / name).remove()
             return target.url
         for name, _, _ in _left(target):
-            Place(f"{_folder(target)}/{name}").remove()
+            StoragePath(f"{_folder(target)}/{name}").remove()
         path = _aside(target, "saving")
         os.makedirs(path if folder else os.path.dirname(path), exist_ok=True)
     except OSError as error:
@@ -233,7 +233,7 @@ def _begin(target: Place, *, folder: bool = True) -> str:
     return path
 
 
-def _write(files: Files, content: Content, world: World) -> None:
+def _write(files: Files, content: SaveContent, world: Peers) -> None:
     alone = world.size == 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -247,7 +247,7 @@ def _write(files: Files, content: Content, world: World) -> None:
             files.write(PLAN, content.plan.encode())
 
 
-def _commit_folder(written: Place, target: Place, manifest: Manifest) -> None:
+def _commit_folder(written: StoragePath, target: StoragePath, manifest: Manifest) -> None:
     for name, said in manifest.files.items():  # of the other ranks, too
         if not (written / name).is_file() or (written / name).size() != said["bytes"]:
             raise TPError(
@@ -263,7 +263,7 @@ def _commit_folder(written: Place, target: Place, manifest: Manifest) -> None:
     _take_place(written, target)
 
 
-def _take_place(written: Place, target: Place) -> None:
+def _take_place(written: StoragePath, target: StoragePath) -> None:
     """Give the target's name to what was written, at one instant, and remove what had it."""
     written.parent.sync()
     kinds = [stat.S_IFMT(os.lstat(p).st_mode) if os.path.lexists(p) else None for p in (written.path, target.path)]
@@ -278,26 +278,26 @@ def _take_place(written: Place, target: Place) -> None:
         os.rename(target.path, replaced)
         os.rename(written.path, target.path)
         target.parent.sync()
-        Place(replaced).remove()
+        StoragePath(replaced).remove()
     _leave(target)
 
 
-def _undo(written: Place, target: Place) -> None:
+def _undo(written: StoragePath, target: StoragePath) -> None:
     if target.is_local:
         written.remove()
         _leave(target)
 
 
-def _leave(target: Place) -> None:
+def _leave(target: StoragePath) -> None:
     with suppress(OSError):
         os.rmdir(_folder(target))  # if nothing else is in it
 
 
-def _folder(target: Place) -> str:
+def _folder(target: StoragePath) -> str:
     return os.path.join(os.path.dirname(target.path), ASIDE)
 
 
-def _aside(target: Place, kind: str) -> str:
+def _aside(target: StoragePath, kind: str) -> str:
     return f"{_folder(target)}/{target.name}.{kind}-{secrets.token_hex(4)}"
 
 
@@ -308,14 +308,14 @@ def _parts(entry: str) -> tuple[str, str, str] | None:
     return (name, kind, token) if name and kind in ("saving", "replaced", "removed") else None
 
 
-def _left(target: Place) -> list[tuple[str, str, str]]:
+def _left(target: StoragePath) -> list[tuple[str, str, str]]:
     """(entry, kind, token) of what is aside of this target's name; of what was being removed, of all."""
-    entries = Place(_folder(target)).names()
+    entries = StoragePath(_folder(target)).names()
     found = [(entry, parts) for entry in entries if (parts := _parts(entry)) is not None]
     return [(entry, kind, token) for entry, (name, kind, token) in found if name == target.name or kind == "removed"]
 
 
-def _why(error: BaseException, files: Files | None, target: Place, written: int = 0) -> str:
+def _why(error: BaseException, files: Files | None, target: StoragePath, written: int = 0) -> str:
     """What a failed write comes down to, in words."""
     if isinstance(error, CheckpointException):
         first = next((e for e, _ in error.failures.values() if isinstance(e, OSError)), next(iter(error.failures.values()))[0])
@@ -335,7 +335,7 @@ def _why(error: BaseException, files: Files | None, target: Place, written: int 
     return f"`{target}` could not be written: {type(error).__name__}: {error}. The checkpoints before it are untouched."
 
 
-def _free(target: Place) -> str:
+def _free(target: StoragePath) -> str:
     with suppress(OSError):
         return f"{shutil.disk_usage(os.path.dirname(target.path)).free:,}" if target.is_local else "no"
     return "no"

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from lightning_tp.checkpoint.storage import Place
+from lightning_tp.checkpoint.storage import StoragePath
 
 Sums = dict[str, dict[str, Any]]
 
@@ -72,7 +72,7 @@ class Files(FileSystemBase):
         bytes: that were written, also of files that were not done.
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: StoragePath) -> None:
         self.folder = folder
         self.sums: Sums = {}
         self.failed: OSError | None = None

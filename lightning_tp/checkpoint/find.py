@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 from lightning_tp.checkpoint.commit import META, is_unfinished, put_aside, recover
 from lightning_tp.checkpoint.manifest import LATER, MANIFEST, Manifest, damage_of_archive, damage_of_file, read
-from lightning_tp.checkpoint.storage import Place
-from lightning_tp.core.comm.agree import World
+from lightning_tp.checkpoint.storage import StoragePath
+from lightning_tp.core.comm.agree import Peers
 from lightning_tp.errors import TPError
 
 SUFFIX = ".ckpt"
@@ -19,7 +19,7 @@ _NONE = "it is no checkpoint"
 _CLOSED = "it can't be read"
 
 
-def damage(place: Place, world: World) -> str | None:
+def damage(place: StoragePath, world: Peers) -> str | None:
     """What is wrong with a checkpoint, the same on all ranks; None: nothing, or nothing that could be known. A collective."""
 
     def look() -> tuple[str | None, Manifest | None, bool]:
@@ -58,7 +58,7 @@ def damage(place: Place, world: World) -> str | None:
     return world.first_said(mine)
 
 
-def candidates(folder: Place) -> list[Place]:
+def candidates(folder: StoragePath) -> list[StoragePath]:
     """What has a checkpoint's name in a folder, the newest first."""
     names = {name for name in folder.names() if name.endswith(SUFFIX) or (folder / name / MANIFEST).is_file()}
     places = [folder / name for name in sorted({n for n in names if not n.startswith(".")} | set(put_aside(folder)))]
@@ -66,7 +66,7 @@ def candidates(folder: Place) -> list[Place]:
     return [place for _, place in sorted(found, key=lambda pair: -pair[0])]
 
 
-def newest_complete(folder: Place, world: World, *, but: Iterable[str] = ()) -> Place | None:
+def newest_complete(folder: StoragePath, world: Peers, *, but: Iterable[str] = ()) -> StoragePath | None:
     """The newest checkpoint of a folder that is whole, the same on all ranks. A collective.
 
     Args:
@@ -77,14 +77,14 @@ def newest_complete(folder: Place, world: World, *, but: Iterable[str] = ()) -> 
     skipped = set(but)
     urls = world.from_first(lambda: [place.url for place in candidates(folder) if place.path not in skipped])
     for url in urls:
-        place = Place(url, folder.options)
+        place = StoragePath(url, folder.options)
         world.from_first(lambda place=place: recover(place))  # type: ignore[misc]
         if damage(place, world) is None:
             return place
     return None
 
 
-def newer(place: Place) -> Place:
+def newer(place: StoragePath) -> StoragePath:
     """A checkpoint beside this one that was written later, and is further: a run was stopped before it could be called the last. Else this one."""
     step = _step(place)
     if step is None:
@@ -97,7 +97,7 @@ def newer(place: Place) -> Place:
     return place
 
 
-def _step(place: Place) -> int | None:
+def _step(place: StoragePath) -> int | None:
     try:
         manifest = read(place)
     except TPError:
@@ -105,7 +105,7 @@ def _step(place: Place) -> int | None:
     return manifest.step if manifest is not None else None
 
 
-def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) -> tuple[Place, str | None]:
+def select_intact(place: StoragePath, world: Peers, *, instead: Sequence[str] | None = None) -> tuple[StoragePath, str | None]:
     """The checkpoint to load, which is whole: the one that was asked for, or another one if that may be. A collective.
 
     Args:
@@ -134,7 +134,7 @@ def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) 
         said = f"The checkpoint `{place}` is damaged: {problem}."
     other = None
     for path in instead or ():
-        one = Place(path, place.options)
+        one = StoragePath(path, place.options)
         if one.path != place.path and damage(one, world) is None:
             other = one
             break
@@ -149,6 +149,6 @@ def choose(place: Place, world: World, *, instead: Sequence[str] | None = None) 
     return other, f"{said} `{other}` is loaded in its place."
 
 
-def _changed(place: Place) -> float:
+def _changed(place: StoragePath) -> float:
     inside = place / MANIFEST
     return inside.changed() if inside.is_file() else place.changed()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lightning_tp._compat import version_of
-from lightning_tp.checkpoint.storage import Place
+from lightning_tp.checkpoint.storage import StoragePath
 from lightning_tp.errors import TPError
 
 MANIFEST = "manifest.json"
@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read(folder: Place) -> Manifest | None:
+def read(folder: StoragePath) -> Manifest | None:
     """The manifest of a folder, None if there is none.
 
     Raises:
@@ -94,7 +94,7 @@ def read(folder: Place) -> Manifest | None:
     return Manifest.from_json(file.read(), str(file)) if file.is_file() else None
 
 
-def damage_of_file(folder: Place, name: str, said: Mapping[str, Any]) -> str | None:
+def damage_of_file(folder: StoragePath, name: str, said: Mapping[str, Any]) -> str | None:
     """What is wrong with a file that the manifest names; None: nothing."""
     file = folder / name
     if not file.is_file():
@@ -106,7 +106,7 @@ def damage_of_file(folder: Place, name: str, said: Mapping[str, Any]) -> str | N
     return None if found == said[kind] else f"`{name}` has the checksum {found}, and its manifest says {said[kind]} ({kind})"
 
 
-def checksum(file: Place, kind: str = "crc32") -> str:
+def checksum(file: StoragePath, kind: str = "crc32") -> str:
     """Of the whole file, in hex."""
     import hashlib
 
@@ -120,7 +120,7 @@ def checksum(file: Place, kind: str = "crc32") -> str:
     return f"{crc:08x}" if kind == "crc32" else digest.hexdigest()
 
 
-def damage_of_archive(file: Place, rank: int, world: int) -> str | None:
+def damage_of_archive(file: StoragePath, rank: int, world: int) -> str | None:
     """What is wrong with a checkpoint in one file, which is a zip archive with checksums of its own: this rank's share of its records.
 
     Raises:

@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from lightning_tp._compat import METADATA_CLASSES
 from lightning_tp.checkpoint.files import Files
-from lightning_tp.checkpoint.storage import Place
+from lightning_tp.checkpoint.storage import StoragePath
 from lightning_tp.errors import TPError
 
 SafeGlobals = Sequence[Callable[..., Any]]
 
 
-def load(file: Place, *, safe_globals: SafeGlobals = (), weights_only: bool | None = None, mmap: bool = False) -> Any:
+def load(file: StoragePath, *, safe_globals: SafeGlobals = (), weights_only: bool | None = None, mmap: bool = False) -> Any:
     """What `torch.save` has written, onto the CPU.
 
     Args:
@@ -63,7 +63,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _not_allowed(file: Place) -> list[str]:
+def _not_allowed(file: StoragePath) -> list[str]:
     try:
         if file.is_local:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file.path))
@@ -94,7 +94,7 @@ def _as_text(*parts: str) -> str:
     return os.path.join(*parts) if parts else "."
 
 
-def read_metadata(folder: Place) -> Metadata:
+def read_metadata(folder: StoragePath) -> Metadata:
     """The `.metadata` of a distributed checkpoint.
 
     Raises:
@@ -120,7 +120,7 @@ def read_metadata(folder: Place) -> Metadata:
 class Reader(dcp.FileSystemReader):
     """torch's reader, of any file system, for `dcp.load(storage_reader=..)`: `.metadata` is read by `read_metadata`."""
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: StoragePath) -> None:
         super().__init__(folder.path)
         self.folder = folder
         self.fs = Files(folder)  # type: ignore[assignment]
@@ -156,7 +156,12 @@ class Planner(DefaultLoadPlanner):
 
 
 def dcp_load(
-    state: dict[str, Any], folder: Place, *, safe_globals: SafeGlobals = (), weights_only: bool | None = None, no_dist: bool = False
+    state: dict[str, Any],
+    folder: StoragePath,
+    *,
+    safe_globals: SafeGlobals = (),
+    weights_only: bool | None = None,
+    no_dist: bool = False,
 ) -> None:
     """Fill a state dict from the folder of a distributed checkpoint, on every rank with what it asks for. A collective.
 

@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from lightning_tp.checkpoint.commit import ELSEWHERE  # in the place of a DTensor: its key in the folder of that name
 from lightning_tp.checkpoint.safe import SafeGlobals, dcp_load, read_metadata
-from lightning_tp.checkpoint.storage import Place
+from lightning_tp.checkpoint.storage import StoragePath
 from lightning_tp.errors import TPError
 from lightning_tp.shards.optimizer_state import check_kind, load_optimizer_state
-from lightning_tp.shards.shard import Shard
+from lightning_tp.shards.shard import ParamShard
 
 
-def load_model(model: nn.Module, path: Path | Place, *, strict: bool = True, key: str = "state_dict") -> None:
+def load_model(model: nn.Module, path: Path | StoragePath, *, strict: bool = True, key: str = "state_dict") -> None:
     """Read this rank's pieces of every parameter and buffer from the folder, where `key` is the model's name in it.
 
     Raises:
@@ -55,7 +55,7 @@ def load_model(model: nn.Module, path: Path | Place, *, strict: bool = True, key
 
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
-    path: Path | Place,
+    path: Path | StoragePath,
     key: str,
     *,
     safe_globals: SafeGlobals = (),
@@ -79,7 +79,7 @@ def load_optimizer(
     state: dict[str, dict[str, Any]] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
-            shard: Shard = p._ltp
+            shard: ParamShard = p._tp_shard
             prefix = f"{key}.state.{shard.name}."
             fields = {k.removeprefix(prefix): m for k, m in stored.items() if k.startswith(prefix)}
             if fields:
@@ -89,7 +89,7 @@ def load_optimizer(
             **{
                 k: v for k, v in g.items() if k != "params" and f"{key}.param_groups.{i}.{k}" in stored
             },  # not what a scheduler added since
-            "params": [p._ltp.name for p in g["params"]],
+            "params": [p._tp_shard.name for p in g["params"]],
         }
         for i, g in enumerate(optimizer.param_groups)
     ]
@@ -98,7 +98,7 @@ def load_optimizer(
     load_optimizer_state(optimizer, loaded[key])
 
 
-def _check_groups(optimizer: torch.optim.Optimizer, folder: Place, key: str, stored: Mapping[str, Any]) -> None:
+def _check_groups(optimizer: torch.optim.Optimizer, folder: StoragePath, key: str, stored: Mapping[str, Any]) -> None:
     """By what the folder says of its groups, before anything is read."""
     prefix = f"{key}.param_groups."
     groups: dict[str, dict[str, Any]] = {}
@@ -113,7 +113,7 @@ def _check_groups(optimizer: torch.optim.Optimizer, folder: Place, key: str, sto
             raise TPError(f"`{folder}`, `{key}`: {error}") from None
 
 
-def _template(shard: Shard, there: Any, device: torch.device) -> Any:
+def _template(shard: ParamShard, there: Any, device: torch.device) -> Any:
     """Memory for what the checkpoint has."""
     if not isinstance(there, TensorStorageMetadata):
         return None
@@ -140,7 +140,7 @@ def without_dtensors(tree: Any, found: dict[str, DTensor], where: str = "") -> A
     return tree
 
 
-def with_dtensors(tree: Any, path: Path | Place, model: nn.Module, *, no_dist: bool = False) -> Any:
+def with_dtensors(tree: Any, path: Path | StoragePath, model: nn.Module, *, no_dist: bool = False) -> Any:
     """The inverse: reads what is marked from the folder; as a DTensor of this mesh what has a parameter's name and shape, else whole."""
     marks: dict[str, str] = {}
     _find_marks(tree, marks)
@@ -148,18 +148,20 @@ def with_dtensors(tree: Any, path: Path | Place, model: nn.Module, *, no_dist: b
         return tree
     folder = _place(path) / ELSEWHERE
     stored = read_metadata(folder).state_dict_metadata
-    parameters = {p._ltp.name: p for p in model.parameters() if hasattr(p, "_ltp")}
+    parameters = {p._tp_shard.name: p for p in model.parameters() if hasattr(p, "_tp_shard")}
     values: dict[str, Any] = {}
     for where, name in marks.items():
         there: Any = stored[where]
         p = parameters.get(name)
-        values[where] = torch.empty(there.size, dtype=there.properties.dtype) if p is None else _template(p._ltp, there, p.device)
+        values[where] = (
+            torch.empty(there.size, dtype=there.properties.dtype) if p is None else _template(p._tp_shard, there, p.device)
+        )
     dcp_load(values, folder, no_dist=no_dist)
     return _fill_marks(tree, values)
 
 
-def _place(path: Path | Place) -> Place:
-    return path if isinstance(path, Place) else Place(path)
+def _place(path: Path | StoragePath) -> StoragePath:
+    return path if isinstance(path, StoragePath) else StoragePath(path)
 
 
 def _find_marks(tree: Any, found: dict[str, str]) -> None:

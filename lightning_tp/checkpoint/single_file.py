@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_tp._compat import pieces_of_dtensor
 from lightning_tp.checkpoint.commit import file_beside
-from lightning_tp.checkpoint.storage import Place
+from lightning_tp.checkpoint.storage import StoragePath
 from lightning_tp.checkpoint.weights.stored import Box, Stored, narrow
 from lightning_tp.checkpoint.weights.torch_file import write_torch
 from lightning_tp.errors import TPError
@@ -22,7 +22,7 @@ from lightning_tp.errors import TPError
 Where = tuple[Any, ...]  # in a nesting of dicts and lists
 
 
-def save_whole(tree: Any, path: Place) -> None:
+def save_whole(tree: Any, path: StoragePath) -> None:
     """`torch.save` of a nesting in which there are DTensors, each of them whole. A collective; what is written is rank 0's.
 
     The file is written beside and renamed; over a file, or over a folder, of that name.

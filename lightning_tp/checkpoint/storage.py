@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning_tp.errors import TPError
 
 
-class Place:
+class StoragePath:
     """One name in a file system.
 
     Args:
@@ -28,8 +28,8 @@ class Place:
         TPError: if nobody here knows the protocol.
 
     Example:
-        >>> place = Place("memory://runs/last.ckpt")
-        >>> place.is_local, place.exists(), Place("file:///tmp/last.ckpt").path
+        >>> place = StoragePath("memory://runs/last.ckpt")
+        >>> place.is_local, place.exists(), StoragePath("file:///tmp/last.ckpt").path
         (False, False, '/tmp/last.ckpt')
     """
 
@@ -53,14 +53,14 @@ class Place:
         return self.path.rpartition("/")[2]
 
     @property
-    def parent(self) -> Place:
+    def parent(self) -> StoragePath:
         """What this is in."""
         if self.is_local:  # wherever the process may have gone since
-            return Place(os.path.dirname(self.path), self.options)
-        return Place(self.url.rstrip("/").rpartition("/")[0] if "/" in self.url.rstrip("/") else ".", self.options)
+            return StoragePath(os.path.dirname(self.path), self.options)
+        return StoragePath(self.url.rstrip("/").rpartition("/")[0] if "/" in self.url.rstrip("/") else ".", self.options)
 
-    def __truediv__(self, name: str) -> Place:
-        return Place(f"{self.path if self.is_local else self.url.rstrip('/')}/{name}", self.options)
+    def __truediv__(self, name: str) -> StoragePath:
+        return StoragePath(f"{self.path if self.is_local else self.url.rstrip('/')}/{name}", self.options)
 
     def exists(self) -> bool:
         """Whether something of this name is there."""

@@ -21,7 +21,7 @@ from lightning_tp.infer.dry_run import count_collectives
 from lightning_tp.plan.check import any_split, splits_nothing
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.verify.verify import find_plan, scalar_loss
+from lightning_tp.verify.verify import plan_under_test, scalar_loss
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def _choose(target: Target, args: argparse.Namespace) -> Plan:
         plan = infer_plan(target.model, target.inputs, args.tp)
     elif plan is None:
         plan = target.plan
-    found = find_plan(target.model, target.inputs, args.tp, plan, sequence_parallel=not args.no_sequence_parallel)
+    found = plan_under_test(target.model, target.inputs, args.tp, plan, sequence_parallel=not args.no_sequence_parallel)
     if args.tp > 1 and not any_split(found.entries):
         raise TPError(splits_nothing(found, target.model, args.tp))
     return found

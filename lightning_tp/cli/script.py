@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_tp.data.sample_batch import data_of, first_of, made_quiet
+from lightning_tp.data.sample_batch import data_of, first_of, silence_logging
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.rank import default_loss
 
@@ -109,7 +109,7 @@ def _reached(fit: _Fit, plan: Any, text: str) -> Reached:
             f"`{text}`: {type(module).__name__} steps its optimizers by itself, so that its `training_step` can't be run alone. Set "
             "`example_input_array` on it, which says what its forward reads."
         )
-    made_quiet(module)
+    silence_logging(module)
     module.forward = _Step(module)
     batch = tree_map_only(Tensor, lambda t: t.detach().cpu(), fit.example)
     return Reached(module, (batch,), _step_loss, plan, fit.batch)

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.data.same_batch import fingerprint
-from lightning_tp.errors import Follows, TPError
+from lightning_tp.errors import SecondaryError, TPError
 
 LOOKED_AT_WHOLE = 3  # batches of a pass that are compared in every byte
 END, FAILED = -1, -2  # in place of a fingerprint: no more batches; reading raised an error
@@ -220,7 +220,7 @@ class _Indexed(_Shared):
             said = [message.batch if message.kind == "error" else None]
             failed = every.index(FAILED)
             dist.broadcast_object_list(said, src=self.ranks.first + failed, group=self.ranks.tp_group)
-            raise message.error or Follows(f"Reading data failed on rank {self.ranks.first + failed}: {said[0]}.")
+            raise message.error or SecondaryError(f"Reading data failed on rank {self.ranks.first + failed}: {said[0]}.")
         if len(set(every)) == 1:
             return message.or_raise()
         self.shared = True
@@ -361,7 +361,7 @@ class _Message(NamedTuple):
 
     def or_raise(self) -> _Message:
         if self.kind == "error":
-            raise self.error or Follows(f"Reading data failed on the rank that reads for this one: {self.batch}.")
+            raise self.error or SecondaryError(f"Reading data failed on the rank that reads for this one: {self.batch}.")
         return self
 
 
@@ -400,7 +400,7 @@ def broadcast_message(message: _Message | None, ranks: Ranks) -> _Message:
     """What the first rank of the tensor-parallel group says, on all ranks of it; batches keep their devices. A collective.
 
     Raises:
-        Exception: on the first rank, what reading raised there; on the others `Follows`, a TPError, with its words.
+        Exception: on the first rank, what reading raised there; on the others `SecondaryError`, a TPError, with its words.
     """
     if ranks.tp == 1:
         assert message is not None

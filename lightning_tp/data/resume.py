@@ -21,7 +21,7 @@ from lightning_tp.core.ops.rng import local_state, set_local_state
 Position = dict[str, Any]
 
 
-class Positioned:
+class ResumableLoader:
     """A loader that is seen through, and knows how far it was read.
 
     Args:
@@ -32,10 +32,10 @@ class Positioned:
 
     Example:
         >>> from torch.utils.data import DataLoader
-        >>> loader = Positioned(DataLoader(range(100), shuffle=True))
+        >>> loader = ResumableLoader(DataLoader(range(100), shuffle=True))
         >>> batches = iter(loader)
         >>> _ = next(batches), next(batches)
-        >>> again = iter(Positioned(DataLoader(range(100), shuffle=True), resume=loader.position()))
+        >>> again = iter(ResumableLoader(DataLoader(range(100), shuffle=True), resume=loader.position()))
         >>> next(again) == next(batches)
         tensor([True])
     """

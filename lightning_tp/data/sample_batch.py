@@ -58,7 +58,7 @@ def first_of(loader: Any) -> Any:
     return next(iter(loader))
 
 
-def made_quiet(module: Any) -> None:
+def silence_logging(module: Any) -> None:
     """Let what a module logs go nowhere."""
     for name in LOGS:
         module.__dict__[name] = _nothing
@@ -71,7 +71,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 @contextmanager
 def quiet(module: Any) -> Iterator[None]:
     """Steps log, and there is no loop yet that could take it."""
-    made_quiet(module)
+    silence_logging(module)
     try:
         yield
     finally:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from lightning_tp.core.units import count, seconds, size
 from lightning_tp.estimate.cost.hardware import Hardware
-from lightning_tp.estimate.cost.products import NOTHING, Lost, Shape
+from lightning_tp.estimate.cost.products import NOTHING, Lost, MatmulShape
 from lightning_tp.estimate.report import Estimate, Table
-from lightning_tp.estimate.units import count, seconds, size
 from lightning_tp.plan.table import columns
 
 if TYPE_CHECKING:
-    from lightning_tp.estimate.cost.products import Shape
+    from lightning_tp.estimate.cost.products import MatmulShape
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Cell:
     tokens: float
     possible: bool
     why: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[MatmulShape, ...]
     estimate: Estimate | None
 
     @property
-    def products(self) -> tuple[Shape, ...]:
+    def products(self) -> tuple[MatmulShape, ...]:
         """Without attention."""
         return tuple(s for s in self.shapes if s.kind == "product")
 
@@ -266,7 +266,7 @@ def _products(c: Cell, unit: str) -> Table:
     return f"tp={c.tp} x dp={c.dp} at a local batch of {c.local_batch:g} ({c.tokens:,.0f} {unit}{split})", names, rows
 
 
-def _row(s: Shape, total: float) -> tuple[str, ...]:
+def _row(s: MatmulShape, total: float) -> tuple[str, ...]:
     tile = "" if not s.split else f"{s.tile[0]}x{s.tile[1]}" + (f" /{s.split}" if s.split > 1 else "")
     return (
         _named(s.modules),

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_tp.apply.activation_checkpointing import Recompute
+from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
@@ -26,7 +26,7 @@ from lightning_tp.estimate.cost.products import longer, shapes_of
 from lightning_tp.estimate.matmul_report import Cell, Shapes
 from lightning_tp.estimate.predict import Options, predict
 from lightning_tp.estimate.trace.rank import resized
-from lightning_tp.estimate.trace.traces import Tracer, check_size, loss_of
+from lightning_tp.estimate.trace.traces import TraceCache, check_size, loss_of
 from lightning_tp.plan.plan import Plan
 
 TPS = (1, 2, 4, 8)
@@ -46,7 +46,7 @@ def shapes(
     hardware: str | Path | Hardware = "h100",
     seq: int | None = None,
     precision: str = "bf16-mixed",
-    activation_checkpointing: Recompute | None = None,
+    activation_checkpointing: ActivationCheckpointing | None = None,
     plan: PlanLike | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     compile: bool = False,
@@ -85,7 +85,7 @@ def shapes(
         check_size(name, value)
     count = gpus or hw.per_node
     batches = _batches(count, global_batch, local_batches)
-    tracer = Tracer(model, inputs, loss_of(loss_fn), plan)
+    tracer = TraceCache(model, inputs, loss_of(loss_fn), plan)
     tell = progress or (lambda text: None)
     given = list(tps) if tps is not None else None
     plans, left_out = _plans(tracer, given, count, tell)
@@ -126,7 +126,9 @@ def _batches(gpus: int, global_batch: int | None, local_batches: Sequence[float]
     return tuple(sorted({float(b) for b in found}))
 
 
-def _plans(tracer: Tracer, tps: list[int] | None, gpus: int, tell: Callable[[str], None]) -> tuple[dict[int, Plan], dict[int, str]]:
+def _plans(
+    tracer: TraceCache, tps: list[int] | None, gpus: int, tell: Callable[[str], None]
+) -> tuple[dict[int, Plan], dict[int, str]]:
     plans: dict[int, Plan] = {}
     left_out: dict[int, str] = {}
     for tp in sorted(set(tps)) if tps is not None else TPS:
@@ -158,7 +160,7 @@ def _held(plan: Plan, rank: int) -> int:
 
 
 def _cell(
-    tracer: Tracer, inputs: Any, length: int | None, local: float, tp: int, dp: int, hw: Hardware, options: Options
+    tracer: TraceCache, inputs: Any, length: int | None, local: float, tp: int, dp: int, hw: Hardware, options: Options
 ) -> Cell | None:
     """That cell; None where not even a split sequence would do."""
     samples = local * tp

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp.apply.activation_checkpointing import Recompute
+from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.apply.parallelize import PlanLike, check_options
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.errors import TPError
@@ -21,8 +21,8 @@ from lightning_tp.estimate.cost.memory import memory_of, trained
 from lightning_tp.estimate.cost.roofline import time_of
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer, optimizer_cost
-from lightning_tp.estimate.trace.rank import Precision, Settings, World, resized
-from lightning_tp.estimate.trace.traces import Tracer, check_size, counted, loss_of
+from lightning_tp.estimate.trace.rank import Precision, RankModel, Settings, resized
+from lightning_tp.estimate.trace.traces import TraceCache, check_size, counted, loss_of
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -34,7 +34,7 @@ class Options:
 
     precision: str | MixedPrecisionPolicy = "bf16-mixed"
     optimizer: OptimizerLike = "adamw"
-    activation_checkpointing: Recompute | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None
     sequence_parallel: bool = True
     loss_parallel: bool = True
     accumulate: int = 1
@@ -50,7 +50,7 @@ def estimate(
     *,
     precision: str | MixedPrecisionPolicy = "bf16-mixed",
     optimizer: OptimizerLike = "adamw",
-    activation_checkpointing: Recompute | None = None,
+    activation_checkpointing: ActivationCheckpointing | None = None,
     sequence_parallel: bool = True,
     loss_parallel: bool = True,
     plan: PlanLike | None = None,
@@ -112,11 +112,11 @@ def estimate(
     dp, tp = sizes_of(mesh_shape)
     for name, value in (("batch", batch), ("seq", seq), ("accumulate", accumulate)):
         check_size(name, value)
-    tracer = Tracer(model, inputs, loss_of(loss_fn), plan)
+    tracer = TraceCache(model, inputs, loss_of(loss_fn), plan)
     return predict(tracer, resized(inputs, batch, seq), dp, tp, hardware, options)
 
 
-def predict(tracer: Tracer, inputs: Any, dp: int, tp: int, hardware_: str | Path | Hardware, options: Options) -> Estimate:
+def predict(tracer: TraceCache, inputs: Any, dp: int, tp: int, hardware_: str | Path | Hardware, options: Options) -> Estimate:
     """As `estimate`, for a model that has been traced before, it may be."""
     hw = hardware(hardware_)
     known_optimizer(options.optimizer)
@@ -191,7 +191,7 @@ def sizes_of(mesh_shape: tuple[int, int] | Mapping[str, int]) -> tuple[int, int]
     return dp, tp
 
 
-def _assumptions(world: World, hw: Hardware, options: Options, precision: Precision, dp: int, tp: int, rank: int) -> list[str]:
+def _assumptions(world: RankModel, hw: Hardware, options: Options, precision: Precision, dp: int, tp: int, rank: int) -> list[str]:
     kinds = len(set(world.trace.followed.values()))
     found = [
         f"{hw.name}: {hw.peak(precision.autocast or precision.gathered or precision.held or torch.float32) / 1e12:g} TFLOP/s, "

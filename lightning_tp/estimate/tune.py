@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tp.apply.activation_checkpointing import Recompute
+from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.apply.parallelize import PlanLike
+from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.predict import Options, predict
@@ -26,13 +27,12 @@ from lightning_tp.estimate.trace.extrapolate import ScalingTracer
 from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer
 from lightning_tp.estimate.trace.rank import Precision, resized
 from lightning_tp.estimate.trace.traces import check_size, loss_of
-from lightning_tp.estimate.tune_report import Refused, Tuned
-from lightning_tp.estimate.units import size
+from lightning_tp.estimate.tune_report import Refused, TuningResult
 
 LARGEST_BATCH = 64
 
 
-ORDER: tuple[Recompute | None, ...] = (None, "selective", "block")  # from the most memory to the least
+ORDER: tuple[ActivationCheckpointing | None, ...] = (None, "selective", "block")  # from the most memory to the least
 
 
 MOST_WHOLE = 1.5  # a rank may hold this many times its even share of the blocks' weights, else tp is of little use
@@ -47,7 +47,7 @@ def tune(
     hardware_: str | Path | Hardware = "h100",
     precisions: Sequence[str] = ("bf16-mixed",),
     tps: Iterable[int] | None = None,
-    checkpointing: Sequence[Recompute | None] = ORDER,
+    checkpointing: Sequence[ActivationCheckpointing | None] = ORDER,
     optimizer: OptimizerLike = "adamw",
     plan: PlanLike | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
@@ -55,7 +55,7 @@ def tune(
     compile: bool = False,
     most: int = 20,
     progress: Callable[[str], None] | None = None,
-) -> Tuned:
+) -> TuningResult:
     """The choices that fit, the fastest first.
 
     Args:
@@ -98,7 +98,7 @@ def tune(
         search.run(asked, gpus, global_batch)
     if search.failed is not None and not search.fits:
         raise search.failed
-    return Tuned(tuple(search.fits[:most]), tuple(search.refused), global_batch, gpus)
+    return TuningResult(tuple(search.fits[:most]), tuple(search.refused), global_batch, gpus)
 
 
 @dataclass
@@ -110,7 +110,7 @@ class _Search:
     seq: int | None
     hw: Hardware
     options: Sequence[Options]
-    checkpointing: Sequence[Recompute | None]
+    checkpointing: Sequence[ActivationCheckpointing | None]
     progress: Callable[[str], None]
     fits: list[Estimate] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)

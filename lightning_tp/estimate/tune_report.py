@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_tp.core.units import seconds, size
 from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.units import seconds, size
 from lightning_tp.plan.table import columns
 
 
@@ -25,7 +25,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """What there is to choose from.
 
     Args:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.modules.blocks import starred
-from lightning_tp.infer.calls.recorder import Found
+from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import leaves
-from lightning_tp.infer.follow.tracer import Trace
+from lightning_tp.infer.follow.tracer import FeatureTrace
 from lightning_tp.styles.base import is_conv1d
 from lightning_tp.styles.linear import _runs_torchs_code
 
@@ -29,7 +29,7 @@ SMALL_VOCAB = 64  # rows a rank, below which an embedding or a head is kept whol
 Key = tuple[str, int]
 
 
-def _inside(where: str, why: str, trace: Trace) -> dict[Key, str]:
+def _inside(where: str, why: str, trace: FeatureTrace) -> dict[Key, str]:
     """The weights that are split for a module whose code raised on a rank, or, if there are none, around it."""
     while True:
         used = {u.name for u in trace.uses if not where or u.module == where or u.module.startswith(f"{where}.")}
@@ -39,11 +39,11 @@ def _inside(where: str, why: str, trace: Trace) -> dict[Key, str]:
         where = where.rpartition(".")[0]
 
 
-def _out_keys(trace: Trace) -> dict[Key, None]:
+def _out_keys(trace: FeatureTrace) -> dict[Key, None]:
     return {(u.name, u.dim): None for u in trace.uses if u.kind in ("out", "along")}
 
 
-def _kinds(trace: Trace, key: Key, piece: Tensor | None = None) -> list[tuple[int, Tensor]]:
+def _kinds(trace: FeatureTrace, key: Key, piece: Tensor | None = None) -> list[tuple[int, Tensor]]:
     """The classes of a weight's features, in order, by how many of its features each has: (1, single features), (16, heads)."""
     nodes = trace.nodes[key]
     reps = trace.classes.find(nodes if piece is None else nodes[piece])
@@ -56,7 +56,7 @@ def _kinds(trace: Trace, key: Key, piece: Tensor | None = None) -> list[tuple[in
     return [(n, classes[order][counts[order] == n]) for n in counts.unique().tolist()]
 
 
-def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
+def _too_few(trace: FeatureTrace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
     """Weights to keep whole, because what they are joined to has fewer parts than ranks: of each such group the smallest."""
     outs = _out_keys(trace)
     first = {(u.name, u.dim) for u in trace.uses if u.kind == "out"}  # others may do without those that they go along with
@@ -84,7 +84,7 @@ def _too_few(trace: Trace, tp: int, names: dict[str, Any]) -> dict[Key, str]:
     return bad
 
 
-def _why_together(trace: Trace, key: Key, tp: int) -> str:
+def _why_together(trace: FeatureTrace, key: Key, tp: int) -> str:
     """Which operation joined the features of a weight for the last time."""
     find = trace.classes.find
     mine = set(find(trace.nodes[key]).tolist())
@@ -94,7 +94,9 @@ def _why_together(trace: Trace, key: Key, tp: int) -> str:
     return f"{starred(by)} needs its features together, in fewer than tp={tp} parts"
 
 
-def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: dict[str, Any], tries: dict[str, int]) -> bool:
+def _share(
+    bad: dict[Key, str], trace: FeatureTrace, shared: dict[Key, Tensor], names: dict[str, Any], tries: dict[str, int]
+) -> bool:
     """Of one fused weight, give every rank the part that all others are joined by: the keys and values of few heads.
 
     Found as the smallest factor of a product of activations that is made by a part of the weight only.
@@ -126,13 +128,13 @@ def _share(bad: dict[Key, str], trace: Trace, shared: dict[Key, Tensor], names: 
     return changed
 
 
-def _escaped(trace: Trace, out: Any, tracer: Any) -> bool:
+def _escaped(trace: FeatureTrace, out: Any, tracer: Any) -> bool:
     """Whether something that every rank has beside its shards, each with its share of the gradient, is used as a whole elsewhere."""
     labels = [tracer.shadow(t).label for t in leaves(out)]
     return bool(trace.escaped) or any(x is not None and not bool(shrunk(x).any()) for x in labels)
 
 
-def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any], trace: Trace) -> None:
+def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any], trace: FeatureTrace) -> None:
     """Keep these weights whole, and those of the blocks alike: not those of other widths, as the stages of a pyramid have."""
     if all(key in whole for key in bad):  # no step ahead: give up all
         bad = {k: "how its features are used could not be told" for k in trace.nodes}
@@ -143,7 +145,7 @@ def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any], t
                 whole[n, d] = stars[starred(n), names[n].shape, d]
 
 
-def _members(trace: Trace) -> Tensor:
+def _members(trace: FeatureTrace) -> Tensor:
     """For each class a number that tells how many features of which weights are in it: equal where these are."""
     members = torch.zeros(trace.classes.parent.numel(), dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
@@ -161,7 +163,7 @@ def _told_apart(kind: Tensor, members: Tensor, tp: int) -> list[Tensor]:
     return parts if all(p.numel() >= tp for p in parts) else [kind]
 
 
-def _owners(trace: Trace, tp: int) -> Tensor:
+def _owners(trace: FeatureTrace, tp: int) -> Tensor:
     """The rank of each feature: classes of one kind are dealt out evenly, in order."""
     of_class = torch.full((trace.classes.parent.numel(),), -1)
     members = _members(trace)
@@ -181,7 +183,7 @@ def _owners(trace: Trace, tp: int) -> Tensor:
     return owner
 
 
-def _heads(model: nn.Module, trace: Trace, owner: Tensor, out: Any, tracer: Any, tp: int) -> dict[str, int]:
+def _heads(model: nn.Module, trace: FeatureTrace, owner: Tensor, out: Any, tracer: Any, tp: int) -> dict[str, int]:
     """Weights whose features reach the model's output or its loss one by one: the logits. name -> vocabulary."""
     labels = [tracer.shadow(t).label for t in leaves(out)]
     reached = [shrunk(label).unique() for label in [*labels, *trace.logits] if label is not None]
@@ -196,7 +198,7 @@ def _heads(model: nn.Module, trace: Trace, owner: Tensor, out: Any, tracer: Any,
     return heads
 
 
-def _standard(model: nn.Module, trace: Trace, names: dict[str, Any]) -> dict[str, str]:
+def _standard(model: nn.Module, trace: FeatureTrace, names: dict[str, Any]) -> dict[str, str]:
     """Modules that a style runs: weight name -> module name, for linear layers that run their own class's forward."""
     standard = {}
     by_module: dict[str, set[str]] = defaultdict(set)
@@ -214,7 +216,9 @@ def _standard(model: nn.Module, trace: Trace, names: dict[str, Any]) -> dict[str
     return standard
 
 
-def _broken(found: Found, trace: Trace, owner: Tensor, sinks: list[Tensor], heads: dict[str, int], tp: int) -> dict[Key, str]:
+def _broken(
+    found: CallChanges, trace: FeatureTrace, owner: Tensor, sinks: list[Tensor], heads: dict[str, int], tp: int
+) -> dict[Key, str]:
     """Weights to keep whole, because a call can't work on their shards, or their features leave the model split."""
     bad: dict[Key, str] = {}
     for label, why in found.broken:
@@ -236,7 +240,7 @@ def _broken(found: Found, trace: Trace, owner: Tensor, sinks: list[Tensor], head
     return bad
 
 
-def _made_by(label: Tensor, trace: Trace) -> list[Key]:
+def _made_by(label: Tensor, trace: FeatureTrace) -> list[Key]:
     present = shrunk(label).unique()
     classes = trace.classes.find(present[present > 0]).unique()
     return [k for k in _out_keys(trace) if bool(torch.isin(trace.classes.find(trace.nodes[k]), classes).any())]

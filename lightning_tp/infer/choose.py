@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tp.core.modules.snapshot import Weightless, as_it_was, has_more_than, modules_as_they_were
+from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_buffers_and_rng, preserve_modules
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_by_call
-from lightning_tp.infer.dry_run import try_on_a_rank
+from lightning_tp.infer.dry_run import dry_run
 from lightning_tp.infer.repeats import alike_blocks
 from lightning_tp.infer.search import MOST_REAL
 from lightning_tp.plan.check import INFERRED
@@ -22,7 +22,7 @@ from lightning_tp.plan.table import numels
 AS_GOOD = 1.01  # of what a rank holds by the inferred plan: up to this, what the model's authors have declared is taken
 
 
-def choose_plan(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, tp: int) -> Plan:
+def default_plan(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, tp: int) -> Plan:
     """The plan of a model that runs by `call(model, inputs)`.
 
     What it declares is checked against its modules and tried on a rank's shards, and compared with what can be inferred: a declaration
@@ -62,7 +62,7 @@ def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any
     except TPError:
         return None  # not believed
     large = has_more_than(model, MOST_REAL)
-    with as_it_was(model):
-        with Weightless(model) if large else nullcontext(), modules_as_they_were(model):
+    with preserve_buffers_and_rng(model):
+        with MetaWeights(model) if large else nullcontext(), preserve_modules(model):
             alike = alike_blocks(model, call, inputs)
-        return declared if try_on_a_rank(model, call, inputs, declared, tp, alike) is None else None
+        return declared if dry_run(model, call, inputs, declared, tp, alike) is None else None

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis
-from lightning_tp.core.modules.snapshot import Weightless, has_more_than, modules_as_they_were
+from lightning_tp.core.comm.fake_world import FakeGroup
+from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_modules
 from lightning_tp.errors import TPError
 from lightning_tp.infer.follow.tracer import Values
 from lightning_tp.infer.repeats import Alike, blocks_once
 from lightning_tp.plan.plan import Plan
-from lightning_tp.styles import PrepareInput, PrepareOutput, Site
+from lightning_tp.styles import BindContext, PrepareInput, PrepareOutput
 
 MOST_COPIED = 50_000_000  # parameters, above which the shards are tried without their values
 
@@ -29,44 +30,14 @@ class _Alone(Axis):
     """The tensor-parallel axis, as if the others sent what this rank has."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.group = _NoGroup(rank, size)  # type: ignore[assignment]
-        super().__init__(self.group)
+        self.calls: Counter[str] = Counter()
+        super().__init__(FakeGroup(rank, size, note=lambda kind, size: self.calls.update([kind])))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Alone:
         return self
 
 
-class _NoGroup:
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-        self.calls: Counter[str] = Counter()
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
-
-    def allreduce(self, tensors: list[Tensor], *options: Any) -> _NoGroup:
-        self.calls["all-reduce"] += 1
-        return self
-
-    def _allgather_base(self, out: Tensor, shard: Tensor, *options: Any) -> _NoGroup:
-        self.calls["all-gather"] += 1
-        for part in out.chunk(self._size):
-            part.copy_(shard)
-        return self
-
-    def _reduce_scatter_base(self, out: Tensor, whole: Tensor, *options: Any) -> _NoGroup:
-        self.calls["reduce-scatter"] += 1
-        out.copy_(whole.chunk(self._size)[self._rank])
-        return self
-
-    def wait(self) -> None:
-        return None
-
-
-def try_on_a_rank(
+def dry_run(
     model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, tp: int, alike: Alike
 ) -> tuple[str, str] | None:
     """Run the plan forward on the shards of the first and of the last rank; of blocks that are alike, one.
@@ -77,15 +48,15 @@ def try_on_a_rank(
     if tp == 1:
         return None
     if has_more_than(model, MOST_COPIED):
-        with Weightless(model):
-            return try_on_a_rank(model, call, inputs, plan, tp, alike)
+        with MetaWeights(model):
+            return dry_run(model, call, inputs, plan, tp, alike)
     try:
         checked = plan.check(model, tp)
     except TPError as e:
         return "", str(e)[:120]
     alike = _with_equal_styles(checked, alike)
     for rank in (0, tp - 1):
-        with modules_as_they_were(model):
+        with preserve_modules(model):
             failure = _run_alone(model, call, inputs, checked, _Alone(rank, tp), alike)
         if failure is not None:
             return failure
@@ -133,10 +104,10 @@ def count_collectives(
         tp: ranks.
     """
     if has_more_than(model, MOST_COPIED):
-        with Weightless(model):
+        with MetaWeights(model):
             return count_collectives(model, loss_of, inputs, plan, tp)
     axis = _Alone(0, tp)
-    with modules_as_they_were(model):
+    with preserve_modules(model):
         model.eval()
         _take_shards(model, plan, 0)
         _bind(model, plan, axis)
@@ -145,7 +116,7 @@ def count_collectives(
         with values:
             loss_of(model, inputs).backward()
         summed = {(s.sum_over, shards[n].dtype) for n, s in plan.splits.items() if n in shards and shards[n].grad is not None}
-    calls: Counter[str] = axis.group.calls  # type: ignore[attr-defined]
+    calls: Counter[str] = axis.calls
     shares = sum(n > 1 for n, _ in summed)  # of gradients: all at once, for each dtype and number of ranks that have some
     return dict(calls + Counter({"all-reduce": shares}))
 
@@ -164,7 +135,7 @@ def _bind(model: nn.Module, plan: Plan, axis: Axis) -> None:
             if entry.style.splits_parameters != around and module is not None and (id(module), str(entry.style)) not in bound:
                 bound.add((id(module), str(entry.style)))
                 try:
-                    entry.style.bind(module, Site(entry.where, axis))
+                    entry.style.bind(module, BindContext(entry.where, axis))
                 except Exception as e:
                     raise _CantBind(entry.where, _told(e)) from e
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_tp.core.modules.blocks import find_blocks, own_numbers
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import run
-from lightning_tp.infer.follow.tracer import Shadow, Tracer, Values, _untraced
+from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts, Values, _untraced
 from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import PrepareInput, PrepareOutput
 
@@ -163,7 +163,7 @@ def _kind(name: str, block: nn.Module) -> Any:
 
 
 @contextmanager
-def blocks_once(model: nn.Module, tracer: Tracer | None, alike: Alike, ran: set[str]) -> Iterator[None]:
+def blocks_once(model: nn.Module, tracer: FeatureTracer | None, alike: Alike, ran: set[str]) -> Iterator[None]:
     """While this runs, a block like one that has run with inputs like its own is given outputs like its.
     A log takes what that one did for what this one would do.
 
@@ -190,11 +190,11 @@ def _once(
     forward: Callable[..., Any],
     name: str,
     like: str,
-    tracer: Tracer | None,
+    tracer: FeatureTracer | None,
     seen: dict[str, list[tuple[Any, Any, list[Any]]]],
     ran: set[str],
 ) -> Callable[..., Any]:
-    shadow = tracer.shadow if tracer is not None else lambda t: Shadow()
+    shadow = tracer.shadow if tracer is not None else lambda t: TensorFacts()
     log = tracer if isinstance(tracer, _Log) else None
 
     def quick(*args: Any, **kwargs: Any) -> Any:
@@ -218,7 +218,7 @@ def _once(
     return quick
 
 
-def _again(first: Any, made: Any, given: list[Any], spec: Any, tracer: Tracer | None) -> tuple[Any] | None:
+def _again(first: Any, made: Any, given: list[Any], spec: Any, tracer: FeatureTracer | None) -> tuple[Any] | None:
     """Outputs like those that were `made` of the `first` inputs; None if these are others."""
     before, spec_before = first
     *outs, out_spec = made
@@ -228,7 +228,7 @@ def _again(first: Any, made: Any, given: list[Any], spec: Any, tracer: Tracer | 
         if isinstance(x, Tensor) != isinstance(y, Tensor):
             return None
         if isinstance(y, Tensor):
-            mine = tracer.shadow(y) if tracer is not None else Shadow()
+            mine = tracer.shadow(y) if tracer is not None else TensorFacts()
             if x.shape != y.shape or x.dtype != y.dtype or shadow.grad != mine.grad or not _equal(shadow.label, mine.label):
                 return None
             if (shadow.param or mine.param) is not None and shadow.param is not mine.param:
@@ -252,7 +252,7 @@ def _again(first: Any, made: Any, given: list[Any], spec: Any, tracer: Tracer | 
                 label = tracer.shadow(given[source]).label
             # else features that the block has made leave it, such as probabilities of its heads: those of the one that was followed stand
             # for this one's, whose weights will be cut like its
-        tracer.put(copy, Shadow(label, None, shadow.grad))
+        tracer.put(copy, TensorFacts(label, None, shadow.grad))
         if id(t) in tracer.values:
             tracer.values[id(copy)] = (copy, tracer.values[id(t)][1])
     return (tree_unflatten(new, out_spec),)

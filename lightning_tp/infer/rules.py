@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.infer.assign import SMALL_VOCAB, TABLE, Key, _out_keys
-from lightning_tp.infer.calls.recorder import Found
-from lightning_tp.infer.follow.tracer import Trace
+from lightning_tp.infer.calls.recorder import CallChanges
+from lightning_tp.infer.follow.tracer import FeatureTrace
 from lightning_tp.infer.repeats import Alike, for_all
 from lightning_tp.plan.check import INFERRED
 from lightning_tp.plan.plan import Plan
@@ -22,7 +22,7 @@ from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
 from lightning_tp.styles.linear import _runs_torchs_code
-from lightning_tp.styles.split import Pattern, even_split
+from lightning_tp.styles.split import Ownership, even_split
 
 SMALL_OUTPUT = 8  # output features a rank, below which a layer is not split for memory alone
 
@@ -35,9 +35,9 @@ SMALL_CONVOLUTION = 30  # nor a convolution, if these are: small beside the pict
 
 def _plan(
     model: nn.Module,
-    trace: Trace,
+    trace: FeatureTrace,
     owner: Tensor,
-    found: Found,
+    found: CallChanges,
     heads: dict[str, int],
     standard: dict[str, str],
     whole: dict[Key, str],
@@ -89,7 +89,7 @@ def _plan(
 
 def _aliases(
     model: nn.Module,
-    trace: Trace,
+    trace: FeatureTrace,
     rules: list[Rule],
     names: dict[str, Any],
     owner: Tensor,
@@ -143,11 +143,11 @@ def _needed(calls: list[Any]) -> tuple[Any, ...]:
 
 def _ranges(owner: Tensor, tp: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     ranks, lengths = torch.unique_consecutive(owner, return_counts=True)
-    pattern = Pattern(tuple(zip(ranks.tolist(), lengths.tolist(), strict=True)))
+    pattern = Ownership(tuple(zip(ranks.tolist(), lengths.tolist(), strict=True)))
     return tuple(pattern.ranges(r) for r in range(tp))
 
 
-def _readers(trace: Trace) -> dict[Key, str]:
+def _readers(trace: FeatureTrace) -> dict[Key, str]:
     """For each weight, what reads its features: "read by layers.*.o_proj on its split dim"."""
     outs = _out_keys(trace)
     keys = list(trace.nodes)
@@ -168,7 +168,7 @@ def _readers(trace: Trace) -> dict[Key, str]:
 
 
 def _gathered(
-    model: nn.Module, trace: Trace, names: dict[str, Any], whole: dict[Key, str], tp: int, ungathered: set[str]
+    model: nn.Module, trace: FeatureTrace, names: dict[str, Any], whole: dict[Key, str], tp: int, ungathered: set[str]
 ) -> Iterator[Rule]:
     """Large linear layers and convolutions whose features are needed together: split all the same, their output gathered."""
     split = {n for n, _ in trace.nodes}
@@ -204,13 +204,13 @@ def _gathered(
             )
 
 
-def _elsewhere(bias: Any, where: str, trace: Trace, names: dict[str, Any]) -> bool:
+def _elsewhere(bias: Any, where: str, trace: FeatureTrace, names: dict[str, Any]) -> bool:
     name = next(n for n, p in names.items() if p is bias)
     return bool((trace.whole_uses.get(name, set()) | trace.local_uses.get(name, set())) - {where})
 
 
 def _embeddings(
-    model: nn.Module, trace: Trace, heads_by_name: dict[str, int], gathered: set[int], names: dict[str, Any], tp: int
+    model: nn.Module, trace: FeatureTrace, heads_by_name: dict[str, int], gathered: set[int], names: dict[str, Any], tp: int
 ) -> list[Rule]:
     """Embeddings of a large vocabulary are split by its rows; those tied to a head have to be."""
     heads = {id(names[n]) for n in heads_by_name} | gathered

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tp.core.modules.blocks import starred
-from lightning_tp.core.modules.snapshot import Weightless, as_it_was, garbage_kept, has_more_than, modules_as_they_were
+from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than, preserve_buffers_and_rng, preserve_modules
 from lightning_tp.core.ops.attention import readable_attention
 from lightning_tp.errors import TPError
 from lightning_tp.infer.assign import (
@@ -28,15 +28,15 @@ from lightning_tp.infer.assign import (
     _standard,
     _too_few,
 )
-from lightning_tp.infer.calls.local_sizes import LocalInt
-from lightning_tp.infer.calls.recorder import Found, Recorder, computed_unseen
-from lightning_tp.infer.dry_run import try_on_a_rank
+from lightning_tp.infer.calls.local_sizes import PerRankInt
+from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder, untracked_size_reads
+from lightning_tp.infer.dry_run import dry_run
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import Trace
+from lightning_tp.infer.follow.tracer import FeatureTrace
 from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed
 from lightning_tp.infer.rules import _explained, _folded, _plan
-from lightning_tp.infer.sequence.stream import CantBeInShards
+from lightning_tp.infer.sequence.stream import NotSequenceParallel
 from lightning_tp.infer.sequence.streams import with_sequence_parallel
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
@@ -69,6 +69,7 @@ def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp
         TPError: if the model can't be run, or nothing in it can be split.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
         >>> {rule.pattern: rule.style.name for rule in infer_plan(mlp, (torch.zeros(2, 4, 8),), tp=2).rules}
@@ -90,10 +91,10 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
-    with as_it_was(model), garbage_kept():
+    with preserve_buffers_and_rng(model), gc_disabled():
         if has_more_than(model, MOST_REAL):
             try:
-                with Weightless(model) as twin:
+                with MetaWeights(model) as twin:
                     return _infer(model, call, inputs, tp, twin.weights)
             except Exception:  # it decides by values, it may be: follow it on real ones
                 pass
@@ -109,7 +110,7 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
 
 
 def _infer(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any) -> Plan:
-    with modules_as_they_were(model):
+    with preserve_modules(model):
         alike = alike_blocks(model, call, inputs)
     try:
         return _found(model, call, inputs, tp, weights, alike)
@@ -145,7 +146,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
         if turn == MOST_RUNS:  # what is left is whole, and right
             whole.update({(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)})
             shared = {}
-        with readable_attention(model), modules_as_they_were(model):
+        with readable_attention(model), preserve_modules(model):
             trace, out, tracer = run(model, call, inputs, set(whole), shared, during=once)
         convolved |= trace.convolved
         alike = {name: like for name, like in alike.items() if name not in ran}  # given other inputs, after all: to be followed
@@ -167,7 +168,7 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
         bad = _broken(found, trace, owner, sinks, heads, tp)
         if not bad:
             plan = _plan(model, trace, owner, found, heads, standard, whole, tp, ungathered, alike)
-            with readable_attention(model), modules_as_they_were(model):
+            with readable_attention(model), preserve_modules(model):
                 replan = partial(
                     _from_doors,
                     model,
@@ -187,9 +188,9 @@ def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, a
                 )
                 final = _with_sequence(model, call, inputs, plan, tp, replan, once, alike)
             with weights():
-                failed = try_on_a_rank(model, call, inputs, final, tp, alike)
+                failed = dry_run(model, call, inputs, final, tp, alike)
                 if failed is not None and final != plan:
-                    final, failed = plan, try_on_a_rank(model, call, inputs, plan, tp, alike)
+                    final, failed = plan, dry_run(model, call, inputs, plan, tp, alike)
             if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
                 return _explained(final, whole, names)
             ungathered.add(starred(failed[0]) if trace.nodes else "")
@@ -205,7 +206,7 @@ def _record(
     model: nn.Module,
     call: Caller,
     inputs: Any,
-    trace: Trace,
+    trace: FeatureTrace,
     whole: set[Key],
     shared: dict[Key, Tensor],
     owner: Tensor,
@@ -214,8 +215,8 @@ def _record(
     heads: dict[str, int],
     once: Any,
     doors: Any = None,
-) -> tuple[Found, list[Tensor]]:
-    recorders: list[Recorder] = []
+) -> tuple[CallChanges, list[Tensor]]:
+    recorders: list[CallRecorder] = []
     whole_reads: set[Any] = set()
 
     owners, owner = owner, owner.clone()
@@ -224,11 +225,11 @@ def _record(
         if name in heads:
             owner[nodes] = -1  # logits show their whole shape, and take care of themselves
 
-    def make(tracer: Any) -> Recorder:
+    def make(tracer: Any) -> CallRecorder:
         by_call = {n: v for n, v in heads.items() if n not in standard}
         tracer.owner = owner
         tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
-        recorders.append(Recorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
+        recorders.append(CallRecorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
         recorders[-1].param_owner, recorders[-1].tables, recorders[-1].tried = owners, tables, trace.tried
         recorders[-1].mixed = recorders[-1].found.mixed = set(trace.local_uses) & set(trace.whole_uses)
         recorders[-1].outside = set(trace.whole_uses) - set(trace.local_uses)
@@ -237,12 +238,12 @@ def _record(
         return recorders[-1]
 
     while True:
-        with modules_as_they_were(model):
+        with preserve_modules(model):
             _, out, tracer = run(model, call, inputs, whole, shared, make, during=once)
         recorder = recorders[-1]
-        if LocalInt.diverging - whole_reads:
-            whole_reads |= LocalInt.diverging
-        elif unseen := computed_unseen(model, call, inputs, whole, shared, make, once, recorder, tracer):
+        if PerRankInt.diverging - whole_reads:
+            whole_reads |= PerRankInt.diverging
+        elif unseen := untracked_size_reads(model, call, inputs, whole, shared, make, once, recorder, tracer):
             whole_reads |= unseen
         else:
             break
@@ -255,7 +256,7 @@ def _from_doors(
     model: nn.Module,
     call: Caller,
     inputs: Any,
-    trace: Trace,
+    trace: FeatureTrace,
     whole: dict[Key, str],
     shared: dict[Key, Tensor],
     owner: Tensor,
@@ -267,14 +268,14 @@ def _from_doors(
     once: Any,
     alike: Alike,
     doors: Callable[[Any], None],
-) -> tuple[Plan, Found]:
+) -> tuple[Plan, CallChanges]:
     """The plan as it is where some modules are given a stream of which each rank has a share of the gradient; see `sequence.py`."""
     found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads, once, doors)
     assert found.trace is not None
     for (weight, _), why in _broken(found, trace, owner, sinks, heads, tp).items():
-        raise CantBeInShards(f"{weight}: {why}", {weight.rpartition(".")[0]})
+        raise NotSequenceParallel(f"{weight}: {why}", {weight.rpartition(".")[0]})
     if any(not bool(shrunk(x).any()) for x in sinks):
-        raise CantBeInShards("a share of a gradient leaves the model")
+        raise NotSequenceParallel("a share of a gradient leaves the model")
     gathers = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == "replicate"}
     for where in [n for n, _ in model.named_modules() if any(Rule(g, "colwise").matches(n) for g in gathers)]:
         for name, _ in model.get_submodule(where).named_parameters(prefix=where):  # its output is whole again, whatever it reads

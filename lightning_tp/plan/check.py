@@ -72,7 +72,7 @@ def refuse_wrapped(model: nn.Module) -> None:
                 "tensor-parallel axis first, and FSDP2 is applied over the data-parallel axis after that, by itself."
             )
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "_ltp"):
+        if isinstance(parameter, DTensor) or hasattr(parameter, "_tp_shard"):
             raise TPError(
                 f"`{name}` is split already (a {type(parameter.data).__name__}). A plan is applied once, to the plain module."
             )

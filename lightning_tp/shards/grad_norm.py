@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_tp._compat import local_tensor, wrap_total_norm
 from lightning_tp.errors import TPError
 from lightning_tp.shards.gradients import PartialGradients
-from lightning_tp.shards.shard import Shard
+from lightning_tp.shards.shard import ParamShard
 
 _applied: WeakSet[PartialGradients] = WeakSet()  # of the models that live; weak references to parameters would pin them
 
@@ -30,7 +30,7 @@ def _norm_of_applied(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
     ) -> Tensor:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        of = {id(p.grad): p._ltp for gradients in _applied for p in gradients.parameters}  # type: ignore[attr-defined]
+        of = {id(p.grad): p._tp_shard for gradients in _applied for p in gradients.parameters}  # type: ignore[attr-defined]
         known = [(of[id(t)], t) for t in tensors if id(t) in of]
         if not known:
             return own(tensors, norm_type, error_if_nonfinite, foreach)
@@ -56,7 +56,7 @@ def grad_norm(parameters: Iterable[torch.nn.Parameter], norm_type: float = 2.0, 
     Returns:
         A scalar, equal on all ranks. torch's counterpart is `torch.nn.utils.get_total_norm`.
     """
-    known = [(p._ltp, p.grad) for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
+    known = [(p._tp_shard, p.grad) for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
     return _whole_norm(known, norm_type, error_if_nonfinite)
 
 
@@ -86,7 +86,7 @@ def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_sepa
     largest = order == float("inf")
     each, groups = [], {}
     for _, p, grad in named:
-        shard = getattr(p, "_ltp", None)
+        shard = getattr(p, "_tp_shard", None)
         local = local_tensor(grad)
         parts = [(local, 1)] if shard is None else shard.parts_by_copies(local)
         norms = [(_norms([part], order)[0], copies) for part, copies in parts if part.numel()]
@@ -109,7 +109,7 @@ def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_sepa
 
 
 @torch.no_grad()
-def _whole_norm(gradients: list[tuple[Shard, Tensor]], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def _whole_norm(gradients: list[tuple[ParamShard, Tensor]], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     if not gradients:
         return torch.zeros(())
     parts: list[Tensor] = []

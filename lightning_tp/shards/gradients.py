@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import asked_by, flatten, local_tensor, queue_after_backward, unflatten
+from lightning_tp._compat import backward_kind, flatten, local_tensor, queue_after_backward, unflatten
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.errors import TPError
-from lightning_tp.shards.shard import Shard
+from lightning_tp.shards.shard import ParamShard
 
 CHECKED_PASSES = 1  # gradients of whole parameters are compared over ranks in the first backward pass
 
@@ -35,7 +35,7 @@ class _Share:
     """A parameter whose gradient is this rank's share, and the ranks that hold the others."""
 
     parameter: torch.nn.Parameter
-    shard: Shard
+    shard: ParamShard
     group: dist.ProcessGroup
 
     def mine(self) -> Tensor:
@@ -60,11 +60,11 @@ class PartialGradients:
         self.groups = groups
         self.parameters: list[torch.nn.Parameter] = []
         self.shares: list[_Share] = []
-        self.whole: list[tuple[torch.nn.Parameter, Shard]] = []
+        self.whole: list[tuple[torch.nn.Parameter, ParamShard]] = []
         self.passes = 0
         self._pass: Callable[[], object] = lambda: None  # weak: autograd lets go of the callback of a pass that fails, too
         self._before: list[tuple[torch.nn.Parameter, Tensor]] = []
-        self.later = False  # see `unsummed`
+        self.later = False  # see `no_sync`
         self._pending = False  # gradients of the passes before are not summed yet
         axis.on_backward = self.begin
 
@@ -73,7 +73,7 @@ class PartialGradients:
         self.parameters = list(parameters)
         self.shares, self.whole = [], []
         for p in self.parameters:
-            shard = p._ltp  # type: ignore[attr-defined]
+            shard = p._tp_shard  # type: ignore[attr-defined]
             if shard.split.sum_over > 1:
                 self.shares.append(_Share(p, shard, self.groups[shard.split.sum_over]))
             elif shard.split.dim is None:
@@ -103,7 +103,7 @@ class PartialGradients:
             parameter = share.parameter
             if share.shard.fsdp or not parameter.requires_grad:
                 continue
-            asked = asked_by(parameter)
+            asked = backward_kind(parameter)
             if asked == "backward":  # and so for all: one look a pass
                 return
             if asked == "grad":
@@ -171,21 +171,21 @@ class PartialGradients:
 
 
 @contextmanager
-def unsummed(model: torch.nn.Module) -> Iterator[None]:
+def no_sync(model: torch.nn.Module) -> Iterator[None]:
     """Let backward passes keep what is to be summed over ranks, for a later pass outside this context to sum it all: accumulation.
 
     On the data-parallel axis FSDP2 leaves out its reduce-scatter, and so keeps unsharded gradients until then. In between, `.grad` is of this
     rank's data alone, or None. Counterpart of the `no_sync` of DDP.
 
     Example:
-        >>> with unsummed(torch.nn.Linear(2, 2)):
+        >>> with no_sync(torch.nn.Linear(2, 2)):
         ...     pass
     """
     from torch.distributed.fsdp import FSDPModule
 
-    adopted: Any = next((m.__dict__["_ltp_adopt"] for m in model.modules() if "_ltp_adopt" in m.__dict__), None)
+    adopted: Any = next((m.__dict__["_tp_registry"] for m in model.modules() if "_tp_registry" in m.__dict__), None)
     gradients: PartialGradients | None = adopted.gradients if adopted is not None else None
-    sharded = gradients is None or any(p._ltp.fsdp for p in gradients.parameters[:1])  # type: ignore[attr-defined]
+    sharded = gradients is None or any(p._tp_shard.fsdp for p in gradients.parameters[:1])  # type: ignore[attr-defined]
     units = [m for m in model.modules() if isinstance(m, FSDPModule)] if sharded else []
     try:
         for unit in units:

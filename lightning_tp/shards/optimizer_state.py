@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_tp.errors import TPError
-from lightning_tp.shards.shard import Shard, like
+from lightning_tp.shards.shard import ParamShard, like
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -18,10 +18,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
     What has another shape (Adafactor's row and column statistics, of this rank's shard only) is left as it is.
     """
-    names: dict[int, str] = {id(p): p._ltp.name for g in optimizer.param_groups for p in g["params"]}
+    names: dict[int, str] = {id(p): p._tp_shard.name for g in optimizer.param_groups for p in g["params"]}
     state: dict[str, Any] = {}
     for p, values in optimizer.state.items():
-        shard: Shard = p._ltp  # type: ignore[attr-defined]
+        shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
         state[shard.name] = {
             k: shard.to_dtensor(v) if isinstance(v, Tensor) and v.shape == p.shape and v.ndim else v for k, v in values.items()
         }
@@ -35,7 +35,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """As `optimizer_state`, with whole tensors on the CPU, as one process would have them. A collective."""
     state = optimizer_state(optimizer)
-    shards = {p._ltp.name: (p, p._ltp) for g in optimizer.param_groups for p in g["params"]}
+    shards = {p._tp_shard.name: (p, p._tp_shard) for g in optimizer.param_groups for p in g["params"]}
     for name, values in state["state"].items():
         p, shard = shards[name]
         own = optimizer.state[p]
@@ -59,11 +59,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     check_kind(optimizer, state["param_groups"])
     plain = optimizer.state_dict()
     index = {
-        p._ltp.name: i
+        p._tp_shard.name: i
         for g, ids in zip(optimizer.param_groups, plain["param_groups"], strict=True)
         for p, i in zip(g["params"], ids["params"], strict=True)
     }
-    parameters = {p._ltp.name: p for g in optimizer.param_groups for p in g["params"]}
+    parameters = {p._tp_shard.name: p for g in optimizer.param_groups for p in g["params"]}
     theirs = [name for g in state["param_groups"] for name in g["params"]]
     numbered = dict(zip(theirs, parameters, strict=False)) if all(isinstance(i, int) for i in theirs) else {}
     if numbered and len(theirs) != len(parameters):
@@ -77,7 +77,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         if name not in parameters:
             continue
         p = parameters[name]
-        shard: Shard = p._ltp
+        shard: ParamShard = p._tp_shard
         values[index[name]] = {k: _local_state(p, shard, v, f"{name}.{k}") for k, v in of.items()}
     groups = [
         {**{k: v for k, v in g.items() if k != "params"}, "params": own["params"]}
@@ -113,7 +113,7 @@ def check_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
 _OF_GROUPS = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}  # of schedulers
 
 
-def _local_state(p: Tensor, shard: Shard, value: Any, where: str) -> Any:
+def _local_state(p: Tensor, shard: ParamShard, value: Any, where: str) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0 or tuple(value.shape) != shard.shape:
         return value
     return like(p, shard.to_local(value, where))

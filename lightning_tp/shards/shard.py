@@ -24,8 +24,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Shard:
-    """What one parameter object is of the global one; kept on the parameter as `_ltp`.
+class ParamShard:
+    """What one parameter object is of the global one; kept on the parameter as `_tp_shard`.
 
     Args:
         name: the parameter's name from the root.
@@ -43,7 +43,7 @@ class Shard:
     fsdp: bool = False
     may_be_whole: bool = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shard:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParamShard:
         return self
 
     @cached_property

@@ -70,7 +70,7 @@ def reshard(model: nn.Module) -> None:
 
 def _whole(of: Tensor, value: Tensor) -> Tensor:
     """The whole of `value`, which lies as the parameter or buffer `of` does."""
-    shard = getattr(of, "_ltp", None)
+    shard = getattr(of, "_tp_shard", None)
     if shard is not None:
         whole: Tensor = shard.gather(value)
         return whole
@@ -99,7 +99,7 @@ def attach_state_dict(model: nn.Module) -> None:
 
 def _state_dict_as_dtensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, p in module.named_parameters(remove_duplicate=False):
-        shard = getattr(p, "_ltp", None)
+        shard = getattr(p, "_tp_shard", None)
         if shard is not None and prefix + name in state:
             state[prefix + name] = shard.to_dtensor(state[prefix + name])
 
@@ -107,7 +107,7 @@ def _state_dict_as_dtensors(module: nn.Module, state: dict[str, Any], prefix: st
 def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     reshard(module)
     for name, p in module.named_parameters(remove_duplicate=False):
-        shard = getattr(p, "_ltp", None)
+        shard = getattr(p, "_tp_shard", None)
         if shard is None or not isinstance(value := state.get(prefix + name), Tensor):
             continue
         local = shard.to_local(value, prefix + name)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Style
+from lightning_tp.styles.base import BindContext, Style
 from lightning_tp.styles.boundary import PrepareInput, PrepareOutput
 from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
 from lightning_tp.styles.fused import FusedColwise
@@ -87,7 +87,7 @@ __all__ = [
     "Rowwise",
     "Sequence",
     "ShardParameter",
-    "Site",
+    "BindContext",
     "Split",
     "Style",
     "VocabEmbedding",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Site:
+class BindContext:
     """Where a style is bound: the module's name, the axis, and what the plan says of the whole model."""
 
     where: str
@@ -52,7 +52,7 @@ class Style:
         """
         raise NotImplementedError
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         """Make the module run on its shards; its parameters are this rank's already."""
 
     def to_torch(self, module: nn.Module) -> ParallelStyle | None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis, State
 from lightning_tp.core.comm.transitions import Transition, transition
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Style
+from lightning_tp.styles.base import BindContext, Style
 from lightning_tp.styles.split import Split
 
 
@@ -45,13 +45,13 @@ class PrepareInput(Style):
         _refuse_without_transition(self.arrives or "replicate", self.wanted, where)
         return {}
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         for name, value in self.attributes:
             setattr(module, name, value)
         enter = transition(self.arrives or "replicate", self.wanted)
         if enter is not None:
             if not isinstance(module, _PrepareInput):  # another rule may prepare another argument
-                become(module, _PrepareInput, _door=site.axis, _arriving=[])
+                swap_class(module, _PrepareInput, _door=site.axis, _arriving=[])
             module.__dict__["_arriving"].append((self.arg, enter))
 
     def to_torch(self, module: nn.Module) -> Any:
@@ -101,11 +101,11 @@ class PrepareOutput(Style):
         _refuse_without_transition(self.arrives, self.wanted, where)
         return {}
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         leave = transition(self.arrives, self.wanted)
         if leave is not None:
             if not isinstance(module, _PrepareOutput):
-                become(module, _PrepareOutput, _way_out=site.axis, _leaving={})
+                swap_class(module, _PrepareOutput, _way_out=site.axis, _leaving={})
             module.__dict__["_leaving"][self.index] = leave
 
     def to_torch(self, module: nn.Module) -> Any:

@@ -13,9 +13,9 @@ from torch import nn
 
 from lightning_tp.core.comm.axis import State
 from lightning_tp.core.comm.transitions import transition
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Style, check_state, linear_dims, set_sizes
+from lightning_tp.styles.base import BindContext, Style, check_state, linear_dims, set_sizes
 from lightning_tp.styles.linear import _Colwise
 from lightning_tp.styles.split import Split, check_heads, even_split, head_split
 
@@ -58,12 +58,12 @@ class FusedColwise(Style):
             names["bias"] = _fused_split(where, parts, heads, 0, tp)
         return names
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         out_dim, _, shape = linear_dims(module, site.where, self.name)
         set_sizes(module, out_features=shape[out_dim], nf=shape[out_dim])
         enter = transition(self.input or "gathered", "gathered")
         if enter is not None:
-            become(module, _Colwise, _axis=site.axis, _enter=enter, _gather=None)
+            swap_class(module, _Colwise, _axis=site.axis, _enter=enter, _gather=None)
 
     def to_torch(self, module: nn.Module) -> Any:
         raise TPError(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis, State
 from lightning_tp.core.comm.transitions import Transition, transition, width_to_replicate
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Style, check_state, linear_dims, set_sizes
+from lightning_tp.styles.base import BindContext, Style, check_state, linear_dims, set_sizes
 from lightning_tp.styles.split import Ranges, Split, check_heads, even_split, head_split, split_of_ranges
 
 
@@ -80,14 +80,14 @@ class Colwise(Style):
             names["bias"] = split(length, 0, tp)
         return names
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         if isinstance(module, nn.Embedding):
-            become(module, _WidthEmbedding, _axis=site.axis, _width=module.embedding_dim, _leaves=self.output)
+            swap_class(module, _WidthEmbedding, _axis=site.axis, _width=module.embedding_dim, _leaves=self.output)
             module.embedding_dim = module.weight.shape[1]
             return
         if isinstance(module, CONVOLUTIONS):
             enter = transition(self.input or "gathered", "gathered")
-            become(module, _ColwiseConvolution, _axis=site.axis, _enter=enter, _gather=module.out_channels)
+            swap_class(module, _ColwiseConvolution, _axis=site.axis, _enter=enter, _gather=module.out_channels)
             return
         out_dim, _, shape = linear_dims(module, site.where, self.name)
         width = set_sizes(module, out_features=shape[out_dim], nf=shape[out_dim])
@@ -97,7 +97,7 @@ class Colwise(Style):
         gathered = width if self.output == "replicate" else None
         if gathered is not None and isinstance(module, nn.Linear):
             module.out_features = width  # what code around it reads is the size of what leaves
-        become(module, _Colwise, _axis=site.axis, _enter=enter, _gather=gathered)
+        swap_class(module, _Colwise, _axis=site.axis, _enter=enter, _gather=gathered)
 
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor import Replicate, Shard
@@ -143,14 +143,14 @@ class Rowwise(Style):
             names["bias"] = Split(sum_over=tp if self.output in ("sequence", "partial") else 1)
         return names
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         _, in_dim, shape = linear_dims(module, site.where, self.name)
         set_sizes(module, in_features=shape[in_dim], nx=shape[in_dim])
         leave = transition("partial", self.output or "replicate")
         has_bias = module._parameters.get("bias") is not None
         if has_bias and hasattr(module, "nf"):
-            become(module, _Conv1DProduct)
-        become(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, "width"), _leave=leave, _has_bias=has_bias)
+            swap_class(module, _Conv1DProduct)
+        swap_class(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, "width"), _leave=leave, _has_bias=has_bias)
 
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor import Replicate, Shard

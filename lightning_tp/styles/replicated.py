@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis, State
 from lightning_tp.core.comm.transitions import Transition, transition
-from lightning_tp.core.modules.swap_class import become
-from lightning_tp.styles.base import Site, Style, check_state
+from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.styles.base import BindContext, Style, check_state
 from lightning_tp.styles.split import Split
 
 
@@ -35,10 +35,10 @@ class Sequence(Style):
         check_state(self, "output", ("sequence", "replicate"), where)
         return {name: Split(sum_over=tp) for name, _ in module.named_parameters(remove_duplicate=False)}
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         enter, leave = transition(self.input, "sequence"), transition("sequence", self.output)
         if enter is not None or leave is not None:
-            become(module, _Sequence, _axis=site.axis, _enter=enter, _leave=leave)
+            swap_class(module, _Sequence, _axis=site.axis, _enter=enter, _leave=leave)
 
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor.parallel import SequenceParallel

@@ -148,11 +148,11 @@ def check_heads(where: str, heads: int, query_heads: int, length: int, tp: int) 
 
 
 @dataclass(frozen=True)
-class Pattern:
+class Ownership:
     """Which rank has which index of a dim: runs of (rank, length), -1 for all ranks, repeated over the dim.
 
     Example:
-        >>> Pattern(((0, 2), (1, 2))).index(rank=1, length=8).tolist()
+        >>> Ownership(((0, 2), (1, 2))).index(rank=1, length=8).tolist()
         [2, 3, 6, 7]
     """
 
@@ -162,7 +162,7 @@ class Pattern:
         object.__setattr__(self, "runs", tuple((r, n) for r, n in self.runs))
 
     @classmethod
-    def of(cls, owner: Tensor) -> Pattern:
+    def of(cls, owner: Tensor) -> Ownership:
         """From the rank of each index."""
         n = owner.numel()
         period = next(p for p in range(1, n + 1) if n % p == 0 and torch.equal(owner[p:], owner[:-p] if p < n else owner[n:]))

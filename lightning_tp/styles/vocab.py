@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis, State
 from lightning_tp.core.comm.transitions import Transition, partial_to_replicate, partial_to_sequence, transition, width_to_replicate
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import Site, Style, check_state, linear_dims, set_sizes
+from lightning_tp.styles.base import BindContext, Style, check_state, linear_dims, set_sizes
 from lightning_tp.styles.linear import refuse_embedding_options
 from lightning_tp.styles.split import Split, even_split
 
@@ -45,14 +45,14 @@ class VocabEmbedding(Style):
         check_state(self, "output", ("replicate", "sequence"), where)
         return {"weight": even_split(module.num_embeddings, 0, tp)}
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         assert isinstance(module, nn.Embedding)
         start = site.axis.rank * math.ceil(module.num_embeddings / site.axis.size)
         rows = module.weight.shape[0]
         padding = module.padding_idx
         module.padding_idx = padding - start if padding is not None and start <= padding < start + rows else None
         leave = partial_to_sequence if self.output == "sequence" else partial_to_replicate
-        become(
+        swap_class(
             module,
             _VocabEmbedding,
             _axis=site.axis,
@@ -93,11 +93,11 @@ class VocabHead(Style):
             names["bias"] = even_split(length, 0, tp)
         return names
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         out_dim, _, shape = linear_dims(module, site.where, self.name)
         vocab = set_sizes(module, out_features=shape[out_dim], nf=shape[out_dim])
         enter = transition(self.input or "replicate", "gathered")
-        become(module, _VocabHead, _axis=site.axis, _enter=enter, _vocab=vocab, _split=site.loss_parallel)
+        swap_class(module, _VocabHead, _axis=site.axis, _enter=enter, _vocab=vocab, _split=site.loss_parallel)
 
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor import Replicate, Shard

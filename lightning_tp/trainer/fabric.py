@@ -42,35 +42,35 @@ from typing_extensions import override
 
 from lightning_tp import checkpoint
 from lightning_tp.apply import materialize
-from lightning_tp.apply.bind import adopt
+from lightning_tp.apply.bind import tag_parameters
 from lightning_tp.apply.compile import Compile
 from lightning_tp.apply.parallelize import PlanLike, check_options, parallelize
-from lightning_tp.checkpoint import Background, Content, HostCopy, Manifest, Place, World, group_for_saving
+from lightning_tp.checkpoint import Background, HostCopy, Manifest, Peers, SaveContent, StoragePath, group_for_saving
 from lightning_tp.checkpoint.single_file import save_whole
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
-from lightning_tp.core.ops.random_numbers import Dropout, draws_of
+from lightning_tp.core.ops.random_numbers import Dropout, policy_of
 from lightning_tp.core.ops.rng import seed_mesh
 from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.data.group_loader import Ranks, share_loader
 from lightning_tp.data.same_batch import check_same_batch
-from lightning_tp.errors import TPError, on_one_screen
-from lightning_tp.infer.choose import choose_plan
+from lightning_tp.errors import TPError, raise_on_rank_zero
+from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.check import any_split, splits_nothing
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards import gradients, optimizer_state
-from lightning_tp.trainer.adapt.optimizers import look_at_optimizer
+from lightning_tp.trainer.adapt.optimizers import check_optimizer
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, fsdp_policy
 from lightning_tp.trainer.launch.processes import from_file, one_thread, own_error, refuse_used_cuda, to_file
-from lightning_tp.trainer.mesh_strategy import Launcher, OnMesh, check_launcher
+from lightning_tp.trainer.mesh_strategy import Launcher, MeshStrategyMixin, check_launcher
 from lightning_tp.trainer.patches import REFUSED_BY_LIGHTNING
 
 CHECKED_BATCHES = 3
 _STEPS, _EPOCHS = ("global_step", "step", "iteration", "iter"), ("current_epoch", "epoch")  # what loops call them, for the manifest
 
 
-class FabricTPStrategy(OnMesh, ModelParallelStrategy):
+class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     """Split a model over `tp` ranks in `fabric.setup`, and shard it by FSDP2 over the others.
 
     `Fabric(devices=4, strategy=FabricTPStrategy(tp=2, inputs=..))` is a mesh of 2 x 2 ranks: data-parallel x tensor-parallel.
@@ -134,7 +134,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        with on_one_screen(rank_zero_only.rank):  # type: ignore[attr-defined]
+        with raise_on_rank_zero(rank_zero_only.rank):  # type: ignore[attr-defined]
             check_launcher(launcher)
             check_options(activation_checkpointing, compile, dropout, "local")
             if async_checkpoint and not save_distributed_checkpoint:
@@ -209,15 +209,15 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
-        with on_one_screen(self.global_rank):
+        with raise_on_rank_zero(self.global_rank):
             self._parallelize(module)
         module.to(self.root_device)
-        adopt(module)
+        tag_parameters(module)
         seed_mesh(self.device_mesh)
         return _Called(module, self)
 
     def _parallelize(self, module: nn.Module, *_: Any) -> nn.Module:
-        if hasattr(module, "_ltp_plan"):  # by the user, with `parallelize`
+        if hasattr(module, "_tp_applied_plan"):  # by the user, with `parallelize`
             return module
         plan = self.plan if self.plan is not None else getattr(module, "plan", None)
         if plan is None and self.sizes[1] > 1:
@@ -230,7 +230,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             device=self.root_device,
             **self.options,
         )
-        rank_zero_info(str(module._ltp_plan))
+        rank_zero_info(str(module._tp_applied_plan))
         return module
 
     def _found_plan(self, module: nn.Module) -> Plan | None:
@@ -248,7 +248,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         found: list[Plan | str | None] = [None]
         if self.is_global_zero:
             try:
-                plan = choose_plan(module, call_with, self.precision.convert_input(inputs), tp)
+                plan = default_plan(module, call_with, self.precision.convert_input(inputs), tp)
                 found = [plan if any_split(plan.check(module, tp).entries) else splits_nothing(plan, module, tp)]
             except TPError as error:
                 found = [str(error)]
@@ -265,8 +265,8 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         names = {id(p): name for name, p in module.named_parameters()}
         stepped = next((o for o in optimizers if o.state), None)
-        with on_one_screen(self.global_rank):
-            if stepped is not None and not hasattr(module, "_ltp_plan"):
+        with raise_on_rank_zero(self.global_rank):
+            if stepped is not None and not hasattr(module, "_tp_applied_plan"):
                 raise TPError(
                     f"`setup`: {type(stepped).__name__} has stepped already, and its state is of whole weights. Set it up first, then "
                     "`fabric.load` a checkpoint."
@@ -279,8 +279,8 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        with on_one_screen(self.global_rank):
-            look_at_optimizer(optimizer, *self.sizes, collected="`setup_optimizers`")
+        with raise_on_rank_zero(self.global_rank):
+            check_optimizer(optimizer, *self.sizes, collected="`setup_optimizers`")
         return optimizer
 
     # -------------------------------------------------------------------------------------------------------- data
@@ -317,7 +317,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        place = Place(str(self.broadcast(str(path))), storage_options)
+        place = StoragePath(str(self.broadcast(str(path))), storage_options)
         if filter and self._save_distributed_checkpoint:
             raise TPError("`save`: `filter` needs `save_distributed_checkpoint=False`. Leave it out.")
         whole: dict[str, Any] = {}
@@ -333,7 +333,7 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
             _apply_filter(key, filter or {}, value, target)
         self.finish_saving()
         if not self._save_distributed_checkpoint:
-            with on_one_screen(self.global_rank):
+            with raise_on_rank_zero(self.global_rank):
                 save_whole({**whole, **rest}, place)
             return
         step, epoch = (next((v for k, v in rest.items() if k in names and type(v) is int), 0) for names in (_STEPS, _EPOCHS))
@@ -342,9 +342,9 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
         about = Manifest(step=step, epoch=epoch, mesh=sizes, versions=checkpoint.versions(), weights_only=not optimizers)
         data = checkpoint.to_bytes(rest) if self.is_global_zero else None
         if not self.async_checkpoint:
-            checkpoint.save_folder(place, Content(whole, rest=data, about=about), World())
+            checkpoint.save_folder(place, SaveContent(whole, rest=data, about=about), Peers())
             return
-        content, world = Content(self._host_copy.of(whole), rest=data, about=about), World(group_for_saving())
+        content, world = SaveContent(self._host_copy.of(whole), rest=data, about=about), Peers(group_for_saving())
         self._background.start(f"Saving `{place}`", lambda: checkpoint.save_folder(place, content, world))
 
     def finish_saving(self) -> None:
@@ -361,18 +361,18 @@ class FabricTPStrategy(OnMesh, ModelParallelStrategy):
     ) -> dict[str, Any]:
         path = str(self.broadcast(str(path)))
         self.finish_saving()
-        with on_one_screen(self.global_rank):
+        with raise_on_rank_zero(self.global_rank):
             if not state or isinstance(state, Optimizer):
                 raise TPError("`load`: say into what, `fabric.load(path, {'model': model, 'optimizer': optimizer})`.")
             if isinstance(state, nn.Module):  # load_raw
-                place, _ = checkpoint.choose(Place(path), World())
+                place, _ = checkpoint.select_intact(StoragePath(path), Peers())
                 raw = checkpoint.load(place, safe_globals=self.safe_globals, weights_only=weights_only)
                 _inner(state).load_state_dict(raw, strict=strict)
                 return {}
-            place, _ = checkpoint.choose(Place(path), World())
+            place, _ = checkpoint.select_intact(StoragePath(path), Peers())
             return self._load(place, state, strict, weights_only)
 
-    def _load(self, path: Place, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
+    def _load(self, path: StoragePath, state: dict[str, Any], strict: bool, weights_only: bool | None) -> dict[str, Any]:
         one_file = path.is_file()
         safe: dict[str, Any] = {"safe_globals": self.safe_globals, "weights_only": weights_only}
         stored: dict[str, Any] = checkpoint.load(path if one_file else path / "meta.pt", mmap=one_file, **safe)
@@ -403,14 +403,14 @@ class _Called(nn.Module):
         self.module = module
         self._strategy = strategy
         self._left = CHECKED_BATCHES if strategy.sizes[1] > 1 else 0
-        self._draws = draws_of(module) if hasattr(module, "training_step") else None  # another module's forward is a step itself
+        self._draws = policy_of(module) if hasattr(module, "training_step") else None  # another module's forward is a step itself
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._left:
             self._left -= 1
             of = self._strategy
             group = of.device_mesh.get_group(TENSOR_PARALLEL)
-            with on_one_screen(of.global_rank % of.sizes[1]):
+            with raise_on_rank_zero(of.global_rank % of.sizes[1]):
                 check_same_batch((args, kwargs), group, of.root_device, f"forward of {type(self.module).__name__}")
         with self._draws.step() if self._draws is not None and self.module.training else nullcontext():
             return self.module(*args, **kwargs)
@@ -425,7 +425,7 @@ class _Unsummed(_BackwardSyncControl):
 
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager:
-        return gradients.unsummed(_inner(module)) if enabled else nullcontext()
+        return gradients.no_sync(_inner(module)) if enabled else nullcontext()
 
 
 class _ProcessLauncher(_MultiProcessingLauncher):

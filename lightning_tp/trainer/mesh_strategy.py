@@ -9,9 +9,9 @@ from lightning.fabric.utilities import imports as lightning_imports
 
 from lightning_tp._compat import limit_waiting
 from lightning_tp.core.comm.mesh import mesh_sizes
-from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.trainer.launch.processes import end_with_children
-from lightning_tp.trainer.launch.rendezvous import one_start
+from lightning_tp.trainer.launch.rendezvous import agree_on_start
 
 Launcher = Literal["auto", "popen", "fork", "spawn"]
 
@@ -35,7 +35,7 @@ def start_method(launcher: Launcher) -> Literal["popen", "fork", "spawn"]:
     return "fork"
 
 
-class OnMesh:
+class MeshStrategyMixin:
     """What the strategies of a Trainer and of Fabric share: the sizes of the mesh, and how ranks are started."""
 
     _asked: tuple[int | Literal["auto"], int | Literal["auto"]]  # tp, dp
@@ -48,7 +48,7 @@ class OnMesh:
     def _configure_launcher(self: Any) -> None:
         assert self.cluster_environment is not None
         external = self.cluster_environment.creates_processes_externally
-        with on_one_screen(self.cluster_environment.global_rank() if external else 0):
+        with raise_on_rank_zero(self.cluster_environment.global_rank() if external else 0):
             self._check_package()
             self.sizes  # noqa: B018  refuse sizes that don't fit here, before any other process is started
             method = "popen" if external else start_method(self._launch_by)
@@ -61,7 +61,7 @@ class OnMesh:
         """Around the making of the process group."""
         end_with_children(self._launcher)
         dp, tp = self.sizes
-        return one_start(self.cluster_environment.global_rank(), dp * tp, self._timeout)
+        return agree_on_start(self.cluster_environment.global_rank(), dp * tp, self._timeout)
 
     def _limit_waiting(self: Any) -> None:
         if self._timeout is not None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_tp.data.sample_batch import first_batch, quiet
 from lightning_tp.errors import TPError
-from lightning_tp.infer.choose import choose_plan
+from lightning_tp.infer.choose import default_plan
 from lightning_tp.plan.check import any_split, splits_nothing
 from lightning_tp.plan.plan import Plan
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
-def find_plan(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
+def plan_for_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
     """The plan of a module that was given none: what the model inside declares, or what is inferred.
 
-    To see that it runs, `choose_plan` runs `forward` on `example_input_array` if the module has one, else its step on the first batch.
+    To see that it runs, `default_plan` runs `forward` on `example_input_array` if the module has one, else its step on the first batch.
 
     Raises:
         TPError: if there is nothing to run it on, it can't be run, or nothing in it can be split.
     """
     call, inputs = _what_to_run(module, trainer)
     with quiet(module):
-        found = choose_plan(module, call, inputs, tp)
+        found = default_plan(module, call, inputs, tp)
     if not any_split(found.check(module, tp).entries):
         raise TPError(splits_nothing(found, module, tp))
     return found
@@ -51,7 +51,7 @@ def _what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Calla
 
 def _applied_to(module: nn.Module) -> Plan | None:
     """The plan that was applied to this module, or to one inside it."""
-    return next((m._ltp_plan for m in module.modules() if hasattr(m, "_ltp_plan")), None)  # type: ignore[return-value]
+    return next((m._tp_applied_plan for m in module.modules() if hasattr(m, "_tp_applied_plan")), None)  # type: ignore[return-value]
 
 
 def _not_followed(module: nn.Module, error: Exception) -> str:

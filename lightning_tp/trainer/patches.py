@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_tp._compat import backend_of_context
 from lightning_tp.checkpoint.weights.pretrained import load_from_checkpoint
 from lightning_tp.checkpoint.weights.stored import METADATA
-from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.errors import TPError, raise_on_rank_zero
 
 
 def allow_folders(where: Any) -> None:
@@ -95,7 +95,7 @@ def _grad_norm(module: Any, norm_type: Any, group_separator: str = "/") -> Any:
 
     from lightning_tp.shards.grad_norm import grad_norms
 
-    if any(hasattr(p, "_ltp") for p in module.parameters()):
+    if any(hasattr(p, "_tp_shard") for p in module.parameters()):
         return grad_norms(module, norm_type, group_separator)
     return grad_norm._lightning_tp(module, norm_type, group_separator)  # type: ignore[attr-defined]
 
@@ -108,7 +108,7 @@ def allow_compiled(strategy: type) -> None:
 
     def verify(model: pl.LightningModule, of: Any) -> None:
         if isinstance(of, strategy) and model._compiler_ctx is not None:
-            model.__dict__["_ltp_compile"] = backend_of_context(model._compiler_ctx["dynamo_ctx"])
+            model.__dict__["_tp_compile"] = backend_of_context(model._compiler_ctx["dynamo_ctx"])
             to_uncompiled(model)
             rank_zero_warn(
                 "The LightningModule was compiled as a whole, and a split model is compiled block by block: done so, as by `compile=True`."
@@ -130,7 +130,7 @@ def follow_ckpt_path(strategy: type[Any]) -> None:
         of = self.trainer.strategy
         if not isinstance(of, strategy):
             return parse(self, state_fn, ckpt_path, *args, **kwargs)
-        with on_one_screen(of.global_rank):
+        with raise_on_rank_zero(of.global_rank):
             try:
                 found = parse(self, state_fn, ckpt_path, *args, **kwargs)
             except (ValueError, FileNotFoundError) as error:  # no best one, no file of that name
@@ -147,7 +147,7 @@ def follow_ckpt_path(strategy: type[Any]) -> None:
     trainer_module.Trainer._run = _run  # type: ignore[method-assign]
 
 
-def silence_what_nobody_can_help() -> None:
+def filter_known_warnings() -> None:
     """Of warnings that come with every run, whatever the user does: one of torch about a line of Lightning's, on each rank; and one of
     Lightning's that evaluation may count items twice, which this strategy gives where it is so, with the numbers."""
     warnings.filterwarnings(

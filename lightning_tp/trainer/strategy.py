@@ -33,20 +33,20 @@ from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
 from lightning_tp import checkpoint
-from lightning_tp._compat import replace_for_a_while
+from lightning_tp._compat import patched
 from lightning_tp.apply import materialize
-from lightning_tp.apply.activation_checkpointing import Recompute
-from lightning_tp.apply.bind import adopt
-from lightning_tp.apply.compile import Compile, take_back
+from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
+from lightning_tp.apply.bind import tag_parameters
+from lightning_tp.apply.compile import Compile, unwrap_compiled
 from lightning_tp.apply.parallelize import PlanLike, check_options, parallelize
 from lightning_tp.apply.same_everywhere import same_weights_everywhere
 from lightning_tp.checkpoint import (
     Background,
-    Content,
     HostCopy,
     Manifest,
-    Place,
-    World,
+    Peers,
+    SaveContent,
+    StoragePath,
     group_for_saving,
     put_aside,
     remove,
@@ -61,38 +61,38 @@ from lightning_tp.checkpoint.weights.dcp_folder import model_key
 from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, config_in
 from lightning_tp.checkpoint.weights.pretrained import load_pretrained
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL, same_mesh
-from lightning_tp.core.ops.random_numbers import Draws, Dropout, draws_of
+from lightning_tp.core.ops.random_numbers import Dropout, RandomCallPolicy, policy_of
 from lightning_tp.core.ops.rng import rng_state, seed_mesh, set_shared_state
 from lightning_tp.data.group_loader import Ranks, share_loader
-from lightning_tp.data.resume import Position, Positioned
+from lightning_tp.data.resume import Position, ResumableLoader
 from lightning_tp.data.same_batch import check_same_batch
-from lightning_tp.errors import TPError, on_one_screen
+from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.table import numels
 from lightning_tp.shards import gradients, optimizer_state, state_dict
 from lightning_tp.trainer.adapt.averaging import Averaging
-from lightning_tp.trainer.adapt.finetuning import note_trainable, thaw_again
+from lightning_tp.trainer.adapt.finetuning import note_trainable, restore_trainable
 from lightning_tp.trainer.adapt.global_batch import keep_global_batch, rescale
-from lightning_tp.trainer.adapt.metrics import Numbers, all_gather, plain
-from lightning_tp.trainer.adapt.optimizers import look_at_optimizer
+from lightning_tp.trainer.adapt.metrics import MetricsOverDataParallel, all_gather, plain
+from lightning_tp.trainer.adapt.optimizers import check_optimizer
 from lightning_tp.trainer.adapt.precision import MeshMixedPrecision, fsdp_policy, precision_of
 from lightning_tp.trainer.adapt.tuner import check_callbacks
 from lightning_tp.trainer.launch.processes import ProcessLauncher
-from lightning_tp.trainer.launch.watchdog import Watch
-from lightning_tp.trainer.mesh_strategy import Launcher, OnMesh, check_launcher
-from lightning_tp.trainer.module_plan import _applied_to, _fsdp_root, _not_followed, find_plan
+from lightning_tp.trainer.launch.watchdog import Watchdog
+from lightning_tp.trainer.mesh_strategy import Launcher, MeshStrategyMixin, check_launcher
+from lightning_tp.trainer.module_plan import _applied_to, _fsdp_root, _not_followed, plan_for_module
 from lightning_tp.trainer.patches import (
     allow_all_precisions,
     allow_compiled,
     allow_folders,
+    filter_known_warnings,
     find_lr_by_mean_loss,
     follow_ckpt_path,
     refuse_batch_size_finder,
-    silence_what_nobody_can_help,
     wrap_grad_norm,
 )
 from lightning_tp.trainer.resume import LOADERS, RNG_STATE, _is_mid_epoch, _same
-from lightning_tp.verify.first_batch import FirstBatch
+from lightning_tp.verify.first_batch import FirstBatchCheck
 
 CHECKED_BATCHES = 3
 
@@ -103,7 +103,7 @@ OTHER_PACKAGE = (
 )
 
 
-class TPStrategy(OnMesh, ModelParallelStrategy):
+class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     """Train a transformer split over `tp` ranks, and sharded by FSDP2 over the others.
 
     `Trainer(devices=4, strategy=TPStrategy(tp=2))` is a mesh of 2 x 2 ranks: data-parallel x tensor-parallel, the ranks of one
@@ -164,7 +164,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         plan: PlanLike | None = None,
         sequence_parallel: bool = True,
         loss_parallel: bool = True,
-        activation_checkpointing: Recompute | None = None,
+        activation_checkpointing: ActivationCheckpointing | None = None,
         compile: Compile = False,
         dropout: Dropout = "independent",
         backend: Literal["local", "dtensor"] = "local",
@@ -178,7 +178,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        silence_what_nobody_can_help()  # here, not on import: for other strategies they are true
+        filter_known_warnings()  # here, not on import: for other strategies they are true
         super().__init__(
             data_parallel_size=dp,
             tensor_parallel_size=tp,
@@ -186,7 +186,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        with on_one_screen(rank_zero_only.rank):  # type: ignore[attr-defined]
+        with raise_on_rank_zero(rank_zero_only.rank):  # type: ignore[attr-defined]
             if backend not in ("local", "dtensor"):
                 raise TPError(f"`backend={backend!r}`: there are 'local' and 'dtensor'.")
             check_options(activation_checkpointing, compile, dropout, backend)
@@ -207,11 +207,11 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self.verify = verify
         self.global_batch = global_batch
         self._launch_by: Launcher = launcher
-        self._first: FirstBatch | None = None
+        self._first: FirstBatchCheck | None = None
         self._asked = (tp, dp)
         self._redirect: nn.Module | None = None
         self._checked: dict[str, int] = {}
-        self._draws: Draws | None = None
+        self._draws: RandomCallPolicy | None = None
         self.async_checkpoint = async_checkpoint
         self.on_save_error: Literal["raise", "warn"] = on_save_error
         self.safe_globals: list[Any] = list(safe_globals or [])
@@ -223,9 +223,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self._pass_is_over = False
         self._rng_at_step: dict[str, Any] | None = None  # the random states of a checkpoint from the middle of an epoch
         self._ranks: Ranks | None = None
-        self._numbers: Numbers | None = None
+        self._numbers: MetricsOverDataParallel | None = None
         self._averaging: Averaging | None = None
-        self._watch: Watch | None = None
+        self._watch: Watchdog | None = None
         self._accumulation: Callable[[], None] | None = None  # undoes what `global_batch` has set
         self._expected: float | None = None  # batches to accumulate, in the rest of an epoch that was begun with as many items each
         self._pretrained: list[tuple[Any, bool]] = []
@@ -245,7 +245,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         """
         module = self.lightning_module
         if module is not None and _applied_to(module) is not None:
-            with on_one_screen(self.global_rank):
+            with raise_on_rank_zero(self.global_rank):
                 load_pretrained(module, path, strict=strict)
         else:
             self._pretrained.append((path, strict))
@@ -280,13 +280,13 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         if self._averaging is not None:  # of a run that did not come to its end
             self._averaging.close()
         assert self.lightning_module is not None
-        with on_one_screen(self.global_rank):
+        with raise_on_rank_zero(self.global_rank):
             check_callbacks(self.lightning_module.trainer)
             self._averaging = Averaging(self.lightning_module.trainer, whole=not self._save_distributed_checkpoint)
             if self._averaging.callbacks and self.backend == "dtensor":
                 name = type(self._averaging.callbacks[0]).__name__
                 raise TPError(f"`{name}` works with `backend='local'`, and the strategy has 'dtensor'.")
-        self._watch = Watch(self.lightning_module.trainer, self.local_rank, self.num_processes, self._timeout)
+        self._watch = Watchdog(self.lightning_module.trainer, self.local_rank, self.num_processes, self._timeout)
 
     @contextmanager
     @override
@@ -301,7 +301,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         Raises:
             TPError: on one rank's screen, if there is no plan, or it does not fit.
         """
-        with on_one_screen(self.global_rank):
+        with raise_on_rank_zero(self.global_rank):
             applied = _applied_to(module)
             if applied is not None:
                 if applied.tp != self.sizes[1]:
@@ -312,7 +312,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 return
             if not any(p.is_meta for p in module.parameters()):
                 self.precision_plugin.convert_module(module)
-            compile = take_back(module) or module.__dict__.pop("_ltp_compile", None) or self.compile
+            compile = unwrap_compiled(module) or module.__dict__.pop("_tp_compile", None) or self.compile
             root = _fsdp_root(module)
             self._take_pretrained(module)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
@@ -321,7 +321,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             if self.verify and module.trainer.state.fn == TrainerFn.FITTING:
                 same_weights_everywhere(module, self.device_mesh)
                 step = partial(self._call, "training_step")
-                self._first = FirstBatch(module, module.trainer, self.precision_plugin.train_step_context, step)
+                self._first = FirstBatchCheck(module, module.trainer, self.precision_plugin.train_step_context, step)
             if self.is_global_zero and module.trainer.state.fn == TrainerFn.FITTING:
                 for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
                     if hasattr(callback, "before_split"):
@@ -353,7 +353,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         found: list[Plan | str | None] = [None]
         if self.is_global_zero:
             try:
-                found = [find_plan(module, module.trainer, self.sizes[1])]
+                found = [plan_for_module(module, module.trainer, self.sizes[1])]
             except Exception as error:  # whatever the step raises: the other ranks wait for an answer
                 found = [str(error) if isinstance(error, TPError) else _not_followed(module, error)]
         dist.broadcast_object_list(found, src=0)
@@ -367,10 +367,10 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         self.accelerator.setup(trainer)
         self.apply_plan(self.lightning_module)
         self.model_to_device()
-        if hasattr(self.lightning_module, "_ltp_adopt"):
-            adopt(self.lightning_module)
+        if hasattr(self.lightning_module, "_tp_registry"):
+            tag_parameters(self.lightning_module)
         if self._first is not None:
-            with on_one_screen(self.global_rank):
+            with raise_on_rank_zero(self.global_rank):
                 rank_zero_info(self._first.compare(self.lightning_module))
             self._first = None
         if self._averaging is not None and trainer.state.fn == TrainerFn.FITTING:
@@ -380,15 +380,15 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                 loop.inference_mode = False
         self._checked.clear()
         self._positions, self._rng_at_step = [], None  # a checkpoint that this run begins with comes later
-        self._draws = draws_of(self.lightning_module)
+        self._draws = policy_of(self.lightning_module)
         if self._numbers is not None:  # of a run that did not come to its end
             self._numbers.close(self.lightning_module)
-        self._numbers = Numbers(trainer, self.device_mesh)
+        self._numbers = MetricsOverDataParallel(trainer, self.device_mesh)
         if self._accumulation is not None:
             self._accumulation()
             self._accumulation = None
         if self.global_batch is not None and trainer.state.fn == TrainerFn.FITTING:
-            with on_one_screen(self.global_rank):
+            with raise_on_rank_zero(self.global_rank):
                 self._expected = None  # a checkpoint that this run begins with comes later
                 self._accumulation = keep_global_batch(trainer, self.global_batch, self.sizes[0], lambda: self._expected)
         seed_mesh(self.device_mesh)
@@ -405,9 +405,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             _optimizers_to_device(self.optimizers, self.root_device)
 
     def _look_at_optimizers(self) -> None:
-        with on_one_screen(self.global_rank):
+        with raise_on_rank_zero(self.global_rank):
             for optimizer in self.optimizers:
-                look_at_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
+                check_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
 
     @property
     def num_global_parameters(self) -> int:
@@ -445,8 +445,8 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             return shared
         resume = self._positions.pop(0) if self._positions else None
         if resume is not None and not self._pass_is_over:
-            return Positioned(shared, resume=resume, then=None if resume.get("prefetched") else self._rng_is_reached)
-        return Positioned(shared, resume=resume, finished=True)
+            return ResumableLoader(shared, resume=resume, then=None if resume.get("prefetched") else self._rng_is_reached)
+        return ResumableLoader(shared, resume=resume, finished=True)
 
     def _rng_is_reached(self) -> None:
         """The loader stands where it stood: go on with the random numbers of the checkpoint."""
@@ -494,7 +494,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         seen = self._checked.get(name, 0)
         if seen < CHECKED_BATCHES and self.sizes[1] > 1:
             self._checked[name] = seen + 1
-            with on_one_screen(self.global_rank):
+            with raise_on_rank_zero(self.global_rank):
                 self._check_batch((args, kwargs), f"`{name}`, batch {seen}")
         with context:
             return self._call(name, *args, **kwargs)
@@ -519,7 +519,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with on_one_screen(self.global_rank % self.sizes[1]):  # all ranks of a group find the same about a gradient
+        with raise_on_rank_zero(self.global_rank % self.sizes[1]):  # all ranks of a group find the same about a gradient
             return super().backward(*args, **kwargs)
 
     @contextmanager
@@ -527,7 +527,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
     def block_backward_sync(self) -> Generator[None, None, None]:
         """A micro-batch that is not the last: gradients are left unsummed over both axes, as far as that saves a collective."""
         assert self.lightning_module is not None
-        with gradients.unsummed(self.lightning_module):
+        with gradients.no_sync(self.lightning_module):
             yield
 
     @override
@@ -617,14 +617,14 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         assert self.lightning_module is not None
         weights_only = self._ckpt_weights_only if weights_only is None else weights_only
         self._finish_saving()
-        with on_one_screen(self.global_rank):
+        with raise_on_rank_zero(self.global_rank):
             place = self._whole_checkpoint(str(self.broadcast(str(checkpoint_path))))
             loaded = self._load_checkpoint(place, weights_only)
             self._restore_rng(loaded)
             self._restore_positions(loaded)
         return loaded
 
-    def _whole_checkpoint(self, path: str) -> Place:
+    def _whole_checkpoint(self, path: str) -> StoragePath:
         """What was asked for; if it was asked for as the last or the best and is damaged, the newest one that is whole."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -635,7 +635,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             if self._ckpt_word == "best" and isinstance(of, ModelCheckpoint):
                 instead = sorted(of.best_k_models, key=lambda p: float(of.best_k_models[p]), reverse=of.mode == "max")
         word, self._ckpt_word = self._ckpt_word, None
-        place, said = checkpoint.choose(Place(path), World(), instead=instead)
+        place, said = checkpoint.select_intact(StoragePath(path), Peers(), instead=instead)
         if said is not None:
             rank_zero_warn(f"`ckpt_path={word!r}`: {said}")
             trainer._checkpoint_connector._ckpt_path = place.url
@@ -685,7 +685,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             self._expected = saved["accumulated"] * len(ranks) / self.sizes[0]
             rescale(loaded, self._positions, len(ranks), self.sizes[0])
 
-    def _load_checkpoint(self, place: Place, weights_only: bool | None) -> dict[str, Any]:
+    def _load_checkpoint(self, place: StoragePath, weights_only: bool | None) -> dict[str, Any]:
         assert self.lightning_module is not None
         trains = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         optimizers = self.optimizers if trains else []  # a validation after training still has them
@@ -698,7 +698,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             if self._averaging is None or not self._averaging.callbacks:
                 del loaded["state_dict"]
             if trains:
-                thaw_again(self.lightning_module.trainer, loaded)
+                restore_trainable(self.lightning_module.trainer, loaded)
             states = loaded.get("optimizer_states", ())
             if len(states) < len(optimizers):
                 raise TPError(
@@ -713,7 +713,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         key = model_key(checkpoint.read_metadata(place).state_dict_metadata) or "state_dict"  # "model": of FSDPStrategy
         checkpoint.load_model(self.lightning_module, place, strict=self.lightning_module.strict_loading, key=key)
         if trains:
-            thaw_again(self.lightning_module.trainer, metadata)
+            restore_trainable(self.lightning_module.trainer, metadata)
         for i, optimizer in enumerate(optimizers):
             checkpoint.load_optimizer(optimizer, place, f"optimizer_{i}", **safe)
         metadata = checkpoint.with_dtensors(metadata, place, self.lightning_module)
@@ -721,7 +721,7 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             metadata["state_dict"] = self.lightning_module.state_dict()
         return metadata
 
-    def _load_weights_of_file(self, loaded: Any, place: Place) -> None:
+    def _load_weights_of_file(self, loaded: Any, place: StoragePath) -> None:
         """The whole tensors of a checkpoint in one file; each rank takes its shards."""
         assert self.lightning_module is not None
         if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
@@ -737,13 +737,13 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                     f"`{place}` {problem} `{names[0]}`{more}. Load with `strict_loading = False`, or use the model that wrote it."
                 )
 
-    def _load_dtensors(self, place: Place, safe: dict[str, Any]) -> dict[str, Any]:
+    def _load_dtensors(self, place: StoragePath, safe: dict[str, Any]) -> dict[str, Any]:
         """By Lightning's own functions, whose reader would unpickle anything."""
 
         def load(state: dict[str, Any], checkpoint_id: Any) -> None:
-            checkpoint.dcp_load(state, Place(checkpoint_id), **safe)
+            checkpoint.dcp_load(state, StoragePath(checkpoint_id), **safe)
 
-        undo = replace_for_a_while(dcp, "load", load)
+        undo = patched(dcp, "load", load)
         try:
             with torch.serialization.safe_globals(self.safe_globals):
                 return super().load_checkpoint(Path(place.path), safe["weights_only"])
@@ -753,9 +753,9 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self._device_mesh is None:  # the ranks were forked, and have ended: this process has the whole weights
-            self._save_file(checkpoint, Place(filepath, storage_options), storage_options)
+            self._save_file(checkpoint, StoragePath(filepath, storage_options), storage_options)
             return
-        place = Place(str(self.broadcast(str(filepath))), storage_options)
+        place = StoragePath(str(self.broadcast(str(filepath))), storage_options)
         checkpoint[RNG_STATE] = rng_state(self.device_mesh)
         self._add_positions(checkpoint)
         if self.lightning_module is not None:
@@ -772,19 +772,19 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
                     k: checkpoint.pop(k) for k in ("state_dict", "optimizer_states") if k in checkpoint
                 }  # copies already
                 checkpoint = copy.deepcopy(checkpoint) | whole
-            world = World(self._group_for_saving())
+            world = Peers(self._group_for_saving())
             self._save(place, lambda: world.from_first(lambda: self._save_file(checkpoint, place, storage_options)))
             return
         content = self._content_of(checkpoint)
         if self.async_checkpoint:
             content.sharded, content.apart = self._host_copy.of((content.sharded, content.apart))
-        world = World(self._group_for_saving())
+        world = Peers(self._group_for_saving())
         self._save(place, lambda: save_folder(place, content, world))
 
     def _group_for_saving(self) -> Any:
         return group_for_saving() if self.async_checkpoint else None
 
-    def _content_of(self, checkpoint: dict[str, Any]) -> Content:
+    def _content_of(self, checkpoint: dict[str, Any]) -> SaveContent:
         """What goes into a folder, of what Lightning wants to be saved."""
         about = Manifest(
             step=int(checkpoint.get("global_step", 0)),
@@ -800,15 +800,15 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
             checkpoint[key] = without_dtensors(checkpoint[key], apart, key)
         plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
         rest = to_bytes(checkpoint) if self.is_global_zero else None
-        return Content(sharded, apart, rest, plan.to_json() if plan is not None and self.is_global_zero else None, about)
+        return SaveContent(sharded, apart, rest, plan.to_json() if plan is not None and self.is_global_zero else None, about)
 
-    def _save_file(self, checkpoint: dict[str, Any], place: Place, storage_options: Any) -> None:
+    def _save_file(self, checkpoint: dict[str, Any], place: StoragePath, storage_options: Any) -> None:
         if type(self.checkpoint_io) is TorchCheckpointIO:
             save_file(place, lambda stream: torch.save(checkpoint, stream))
         else:  # the user's own
             self.checkpoint_io.save_checkpoint(checkpoint, place.url, storage_options)
 
-    def _save(self, place: Place, work: Callable[[], None]) -> None:
+    def _save(self, place: StoragePath, work: Callable[[], None]) -> None:
         assert self.lightning_module is not None
         self._save_failed = False
         running = self.lightning_module.trainer.state.status == TrainerStatus.RUNNING
@@ -848,23 +848,23 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         """Once what takes its place is there."""
         if not self.is_global_zero or self._save_failed:
             return
-        if type(self.checkpoint_io) is not TorchCheckpointIO and not Place(filepath).is_dir():
+        if type(self.checkpoint_io) is not TorchCheckpointIO and not StoragePath(filepath).is_dir():
             super().remove_checkpoint(filepath)
             return
-        self._background.after(lambda: remove(Place(filepath)))
+        self._background.after(lambda: remove(StoragePath(filepath)))
 
     def _add_positions(self, checkpoint: dict[str, Any]) -> None:
         """Where the training loaders of each data-parallel rank stand. A collective."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         combined, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
-        loaders: list[Any] = [x for x in (combined.flattened if combined is not None else ()) if type(x) is Positioned]
+        loaders: list[Any] = [x for x in (combined.flattened if combined is not None else ()) if type(x) is ResumableLoader]
         fit_loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         fit_loop.pop("combined_loader", None)
         if not loaders or trainer.state.fn != TrainerFn.FITTING:
             return
         prefetched = len(getattr(fetcher, "batches", ()))
-        every = World().gather([loader.position(prefetched) for loader in loaders])
+        every = Peers().gather([loader.position(prefetched) for loader in loaders])
         ranks = [every[row[0]] for row in self.device_mesh.mesh.tolist()]
         checkpoint[LOADERS] = {"prefetched": prefetched, "ranks": ranks}
         if self.global_batch is not None:
@@ -880,13 +880,13 @@ class TPStrategy(OnMesh, ModelParallelStrategy):
         if asked != "last":
             return found
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
-        folders = [Place(c._ModelCheckpoint__resolve_ckpt_dir(trainer)) for c in callbacks]  # type: ignore[attr-defined]
+        folders = [StoragePath(c._ModelCheckpoint__resolve_ckpt_dir(trainer)) for c in callbacks]  # type: ignore[attr-defined]
         for folder in folders:
             for name in put_aside(folder):
                 if name.startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST):
                     return (folder / name).url
         if found is not None:
-            place = Place(found)
+            place = StoragePath(found)
             here = any(folder.path == place.parent.path for folder in folders)
             return checkpoint.newer(place).url if here else found
         return next((place.url for folder in folders for place in checkpoint.candidates(folder)), None)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
-class FirstBatch:
+class FirstBatchCheck:
     """The first batch of a fit, and what one process makes of it.
 
     Args:

@@ -35,7 +35,7 @@ from lightning_tp._compat import local_tensor
 from lightning_tp.apply.parallelize import PlanLike, parallelize, resolve_plan
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
 from lightning_tp.errors import TPError
-from lightning_tp.infer.choose import choose_plan
+from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards.state_dict import full_gradients, full_state_dict
@@ -75,7 +75,7 @@ def verify(
         loss_fn: `loss_fn(output)`, or `loss_fn(output, inputs)` with the inputs that this output is of; returns a scalar.
         tp: ranks that share one model.
         dp: such groups; FSDP2 shards over them.
-        plan: how the model is split. Default: what `choose_plan` takes of what the model declares and what can be inferred.
+        plan: how the model is split. Default: what `default_plan` takes of what the model declares and what can be inferred.
         steps: of the optimizer.
         rtol: the largest error allowed, relative to the largest value of a tensor.
         lr: of the SGD. Default: the first step moves the weights by a hundredth of their norm.
@@ -122,14 +122,16 @@ def verify(
     return ParityReport(all(row.ok for row in rows), rows, reference.plan, held, tp, dp, reference.lr)
 
 
-def find_plan(model: nn.Module, inputs: Inputs, tp: int, plan: PlanLike | None = None, *, sequence_parallel: bool = True) -> Plan:
-    """The checked plan for `model`: the one given, else the one that `choose_plan` takes.
+def plan_under_test(
+    model: nn.Module, inputs: Inputs, tp: int, plan: PlanLike | None = None, *, sequence_parallel: bool = True
+) -> Plan:
+    """The checked plan for `model`: the one given, else the one that `default_plan` takes.
 
     Raises:
         TPError: if none fits.
     """
     if plan is None and tp > 1:
-        plan = choose_plan(model, call_with, inputs, tp)
+        plan = default_plan(model, call_with, inputs, tp)
     return resolve_plan(model, plan, tp, sequence_parallel=sequence_parallel)
 
 
@@ -209,7 +211,7 @@ def _train(model: nn.Module, job: _Job, plan: Plan, lr: float | None, rows: rang
         losses.append(total)
         if step == 0:
             gradients = full_gradients(model)
-        lr = _moving(start, gradients) if lr is None else lr
+        lr = default_lr(start, gradients) if lr is None else lr
         optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=lr)
         optimizer.step()
         optimizer.zero_grad()
@@ -228,7 +230,7 @@ def _part(inputs: Inputs, i: int, dp: int) -> Any:
     return tree_map(lambda t: t[rows] if isinstance(t, Tensor) and t.ndim and len(t) == size else t, inputs)
 
 
-def _moving(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
+def default_lr(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
     """The learning rate with which the first step moves the weights by `FIRST_STEP` of their norm."""
     gradient = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
     if not gradient or not math.isfinite(gradient):
@@ -256,8 +258,8 @@ def _takes_two(fn: Callable[..., Any]) -> bool:
 
 def _in_one_process(job: _Job) -> _Run:
     model = job.model()
-    _roughen(model)
-    plan = find_plan(model, job.batch(0), job.tp, job.plan, sequence_parallel=job.sequence_parallel)
+    perturb_constants(model)
+    plan = plan_under_test(model, job.batch(0), job.tp, job.plan, sequence_parallel=job.sequence_parallel)
     run = _train(model, job, plan, job.lr, range(job.dp))
     if not all(map(math.isfinite, run.losses)):
         raise TPError(f"`verify`: the losses are {run.losses} in one process. Use a smaller `lr` than {run.lr:g}, or other data.")
@@ -282,7 +284,7 @@ def _on_a_rank(job: _Job, reference: _Run) -> tuple[list[Row], float]:
 
 
 @torch.no_grad()
-def _roughen(model: nn.Module) -> None:
+def perturb_constants(model: nn.Module) -> None:
     """Add noise to parameters that are constant; it depends on their names alone."""
     for name, p in model.named_parameters():
         if p.is_floating_point() and p.numel() and bool((p == p.reshape(-1)[0]).all()):

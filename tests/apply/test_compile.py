@@ -18,7 +18,7 @@ from examples.llama import PLAN
 from lightning_tp.apply.compile import compile_blocks
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.comm.transitions import outside
-from lightning_tp.core.ops.random_numbers import draws_of
+from lightning_tp.core.ops.random_numbers import policy_of
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.apply.test_parallelize import BLOCK, NO_SP, Case, assert_same_run, reference, train
 
@@ -40,7 +40,7 @@ class Counting:
 
 def past_observation(model: nn.Module) -> nn.Module:
     """The first steps are observed and not compiled: begin at the 10th, behind which none is until the 17th."""
-    draws = draws_of(model)
+    draws = policy_of(model)
     if draws is not None:
         draws.steps = 9
     return model

@@ -292,7 +292,7 @@ def test_a_mapping_a_plan_and_a_file_are_the_same_plan(tmp_path: Any) -> None:
 
 
 def replicated(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(n, p) for n, p in model.named_parameters() if p._ltp.split.dim is None]
+    return [(n, p) for n, p in model.named_parameters() if p._tp_shard.split.dim is None]
 
 
 def assert_equal_on(group: dist.ProcessGroup, tensors: list[tuple[str, Tensor]]) -> None:

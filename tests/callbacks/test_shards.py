@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_tp.callbacks.shards import Held, ShardSummary, num_global_parameters, optimizer_line, shard_table
+from lightning_tp.callbacks.shards import ShardSummary, ShardSummaryRow, num_global_parameters, optimizer_line, shard_table
 from lightning_tp.callbacks.throughput import Throughput
 from lightning_tp.data.random_tokens import RandomTokens
 
@@ -160,7 +160,7 @@ def test_strategy_knows_the_whole() -> None:
 
 
 def test_table_of_many_ranks_and_unknown_whole() -> None:
-    held = [Held(rank, rank // 4, rank % 4, 1000 + rank, 4 * (1000 + rank)) for rank in range(12)]
+    held = [ShardSummaryRow(rank, rank // 4, rank % 4, 1000 + rank, 4 * (1000 + rank)) for rank in range(12)]
     lines = shard_table(held, None, max_rows=3).splitlines()
     assert lines[0] == "Shards of the model: an unknown number of parameters in the whole model, 12 ranks"
     assert [cell.strip() for cell in lines[4].split("|")] == ["2", "0", "2", "1,002", "-", "3.9 KiB"]

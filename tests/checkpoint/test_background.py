@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_tp as ltp
-from lightning_tp.checkpoint import Background, HostCopy, Place, World, choose, commit
+from lightning_tp.checkpoint import Background, HostCopy, Peers, StoragePath, commit, select_intact
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
 
@@ -144,7 +144,7 @@ def test_an_error_is_raised_at_the_next_save_or_at_the_end(tmp_path: Path) -> No
                 left,
             )
             for name in left:
-                assert choose(Place(folder / name), World())[1] is None
+                assert select_intact(StoragePath(folder / name), Peers())[1] is None
 
     run_ranks(body, 2, init=False)
 
@@ -181,4 +181,4 @@ def test_the_process_does_not_end_with_a_save_under_way(how: str, tmp_path: Path
     )
     assert done.returncode == (3 if "exit" in how else 1), done.stderr
     assert ("KeyError: 'mine'" in done.stderr) == ("KeyError" in how)
-    assert choose(Place(path), World())[1] is None
+    assert select_intact(StoragePath(path), Peers())[1] is None

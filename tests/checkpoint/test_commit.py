@@ -19,12 +19,11 @@ import lightning_tp as ltp
 from lightning_tp import _compat
 from lightning_tp import _compat as _compat_module
 from lightning_tp.checkpoint import (
-    Content,
     Manifest,
-    Place,
-    World,
+    Peers,
+    SaveContent,
+    StoragePath,
     candidates,
-    choose,
     commit,
     files,
     load,
@@ -32,30 +31,31 @@ from lightning_tp.checkpoint import (
     remove,
     save_file,
     save_folder,
+    select_intact,
 )
 from lightning_tp.testing import run_ranks
 
 SIZE = 3000
 
 
-def content(step: int, size: int = SIZE) -> Content:
-    rank = World().rank
+def content(step: int, size: int = SIZE) -> SaveContent:
+    rank = Peers().rank
     whole = {"state_dict": {f"w{rank}": torch.full((size,), float(step))}, "optimizer_0": {"lr": 0.1}}
-    return Content(whole, rest=commit.to_bytes({"step": step}) if rank == 0 else None, plan="{}", about=Manifest(step=step))
+    return SaveContent(whole, rest=commit.to_bytes({"step": step}) if rank == 0 else None, plan="{}", about=Manifest(step=step))
 
 
-def step_of(place: Place) -> int:
+def step_of(place: StoragePath) -> int:
     """Of a checkpoint that is whole."""
-    found, said = choose(place, World())
+    found, said = select_intact(place, Peers())
     assert said is None
     return int(load(found / "meta.pt")["step"] if found.is_dir() else load(found)["step"])
 
 
 def save(path: Path, step: int, *, folder: bool = True) -> None:
     if folder:
-        save_folder(Place(path), content(step), World())
+        save_folder(StoragePath(path), content(step), Peers())
     else:
-        save_file(Place(path), lambda stream: torch.save({"step": step, "w": torch.ones(SIZE)}, stream))
+        save_file(StoragePath(path), lambda stream: torch.save({"step": step, "w": torch.ones(SIZE)}, stream))
 
 
 KILLED_AT = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")
@@ -116,17 +116,17 @@ def test_killed_at_any_instant(way: str, kinds: tuple[bool, bool], fast_path: Pa
     """Over an existing name: the old one or the new one is there, whole; what is left goes away with the next save."""
     path, seen = fast_path / "last.ckpt", set()
     for event in range(100):
-        remove(Place(path))
+        remove(StoragePath(path))
         save(path, 1, folder=kinds[0])
         (fast_path / "mine.txt").write_text("keep")
         killed = killed_at(event, lambda: save(path, 2, folder=kinds[1]))
-        assert [c.name for c in candidates(Place(fast_path))] == ["last.ckpt"]
-        recover(Place(path))
-        seen.add(step_of(Place(path)))
+        assert [c.name for c in candidates(StoragePath(fast_path))] == ["last.ckpt"]
+        recover(StoragePath(path))
+        seen.add(step_of(StoragePath(path)))
         names = set(os.listdir(fast_path)) - {"last.ckpt", "mine.txt"}
         assert names <= {".lightning_tp"}
         save(path, 3)
-        assert step_of(Place(path)) == 3
+        assert step_of(StoragePath(path)) == 3
         assert sorted(os.listdir(fast_path)) == ["last.ckpt", "mine.txt"]
         if not killed:
             break
@@ -137,23 +137,23 @@ def test_killed_during_a_removal(tmp_path: Path) -> None:
     path, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     for event in range(20):
         save(path, 1)
-        killed = killed_at(event, lambda: remove(Place(path)))
+        killed = killed_at(event, lambda: remove(StoragePath(path)))
         if path.exists():
-            assert step_of(Place(path)) == 1
+            assert step_of(StoragePath(path)) == 1
         save(other, 2)
         assert not (tmp_path / ".lightning_tp").exists()
         if not killed:
             break
     assert not path.exists() and event > 1
-    remove(Place(path))  # again is no harm
+    remove(StoragePath(path))  # again is no harm
 
 
 def test_a_rank_that_can_not_write(tmp_path: Path) -> None:
     """All ranks raise one error, the checkpoint before it stays, and nothing else is left."""
 
     def body() -> None:
-        target = Place(tmp_path / "last.ckpt")
-        save_folder(target, content(1), World())
+        target = StoragePath(tmp_path / "last.ckpt")
+        save_folder(target, content(1), Peers())
         if dist.get_rank() == 1:
             own = files.Files.create_stream
 
@@ -164,7 +164,7 @@ def test_a_rank_that_can_not_write(tmp_path: Path) -> None:
 
             files.Files.create_stream = fails
         with pytest.raises(ltp.TPError, match=r"last\.ckpt` could not be written: PermissionError.*before it are untouched"):
-            save_folder(target, content(2), World())
+            save_folder(target, content(2), Peers())
         dist.barrier()
         assert step_of(target) == 1
         assert os.listdir(tmp_path) == ["last.ckpt"]
@@ -186,10 +186,10 @@ def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ltp.TPError, match=r"other things in it than a checkpoint \(`notes\.txt`\)"):
         save(target, 2)
-    assert step_of(Place(target)) == 1 and (target / "notes.txt").exists()
+    assert step_of(StoragePath(target)) == 1 and (target / "notes.txt").exists()
     (target / "notes.txt").unlink()
     save(target, 2)
-    assert step_of(Place(target)) == 2
+    assert step_of(StoragePath(target)) == 2
 
 
 def test_a_link_is_replaced_not_what_it_shows(tmp_path: Path) -> None:
@@ -198,10 +198,10 @@ def test_a_link_is_replaced_not_what_it_shows(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").symlink_to("step=1.ckpt")
     save(tmp_path / "last.ckpt", 2)
     assert not (tmp_path / "last.ckpt").is_symlink()
-    assert [step_of(Place(tmp_path / n)) for n in ("last.ckpt", "step=1.ckpt")] == [2, 1]
+    assert [step_of(StoragePath(tmp_path / n)) for n in ("last.ckpt", "step=1.ckpt")] == [2, 1]
     (tmp_path / "link.ckpt").symlink_to("step=1.ckpt")
-    remove(Place(tmp_path / "link.ckpt"))
-    assert step_of(Place(tmp_path / "step=1.ckpt")) == 1
+    remove(StoragePath(tmp_path / "link.ckpt"))
+    assert step_of(StoragePath(tmp_path / "step=1.ckpt")) == 1
 
 
 @pytest.fixture
@@ -219,20 +219,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(small_disk: Path) -> None:
     def body() -> None:
-        target = Place(small_disk / "last.ckpt")
-        save_folder(target, content(1), World())
+        target = StoragePath(small_disk / "last.ckpt")
+        save_folder(target, content(1), Peers())
         with pytest.raises(ltp.TPError) as info:
-            save_folder(target, content(2, 60_000), World())  # 240 kB each
+            save_folder(target, content(2, 60_000), Peers())  # 240 kB each
         assert re.search(
             r"last\.ckpt` could not be written: no space is left on its disk \(a rank had written [\d,]+ bytes", str(info.value)
         )
         assert step_of(target) == 1
         dist.barrier()
-        save_folder(target, content(3), World())  # there is room again
+        save_folder(target, content(3), Peers())  # there is room again
         assert step_of(target) == 3
         if dist.get_rank() == 0:
             with pytest.raises(ltp.TPError, match="no space is left"):
-                save_file(Place(small_disk / "one.ckpt"), lambda stream: torch.save(torch.ones(200_000), stream))
+                save_file(StoragePath(small_disk / "one.ckpt"), lambda stream: torch.save(torch.ones(200_000), stream))
             assert os.listdir(small_disk) == ["last.ckpt"]
 
     run_ranks(body, 2)

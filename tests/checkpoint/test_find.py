@@ -16,13 +16,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tp as ltp
 from lightning_tp import errors
-from lightning_tp.checkpoint import Content, Place, World, choose, commit, save_file, save_folder
+from lightning_tp.checkpoint import Peers, SaveContent, StoragePath, commit, save_file, save_folder, select_intact
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, flip, trainer
 
 
 def save(path: Path, step: int) -> None:
-    save_folder(Place(path), Content({"w": torch.full((500,), float(step))}, rest=commit.to_bytes({"step": step})), World())
+    save_folder(
+        StoragePath(path), SaveContent({"w": torch.full((500,), float(step))}, rest=commit.to_bytes({"step": step})), Peers()
+    )
 
 
 def truncate(file: Path) -> None:
@@ -47,26 +49,26 @@ def test_what_is_damaged_is_named(name: str, spoil: Any, said: str, tmp_path: Pa
     with pytest.raises(
         ltp.TPError, match=rf"step=3\.ckpt` is damaged: .*{said}.*Nothing of it was loaded.*whole is `.*step=2\.ckpt`"
     ):
-        choose(Place(tmp_path / "step=3.ckpt"), World())
-    found, line = choose(Place(tmp_path / "step=3.ckpt"), World(), instead=[])
+        select_intact(StoragePath(tmp_path / "step=3.ckpt"), Peers())
+    found, line = select_intact(StoragePath(tmp_path / "step=3.ckpt"), Peers(), instead=[])
     assert found.name == "step=2.ckpt" and "step=3.ckpt` is damaged" in line
-    found, _ = choose(Place(tmp_path / "step=3.ckpt"), World(), instead=[str(tmp_path / "step=1.ckpt")])
+    found, _ = select_intact(StoragePath(tmp_path / "step=3.ckpt"), Peers(), instead=[str(tmp_path / "step=1.ckpt")])
     assert found.name == "step=1.ckpt"
     shutil.rmtree(tmp_path / "step=1.ckpt")
     shutil.rmtree(tmp_path / "step=2.ckpt")
     with pytest.raises(ltp.TPError, match="no other one there that is whole"):
-        choose(Place(tmp_path / "step=3.ckpt"), World(), instead=[])
+        select_intact(StoragePath(tmp_path / "step=3.ckpt"), Peers(), instead=[])
 
 
 @pytest.mark.parametrize("spoil", [truncate, flip])
 def test_one_file_has_checksums_too(spoil: Any, tmp_path: Path) -> None:
     """Also one that Lightning wrote."""
     path = tmp_path / "a.ckpt"
-    save_file(Place(path), lambda stream: torch.save({"w": torch.rand(5000)}, stream))
-    assert choose(Place(path), World())[1] is None
+    save_file(StoragePath(path), lambda stream: torch.save({"w": torch.rand(5000)}, stream))
+    assert select_intact(StoragePath(path), Peers())[1] is None
     spoil(path)
     with pytest.raises(ltp.TPError, match=r"a\.ckpt` is damaged"):
-        choose(Place(path), World())
+        select_intact(StoragePath(path), Peers())
 
 
 def test_a_folder_without_a_manifest_is_read_unchecked(tmp_path: Path) -> None:
@@ -74,25 +76,27 @@ def test_a_folder_without_a_manifest_is_read_unchecked(tmp_path: Path) -> None:
     save(tmp_path / "a.ckpt", 1)
     (tmp_path / "a.ckpt" / "manifest.json").unlink()
     flip(tmp_path / "a.ckpt" / "__0_0.distcp")
-    assert choose(Place(tmp_path / "a.ckpt"), World())[1] is None
+    assert select_intact(StoragePath(tmp_path / "a.ckpt"), Peers())[1] is None
 
 
 def test_each_rank_checks_a_share(tmp_path: Path) -> None:
     def body() -> list[str]:
-        from lightning_tp.checkpoint import manifest
+        from lightning_tp.checkpoint import find
 
         looked: list[str] = []
-        own = manifest.damage_of_file
-        manifest.damage_of_file = lambda folder, name, said: looked.append(name) or own(folder, name, said)
+        own = find.damage_of_file
+        find.damage_of_file = lambda folder, name, said: looked.append(name) or own(folder, name, said)
         w = {f"w{dist.get_rank()}": torch.ones(99)}
-        save_folder(Place(tmp_path / "a.ckpt"), Content(w, rest=commit.to_bytes({}) if dist.get_rank() == 0 else None), World())
-        assert choose(Place(tmp_path / "a.ckpt"), World())[1] is None
+        save_folder(
+            StoragePath(tmp_path / "a.ckpt"), SaveContent(w, rest=commit.to_bytes({}) if dist.get_rank() == 0 else None), Peers()
+        )
+        assert select_intact(StoragePath(tmp_path / "a.ckpt"), Peers())[1] is None
         whole = list(looked)
         if dist.get_rank() == 0:
             flip(tmp_path / "a.ckpt" / "__1_0.distcp")
         dist.barrier()
         with pytest.raises(ltp.TPError, match="__1_0"):  # all say what one has found
-            choose(Place(tmp_path / "a.ckpt"), World())
+            select_intact(StoragePath(tmp_path / "a.ckpt"), Peers())
         return whole
 
     found = run_ranks(body, 2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightning_tp as ltp
-from lightning_tp.checkpoint import Place
+from lightning_tp.checkpoint import StoragePath
 from lightning_tp.checkpoint.manifest import Manifest, checksum, damage_of_file, read
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
@@ -34,15 +34,15 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.name != "manifest.json"}
     assert said["files"] == {name: {"bytes": len(b), "crc32": f"{zlib.crc32(b):08x}"} for name, b in files.items()}
     assert {".metadata", "meta.pt", "plan.json", "__0_0.distcp", "__1_0.distcp"} == set(files)
-    assert read(Place(tmp_path / "weights.ckpt")).weights_only
+    assert read(StoragePath(tmp_path / "weights.ckpt")).weights_only
 
 
 def test_sha256_is_read_too(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    said = {"bytes": 3, "sha256": checksum(Place(tmp_path / "a"), "sha256")}
-    assert damage_of_file(Place(tmp_path), "a", said) is None
+    said = {"bytes": 3, "sha256": checksum(StoragePath(tmp_path / "a"), "sha256")}
+    assert damage_of_file(StoragePath(tmp_path), "a", said) is None
     (tmp_path / "a").write_bytes(b"abd")
-    assert "sha256" in damage_of_file(Place(tmp_path), "a", said)
+    assert "sha256" in damage_of_file(StoragePath(tmp_path), "a", said)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 1, "files": {"a": {}}}'])

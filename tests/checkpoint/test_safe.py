@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 import lightning_tp as ltp
 from lightning_tp import errors
-from lightning_tp.checkpoint import Content, Place, World, commit, dcp_load, load, read_metadata, save_folder
+from lightning_tp.checkpoint import Peers, SaveContent, StoragePath, commit, dcp_load, load, read_metadata, save_folder
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
 
@@ -39,8 +39,8 @@ class MyConfig:
 
 def test_a_malicious_folder(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    folder = Place(tmp_path / "a.ckpt")
-    save_folder(folder, Content({"w": torch.ones(3), "value": 1}, rest=commit.to_bytes({})), World())
+    folder = StoragePath(tmp_path / "a.ckpt")
+    save_folder(folder, SaveContent({"w": torch.ones(3), "value": 1}, rest=commit.to_bytes({})), Peers())
     good = (folder / ".metadata").read()
 
     (tmp_path / "a.ckpt" / ".metadata").write_bytes(pickle.dumps(Evil(made)))
@@ -54,14 +54,14 @@ def test_a_malicious_folder(tmp_path: Path) -> None:
 
     torch.save({"a": Evil(made)}, tmp_path / "meta.pt")
     with pytest.raises(ltp.TPError, match=r"meta\.pt` has objects of `(posix|nt)\.mkdir`"):
-        load(Place(tmp_path / "meta.pt"))
+        load(StoragePath(tmp_path / "meta.pt"))
     assert not made.exists()
 
     dcp.save({"value": Evil(made)}, checkpoint_id=tmp_path / "b", no_dist=True)
     with pytest.raises(ltp.TPError, match=r"`value` of the checkpoint is no plain data"):
-        dcp_load({"value": None}, Place(tmp_path / "b"))
+        dcp_load({"value": None}, StoragePath(tmp_path / "b"))
     assert not made.exists()
-    load(Place(tmp_path / "meta.pt"), weights_only=False)  # who asks for it, gets it
+    load(StoragePath(tmp_path / "meta.pt"), weights_only=False)  # who asks for it, gets it
     assert made.exists()
 
 
@@ -70,7 +70,7 @@ def test_all_of_torch_that_belongs_there_is_read(tmp_path: Path) -> None:
     state["channels_last"] = torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)
     dcp.save({**state, "n": (1, "a", None)}, checkpoint_id=tmp_path / "a", no_dist=True)
     into = {**{k: torch.zeros_like(v) for k, v in state.items()}, "n": None}
-    dcp_load(into, Place(tmp_path / "a"))
+    dcp_load(into, StoragePath(tmp_path / "a"))
     assert all(torch.equal(into[k], v) for k, v in state.items()) and into["n"] == (1, "a", None)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.checkpoint import (
-    Content,
-    Place,
-    World,
+    Peers,
+    SaveContent,
+    StoragePath,
     load_model,
     load_optimizer,
     save_folder,
@@ -177,7 +177,7 @@ def test_dtensors_of_callbacks(tmp_path: Path) -> None:
         assert left["plain"] is plain and left["mine"]["rest"][0] is plain and len(found) == len(state) + 1
         assert tree["mine"]["state"] is state and not any(isinstance(v, dict) for v in state.values())  # the user's own
         rest = to_bytes(left) if torch.distributed.get_rank() == 0 else None
-        save_folder(Place(tmp_path), Content({"state_dict": {}}, apart=found, rest=rest), World())
+        save_folder(StoragePath(tmp_path), SaveContent({"state_dict": {}}, apart=found, rest=rest), Peers())
         return ltp.full_state_dict(model)
 
     ends.update(run_ranks(write, 4)[0])

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tp as ltp
-from lightning_tp.checkpoint import Content, Place, World, choose, commit, load, save_file, save_folder
+from lightning_tp.checkpoint import Peers, SaveContent, StoragePath, commit, load, save_file, save_folder, select_intact
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
 
@@ -44,18 +44,18 @@ def stores() -> Any:
 OPTIONS = {"key": "secret"}
 
 
-def content(step: int) -> Content:
-    rest = commit.to_bytes({"step": step}) if World().rank == 0 else None
-    return Content({f"w{World().rank}": torch.full((50,), float(step))}, rest=rest)
+def content(step: int) -> SaveContent:
+    rest = commit.to_bytes({"step": step}) if Peers().rank == 0 else None
+    return SaveContent({f"w{Peers().rank}": torch.full((50,), float(step))}, rest=rest)
 
 
 def test_a_store_without_renames(tmp_path: Path) -> None:
     """The manifest comes last; until then the folder is refused."""
 
     def body() -> None:
-        place = Place(f"store://{tmp_path}/a.ckpt", OPTIONS)
-        save_folder(place, content(1), World())
-        assert load(choose(place, World())[0] / "meta.pt") == {"step": 1}
+        place = StoragePath(f"store://{tmp_path}/a.ckpt", OPTIONS)
+        save_folder(place, content(1), Peers())
+        assert load(select_intact(place, Peers())[0] / "meta.pt") == {"step": 1}
         assert sorted(place.names()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"]
         dist.barrier()
         own = commit._commit_folder
@@ -66,12 +66,12 @@ def test_a_store_without_renames(tmp_path: Path) -> None:
 
             commit._commit_folder = stops
         with pytest.raises(ltp.TPError, match=r"store://.*a\.ckpt` could not be written: OSError: the connection broke"):
-            save_folder(place, content(2), World())
+            save_folder(place, content(2), Peers())
         with pytest.raises(ltp.TPError, match="begun, and never completed"):
-            choose(place, World())
+            select_intact(place, Peers())
         commit._commit_folder = own
-        save_folder(place, content(3), World())
-        assert load(choose(place, World())[0] / "meta.pt") == {"step": 3}
+        save_folder(place, content(3), Peers())
+        assert load(select_intact(place, Peers())[0] / "meta.pt") == {"step": 3}
 
     run_ranks(body, 2)
 
@@ -81,7 +81,7 @@ def test_a_disk_that_is_not_shared() -> None:
 
     def body() -> None:
         with pytest.raises(ltp.TPError, match=r"another rank has written `__1_0\.distcp`, which rank 0 does not see"):
-            save_folder(Place("memory://a.ckpt"), content(1), World())
+            save_folder(StoragePath("memory://a.ckpt"), content(1), Peers())
 
     run_ranks(body, 2)
 
@@ -100,7 +100,7 @@ def test_a_run(whole: bool) -> None:
         run = trainer(keep(), strategy=strategy, max_epochs=3)
         run.fit(Net(), data(), data())
         run.validate(Net(seed=1), data(), ckpt_path="best", verbose=False)
-        names = [n for n in Place(folder).names() if n.endswith(".ckpt")]
+        names = [n for n in StoragePath(folder).names() if n.endswith(".ckpt")]
         again = trainer(keep(), strategy=strategy, max_epochs=4)
         module = Net(seed=1)
         module.on_train_start = lambda: began.append(module.trainer.global_step)
@@ -123,7 +123,7 @@ def test_the_protocol_of_files(tmp_path: Path) -> None:
         return again.global_step
 
     assert run_ranks(body, 2, init=False)[0] == 4
-    assert Place(tmp_path / "a.ckpt").has("manifest.json")
+    assert StoragePath(tmp_path / "a.ckpt").has("manifest.json")
 
 
 def test_options_of_the_storage(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_options_of_the_storage(tmp_path: Path) -> None:
         run = trainer(max_epochs=1)
         run.fit(Net(), data())
         with pytest.raises(PermissionError):
-            Place(f"store://{tmp_path}/b.ckpt")
+            StoragePath(f"store://{tmp_path}/b.ckpt")
         run.save_checkpoint(f"store://{tmp_path}/a.ckpt", storage_options=OPTIONS)
-        assert choose(Place(f"store://{tmp_path}/a.ckpt", OPTIONS), World())[1] is None
-        save_file(Place(f"store://{tmp_path}/one.ckpt", OPTIONS), lambda stream: torch.save({"a": 1}, stream))
-        assert load(Place(f"store://{tmp_path}/one.ckpt", OPTIONS)) == {"a": 1}
+        assert select_intact(StoragePath(f"store://{tmp_path}/a.ckpt", OPTIONS), Peers())[1] is None
+        save_file(StoragePath(f"store://{tmp_path}/one.ckpt", OPTIONS), lambda stream: torch.save({"a": 1}, stream))
+        assert load(StoragePath(f"store://{tmp_path}/one.ckpt", OPTIONS)) == {"a": 1}
 
     run_ranks(body, 1, init=False)

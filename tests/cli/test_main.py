@@ -273,7 +273,9 @@ def test_verify_fails(targets: Any, capsys: pytest.CaptureFixture[str], monkeypa
     from lightning_tp.shards.gradients import PartialGradients
 
     watch = PartialGradients.watch
-    monkeypatch.setattr(PartialGradients, "watch", lambda self, ps: watch(self, [p for p in ps if p._ltp.name != "norm.weight"]))
+    monkeypatch.setattr(
+        PartialGradients, "watch", lambda self, ps: watch(self, [p for p in ps if p._tp_shard.name != "norm.weight"])
+    )
     assert main(["verify", targets("llama")]) == 1
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("NOT as in one process"))
@@ -383,7 +385,7 @@ def test_interrupted_and_without_a_reader(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_tp.cli.target.load", interrupt)
+        patch.setattr("lightning_tp.cli.plan.load", interrupt)
         assert main(["plan", targets("llama")]) == 130
     assert capsys.readouterr().err == "lightning-tp: interrupted.\n"
     shell = f"{sys.executable} -m lightning_tp plan {targets('llama')} | head -c 1; exit ${{PIPESTATUS[0]}}"
@@ -393,7 +395,7 @@ def test_interrupted_and_without_a_reader(
 
 def test_the_command(targets: Any, tmp_path: Path) -> None:
     """In a process of its own, as a shell starts it."""
-    python = [sys.executable, "-m", "lightning_tp.cli.main"]
+    python = [sys.executable, "-m", "lightning_tp"]
     run = lambda *a: subprocess.run([*python, *a], capture_output=True, text=True, timeout=120)  # noqa: E731
     done = run("plan", "--help")
     assert done.returncode == 0 and "examples:" in done.stdout and "TARGET is one of" in done.stdout

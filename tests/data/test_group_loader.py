@@ -376,7 +376,7 @@ def test_an_error_while_reading_by_index(broken: tuple[int, ...]) -> None:
         return ""
 
     for rank, said in enumerate(run_ranks(body, 2)):
-        assert said.startswith("OSError" if rank in broken else "Follows") and "no such file" in said, said
+        assert said.startswith("OSError" if rank in broken else "SecondaryError") and "no such file" in said, said
 
 
 def test_items_that_count_twice_are_named() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_tp.core.ops.rng import local_state, set_local_state
-from lightning_tp.data.resume import Positioned
+from lightning_tp.data.resume import ResumableLoader
 
 
 class Noisy(Dataset):
@@ -34,7 +34,7 @@ def rows(batches: Any) -> list[Any]:
 def interrupted(make: Any, taken: int, passes: int = 0) -> tuple[list[Any], list[Any]]:
     """What is left after `taken` batches of a pass, and what another loader gives that goes on from there; with the pass after it."""
     torch.manual_seed(0)
-    loader = Positioned(make())
+    loader = ResumableLoader(make())
     for _ in range(passes):
         rows(loader)
     torch.rand(7)
@@ -48,7 +48,7 @@ def interrupted(make: Any, taken: int, passes: int = 0) -> tuple[list[Any], list
     torch.manual_seed(1)
     random.seed(1)
     numpy.random.seed(1)
-    again = Positioned(make(), resume=position, then=lambda: set_local_state(states))
+    again = ResumableLoader(make(), resume=position, then=lambda: set_local_state(states))
     return left, rows(again) + rows(again)
 
 
@@ -75,22 +75,22 @@ def test_a_pass_that_is_over() -> None:
     def make() -> DataLoader:
         return DataLoader(range(12), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
 
-    loader = Positioned(make())
+    loader = ResumableLoader(make())
     rows(loader)
     position = loader.position()
-    assert rows(Positioned(make(), resume=position, finished=True)) == rows(loader)
+    assert rows(ResumableLoader(make(), resume=position, finished=True)) == rows(loader)
 
 
 def test_the_seed_of_a_sampler_goes_on() -> None:
     def make(seed: int) -> DataLoader:
         return DataLoader(range(12), sampler=DistributedSampler(range(12), 2, 1, seed=seed))
 
-    loader = Positioned(make(7))
+    loader = ResumableLoader(make(7))
     batches = iter(loader)
     next(batches)
-    assert rows(Positioned(make(8), resume=loader.position())) == rows(batches)
+    assert rows(ResumableLoader(make(8), resume=loader.position())) == rows(batches)
 
 
 def test_it_is_seen_through() -> None:
-    loader = Positioned(DataLoader(range(12), batch_size=2))
+    loader = ResumableLoader(DataLoader(range(12), batch_size=2))
     assert isinstance(loader, DataLoader) and len(loader) == 6 and loader.batch_size == 2 and loader.state_dict() == {}

@@ -20,7 +20,7 @@ from lightning_tp.apply.parallelize import parallelize
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards.grad_norm import clip_grad_norm_
-from lightning_tp.shards.gradients import unsummed
+from lightning_tp.shards.gradients import no_sync
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, fsdp_policy
 
 NAMES = {
@@ -146,7 +146,7 @@ def measured(
         ]
         for i in range(accumulate):
             saved.clear()
-            with unsummed(model) if i < accumulate - 1 else nullcontext():
+            with no_sync(model) if i < accumulate - 1 else nullcontext():
                 gc.collect()  # what is garbage by now would be taken for let go of
                 before = watch.now
                 with ExitStack() as stack:

@@ -37,13 +37,13 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
 def test_it_says_what_estimate_says(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama import PLAN
 
-    from lightning_tp.estimate import predict
+    from lightning_tp.estimate.trace import traces
     from lightning_tp.estimate.trace import rank
 
     traced: list[int] = []
     step = rank.trace_step
     monkeypatch.setattr(
-        predict, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
+        traces, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
     )
     model = llama(layers=4)
     found = tune(model, TOKENS, 4, 64, tps=[tp], seq=32, plan=PLAN, compile=True, checkpointing=[None, "block"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.errors import TPError
-from lightning_tp.infer.choose import choose_plan
+from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.plan import Plan
 
@@ -36,7 +36,7 @@ class Baked(Declares):
 
 
 def chosen(model: nn.Module, inputs: Any = X, tp: int = 2) -> Plan:
-    return choose_plan(model, call_with, inputs, tp)
+    return default_plan(model, call_with, inputs, tp)
 
 
 def test_a_declaration_that_is_as_good_is_taken() -> None:

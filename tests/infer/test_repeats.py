@@ -84,9 +84,9 @@ def test_same_plan_as_following_all(name: str, meta: bool, monkeypatch: pytest.M
     model = model.to("meta") if meta else model
     followed: list[dict[str, str]] = []
     find = repeats.alike_blocks
-    monkeypatch.setattr("lightning_tp.infer.repeats.alike_blocks", lambda *a: followed.append(find(*a)) or followed[-1])
+    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: followed.append(find(*a)) or followed[-1])
     quick = infer_plan(model, inputs, tp=2)
-    monkeypatch.setattr("lightning_tp.infer.repeats.alike_blocks", lambda *a: {})
+    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: {})
     assert quick == infer_plan(model, inputs, tp=2)
     assert len(followed[0]) >= (DEPTH - 2 if name != "t5" else 2 * DEPTH - 5) or name == "mixtral"
 
@@ -114,7 +114,7 @@ def test_code_that_looks_for_what_each_block_leaves(monkeypatch: pytest.MonkeyPa
     model = Caching(mixed=False)
     inputs = (torch.zeros(1, 5, dtype=torch.long),)
     quick = infer_plan(model, inputs, tp=2)
-    monkeypatch.setattr("lightning_tp.infer.repeats.alike_blocks", lambda *a: {})
+    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: {})
     assert quick == infer_plan(model, inputs, tp=2)
 
 
@@ -207,7 +207,7 @@ def test_blocks_that_give_features_of_their_own(read: bool, monkeypatch: pytest.
     FORWARDS.clear()
     quick = infer_plan(model, (ids,), tp=2)
     assert FORWARDS.count(model.layers[3]) <= 2  # on a rank, the plan is tried on all
-    monkeypatch.setattr("lightning_tp.infer.repeats.alike_blocks", lambda *a: {})
+    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: {})
     assert quick == infer_plan(model, (ids,), tp=2) and FORWARDS.count(model.layers[3]) > 4
 
 
@@ -218,9 +218,11 @@ def test_cost_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{__name__}.DEPTH", depth)
         model = Model(mixed=False)
         count = [0]
-        follow = tracer_module.Tracer._follow
+        follow = tracer_module.FeatureTracer._follow
         with monkeypatch.context() as patch:
-            patch.setattr(tracer_module.Tracer, "_follow", lambda *a, n=count, f=follow: (n.__setitem__(0, n[0] + 1), f(*a))[1])
+            patch.setattr(
+                tracer_module.FeatureTracer, "_follow", lambda *a, n=count, f=follow: (n.__setitem__(0, n[0] + 1), f(*a))[1]
+            )
             infer_plan(model, (torch.zeros(1, 5, dtype=torch.long),), tp=2)
         counts.append(count[0])
     assert counts[1] <= counts[0] + 8 * 3  # the blocks that are skipped: nothing but their residue

@@ -462,7 +462,7 @@ def test_one_end_of_a_whole_tied_weight_is_enough() -> None:
         for rules in ({"tok": "replicate"}, {"head": "replicate"}, {"**": "replicate"}):
             model = Tied()
             ltp.parallelize(model, mesh(), {**ENDS, **rules})
-            assert model.head.weight is model.tok.weight and hasattr(model.tok.weight, "_ltp"), rules
+            assert model.head.weight is model.tok.weight and hasattr(model.tok.weight, "_tp_shard"), rules
     mesh.cache_clear()
 
 
@@ -542,7 +542,7 @@ def test_a_bad_plan_changes_nothing() -> None:
                 ltp.parallelize(model, mesh(), rules)
         assert [id(p) for p in model.parameters()] == objects
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        assert type(model.output) is nn.Linear and not hasattr(model, "_ltp_plan")
+        assert type(model.output) is nn.Linear and not hasattr(model, "_tp_applied_plan")
     mesh.cache_clear()
 
 

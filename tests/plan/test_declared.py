@@ -96,7 +96,7 @@ def test_it_trains_as_one_process(name: str) -> None:
 
     def body() -> None:
         model = trains_alike(whole, name)
-        plan = model._ltp_plan
+        plan = model._tp_applied_plan
         assert plan.source in {f"declared by {c.__name__}" for c in type(model).__mro__} and not plan.sequence_parallel
         split = {n for n, s in plan.splits.items() if s.dim is not None}
         whole_ones = {n for n in plan.splits if n not in split}
@@ -116,7 +116,7 @@ def test_fewer_key_value_heads_than_ranks(name: str, kernel: str) -> None:
         model = trains_alike(whole, f"{name}, {kernel}")
         groups = {m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")}
         assert groups == ({1} if name == "llama" else {2})
-        k = model._ltp_plan.splits["model.layers.0.self_attn.k_proj.weight"]
+        k = model._tp_applied_plan.splits["model.layers.0.self_attn.k_proj.weight"]
         assert k.sum_over == (2 if name == "llama" else 1)
 
     run_ranks(body, 4)
@@ -136,7 +136,7 @@ def test_inside_another_module_and_without_loss_parallel() -> None:
     def body() -> None:
         model = trains_alike(Outer(build("llama-tied")), "outer", loss_parallel=False)
         assert model.backbone.lm_head.weight is model.backbone.model.embed_tokens.weight
-        assert model._ltp_plan.splits["scale"].dim is None
+        assert model._tp_applied_plan.splits["scale"].dim is None
         base = transformers.AutoModel.from_config(build("llama").config)
         plan = declared_plan(nn.ModuleDict({"encoder": base}), tp=2)
         assert (

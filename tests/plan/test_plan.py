@@ -217,7 +217,7 @@ def test_checking_changes_neither_the_model_nor_the_plan() -> None:
     plan.check(model, tp=4)
     assert plan.entries == () and plan.tp is None
     assert all(id(p) == before[n][0] and torch.equal(p, before[n][1]) for n, p in model.named_parameters())
-    assert not any(hasattr(p, "_ltp") for p in model.parameters())
+    assert not any(hasattr(p, "_tp_shard") for p in model.parameters())
 
 
 def test_it_can_be_copied_and_pickled() -> None:

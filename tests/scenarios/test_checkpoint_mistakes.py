@@ -19,7 +19,7 @@ from torch import nn
 
 import lightning_tp as ltp
 from lightning_tp import errors
-from lightning_tp.checkpoint import Place, World, choose, remove
+from lightning_tp.checkpoint import Peers, StoragePath, remove, select_intact
 from lightning_tp.cli.main import main
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
@@ -182,7 +182,7 @@ def test_what_may_not_be_read_or_written(public: Path, capsys: pytest.CaptureFix
             for command in (["export"], ["consolidate"]):
                 assert "can't be" in one_line([*command, name, "/tmp/out"], capsys), name
             with pytest.raises(ltp.TPError, match="can't be read: "):
-                choose(Place(name), World(alone=True))
+                select_intact(StoragePath(name), Peers(alone=True))
             assert main(["inspect", name, "--verify"]) in (1, 2)
             capsys.readouterr()
         for name in ("one.ckpt", "st"):
@@ -193,7 +193,7 @@ def test_what_may_not_be_read_or_written(public: Path, capsys: pytest.CaptureFix
         with pytest.raises(ltp.TPError, match=r"new\.ckpt` could not be written: PermissionError"):
             save(Path("new.ckpt"), 2)
         with pytest.raises(ltp.TPError, match=r"good\.ckpt` could not be removed: Permission denied"):
-            remove(Place("good.ckpt"))
+            remove(StoragePath("good.ckpt"))
 
     before = sorted(os.listdir(here))
     try:
@@ -201,14 +201,14 @@ def test_what_may_not_be_read_or_written(public: Path, capsys: pytest.CaptureFix
     finally:
         here.chmod(0o755)
         Path("closed ").chmod(0o755)
-    assert sorted(os.listdir(here)) == before and choose(Place("good.ckpt"), World())[1] is None
+    assert sorted(os.listdir(here)) == before and select_intact(StoragePath("good.ckpt"), Peers())[1] is None
 
 
 def test_a_path_is_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the process goes elsewhere while a save is under way."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
-    place = Place("a.ckpt")
+    place = StoragePath("a.ckpt")
     monkeypatch.chdir(tmp_path / "elsewhere")
     inside, beside = place / "meta.pt", place.parent
     assert inside.path == str(tmp_path / "a.ckpt" / "meta.pt") and beside.path == str(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_tp.estimate import Estimate, estimate
 from lightning_tp.estimate.trace.traces import loss_of
-from lightning_tp.infer.choose import choose_plan
+from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.plan import Plan
 from lightning_tp.testing import run_ranks
@@ -56,7 +56,7 @@ UNEVEN: list[Case] = [
 @cache
 def plan_of(name: str, tp: int) -> Plan | None:
     build, inputs, _ = MODELS[name]()
-    return choose_plan(build(), call_with, inputs, tp) if tp > 1 else None
+    return default_plan(build(), call_with, inputs, tp) if tp > 1 else None
 
 
 def on_a_rank(cases: list[Case]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tp as ltp
-from lightning_tp.checkpoint import Place, World, candidates, choose
+from lightning_tp.checkpoint import Peers, StoragePath, candidates, select_intact
 from lightning_tp.checkpoint.weights import export as module
 from lightning_tp.checkpoint.weights import stored as stored_module
 from lightning_tp.checkpoint.weights.open import open_checkpoint
@@ -96,15 +96,15 @@ def test_killed_during_saves_in_the_background(whole: bool, events: Any, fast_pa
     for event in events:
         folder = fast_path / str(event)
         killed = killed_at(event, partial(run, folder, **options))
-        left = candidates(Place(folder))
+        left = candidates(StoragePath(folder))
         for place in left:
-            assert choose(place, World(alone=True))[1] is None
+            assert select_intact(place, Peers(alone=True))[1] is None
         assert left or not begun
         begun = begun or bool(left)
         if killed and (event in EVENTS or event % 20 == 0):
             got = alone(folder, **options)
             assert all(torch.equal(t, ref[name]) for name, t in got.items())
-            assert len(candidates(Place(folder))) <= 5  # two more may be left of the best, whole
+            assert len(candidates(StoragePath(folder))) <= 5  # two more may be left of the best, whole
         if not killed:
             break
     assert begun and (killed or event > 60)

@@ -359,7 +359,7 @@ def test_sums_that_are_put_off(mesh: tuple[int, int]) -> None:
             if what in "zZ":
                 model.zero_grad(set_to_none=what == "Z")
                 continue
-            with grad.unsummed(model) if what == "." else nullcontext():
+            with grad.no_sync(model) if what == "." else nullcontext():
                 backward(model, batch(i), device_mesh)
             if what == "+":
                 found.append({n: g.clone() for n, g in ltp.full_gradients(model).items()})
@@ -545,7 +545,7 @@ def test_adafactor_runs_and_keeps_replicas_equal() -> None:
         assert all(not torch.equal(after[n], t) for n, t in before.items())
         assert all(t.isfinite().all() for t in after.values())
         for name, p in model.named_parameters():
-            if p._ltp.split.dim is None:
+            if p._tp_shard.split.dim is None:
                 group, mine = device_mesh.get_group(TENSOR_PARALLEL), local_tensor(p.detach())
                 every = [torch.empty_like(mine) for _ in range(mesh[1])]
                 dist.all_gather(every, mine, group=group)

@@ -221,7 +221,7 @@ def test_state_dict_shows_dtensors_over_the_mesh(mesh: tuple[int, int]) -> None:
             for offset, box in pieces_of_dtensor(value):
                 there = whole[tuple(slice(o, o + n) for o, n in zip(offset, box.shape))]
                 assert torch.equal(there, box), name
-            if p._ltp.placements() is not None:
+            if p._tp_shard.placements() is not None:
                 assert torch.equal(value.full_tensor(), whole), name
                 gathered += 1
         assert gathered >= 10
@@ -432,7 +432,7 @@ def test_boxes_and_rows_add_up_for_any_sizes() -> None:
             seen = torch.zeros(shape, dtype=torch.bool)
             for rank in range(8):
                 with fake_world(8, rank):
-                    shard = shard_module.Shard("w", one, shape, make_mesh("cpu", 2, 4), fsdp)
+                    shard = shard_module.ParamShard("w", one, shape, make_mesh("cpu", 2, 4), fsdp)
                     local = shard.take(whole)
                     assert tuple(local.shape) == shard.local_shape
                     elements = 0
@@ -453,7 +453,7 @@ def test_collectives_of_whole_tensors_are_few() -> None:
         model = split(mesh)
         with CommDebugMode() as comm:
             ltp.full_state_dict(model)
-        split_ones = sum(p._ltp.split.dim is not None for p in model.parameters())
+        split_ones = sum(p._tp_shard.split.dim is not None for p in model.parameters())
         assert comm.get_total_counts() == split_ones
         with CommDebugMode() as comm:
             model.state_dict()

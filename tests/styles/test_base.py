@@ -15,9 +15,20 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.transitions import partial_to_replicate, replicate_to_gathered
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import STYLES, Colwise, FusedColwise, PrepareInput, Replicate, Rowwise, Site, Split, Style, make_style
+from lightning_tp.styles import (
+    STYLES,
+    BindContext,
+    Colwise,
+    FusedColwise,
+    PrepareInput,
+    Replicate,
+    Rowwise,
+    Split,
+    Style,
+    make_style,
+)
 from lightning_tp.styles.split import check_heads, even_split, head_split
 from lightning_tp.testing import run_ranks
 from tests.harness import alone
@@ -163,8 +174,8 @@ class SplitRank(Style):
         rank = module.a.shape[0]  # type: ignore[union-attr]
         return {"a": even_split(rank, 0, tp), "b": even_split(rank, 1, tp), "shift_bias": Split()}
 
-    def bind(self, module: nn.Module, site: Site) -> None:
-        become(module, RunsOnItsTerms, _site=site)
+    def bind(self, module: nn.Module, site: BindContext) -> None:
+        swap_class(module, RunsOnItsTerms, _site=site)
 
 
 class RunsOnItsTerms(nn.Module):
@@ -242,13 +253,13 @@ def test_become_keeps_what_the_module_is() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self._factor
 
-    become(layer, _Twice, _factor=2)
+    swap_class(layer, _Twice, _factor=2)
     other = nn.Linear(4, 4)
-    become(other, _Twice, _factor=3)
+    swap_class(other, _Twice, _factor=3)
     assert type(layer) is type(other) and type(layer).__name__ == "TwiceLinear" and isinstance(layer, nn.Linear)
     x = torch.ones(1, 4)
     torch.testing.assert_close(layer(x), (x @ layer.weight.T + layer.bias) * 2)
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), layer(x)) and twin.weight is not layer.weight
     assert layer.state_dict().keys() == before.keys() and "_factor" not in layer.state_dict()
-    assert Replicate().bind(layer, Site("x", None)) is None  # type: ignore[arg-type]
+    assert Replicate().bind(layer, BindContext("x", None)) is None  # type: ignore[arg-type]

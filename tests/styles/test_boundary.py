@@ -86,7 +86,7 @@ def split(*rules: Rule, module: nn.Module | None = None) -> Any:
     model = Alone(randomize_(module or Scaled()))
     plan = ltp.Plan([*(Rule(p, s) for p, s in LAYERS.items()), *rules])
     ltp.parallelize(model, mesh(), plan)
-    model._ltp_adopt.gradients.axis.seq_len = 17
+    model._tp_registry.gradients.axis.seq_len = 17
     return model
 
 

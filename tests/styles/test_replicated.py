@@ -146,7 +146,7 @@ def test_dropout_drops_this_ranks_tokens() -> None:
         model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4, bias=False))
         plan = {"0": Sequence(), "1": Colwise(input="sequence", output="replicate")}
         ltp.parallelize(model, mesh(), plan)
-        axis = model._ltp_adopt.gradients.axis
+        axis = model._tp_registry.gradients.axis
         axis.seq_len = 10
         torch.manual_seed(0)
         y = model[0](torch.ones(1, 5, 4))

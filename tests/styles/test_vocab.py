@@ -117,7 +117,7 @@ def test_head_with_split_logits(tp: int) -> None:
             model = copy.deepcopy(whole)
             style = VocabHead(input=arrives)  # type: ignore[arg-type]
             ltp.parallelize(model, mesh(), {"m": style, "other": "colwise"})
-            model._ltp_adopt.gradients.axis.seq_len = 17
+            model._tp_registry.gradients.axis.seq_len = 17
             x_whole, x = X.clone().requires_grad_(), held(X, arrives, rank, tp).requires_grad_()
             with Collectives() as forward:
                 logits = model(x)

@@ -60,7 +60,7 @@ def test_without_a_trainer_or_under_another_strategy_nothing_happens() -> None:
     net.configure_model()
     net._trainer = Trainer(object())
     net.configure_model()
-    assert net.up.weight is weight and not hasattr(weight, "_ltp")
+    assert net.up.weight is weight and not hasattr(weight, "_tp_shard")
 
 
 def test_no_plan_of_its_own_by_default() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ def test_a_gradient_that_is_not_summed_is_found_by_name(monkeypatch: pytest.Monk
 
     watch = PartialGradients.watch
     monkeypatch.setattr(
-        PartialGradients, "watch", lambda self, ps: watch(self, [p for p in ps if p._ltp.name != "layers.0.ffn_norm.weight"])
+        PartialGradients, "watch", lambda self, ps: watch(self, [p for p in ps if p._tp_shard.name != "layers.0.ffn_norm.weight"])
     )
     report = verify(llama, (TOKENS,), next_token, plan=PLAN)
     assert not report.ok
@@ -172,8 +173,6 @@ def test_a_rank_that_fails_is_a_rank_error() -> None:
 
 
 def test_names_of_the_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_tp.verify.verify as parity
-
     apply = ltp.parallelize
 
     def renames(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -181,7 +180,7 @@ def test_names_of_the_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
         model.register_buffer("extra", torch.zeros(2))
         return model
 
-    monkeypatch.setattr(parity, "parallelize", renames)
+    monkeypatch.setattr(sys.modules["lightning_tp.verify.verify"], "parallelize", renames)  # `ltp.verify` is the function
     report = verify(llama, (TOKENS,), next_token, plan=PLAN)
     assert [row.name for row in report.rows if not row.ok] == ["extra"]
     assert math.isinf(report.rows[0].error)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_tp.checkpoint.safe import read_metadata
-from lightning_tp.checkpoint.storage import Place
-from lightning_tp.checkpoint.weights.stored import ELSEWHERE, META, METADATA, Box, Contents, Stored, narrow
+from lightning_tp.checkpoint.storage import StoragePath
+from lightning_tp.checkpoint.weights.stored import ELSEWHERE, META, METADATA, Box, Stored, StoredTensors, narrow
 from lightning_tp.checkpoint.weights.torch_file import load_file
 from lightning_tp.errors import TPError
 
@@ -79,7 +79,7 @@ class Folder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.metadata = read_metadata(Place(path))
+        self.metadata = read_metadata(StoragePath(path))
 
     @cached_property
     def _where(self) -> dict[tuple[str, tuple[int, ...] | None], Any]:
@@ -185,7 +185,7 @@ def _with_lists(tree: Any) -> Any:
     return values
 
 
-def open_folder(path: Path, *, weights_only: bool = True) -> Contents:
+def open_folder(path: Path, *, weights_only: bool = True) -> StoredTensors:
     """See `open_checkpoint`."""
     folder = Folder(path)
     key = folder.model_key
@@ -209,7 +209,7 @@ def open_folder(path: Path, *, weights_only: bool = True) -> Contents:
         else "Fabric" if key == "model"
         else "torch's distributed checkpoint"
     )  # fmt: skip
-    return Contents("folder", path, model, optimizers, rest, by)
+    return StoredTensors("folder", path, model, optimizers, rest, by)
 
 
 def fill_marks(tree: Any, path: Path) -> Any:

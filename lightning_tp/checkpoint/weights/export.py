@@ -19,16 +19,16 @@ from typing import Any, Literal
 import torch
 
 from lightning_tp._compat import rename_exchange
-from lightning_tp.checkpoint.find import choose
+from lightning_tp.checkpoint.find import select_intact
 from lightning_tp.checkpoint.manifest import MANIFEST
 from lightning_tp.checkpoint.safe import SafeGlobals
-from lightning_tp.checkpoint.storage import Place
+from lightning_tp.checkpoint.storage import StoragePath
 from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, _as_hugging_face
 from lightning_tp.checkpoint.weights.open import open_checkpoint
 from lightning_tp.checkpoint.weights.safetensors_file import is_safetensors, write_safetensors
 from lightning_tp.checkpoint.weights.stored import METADATA, local, unique
 from lightning_tp.checkpoint.weights.torch_file import write_torch
-from lightning_tp.core.comm.agree import World
+from lightning_tp.core.comm.agree import Peers
 from lightning_tp.errors import TPError
 
 Format = Literal["safetensors", "hf", "torch"]
@@ -76,7 +76,7 @@ def export(
     if format not in ("safetensors", "hf", "torch"):
         raise TPError(f"`format={format!r}`: there are 'safetensors', 'hf' and 'torch'.")
     if (local(checkpoint) / MANIFEST).is_file():
-        choose(Place(checkpoint), World(alone=True))  # refuses a damaged one
+        select_intact(StoragePath(checkpoint), Peers(alone=True))  # refuses a damaged one
     contents = open_checkpoint(checkpoint, weights_only=weights_only)
     if not contents.model:
         raise TPError(f"`{checkpoint}` has no weights of a model in it.")
@@ -121,7 +121,7 @@ def consolidate(
         TPError: if it is no checkpoint or a broken one, or `out` is there.
     """
     if local(checkpoint).is_dir():
-        choose(Place(checkpoint), World(alone=True))  # refuses a damaged one
+        select_intact(StoragePath(checkpoint), Peers(alone=True))  # refuses a damaged one
     with torch.serialization.safe_globals(list(safe_globals)):
         contents = open_checkpoint(checkpoint, weights_only=weights_only is not False)
     if contents.kind == "safetensors":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.checkpoint.weights.stored import Box, Contents, Stored, narrow
+from lightning_tp.checkpoint.weights.stored import Box, Stored, StoredTensors, narrow
 from lightning_tp.errors import TPError
 from lightning_tp.shards.state_dict import persistent
 
@@ -42,7 +42,7 @@ def config_in(module: nn.Module) -> dict[str, Any]:
 
 
 def _as_hugging_face(
-    contents: Contents, out: Path, config: str | Path | None, prefix: str | None, to: torch.dtype | None
+    contents: StoredTensors, out: Path, config: str | Path | None, prefix: str | None, to: torch.dtype | None
 ) -> dict[str, Stored]:
     try:
         import transformers
@@ -114,7 +114,7 @@ def _as_hugging_face(
     return apart(tensors, names_in_files(model))
 
 
-def _config_of(contents: Contents, config: str | Path | None, prefix: str | None) -> tuple[dict[str, Any], str | None]:
+def _config_of(contents: StoredTensors, config: str | Path | None, prefix: str | None) -> tuple[dict[str, Any], str | None]:
     """(the config, where the model is, if that is known)."""
     if config is not None:
         path = Path(config)
@@ -216,7 +216,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
-    shard = getattr(t, "_ltp", None)
+    shard = getattr(t, "_tp_shard", None)
     return tuple(shard.shape if shard is not None else t.shape)
 
 

@@ -16,7 +16,7 @@ from lightning_tp.checkpoint.weights.dcp_folder import Folder
 from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG
 from lightning_tp.checkpoint.weights.open import open_checkpoint
 from lightning_tp.checkpoint.weights.safetensors_file import is_safetensors
-from lightning_tp.checkpoint.weights.stored import METADATA, Contents, Stored, local, readable, unique
+from lightning_tp.checkpoint.weights.stored import METADATA, Stored, StoredTensors, local, readable, unique
 from lightning_tp.errors import TPError
 
 AT_ONCE = 2**22
@@ -157,7 +157,7 @@ def _should_be_one(path: Path) -> bool:
     return path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
-def _describe(contents: Contents, found: Summary) -> None:
+def _describe(contents: StoredTensors, found: Summary) -> None:
     rest = contents.rest
     kind = {"folder": "a folder that many ranks have written", "file": "one file", "safetensors": "weights alone"}[contents.kind]
     found.what = f"{kind}, by {contents.by}" if contents.by else kind
@@ -256,7 +256,7 @@ def _lacking(path: Path) -> list[str]:
     return problems
 
 
-def _unreadable(contents: Contents) -> list[str]:
+def _unreadable(contents: StoredTensors) -> list[str]:
     for stored in (*contents.model.values(), *_stored(contents.optimizers), *_stored(contents.rest)):
         try:
             stored.read()

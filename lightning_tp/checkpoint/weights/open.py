@@ -11,12 +11,12 @@ from pathlib import Path
 
 from lightning_tp.checkpoint.weights.dcp_folder import open_folder
 from lightning_tp.checkpoint.weights.safetensors_file import is_safetensors, open_safetensors
-from lightning_tp.checkpoint.weights.stored import METADATA, Contents, local, readable
+from lightning_tp.checkpoint.weights.stored import METADATA, StoredTensors, local, readable
 from lightning_tp.checkpoint.weights.torch_file import open_file
 from lightning_tp.errors import TPError
 
 
-def open_checkpoint(path: str | Path, *, weights_only: bool = True) -> Contents:
+def open_checkpoint(path: str | Path, *, weights_only: bool = True) -> StoredTensors:
     """Look into a checkpoint of any of these kinds; no tensor is read.
 
     Args:
@@ -32,7 +32,7 @@ def open_checkpoint(path: str | Path, *, weights_only: bool = True) -> Contents:
         if (path / METADATA).is_file():
             return open_folder(path, weights_only=weights_only)
         if is_safetensors(path):
-            return Contents("safetensors", path, open_safetensors(path), by="safetensors")
+            return StoredTensors("safetensors", path, open_safetensors(path), by="safetensors")
         if path.is_file():
             return open_file(path, weights_only=weights_only)
         raise TPError(f"`{path}` is no checkpoint: {_what_it_is(path)}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp._compat import local_tensor, replace_for_a_while
+from lightning_tp._compat import local_tensor, patched
 from lightning_tp.checkpoint.weights.dcp_folder import open_folder
 from lightning_tp.checkpoint.weights.hugging_face import names_in_files, together
 from lightning_tp.checkpoint.weights.open import open_checkpoint
@@ -28,7 +28,7 @@ from lightning_tp.checkpoint.weights.stored import METADATA, Stored, narrow
 from lightning_tp.errors import TPError
 from lightning_tp.shards.state_dict import persistent, reshard
 
-WAITING = "_ltp_pretrained"  # of a module on the meta device: name in it -> what is to be read once it is split
+WAITING = "_tp_pretrained"  # of a module on the meta device: name in it -> what is to be read once it is split
 
 
 class BytesRead:
@@ -74,7 +74,7 @@ def load_pretrained(model: nn.Module, path: str | Path, *, strict: bool = True) 
     found = matched(model, stored, path, strict=strict)
     tensors = _named(model)
     meta = {name for name in found if tensors[name].is_meta}
-    if any(hasattr(p, "_ltp") for p in model.parameters()) and meta:
+    if any(hasattr(p, "_tp_shard") for p in model.parameters()) and meta:
         raise TPError("`load_pretrained`: this model is split, and on the meta device all the same. Call it before the split.")
     if meta:
         model.__dict__[WAITING] = {n: s for n, s in found.items() if n in meta}
@@ -105,7 +105,7 @@ def read_shards(model: nn.Module, stored: Mapping[str, Stored]) -> None:
             continue
         done.add(id(t))
         local = local_tensor(t.data if isinstance(t, nn.Parameter) else t)
-        shard = getattr(t, "_ltp", None)
+        shard = getattr(t, "_tp_shard", None)
         if shard is None:
             local.copy_(source.read())
             continue
@@ -142,7 +142,7 @@ def matched(model: nn.Module, stored: Mapping[str, Stored], path: Path, *, stric
             if not any(other in renamed for other in ties[id(tensors[n])]):
                 (missing if n.startswith(add) else outside).append(n)
             continue
-        shard = getattr(tensors[n], "_ltp", None)
+        shard = getattr(tensors[n], "_tp_shard", None)
         shape = tuple(shard.shape if shard is not None else tensors[n].shape)
         if source.shape != shape:
             bad.append(f"`{n}` has the shape {source.shape} there, and {shape} in the model")
@@ -220,7 +220,7 @@ def load_from_checkpoint(cls: Any, path: str | Path, **kwargs: Any) -> Any:
     if any(name in vars(c) for c in own for name in ("on_load_checkpoint", "load_state_dict")):  # code that looks at all of them
         weights: dict[str, Any] = {name: s.read() for name, s in contents.model.items()}
         return cls.load_from_checkpoint(_as_file({**contents.rest, "state_dict": weights}), **kwargs)
-    undo = replace_for_a_while(cls, "load_state_dict", lambda *_, **__: SimpleNamespace(missing_keys=[], unexpected_keys=[]))
+    undo = patched(cls, "load_state_dict", lambda *_, **__: SimpleNamespace(missing_keys=[], unexpected_keys=[]))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The state dict in")

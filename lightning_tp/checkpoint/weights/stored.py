@@ -103,7 +103,7 @@ def bytes_of(t: Tensor) -> memoryview:
 
 
 @dataclass
-class Contents:
+class StoredTensors:
     """What a checkpoint has.
 
     Args:

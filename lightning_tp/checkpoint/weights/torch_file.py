@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_tp._compat import fake_like, fake_tensors, offset_in_file, saved_without_data
-from lightning_tp.checkpoint.weights.stored import Box, Contents, Stored, bytes_of, in_memory, mapped, narrow, own, readable
+from lightning_tp.checkpoint.weights.stored import Box, Stored, StoredTensors, bytes_of, in_memory, mapped, narrow, own, readable
 from lightning_tp.errors import TPError
 
 AT_ONCE = 2**24  # bytes that are written at once
@@ -182,7 +182,7 @@ def _in_file(fake: Tensor, path: Path, offset: int) -> Stored:
     return Stored(shape, dtype, load, (str(path), start, shape, stride, dtype))
 
 
-def open_file(path: Path, *, weights_only: bool = True) -> Contents:
+def open_file(path: Path, *, weights_only: bool = True) -> StoredTensors:
     """See `open_checkpoint`: a Lightning checkpoint in one file, or a state dict."""
     tree = load_file(path, weights_only=weights_only)
     if not isinstance(tree, dict):
@@ -193,8 +193,8 @@ def open_file(path: Path, *, weights_only: bool = True) -> Contents:
         model = {k: v for k, v in tree.items() if isinstance(v, Stored)}
         if not model:
             raise TPError(f"`{path}` has no tensors in it: {', '.join(map(str, list(tree)[:6]))}.")
-        return Contents("file", path, model, [], {k: v for k, v in tree.items() if k not in model}, "torch.save")
+        return StoredTensors("file", path, model, [], {k: v for k, v in tree.items() if k not in model}, "torch.save")
     optimizers = tree.get("optimizer_states") or []
     rest = {k: v for k, v in tree.items() if k not in (key, "optimizer_states")}
     by = "a Lightning Trainer" if "pytorch-lightning_version" in tree else "torch.save"
-    return Contents("file", path, {k: v for k, v in tree[key].items() if isinstance(v, Stored)}, list(optimizers), rest, by)
+    return StoredTensors("file", path, {k: v for k, v in tree[key].items() if isinstance(v, Stored)}, list(optimizers), rest, by)

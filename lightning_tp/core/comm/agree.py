@@ -12,11 +12,11 @@ from lightning_tp.errors import TPError
 T = TypeVar("T")
 
 
-class World:
+class Peers:
     """This rank among those of a group (default: all), or alone, whatever the others do.
 
     Example:
-        >>> World().gather("here")
+        >>> Peers().gather("here")
         ['here']
     """
 

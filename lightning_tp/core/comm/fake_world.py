@@ -1,13 +1,16 @@
-"""A world of any size in one process: collectives return at once and move no data."""
+"""A world of any size in one process, by torch's `fake` backend: collectives return at once and move no data."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tp._compat import fake_process_group, fake_store
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.errors import TPError
 
@@ -38,8 +41,6 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
         >>> dist.is_initialized()
         False
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend
-
     if dist.is_initialized():
         raise TPError(
             f"`fake_world({size})` found a process group of {dist.get_world_size()} ranks in this process."
@@ -47,9 +48,46 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
         )
     if not 0 <= rank < size:
         raise TPError(f"`fake_world({size}, rank={rank})`: a world of {size} has ranks 0 to {size - 1}.")
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=size)
     try:
         yield
     finally:
         if dist.is_initialized():  # the body may have closed it
             dist.destroy_process_group()
+
+
+class FakeGroup(dist.ProcessGroup):
+    """One rank of a group whose other ranks are not there. An all-gather gives copies of its own shard, a sum is its own term.
+
+    Args:
+        rank: the rank that is there.
+        size: how many there would be.
+        note: called with the kind ("all-reduce", "all-gather", "reduce-scatter") and the bytes of the full tensor of each collective.
+
+    Example:
+        >>> import torch
+        >>> sent = []
+        >>> group = FakeGroup(1, 4, note=lambda kind, size: sent.append((kind, size)))
+        >>> group.allreduce([torch.ones(2)]).wait()
+        True
+        >>> sent
+        [('all-reduce', 8)]
+    """
+
+    def __init__(self, rank: int, size: int, note: Callable[[str, int], None] = lambda kind, size: None) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self.note = note
+        self._fake = fake_process_group(rank, size)
+
+    def allreduce(self, tensors: list[Tensor], *options: Any) -> Any:  # type: ignore[override]
+        """As that of `dist.ProcessGroup`."""
+        self.note("all-reduce", sum(t.nbytes for t in tensors))
+        return self._fake.allreduce(tensors, *options)
+
+    def _allgather_base(self, output: Tensor, input: Tensor, *options: Any) -> Any:
+        self.note("all-gather", output.nbytes)
+        return self._fake._allgather_base(output, input, *options)
+
+    def _reduce_scatter_base(self, output: Tensor, input: Tensor, *options: Any) -> Any:
+        self.note("reduce-scatter", input.nbytes)
+        return self._fake._reduce_scatter_base(output, input, *options)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_tp._compat import let_gloo_end_first
+from lightning_tp._compat import wait_for_gloo_at_exit
 from lightning_tp.errors import TPError
 
 DATA_PARALLEL = "data_parallel"
@@ -89,5 +89,5 @@ def check_mesh(mesh: DeviceMesh) -> tuple[DeviceMesh, DeviceMesh]:
         )
     if not dist.is_initialized():
         raise TPError("There is no process group. Start the ranks (a Trainer, torchrun) and make the mesh first.")
-    let_gloo_end_first()
+    wait_for_gloo_at_exit()
     return mesh[DATA_PARALLEL], mesh[TENSOR_PARALLEL]

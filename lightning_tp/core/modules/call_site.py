@@ -20,7 +20,7 @@ _TORCH = str(torch.__path__[0])
 _HERE = str(Path(__file__).parents[2])
 
 
-def place(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> tuple[Any, ...]:
+def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> tuple[Any, ...]:
     """The chain of (function, instruction) from a call of a torch function up to the forward of the module that runs.
 
     Two calls from one helper that come from different places are told apart. A function that calls itself counts once: a class whose

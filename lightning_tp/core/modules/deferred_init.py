@@ -1,6 +1,6 @@
 """Build a model without memory, and later draw the very weights that one process would have drawn.
 
-Inside `deferred_init()` new tensors are on the meta device, and a `Tape` notes each aten operation that makes or
+Inside `deferred_init()` new tensors are on the meta device, and a `InitTape` notes each aten operation that makes or
 changes one: `empty`, `normal_`, `arange`, `mul_`, `copy_`, casts. `values(model, tape)` plays the tape back on the CPU
 with the random numbers of an ordinary construction, hands out each parameter and buffer as soon as nothing touches it
 any more, and frees the rest at its last use. So a rank that keeps its shard of each value never holds the whole model,
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.core.modules.tape import Tape, _is_meta
+from lightning_tp.core.modules.tape import InitTape, _is_meta
 from lightning_tp.errors import TPError
 
 _LITERALS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # copy data where no mode can see it
@@ -55,7 +55,7 @@ _LOOKS |= {Tensor.__float__, Tensor.__complex__, Tensor.__index__}
 class _Calls(TorchFunctionMode):
     """What the tape cannot see as aten operations: literals, looks at values, initializers that skip meta tensors."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: InitTape) -> None:
         super().__init__()
         self._tape = tape
 
@@ -85,7 +85,7 @@ _recording = False
 
 
 @contextmanager
-def deferred_init() -> Iterator[Tape]:
+def deferred_init() -> Iterator[InitTape]:
     """Build a model on the meta device while a tape notes how its values come about.
 
     Example:
@@ -97,7 +97,7 @@ def deferred_init() -> Iterator[Tape]:
     global _recording
     if _recording:
         raise TPError("`deferred_init()` inside another one: build the whole model inside the outer one.")
-    tape, _recording = Tape(), True
+    tape, _recording = InitTape(), True
     try:
         with torch.device("meta"), _Calls(tape), tape:
             yield tape
@@ -113,7 +113,7 @@ def deferred_init() -> Iterator[Tape]:
         tape._close()
 
 
-def values(model: nn.Module, tape: Tape, skip: Collection[str] = ()) -> Iterator[tuple[list[str], Tensor]]:
+def values(model: nn.Module, tape: InitTape, skip: Collection[str] = ()) -> Iterator[tuple[list[str], Tensor]]:
     """Yield ``(names, value)`` for each parameter and buffer of `model` that is on the tape, whole, one by one.
 
     Tied weights come once, with all their names. The value belongs to the caller, who keeps a shard or all of it;

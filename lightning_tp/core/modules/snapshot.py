@@ -15,12 +15,12 @@ from lightning_tp.core.ops.random_calls import without_dropout
 
 
 @contextmanager
-def modules_as_they_were(model: nn.Module) -> Iterator[None]:
+def preserve_modules(model: nn.Module) -> Iterator[None]:
     """Classes, attributes, parameters, buffers and hooks of all modules; not what is inside tensors.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> with modules_as_they_were(layer):
+        >>> with preserve_modules(layer):
         ...     layer.cache = layer(torch.zeros(1, 2))
         >>> hasattr(layer, "cache")
         False
@@ -48,7 +48,7 @@ def modules_as_they_were(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def garbage_kept() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Without Python's collector of cycles: one pass of it over all that is imported beside a model takes up to a third of the time of
     finding its plan, and what that leaves behind is freed by counting references."""
     collected = gc.isenabled()
@@ -73,14 +73,14 @@ def has_more_than(model: nn.Module, most: int) -> bool:
     return sum(p.numel() for p in parameters) > most and not any(p.is_meta for p in parameters)
 
 
-class Weightless:
+class MetaWeights:
     """A model whose parameters and buffers are on the meta device, inside `with`; with `weights()` inside that, they are back.
 
-    What buffers hold is remembered, as `_ltp_value` of what stands in for them: code may decide by it.
+    What buffers hold is remembered, as `_tp_value` of what stands in for them: code may decide by it.
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> with Weightless(layer) as twin:
+        >>> with MetaWeights(layer) as twin:
         ...     layer(torch.zeros(1, 2, device="meta")).is_meta
         ...     with twin.weights():
         ...         layer(torch.zeros(1, 2)).is_meta
@@ -99,7 +99,7 @@ class Weightless:
                         twins.setdefault(id(t), _without_values(t))
                         self.swaps.append((table, name, t, twins[id(t)]))
 
-    def __enter__(self) -> Weightless:
+    def __enter__(self) -> MetaWeights:
         for table, name, _, twin in self.swaps:
             table[name] = twin
         return self
@@ -122,12 +122,12 @@ def _without_values(t: Tensor) -> Tensor:
     meta = t.detach().to("meta")
     if isinstance(t, nn.Parameter):
         return nn.Parameter(meta, t.requires_grad)
-    meta._ltp_value = t  # type: ignore[attr-defined]
+    meta._tp_value = t  # type: ignore[attr-defined]
     return meta
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
+def preserve_buffers_and_rng(model: nn.Module) -> Iterator[None]:
     """Leave buffers and random state as they were; drop nothing meanwhile: runs are compared."""
     buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
     state = torch.get_rng_state()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 
-def become(module: nn.Module, mixin: type, **attributes: Any) -> None:
+def swap_class(module: nn.Module, mixin: type, **attributes: Any) -> None:
     """Let this one module run through `mixin.forward`: a subclass of its own class, as FSDP2 does it.
 
     Replacing the class costs nothing at run time (a hook does), and survives `copy.deepcopy` (a replaced `forward` does not). A mixin that

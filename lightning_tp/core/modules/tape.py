@@ -67,7 +67,7 @@ class _Op:
         return {view.key for view in self.makes.values()}
 
 
-class _Step(NamedTuple):
+class TapeEntry(NamedTuple):
     """A step of a playback: which operation, the wanted storages that are complete after it, those to free after it."""
 
     op: int
@@ -75,7 +75,7 @@ class _Step(NamedTuple):
     free: set[_Key]
 
 
-class Tape(TorchDispatchMode):
+class InitTape(TorchDispatchMode):
     """The operations that build a model, with enough about them to run them again in little memory.
 
     Attributes:
@@ -83,6 +83,7 @@ class Tape(TorchDispatchMode):
         rng_state: after a complete playback, the state in which an ordinary construction leaves the global generator.
 
     Example:
+        >>> from lightning_tp.core.modules.deferred_init import deferred_init
         >>> with deferred_init() as tape:
         ...     weight = nn.Parameter(torch.empty(2, 3))
         ...     nn.init.ones_(weight).is_meta
@@ -241,9 +242,9 @@ class Tape(TorchDispatchMode):
 
         return play()
 
-    def _plan(self, wanted: set[_Key], end: _Start) -> deque[_Step]:
+    def _plan(self, wanted: set[_Key], end: _Start) -> deque[TapeEntry]:
         """Walk back from `wanted` and from the draw `end`: what must run, and when a storage is complete or free."""
-        steps: deque[_Step] = deque()
+        steps: deque[TapeEntry] = deque()
         live, pending = set(wanted), set(wanted)
         draws = {end} if isinstance(end, int) else set()
         for index in reversed(self._order or range(len(self._ops))):
@@ -254,7 +255,7 @@ class Tape(TorchDispatchMode):
             if not matters and index not in draws:
                 continue
             touched = op.reads | op.writes | op.made
-            steps.appendleft(_Step(index, touched & pending, (touched & pending) | (touched - live)))
+            steps.appendleft(TapeEntry(index, touched & pending, (touched & pending) | (touched - live)))
             pending -= touched
             if matters:
                 live = (live | op.writes) - op.wipes - op.made
@@ -269,7 +270,7 @@ class Tape(TorchDispatchMode):
                 " inside the context, and index with `torch.tensor([...])`."
             )
         if pending:  # made by `torch.empty` and never written
-            steps.appendleft(_Step(-1, pending, pending))
+            steps.appendleft(TapeEntry(-1, pending, pending))
         return steps
 
     def _play(
@@ -279,7 +280,7 @@ class Tape(TorchDispatchMode):
         steps = self._plan(set(wanted), end)
         keep = self._resumed | ({end} if isinstance(end, int) else set())
         memory: dict[_Key, UntypedStorage] = {}
-        world, self.peak_bytes = _World(self._found), 0
+        world, self.peak_bytes = PlaybackState(self._found), 0
         while steps:
             ready: list[tuple[list[int], Tensor]] = []
             with world:  # left whenever the caller has control
@@ -297,7 +298,7 @@ class Tape(TorchDispatchMode):
             while ready:
                 yield ready.pop(0)
 
-    def _run(self, index: int, memory: dict[_Key, UntypedStorage], world: _World, states: dict[int, Tensor]) -> None:
+    def _run(self, index: int, memory: dict[_Key, UntypedStorage], world: PlaybackState, states: dict[int, Tensor]) -> None:
         op = self._ops[index]
 
         def decode(leaf: Any) -> Any:
@@ -333,7 +334,7 @@ class Tape(TorchDispatchMode):
         return torch._neg_view(tensor) if view.neg else tensor
 
 
-class _World:
+class PlaybackState:
     """The process as a playback needs it: its own random streams and default dtype, no modes, no autograd."""
 
     def __init__(self, generators: dict[Generator, Tensor]) -> None:

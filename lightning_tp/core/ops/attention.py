@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.transitions import partial_to_replicate
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 
 
 class _Attention(nn.MultiheadAttention):
@@ -176,7 +176,7 @@ def can_be_written_out(module: nn.Module) -> bool:
 def bind_attention(module: nn.Module, axis: Axis) -> None:
     """Write the attention out, for good."""
     torch.backends.mha.set_fastpath_enabled(False)  # the fused layer of nn.TransformerEncoder reads whole weights
-    become(module, _Attention, _axis=axis)
+    swap_class(module, _Attention, _axis=axis)
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def readable_attention(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if can_be_written_out(module):
                 changed.append((module, type(module)))
-                become(module, _Attention, _axis=None)
+                swap_class(module, _Attention, _axis=None)
         F.multi_head_attention_forward = written_out(None)
         yield
     finally:

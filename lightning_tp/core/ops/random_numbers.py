@@ -39,8 +39,8 @@ from torch.overrides import TorchFunctionMode
 from lightning_tp._compat import gather_rows
 from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
 from lightning_tp.core.comm.transitions import outside
-from lightning_tp.core.modules.call_site import MODULE_CALL, place
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.call_site import MODULE_CALL, call_site
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.exact_dropout import Part, _attention, _out_dim, _span
 from lightning_tp.core.ops.random_calls import (
     BY_INDEX,
@@ -68,7 +68,7 @@ Key = tuple[str, tuple[Any, ...]]
 
 
 @dataclass
-class Site:
+class RandomCall:
     """A call that draws random numbers: one place in the code of one module.
 
     Args:
@@ -82,7 +82,7 @@ class Site:
     part: Part | None = None
 
 
-class Draws:
+class RandomCallPolicy:
     """What is known of the random numbers of one model, on one rank.
 
     Args:
@@ -95,7 +95,7 @@ class Draws:
         self.exact = how == "exact"
         self.steps = 0
         self.observing = False
-        self.running: list[dict[Key, Site]] = []  # of the modules that run now and are known to draw, the inner ones last
+        self.running: list[dict[Key, RandomCall]] = []  # of the modules that run now and are known to draw, the inner ones last
         self.on = False  # the mode is
         self.mode = _Mode(self)
         self.stand_ins = {name: _stand_in(self, func) for name, func in REPLACED.items()}
@@ -103,13 +103,13 @@ class Draws:
         self.busy = False  # a draw is being made: what torch calls inside of it, by whatever name, belongs to it
         self.by_name: str | None = None  # the stand-in that is passing on a call
         self.last: tuple[nn.Module, torch.Size] | None = None  # the split layer that ran last, and the shape that it gave
-        self._marks: dict[int, tuple[Tensor, Site, nn.Module | None, Key]] = {}
+        self._marks: dict[int, tuple[Tensor, RandomCall, nn.Module | None, Key]] = {}
         self._seeds: random.Random | None = None  # the same on all ranks of the group, from the first `torch.seed()` on
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Draws:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RandomCallPolicy:
         import copy
 
-        memo[id(self)] = twin = Draws(copy.deepcopy(self.axis, memo), "exact" if self.exact else "independent")
+        memo[id(self)] = twin = RandomCallPolicy(copy.deepcopy(self.axis, memo), "exact" if self.exact else "independent")
         return twin
 
     @contextlib.contextmanager
@@ -159,14 +159,14 @@ class Draws:
     def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> Any:
         if kwargs.get("generator") is not None or not _is_random(func, args, kwargs):
             return func(*args, **kwargs)
-        key = (str(getattr(func, "__name__", func)), place(frame, _ENDS))
+        key = (str(getattr(func, "__name__", func)), call_site(frame, _ENDS))
         if not self.observing:
             site = self.running[-1].get(key) if self.running else None
             return func(*args, **kwargs) if site is None or not site.own else self._on_shard(func, args, kwargs, site)
         module, bare = _module_of(frame)
         site = module.__dict__.get("_sites", {}).get(key) if module is not None else None
         if func in FILLS:
-            site = site or Site()
+            site = site or RandomCall()
             out = self._on_shard(func, args, kwargs, site) if site.own else func(*args, **kwargs)
             if isinstance(out, Tensor) and not site.own:
                 self._marks[id(out)] = (out, site, None if bare else module, key)
@@ -182,11 +182,11 @@ class Draws:
                     "`torch.utils.checkpoint`: when it is run again for the backward, nobody sees it. Hand over a module (the block itself), or "
                     "use `activation_checkpointing='block'`."
                 )
-            site = Site(True, self.by_name, self._part(func, operand, shapes, module) if self.exact else None)
+            site = RandomCall(True, self.by_name, self._part(func, operand, shapes, module) if self.exact else None)
             self._keep(module, key, site)
         return self._on_shard(func, args, kwargs, site)
 
-    def _on_shard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: Site) -> Any:
+    def _on_shard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], site: RandomCall) -> Any:
         if not self.exact:
             return on_own_stream(self.axis.rank, _device(args, kwargs), lambda: func(*args, **kwargs))
         if func not in EXACT or site.part is None:
@@ -200,14 +200,14 @@ class Draws:
         out = x * site.part.of_whole(x.detach(), self.axis, lambda ones: F.dropout(ones, p, True))
         return x.copy_(out) if _flag(args, kwargs, "inplace", 3) else out
 
-    def _keep(self, module: nn.Module | None, key: Key, site: Site) -> None:
+    def _keep(self, module: nn.Module | None, key: Key, site: RandomCall) -> None:
         """Look into this module from now on, in every step, and where its block is run again for the backward."""
         if module is None:
             return  # in the step itself, outside of the model: nothing is run again there, and the next steps stay shared
         if "_sites" not in module.__dict__:
             alone = type(module).forward is nn.Dropout.forward and not self.exact
-            become(module, _Layer if alone else _Drawing, _draws=self, _sites={}, _names=frozenset())
-        sites: dict[Key, Site] = module.__dict__["_sites"]
+            swap_class(module, _Layer if alone else _Drawing, _draws=self, _sites={}, _names=frozenset())
+        sites: dict[Key, RandomCall] = module.__dict__["_sites"]
         sites[key] = site
         names = {s.name for s in sites.values() if s.own}
         module.__dict__["_names"] = None if None in names or self.exact else frozenset(names)
@@ -286,7 +286,7 @@ class Draws:
             axis, last, shape = self.axis, self.last, tuple(x.shape)
             if isinstance(module, nn.MultiheadAttention) and len(shape) == 4:
                 return Part(1)  # written out, see styles/attention.py
-            if last is not None and (split := last[0].__dict__["_ltp_split"]).dim == _out_dim(last[0]):
+            if last is not None and (split := last[0].__dict__["_tp_split"]).dim == _out_dim(last[0]):
                 n, out = len(last[1]), last[1]
                 in_order = (
                     split.sum_over > 1
@@ -319,9 +319,9 @@ class Draws:
         """See what the split layers give; for `exact` alone."""
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            split = getattr(getattr(weight, "_ltp", None), "split", None)
+            split = getattr(getattr(weight, "_tp_shard", None), "split", None)
             if split is not None and split.dim is not None:
-                module.__dict__["_ltp_split"] = split
+                module.__dict__["_tp_split"] = split
                 module.register_forward_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: Any, out: Any) -> None:
@@ -330,7 +330,7 @@ class Draws:
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, draws: Draws) -> None:
+    def __init__(self, draws: RandomCallPolicy) -> None:
         super().__init__()
         self.draws = draws
 
@@ -343,7 +343,7 @@ class _Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _stand_in(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
+def _stand_in(draws: RandomCallPolicy, func: Callable[..., Any]) -> Callable[..., Any]:
     """What stands in the place of a function that draws while a module runs that is looked into."""
     name = func.__name__
 
@@ -365,8 +365,8 @@ def _stand_in(draws: Draws, func: Callable[..., Any]) -> Callable[..., Any]:
 class _Drawing(nn.Module):
     """Runs a module that draws random numbers for shards, with a look at its calls."""
 
-    _draws: Draws
-    _sites: dict[Key, Site]
+    _draws: RandomCallPolicy
+    _sites: dict[Key, RandomCall]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():  # a call that draws is known by its place in the code
@@ -381,7 +381,7 @@ class _Drawing(nn.Module):
 class _Layer(nn.Module):
     """An `nn.Dropout` of shards: one call, which need not be looked for."""
 
-    _draws: Draws
+    _draws: RandomCallPolicy
     p: float
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -465,29 +465,29 @@ class _looked_into:
 class _Step(nn.Module):
     """A model whose training steps are observed from its own forward, where no Trainer tells when they begin."""
 
-    _ltp_draws: Draws
+    _tp_random_policy: RandomCallPolicy
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return super().forward(*args, **kwargs)
-        with self._ltp_draws.step():
+        with self._tp_random_policy.step():
             return super().forward(*args, **kwargs)
 
 
-def bind_dropout(model: nn.Module, axis: Axis, how: Dropout) -> None:
+def bind_random_calls(model: nn.Module, axis: Axis, how: Dropout) -> None:
     """Let random numbers of this model, which runs on its shards already, be drawn as `how` says."""
-    draws = Draws(axis, how)
+    draws = RandomCallPolicy(axis, how)
     if draws.exact:
         draws.remember_shapes(model)
-    if hasattr(model, "training_step"):  # a LightningModule: its steps begin there, see `draws_of`
-        model.__dict__["_ltp_draws"] = draws
+    if hasattr(model, "training_step"):  # a LightningModule: its steps begin there, see `policy_of`
+        model.__dict__["_tp_random_policy"] = draws
     else:
-        become(model, _Step, _ltp_draws=draws)
+        swap_class(model, _Step, _tp_random_policy=draws)
 
 
-def draws_of(model: nn.Module) -> Draws | None:
+def policy_of(model: nn.Module) -> RandomCallPolicy | None:
     """What is known of the random numbers of this model, or of the one inside it that `parallelize` was applied to."""
-    return next((m.__dict__["_ltp_draws"] for m in model.modules() if "_ltp_draws" in m.__dict__), None)
+    return next((m.__dict__["_tp_random_policy"] for m in model.modules() if "_tp_random_policy" in m.__dict__), None)
 
 
 def run_block(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

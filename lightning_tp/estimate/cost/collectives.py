@@ -9,7 +9,7 @@ from typing import Literal
 
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.estimate.cost.memory import trained, units_of
-from lightning_tp.estimate.trace.rank import Held, Precision, World
+from lightning_tp.estimate.trace.rank import LocalParam, Precision, RankModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Collective:
 
 
 def collectives_of(
-    world: World, precision: Precision, tp: int, dp: int, *, accumulate: int = 1, clip: bool = True, rank: int = 0
+    world: RankModel, precision: Precision, tp: int, dp: int, *, accumulate: int = 1, clip: bool = True, rank: int = 0
 ) -> tuple[Collective, ...]:
     """All collectives of one optimizer step (but for what is checked in the very first)."""
     found: Counter[tuple[object, ...]] = Counter()
@@ -79,7 +79,7 @@ def collectives_of(
     )
 
 
-def _shares(mine: list[Held], dp: int) -> dict[tuple[int, int], int]:
+def _shares(mine: list[LocalParam], dp: int) -> dict[tuple[int, int], int]:
     """Elements of gradients that are summed at the end of the backward, by (ranks, bytes of one), on the first data-parallel rank."""
     found: Counter[tuple[int, int]] = Counter()
     for h in mine:

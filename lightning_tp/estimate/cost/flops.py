@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from lightning_tp.estimate.trace.rank import World
+from lightning_tp.estimate.trace.rank import RankModel
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Flops:
     rank: int
 
 
-def products_of(world: World) -> tuple[Product, ...]:
+def products_of(world: RankModel) -> tuple[Product, ...]:
     """All products of a micro-batch on the rank, the largest first."""
     blocks = set(world.blocks)
     found: Counter[tuple[object, ...]] = Counter()
@@ -83,7 +83,7 @@ def _starred(module: str, blocks: set[str]) -> str:
     return f"{where.rpartition('.')[0]}.*{module[len(where) :]}" if where else module
 
 
-def flops_of_model(whole: World) -> int:
+def flops_of_model(whole: RankModel) -> int:
     """Of the model as it is in one process (traced as `whole`), forward and backward; attention in full."""
     return sum(
         op.flops * n
@@ -94,6 +94,6 @@ def flops_of_model(whole: World) -> int:
     )
 
 
-def flops_of_rank(world: World) -> int:
+def flops_of_rank(world: RankModel) -> int:
     """What a rank computes, with what is run again."""
     return sum(op.work * n for piece in world.trace.pieces if not piece.again for op, n in world.trace.of(piece).ops.items())

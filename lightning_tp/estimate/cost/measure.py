@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, guess, hardware
-from lightning_tp.estimate.cost.products import Shape
+from lightning_tp.estimate.cost.products import MatmulShape
 from lightning_tp.estimate.cost.tiles import tiling
 from lightning_tp.estimate.matmul_report import Cell, Shapes
 from lightning_tp.plan.table import columns
@@ -46,7 +46,7 @@ class Key(NamedTuple):
         return itemsize * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
 
-def key_of(s: Shape) -> Key:
+def key_of(s: MatmulShape) -> Key:
     """Of one that `shapes` lists."""
     layouts = {"forward": "x @ w.T", "recompute": "x @ w.T", "grad of weight": "x.T @ g"}
     return Key(layouts.get(s.role, "g @ w") if s.batch == 1 else "batched", s.batch, s.m, s.n, s.k)

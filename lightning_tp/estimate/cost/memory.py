@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_tp.estimate.trace.rank import Held, Precision, World
-from lightning_tp.estimate.trace.trace import Label, Levels, Piece
+from lightning_tp.estimate.trace.rank import LocalParam, Precision, RankModel
+from lightning_tp.estimate.trace.trace import Label, Levels, Segment
 
 Kinds = Mapping[str, int]
 MODEL_KINDS = ("parameters", "gradients", "optimizer", "buffers")
@@ -25,7 +25,7 @@ ACTIVATION_KINDS = ("attention", "MLP", "norms", "residual", "embedding", "logit
 
 
 @dataclass(frozen=True)
-class Moment:
+class MemorySnapshot:
     """The memory at one time.
 
     Args:
@@ -58,8 +58,8 @@ class Memory:
     optimizer: int
     buffers: int
     activations: Kinds
-    peak: Moment
-    timeline: tuple[Moment, ...]
+    peak: MemorySnapshot
+    timeline: tuple[MemorySnapshot, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Unit:
     gradients: int
 
 
-def units_of(world: World, precision: Precision, dp: int) -> dict[str, Unit]:
+def units_of(world: RankModel, precision: Precision, dp: int) -> dict[str, Unit]:
     """FSDP2's units, by name; "" is the root's."""
     found = {}
     with_gradient = {h.name for h in trained(world)}
@@ -97,7 +97,7 @@ def units_of(world: World, precision: Precision, dp: int) -> dict[str, Unit]:
     return found
 
 
-def _with_gradient(world: World) -> frozenset[str]:
+def _with_gradient(world: RankModel) -> frozenset[str]:
     """Parameters that got a gradient, those of blocks like one that was followed included."""
     got = set(world.trace.gradients)
     blocks = {b: like for b, like in world.trace.followed.items() if b != like}
@@ -110,13 +110,13 @@ def _with_gradient(world: World) -> frozenset[str]:
     return frozenset(got)
 
 
-def trained(world: World) -> list[Held]:
+def trained(world: RankModel) -> list[LocalParam]:
     """The parameters that get a gradient."""
     got = _with_gradient(world)
     return [h for h in world.held if h.trained and h.name in got]
 
 
-def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, scratch: int, accumulate: int = 1) -> Memory:
+def memory_of(world: RankModel, precision: Precision, dp: int, *, optimizer: int, scratch: int, accumulate: int = 1) -> Memory:
     """The memory of a rank over a step.
 
     Args:
@@ -143,7 +143,7 @@ def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, sc
 
     extra: Counter[str] = Counter()  # of blocks that are not followed
     stand_in: Counter[str] = Counter()  # at the start of the last piece
-    moments: list[Moment] = []
+    moments: list[MemorySnapshot] = []
     after_forward: dict[str, int] = {}
     trace = world.trace
     order = [p.block for p in trace.pieces if p.phase == "forward" and p.block and p.block in units]
@@ -225,7 +225,7 @@ def memory_of(world: World, precision: Precision, dp: int, *, optimizer: int, sc
     )
 
 
-def _block_gradients(world: World, mine: list[Held]) -> dict[str, int]:
+def _block_gradients(world: RankModel, mine: list[LocalParam]) -> dict[str, int]:
     found: Counter[str] = Counter()
     blocks = set(world.blocks)
     for h in mine:
@@ -237,7 +237,7 @@ def _block_gradients(world: World, mine: list[Held]) -> dict[str, int]:
     return dict(found)
 
 
-def _let_go(world: World, labels: _Labels) -> Counter[str]:
+def _let_go(world: RankModel, labels: _Labels) -> Counter[str]:
     """What ends to be alive with the forward, of blocks that were not followed."""
     times = Counter(like for block, like in world.trace.followed.items() if block != like)
     found: Counter[str] = Counter()
@@ -263,11 +263,11 @@ def _named(levels: Counter[str], gradients: str) -> Counter[str]:
     return found
 
 
-def _as_moment(name: str, kinds: Mapping[str, int]) -> Moment:
-    return Moment(name, {k: int(n) for k, n in kinds.items() if n > 0})
+def _as_moment(name: str, kinds: Mapping[str, int]) -> MemorySnapshot:
+    return MemorySnapshot(name, {k: int(n) for k, n in kinds.items() if n > 0})
 
 
-def _moment(piece: Piece, world: World) -> str:
+def _moment(piece: Segment, world: RankModel) -> str:
     if piece.block:
         return f"{piece.phase} of {piece.block}"
     return f"{piece.phase} outside of blocks"
@@ -276,7 +276,7 @@ def _moment(piece: Piece, world: World) -> str:
 class _Labels:
     """Which kind a module's activations are of."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: RankModel) -> None:
         self.classes = world.classes
         self.blocks = set(world.blocks)
         attention, products = set(), set()

@@ -42,7 +42,7 @@ NOTHING = Lost()
 
 
 @dataclass(frozen=True)
-class Shape:
+class MatmulShape:
     """Products of a rank that are alike: `batch` times (m, k) x (k, n).
 
     Args:
@@ -93,7 +93,7 @@ class Shape:
         return self.flops / self.seconds
 
 
-def shapes_of(products: Iterable[Product], hw: Hardware) -> tuple[Shape, ...]:
+def shapes_of(products: Iterable[Product], hw: Hardware) -> tuple[MatmulShape, ...]:
     """The products of an estimate with their roles, tiles and times; those of equal shape and role are one."""
     products = list(products)
     forwards = {p.module: p for p in products if p.phase == "forward" and p.kind == "product"}
@@ -109,7 +109,7 @@ def shapes_of(products: Iterable[Product], hw: Hardware) -> tuple[Shape, ...]:
     return tuple(sorted(made, key=lambda s: -s.seconds * s.count))
 
 
-def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], work: int) -> Shape:
+def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], work: int) -> MatmulShape:
     """One of them, with its time; `modules` with how often each has it."""
     names = tuple(sorted(modules))
     counts = tuple(modules[n] for n in names)
@@ -119,14 +119,16 @@ def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], wo
         t = tiling(hw, *sizes, dtype, p.bytes)
         lost = Lost(*(x / hw.sustained for x in _lost(hw, t, work, dtype)))
         seconds = t.seconds / hw.sustained  # as in the middle of training: see roofline.py
-        return Shape(names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, t.tile, t.split, t.padding, t.idle, lost)
+        return MatmulShape(
+            names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, t.tile, t.split, t.padding, t.idle, lost
+        )
     seconds = kernel_seconds(hw, Op(p.kind, "", "", "forward", work, work, p.bytes, (), dtype))
     lost = (
         Lost(memory=max(0.0, seconds - work / (hw.peak(dtype) * hw.product_efficiency * hw.sustained)))
         if p.kind == "product"
         else NOTHING
     )
-    return Shape(names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, lost=lost)
+    return MatmulShape(names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, lost=lost)
 
 
 def _lost(hw: Hardware, t: Tiling, work: int, dtype: torch.dtype) -> Lost:
@@ -149,7 +151,7 @@ def _role(p: Product, forward: Product | None) -> str:
     return "grad of input" if of_input else "grad of weight"
 
 
-def longer(s: Shape, times: float, hw: Hardware) -> Shape:
+def longer(s: MatmulShape, times: float, hw: Hardware) -> MatmulShape:
     """The attention of queries to `times` as many keys."""
     product = Product(s.batch, s.m, round(s.n * times), s.k, s.count, "", s.role, s.kind, s.dtype, 0, s.bytes, 0)
     return shape_of(hw, product, s.role, dict(zip(s.modules, s.counts)), round(s.flops * times))

@@ -25,8 +25,8 @@ import torch
 from lightning_tp.estimate.cost.collectives import Collective
 from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.tiles import tiling
-from lightning_tp.estimate.trace.rank import World
-from lightning_tp.estimate.trace.trace import Op, Piece
+from lightning_tp.estimate.trace.rank import RankModel
+from lightning_tp.estimate.trace.trace import Op, Segment
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def in_node(hw: Hardware, axis: str, tp: int, ranks: int) -> int:
 
 
 def time_of(
-    world: World,
+    world: RankModel,
     collectives: Iterable[Collective],
     hw: Hardware,
     tp: int,
@@ -128,7 +128,7 @@ def time_of(
     costs: dict[int, tuple[dict[str, float], float, int]] = {}
     moves = hw.memory_bandwidth * hw.memory_efficiency * hw.sustained  # bytes a second
 
-    def cost(piece: Piece) -> tuple[dict[str, float], float, int]:
+    def cost(piece: Segment) -> tuple[dict[str, float], float, int]:
         found = costs.get(id(piece))
         if found is None:
             kinds: dict[str, float] = defaultdict(float)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_tp.core.units import seconds, share, size
 from lightning_tp.estimate.drawn.drawing import BOLD, Drawing, fit, width_of, wrap
 from lightning_tp.estimate.drawn.picture_drawing import NARROW, WIDE
 from lightning_tp.estimate.drawn.series import block_collectives, kinds_of, memory_series, roofline_points, time_parts
 from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.units import seconds, share, size
 
 GiB = 2**30
 MOST_BARS = 14

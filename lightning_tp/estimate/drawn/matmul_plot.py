@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_tp.core.units import count
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.drawn.drawing import check_picture
-from lightning_tp.estimate.units import count
 
 if TYPE_CHECKING:
     from lightning_tp.estimate.matmul_report import Shapes

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lightning_tp._compat import version_of
 from lightning_tp.core.files import write_text
+from lightning_tp.core.units import count, seconds, share, size
 from lightning_tp.estimate.drawn import charts, series
 from lightning_tp.estimate.drawn.drawing import Drawing, check_page, style_of
 from lightning_tp.estimate.drawn.picture import Picture
@@ -23,8 +24,7 @@ from lightning_tp.estimate.drawn.picture_drawing import NARROW, WIDE, draw_pictu
 from lightning_tp.estimate.drawn.picture_from_trace import of_world
 from lightning_tp.estimate.drawn.series import block_collectives, stretches, time_parts
 from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.tune_report import Tuned
-from lightning_tp.estimate.units import count, seconds, share, size
+from lightning_tp.estimate.tune_report import TuningResult
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.table import numels, shapes_rows
 
@@ -139,7 +139,7 @@ def write_plan(plan: Plan, picture: Picture, path: str | Path, *, command: str =
     write_text(path, page(title, body))
 
 
-def write_choices(found: Tuned, path: str | Path, *, command: str = "") -> None:
+def write_choices(found: TuningResult, path: str | Path, *, command: str = "") -> None:
     """Write what `tune` found as HTML: the choices with their memory, the fastest first, and what is not possible.
 
     Raises:

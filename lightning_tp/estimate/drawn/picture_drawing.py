@@ -6,9 +6,9 @@ dotted where each has a term of a sum that is still to be taken. A small square 
 
 from __future__ import annotations
 
+from lightning_tp.core.units import size
 from lightning_tp.estimate.drawn.drawing import BOLD, Drawing, fit, width_of, wrap
 from lightning_tp.estimate.drawn.picture import Border, Box, Frame, Picture, Row, Side, State, StateKind
-from lightning_tp.estimate.units import size
 
 WIDE, NARROW = 880, 380  # pixels: a page, a phone
 LINE, SMALL, GAP, PAD = 15.0, 11.0, 9.0, 9.0

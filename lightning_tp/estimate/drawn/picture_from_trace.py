@@ -16,8 +16,8 @@ from torch import nn
 from lightning_tp.core.modules.blocks import find_blocks
 from lightning_tp.estimate.drawn.picture import Border, Box, Frame, Picture, Row, State, Weight
 from lightning_tp.estimate.drawn.picture_fold import alike, beside, merged, partial
-from lightning_tp.estimate.trace.rank import World
-from lightning_tp.estimate.trace.steps import Shape, Step
+from lightning_tp.estimate.trace.rank import RankModel
+from lightning_tp.estimate.trace.steps import ForwardEvent, Shape
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Entry
 
@@ -47,7 +47,7 @@ class Node:
     arrives: Shape = ()
     leaves: Shape = ()
     tensor: int = 0
-    events: list[Node | Step] = field(default_factory=list)
+    events: list[Node | ForwardEvent] = field(default_factory=list)
 
     @property
     def children(self) -> list[Node]:
@@ -55,7 +55,7 @@ class Node:
         return [e for e in self.events if isinstance(e, Node)]
 
 
-def tree_of(steps: Iterable[Step], followed: Mapping[str, str]) -> Node:
+def tree_of(steps: Iterable[ForwardEvent], followed: Mapping[str, str]) -> Node:
     """The calls of a forward, those of blocks that were not followed like those of the block that stands for them."""
     top = Node("", "")
     stack = [top]
@@ -88,8 +88,8 @@ def tree_of(steps: Iterable[Step], followed: Mapping[str, str]) -> Node:
     return root
 
 
-def _moved(event: Node | Step, old: str, new: str) -> Node | Step:
-    if isinstance(event, Step):
+def _moved(event: Node | ForwardEvent, old: str, new: str) -> Node | ForwardEvent:
+    if isinstance(event, ForwardEvent):
         return event._replace(module=new + event.module[len(old) :] if event.module.startswith(old) else event.module)
     name = new + event.module[len(old) :] if event.module.startswith(old) else event.module
     return Node(name, event.source, event.arrives, event.leaves, event.tensor, [_moved(e, old, new) for e in event.events])
@@ -104,7 +104,7 @@ def _registered(model: nn.Module, name: str = "") -> Node:
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def of_world(model: str, plan: Plan, world: World, whole: World) -> Picture:
+def of_world(model: str, plan: Plan, world: RankModel, whole: RankModel) -> Picture:
     """The picture of a model that was traced.
 
     Args:
@@ -113,11 +113,11 @@ def of_world(model: str, plan: Plan, world: World, whole: World) -> Picture:
         world: the trace of a rank.
         whole: the trace of the model in one process.
     """
-    backward: dict[str, list[Step]] = {}
+    backward: dict[str, list[ForwardEvent]] = {}
     for piece in world.trace.pieces:
         for sent, n in piece.sent.items():
             if sent.phase == "backward":
-                backward.setdefault(sent.module, []).extend([Step("sent", sent.module, sent.kind, bytes=sent.bytes)] * n)
+                backward.setdefault(sent.module, []).extend([ForwardEvent("sent", sent.module, sent.kind, bytes=sent.bytes)] * n)
     root = tree_of(world.trace.steps, world.trace.followed)
     shapes: dict[str, list[Node]] = {}
     for node in _nodes(tree_of(whole.trace.steps, whole.trace.followed)):
@@ -147,7 +147,7 @@ class _Maker:
         plan: Plan,
         classes: Mapping[str, str],
         blocks: set[str],
-        backward: Mapping[str, list[Step]],
+        backward: Mapping[str, list[ForwardEvent]],
         whole: Mapping[str, list[Node]],
     ) -> None:
         self.plan, self.classes, self.blocks, self.whole = plan, classes, blocks, whole
@@ -236,16 +236,16 @@ class _Maker:
     def _drawn(self, node: Node) -> bool:
         if node.module in self.own or any(self._drawn(c) for c in node.children):
             return True
-        return any(isinstance(e, Step) and (e.what == "sent" or e.name in ("attention", "product")) for e in node.events)
+        return any(isinstance(e, ForwardEvent) and (e.what == "sent" or e.name in ("attention", "product")) for e in node.events)
 
     def _leaf(self, node: Node, prefix: str, arrives: State, leaves: State) -> list[Row]:
         back = self._pending(node)
         before, after, ran = list[Row](), list[Row](), False
-        kinds = {e.name for e in node.events if isinstance(e, Step) and e.what == "op"}
+        kinds = {e.name for e in node.events if isinstance(e, ForwardEvent) and e.what == "op"}
         first = "product" if "product" in kinds else "other"
         notes: list[str] = []
         for event in node.events:
-            if not isinstance(event, Step):
+            if not isinstance(event, ForwardEvent):
                 continue
             if event.what == "op":
                 ran = ran or event.name == first
@@ -309,7 +309,7 @@ class _Maker:
         if node.module in self.holds or (any(c.module in self.blocks for c in _nodes(node)) and node.module not in self.blocks):
             return None
         inside = list(_nodes(node))
-        if any(isinstance(e, Step) and e.what == "sent" for n in inside for e in n.events):
+        if any(isinstance(e, ForwardEvent) and e.what == "sent" for n in inside for e in n.events):
             return None
         if any(self.backward.get(n.source) for n in inside):
             return None
@@ -326,13 +326,13 @@ class _Maker:
 
     # ------------------------------------------------------------------------------------------------- what is in between
 
-    def _pending(self, node: Node) -> list[Step]:
+    def _pending(self, node: Node) -> list[ForwardEvent]:
         """The collectives of the backward of this call."""
         of, calls = self.backward.get(node.source, []), max(1, self.in_all[node.source])
         at = min(self.calls[node.module], calls) - 1
         return of[at * len(of) // calls : (at + 1) * len(of) // calls]
 
-    def _border(self, step: Step, back: list[Step], module: str, late: bool) -> Border:
+    def _border(self, step: ForwardEvent, back: list[ForwardEvent], module: str, late: bool) -> Border:
         twin = next((b for b in back if b.name == BACK.get(step.name) and b.bytes == step.bytes), None)
         if twin is None and step.name != "all-reduce":
             twin = next((b for b in back if b.name == BACK.get(step.name)), None)
@@ -345,18 +345,18 @@ class _Maker:
             reason=self._why(module, "prepare_output" if late else "prepare_input"),
         )
 
-    def _entrance(self, node: Node, back: list[Step]) -> list[Row]:
+    def _entrance(self, node: Node, back: list[ForwardEvent]) -> list[Row]:
         """Collectives that the backward alone has: where the module is entered."""
-        alone = not any(isinstance(e, Step) and e.what == "sent" for e in node.events)
+        alone = not any(isinstance(e, ForwardEvent) and e.what == "sent" for e in node.events)
         reason = self._why(node.module, "prepare_input") if alone else ""
         return merged([Border("", b.name, b.bytes, reason=reason) for b in back])
 
     def _why(self, module: str, style: str) -> str:
         return next((e.reason for e in self.entries.get(module, ()) if e.style.name == style and e.reason), "")
 
-    def _operation(self, step: Step, whole: Node | None) -> Box:
+    def _operation(self, step: ForwardEvent, whole: Node | None) -> Box:
         b, m, n, k = step.shape or (0, 0, 0, 0)
-        same = [e.shape for e in (whole.events if whole else ()) if isinstance(e, Step) and e.name == step.name and e.shape]
+        same = [e.shape for e in (whole.events if whole else ()) if isinstance(e, ForwardEvent) and e.name == step.name and e.shape]
         of = f" of {same[0][0]}" if same and same[0][0] != b else ""
         if step.name == "attention":
             return Box("attention", "", f"{b}{of} heads x samples, {m:,} queries on {n:,} keys", "")

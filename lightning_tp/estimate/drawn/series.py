@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 
 from lightning_tp.core.modules.blocks import fold
-from lightning_tp.estimate.cost.memory import Moment
+from lightning_tp.estimate.cost.memory import MemorySnapshot
 from lightning_tp.estimate.cost.roofline import product_seconds
 from lightning_tp.estimate.drawn.drawing import COLORS
 from lightning_tp.estimate.report import Estimate
@@ -63,7 +63,7 @@ class BlockCollective:
         return self.bytes * self.each * self.blocks
 
 
-def kinds_of(moments: Sequence[Moment]) -> list[str]:
+def kinds_of(moments: Sequence[MemorySnapshot]) -> list[str]:
     """The kinds of memory that there are, in the order in which they are stacked."""
     found = {k for m in moments for k in m.kinds}
     return sorted(found, key=lambda k: (ORDER.index(k) if k in ORDER else len(ORDER), k))

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_tp.estimate.trace.rank import Settings, World
-from lightning_tp.estimate.trace.steps import Step
-from lightning_tp.estimate.trace.trace import Event, Levels, Op, Piece, Sent, Trace
-from lightning_tp.estimate.trace.traces import Tracer, counted
+from lightning_tp.estimate.trace.rank import RankModel, Settings
+from lightning_tp.estimate.trace.steps import ForwardEvent
+from lightning_tp.estimate.trace.trace import Event, Levels, Op, Segment, Sent, StepTrace
+from lightning_tp.estimate.trace.traces import TraceCache, counted
 from lightning_tp.plan.plan import Plan
 
 
@@ -62,9 +62,9 @@ class _Replay:
     levels: Levels = field(default_factory=dict)
     total: int = 0
 
-    def piece(self, like: Piece, tape: list[Event], freed: int) -> Piece:
+    def piece(self, like: Segment, tape: list[Event], freed: int) -> Segment:
         """The next one."""
-        new = Piece(like.block, like.phase, like.like, dict(self.levels), dict(self.levels), {}, freed, like.again)
+        new = Segment(like.block, like.phase, like.like, dict(self.levels), dict(self.levels), {}, freed, like.again)
         most, total, at, end = self.total, self.total, -1, len(tape)
         for i, event in enumerate(tape):
             if event[0] == "bytes":
@@ -92,7 +92,7 @@ class _Replay:
         return new
 
 
-def scaled(one: World, two: World, line: Line) -> World:
+def scaled(one: RankModel, two: RankModel, line: Line) -> RankModel:
     """The world of a third batch.
 
     Args:
@@ -114,10 +114,10 @@ def scaled(one: World, two: World, line: Line) -> World:
     if a.let_go.keys() != b.let_go.keys():
         raise NotLinear
     let_go = {label: line(n, b.let_go[label]) for label, n in a.let_go.items()}
-    return replace(one, trace=Trace(pieces, a.followed, a.gradients, tuple(_steps(a.steps, b.steps, line)), let_go))
+    return replace(one, trace=StepTrace(pieces, a.followed, a.gradients, tuple(_steps(a.steps, b.steps, line)), let_go))
 
 
-def _steps(one: tuple[Step, ...], two: tuple[Step, ...], line: Line) -> Iterator[Step]:
+def _steps(one: tuple[ForwardEvent, ...], two: tuple[ForwardEvent, ...], line: Line) -> Iterator[ForwardEvent]:
     if len(one) != len(two):
         raise NotLinear
     for x, y in zip(one, two):
@@ -156,7 +156,7 @@ def _between(x: Any, y: Any, line: Line) -> Op | Sent:
 
 
 @dataclass
-class ScalingTracer(Tracer):
+class ScalingTracer(TraceCache):
     """Traces few batches of the same inputs, and computes what the others would be.
 
     Args:
@@ -166,9 +166,9 @@ class ScalingTracer(Tracer):
 
     exact: bool = False
     computed: set[int] = field(default_factory=set)
-    _traced: dict[Any, dict[int, World]] = field(default_factory=dict)
+    _traced: dict[Any, dict[int, RankModel]] = field(default_factory=dict)
 
-    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> World:
+    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> RankModel:
         """As it is, or of the two largest batches that are smaller."""
         batch = counted(inputs)[0]
         of = self._traced.setdefault(self.kind(settings, sequence_parallel), {})

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import Held
+from lightning_tp.estimate.trace.rank import LocalParam
 
 OptimizerLike = str | type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Steps = dict[tuple[tuple[int, ...], torch.dtype, bool, Any], tuple[int, int, int]]  # what a step of one parameter costs
@@ -58,7 +58,9 @@ def known_optimizer(optimizer: OptimizerLike) -> Callable[..., Any]:
     return make
 
 
-def optimizer_cost(optimizer: OptimizerLike, held: Iterable[Held], *, together: bool, known: Steps | None = None) -> OptimizerCost:
+def optimizer_cost(
+    optimizer: OptimizerLike, held: Iterable[LocalParam], *, together: bool, known: Steps | None = None
+) -> OptimizerCost:
     """For these parameters.
 
     Args:

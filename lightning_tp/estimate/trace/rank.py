@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp._compat import backward_under_modes
-from lightning_tp.apply.activation_checkpointing import Recompute, chosen, run_again
+from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing, checkpoint_modules, modules_to_checkpoint
 from lightning_tp.apply.bind import bind_styles
 from lightning_tp.apply.fsdp import own_units
 from lightning_tp.core.modules.blocks import find_blocks, own_numbers
-from lightning_tp.core.modules.snapshot import Weightless, modules_as_they_were
+from lightning_tp.core.modules.snapshot import MetaWeights, preserve_modules
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.device_kernels import Kernels, memory_of_casts
-from lightning_tp.estimate.trace.trace import Recorder, Trace, alone
+from lightning_tp.estimate.trace.trace import OpRecorder, StepTrace, alone
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import Split
 
@@ -84,7 +84,7 @@ PRECISIONS = {
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalParam:
     """A parameter on a rank.
 
     Args:
@@ -126,14 +126,14 @@ class Settings:
     dp: int
     rank: int = 0
     precision: Precision = PRECISIONS["bf16-mixed"]
-    activation_checkpointing: Recompute | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None
     loss_parallel: bool = True
     device: str = "cuda"
     fused_attention: bool = True
 
 
 @dataclass(frozen=True)
-class World:
+class RankModel:
     """What is known of one rank after the trace.
 
     Args:
@@ -145,14 +145,14 @@ class World:
         blocks: their names.
     """
 
-    held: tuple[Held, ...]
+    held: tuple[LocalParam, ...]
     buffers: int
-    trace: Trace
+    trace: StepTrace
     units: tuple[str, ...]
     classes: Mapping[str, str]
     blocks: tuple[str, ...]
 
-    def over(self, dp: int) -> World:
+    def over(self, dp: int) -> RankModel:
         """The same with another number of data-parallel ranks (both more than one)."""
         held = tuple(replace(h, rows=math.ceil(h.tp_shape[0] / dp) if h.tp_shape else 1) for h in self.held)
         return replace(self, held=held)
@@ -226,7 +226,7 @@ def resized(inputs: Any, batch: int | None, seq: int | None) -> Any:
     return tree_map_only(Tensor, change, inputs)
 
 
-def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[Held, ...]:
+def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[LocalParam, ...]:
     """The parameters of the rank, the tied ones once."""
     blocks = find_blocks(model)
     units = {id(m) for m in own_units(model, [b for _, b in blocks])}
@@ -239,7 +239,7 @@ def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[Held, ...
         rows = (math.ceil(local[0] / settings.dp) if settings.dp > 1 else local[0]) if local else 1
         dtype = settings.precision.held or p.dtype
         found.append(
-            Held(
+            LocalParam(
                 name,
                 shape,
                 local,
@@ -253,7 +253,7 @@ def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[Held, ...
     return tuple(found)
 
 
-def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings) -> World:
+def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings) -> RankModel:
     """One micro-batch of the model on a rank; the model is left as it was.
 
     Raises:
@@ -263,23 +263,23 @@ def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, setti
     buffers = {id(b): b.numel() * b.itemsize for b in model.buffers()}
     units = [*dict.fromkeys(h.unit for h in held if h.unit), ""]
     classes = {name: type(m).__name__ for name, m in model.named_modules()}
-    with Weightless(model), modules_as_they_were(model):
+    with MetaWeights(model), preserve_modules(model):
         kinds = _kinds(model, plan)
         _take_shards(model, plan, settings)
         model.train()
         trace = _follow(model, loss_of, inputs, plan, settings, kinds)
-    return World(held, sum(buffers.values()), trace, tuple(units), classes, tuple(n for n, _ in find_blocks(model)))
+    return RankModel(held, sum(buffers.values()), trace, tuple(units), classes, tuple(n for n, _ in find_blocks(model)))
 
 
-def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings, kinds: Mapping[str, Any]) -> Trace:
+def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings, kinds: Mapping[str, Any]) -> StepTrace:
     blocks = {name: model.get_submodule(name) for name in kinds}  # shards may look alike where whole modules don't
     axis = alone(settings.rank, settings.tp)
     if settings.tp > 1:
         bind_styles(model, plan, axis, loss_parallel=settings.loss_parallel)
     how = settings.activation_checkpointing
     if how is not None:
-        run_again(chosen(model, list(blocks.values()), how), axis, how)
-    recorder = Recorder(model, blocks, kinds, axis.group)  # type: ignore[arg-type]
+        checkpoint_modules(modules_to_checkpoint(model, list(blocks.values()), how), axis, how)
+    recorder = OpRecorder(model, blocks, kinds, axis.group)  # type: ignore[arg-type]
     kernels = Kernels(settings.device, settings.precision.autocast, fused_attention=settings.fused_attention)
     recorder.run_again = kernels.casts.clear  # what is run again is an autocast of its own
     given = recorder.onto_meta(inputs)
@@ -316,7 +316,7 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
             gc.enable()
         for p in model.parameters():
             p.grad = None
-    return Trace(recorder.pieces, recorder.followed, recorder.gradients, tuple(recorder.walk.steps), let_go)
+    return StepTrace(recorder.pieces, recorder.followed, recorder.gradients, tuple(recorder.walk.steps), let_go)
 
 
 def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from lightning_tp.core.ops.split_logits import SplitLogits
 Shape = tuple[int, ...]
 
 
-class Step(NamedTuple):
+class ForwardEvent(NamedTuple):
     """One thing that happened in the forward.
 
     Args:
@@ -34,31 +34,31 @@ class Step(NamedTuple):
     tensor: int = 0
 
 
-class Walk:
+class ForwardLog:
     """Writes the steps of one forward down."""
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[ForwardEvent] = []
         self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def enter(self, module: str, inputs: Any) -> None:
         """A module is called with these positional arguments."""
         x = _first(inputs)
-        self.steps.append(Step("enter", module, shape=_shape(x), tensor=0 if x is None else self._number(x)))
+        self.steps.append(ForwardEvent("enter", module, shape=_shape(x), tensor=0 if x is None else self._number(x)))
 
     def leave(self, module: str, output: Any) -> None:
         """It has ended, with this output (None if it raised)."""
-        self.steps.append(Step("leave", module, shape=_shape(_first(output))))
+        self.steps.append(ForwardEvent("leave", module, shape=_shape(_first(output))))
 
     def sent(self, module: str, kind: str, size: int) -> None:
         """A collective was called in it."""
-        self.steps.append(Step("sent", module, kind, bytes=size))
+        self.steps.append(ForwardEvent("sent", module, kind, bytes=size))
 
     def op(self, module: str, kind: str, shape: Shape) -> None:
         """A kernel ran in it; of several of a kind behind each other the first is kept."""
         last = self.steps[-1] if self.steps else None
         if last is None or (last.what, last.module, last.name) != ("op", module, kind):
-            self.steps.append(Step("op", module, kind, shape))
+            self.steps.append(ForwardEvent("op", module, kind, shape))
 
     def _number(self, x: Tensor) -> int:
         known = self._tensors.get(id(x))

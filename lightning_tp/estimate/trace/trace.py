@@ -32,10 +32,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_tp._compat import sequence_number, sequence_number_of_backward
 from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.device_kernels import attention_flops
-from lightning_tp.estimate.trace.steps import Step, Walk
+from lightning_tp.estimate.trace.steps import ForwardEvent, ForwardLog
 from lightning_tp.infer.follow.tracer import Values
 
 Phase = Literal["forward", "recompute", "backward"]
@@ -91,7 +92,7 @@ Event = tuple[str, Any] | tuple[str, Any, int]  # ("op" | "fused", Op), ("sent",
 
 
 @dataclass
-class Piece:
+class Segment:
     """A stretch of the step.
 
     Args:
@@ -138,7 +139,7 @@ class Piece:
 
 
 @dataclass
-class Trace:
+class StepTrace:
     """What one step showed.
 
     Args:
@@ -149,64 +150,32 @@ class Trace:
         let_go: bytes that ended to be alive with the forward, by who made them: weights that autocast has cast and nothing has saved.
     """
 
-    pieces: list[Piece]
+    pieces: list[Segment]
     followed: dict[str, str]
     gradients: dict[str, int]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[ForwardEvent, ...] = ()
     let_go: Levels = field(default_factory=dict)
 
-    def of(self, piece: Piece) -> Piece:
+    def of(self, piece: Segment) -> Segment:
         """The piece that was followed for this one."""
         return piece if piece.like is None else self._followed[piece.like, piece.phase]
 
     @cached_property
-    def _followed(self) -> dict[tuple[str, str], Piece]:
-        found: dict[tuple[str, str], Piece] = {}
+    def _followed(self) -> dict[tuple[str, str], Segment]:
+        found: dict[tuple[str, str], Segment] = {}
         for p in self.pieces:
             if p.like is None:
                 found.setdefault((p.block, p.phase), p)
         return found
 
 
-class Group:
-    """The ranks of a tensor-parallel axis of which only one is there: collectives are written down, and nothing is sent."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-        self.note: Callable[[str, int], None] = lambda kind, size: None
-
-    def rank(self) -> int:
-        """The place of the one that is there."""
-        return self._rank
-
-    def size(self) -> int:
-        """How many there would be."""
-        return self._size
-
-    def allreduce(self, tensors: list[Tensor], *options: Any) -> Group:
-        """As `dist.ProcessGroup`."""
-        self.note("all-reduce", sum(t.numel() * t.itemsize for t in tensors))
-        return self
-
-    def _allgather_base(self, out: Tensor, shard: Tensor, *options: Any) -> Group:
-        self.note("all-gather", out.numel() * out.itemsize)
-        return self
-
-    def _reduce_scatter_base(self, out: Tensor, whole: Tensor, *options: Any) -> Group:
-        self.note("reduce-scatter", whole.numel() * whole.itemsize)
-        return self
-
-    def wait(self) -> None:
-        """Nothing to wait for."""
-
-
 def alone(rank: int, size: int) -> Axis:
     """The tensor-parallel axis as this rank sees it, with nobody else there."""
-    group: Any = Group(rank, size)
+    group = FakeGroup(rank, size)
     return Axis(group)
 
 
-class Recorder(Values):
+class OpRecorder(Values):
     """Sees every operation of a step.
 
     Args:
@@ -216,16 +185,16 @@ class Recorder(Values):
         group: of the tensor-parallel axis.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], kinds: Mapping[str, Any], group: Group) -> None:
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], kinds: Mapping[str, Any], group: FakeGroup) -> None:
         super().__init__(model)
         self.model = model
         self.blocks, self.kinds = blocks, kinds
-        self.piece = Piece("", "forward")
+        self.piece = Segment("", "forward")
         self.pieces = [self.piece]
         self.followed: dict[str, str] = {}
         self.in_backward = False
         self.failed: str | None = None  # the module whose forward raised, the innermost
-        self.walk = Walk()
+        self.walk = ForwardLog()
         self.levels: Levels = {}
         self.total = self.most = 0
         self.alive: dict[int, tuple[Any, Label, int]] = {}
@@ -300,7 +269,7 @@ class Recorder(Values):
         """The loss is there."""
         self._close()
         self.in_backward = True
-        self._open(Piece("", "backward"))
+        self._open(Segment("", "backward"))
 
     @property
     def where(self) -> tuple[str, Phase]:
@@ -324,7 +293,7 @@ class Recorder(Values):
                 p.grad = None
             self.piece.freed = before - self.total
 
-    def _open(self, piece: Piece) -> None:
+    def _open(self, piece: Segment) -> None:
         self.piece = piece
         self.pieces.append(piece)
         piece.start, piece.peak, self.most = dict(self.levels), dict(self.levels), self.total
@@ -342,7 +311,7 @@ class Recorder(Values):
                 done.append(name)
                 self.followed[name] = name
                 self._next_block(name)
-                self._open(Piece(name, "forward"))
+                self._open(Segment(name, "forward"))
                 out = forward(*args, **kwargs)
                 outs, out_spec = tree_flatten(out)
                 if len(done) == AS_MANY:
@@ -352,11 +321,11 @@ class Recorder(Values):
                 like = done[AS_MANY - 1]
                 self.followed[name] = like
                 self._next_block(name)
-                self._open(Piece(name, "forward", like))
+                self._open(Segment(name, "forward", like))
                 out = self._stand_in(key, given)
                 outs = tree_flatten(out)[0]
             self._close()
-            self._open(Piece("", "forward"))
+            self._open(Segment("", "forward"))
             first = next((t for t in outs if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf), None)
             if first is not None:
                 first.register_hook(lambda grad: self._begin_backward_of(name))
@@ -397,7 +366,7 @@ class Recorder(Values):
             return
         self._close()
         like = self.followed[name]
-        self._open(Piece(name, "backward", None if like == name else like))
+        self._open(Segment(name, "backward", None if like == name else like))
 
     def _has_gradient(self, name: str, p: nn.Parameter) -> None:
         grad = p.grad
@@ -594,7 +563,7 @@ class _StandIn(Function):
     """Tensors like those that a block gives, from those that it is handed; with a gradient for each of these."""
 
     @staticmethod
-    def forward(ctx: Any, recorder: Recorder, wanted: tuple[Any, ...], *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recorder: OpRecorder, wanted: tuple[Any, ...], *sources: Tensor) -> tuple[Tensor, ...]:
         ctx.like = [(s.shape, s.dtype) for s in sources]
         ctx.recorder = recorder
         outs = tuple(recorder.empty(shape, dtype) for _, shape, dtype, _ in wanted)

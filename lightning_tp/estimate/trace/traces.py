@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten
 from lightning_tp.apply.parallelize import PlanLike, resolve_plan
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.optimizer import Steps
-from lightning_tp.estimate.trace.rank import LossOf, Settings, World, default_loss, trace_step
-from lightning_tp.infer.choose import choose_plan
+from lightning_tp.estimate.trace.rank import LossOf, RankModel, Settings, default_loss, trace_step
+from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.check import any_split, splits_nothing
 from lightning_tp.plan.plan import Plan
@@ -24,7 +24,7 @@ TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes of the ax
 
 
 @dataclass
-class Tracer:
+class TraceCache:
     """Traces a model as often as its shapes ask for it, and remembers.
 
     Args:
@@ -39,8 +39,8 @@ class Tracer:
     loss_of: LossOf
     plan: PlanLike | None = None
     _plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
-    _worlds: dict[Any, World] = field(default_factory=dict)
-    _wholes: dict[Any, World] = field(default_factory=dict)
+    _worlds: dict[Any, RankModel] = field(default_factory=dict)
+    _wholes: dict[Any, RankModel] = field(default_factory=dict)
     steps: Steps = field(default_factory=dict)  # of the optimizer, that have been looked at
 
     def plan_of(self, tp: int, sequence_parallel: bool) -> Plan:
@@ -76,7 +76,7 @@ class Tracer:
     def _plan(self, tp: int, sequence_parallel: bool) -> Plan:
         if tp == 1:
             return Plan({"**": "replicate"}, source="nothing to split over tp=1").check(self.model, 1)
-        plan = self.plan if self.plan is not None else choose_plan(self.model, call_with, self.inputs, tp)
+        plan = self.plan if self.plan is not None else default_plan(self.model, call_with, self.inputs, tp)
         found = resolve_plan(self.model, plan, tp, sequence_parallel=sequence_parallel)
         if not any_split(found.entries):
             raise TPError(splits_nothing(found, self.model, tp))
@@ -89,7 +89,7 @@ class Tracer:
             return False
         return True
 
-    def world(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> World:
+    def world(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> RankModel:
         """The model on a rank, traced."""
         # more data-parallel ranks change how parameters are cut, not what is traced; that there are any may change their dtype
         same = replace(settings, dp=min(settings.dp, 2))
@@ -100,7 +100,7 @@ class Tracer:
         found = self._worlds[key]
         return found if settings.dp == same.dp else found.over(settings.dp)
 
-    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> World:
+    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> RankModel:
         """The step with these inputs."""
         return trace_step(self.model, self.loss_of, inputs, plan, settings)
 
@@ -110,7 +110,7 @@ class Tracer:
         how = settings.activation_checkpointing
         return replace(settings, activation_checkpointing=None), how if isinstance(how, str) else id(how), sequence_parallel
 
-    def whole(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> World:
+    def whole(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> RankModel:
         """The model in one process: for its FLOPs, which depend on shapes only."""
         key = _shapes(inputs)
         if key not in self._wholes:

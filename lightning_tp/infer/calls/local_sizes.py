@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class LocalInt(int):
+class PerRankInt(int):
     """A size that is another one on a rank: in `whole` that of one process, in `local` that of each rank, in `reads` where it was read.
 
     As an int it is the whole one, which this run works with; while `shown` is a rank, that rank's. What code computes with it in ways that
@@ -32,23 +32,23 @@ class LocalInt(int):
 
     def computed_with(self) -> None:
         """Its value is used as a number, not as a size: code has to read the whole one."""
-        LocalInt.diverging |= self.reads
+        PerRankInt.diverging |= self.reads
 
     def _with(self, other: Any, op: Any) -> Any:
         if not isinstance(other, int):
             self.computed_with()
             return op(self.whole, other)
-        mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
-        reads = self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
+        mine = other.local if isinstance(other, PerRankInt) else (other,) * len(self.local)
+        reads = self.reads | (other.reads if isinstance(other, PerRankInt) else frozenset())
         local = tuple(op(a, b) for a, b in zip(self.local, mine, strict=True))
-        return LocalInt.of(op(self.whole, whole_of(other)), local, reads)
+        return PerRankInt.of(op(self.whole, whole_of(other)), local, reads)
 
     def _compare(self, other: Any, op: Any) -> bool:
         out = bool(op(self.whole, whole_of(other)))
         if isinstance(other, (int, float)):
-            mine = other.local if isinstance(other, LocalInt) else (other,) * len(self.local)
+            mine = other.local if isinstance(other, PerRankInt) else (other,) * len(self.local)
             if any(op(a, b) != out for a, b in zip(self.local, mine, strict=True)):
-                LocalInt.diverging |= self.reads | (other.reads if isinstance(other, LocalInt) else frozenset())
+                PerRankInt.diverging |= self.reads | (other.reads if isinstance(other, PerRankInt) else frozenset())
         return out
 
     def _number(self) -> int:
@@ -77,7 +77,7 @@ class LocalInt(int):
         return self._with(other, lambda a, b: a % b if b else 0)
 
     def __neg__(self) -> Any:
-        return LocalInt.of(-self.whole, tuple(-a for a in self.local), self.reads)
+        return PerRankInt.of(-self.whole, tuple(-a for a in self.local), self.reads)
 
     __rmul__, __radd__ = __mul__, __add__
 
@@ -147,19 +147,19 @@ class LocalShape(tuple[int, ...]):
 
 def whole_of(n: Any) -> Any:
     """What one process has where this run has `n`."""
-    return n.whole if isinstance(n, LocalInt) else n
+    return n.whole if isinstance(n, PerRankInt) else n
 
 
 def local_of(n: Any, tp: int) -> tuple[int, ...]:
     """What each rank's code would have where this run has `n`."""
-    return n.local if isinstance(n, LocalInt) else (int(n),) * tp
+    return n.local if isinstance(n, PerRankInt) else (int(n),) * tp
 
 
 def mapped(x: Any, leaf: Callable[[Any], Any]) -> Any:
     """What a call is given, with something else in place of its tensors and numbers."""
     if isinstance(x, LocalShape):
         sizes = [leaf(n) for n in x]
-        if any(isinstance(n, LocalInt) for n in sizes):
+        if any(isinstance(n, PerRankInt) for n in sizes):
             return LocalShape(sizes)
         return torch.Size(sizes) if all(isinstance(n, int) for n in sizes) else tuple(sizes)
     if type(x) in (tuple, list):
@@ -178,12 +178,12 @@ def plain(x: Any) -> Any:
 
 def on_rank(x: Any, rank: int) -> Any:
     """With the sizes that the code of this rank has."""
-    return mapped(x, lambda n: n.local[rank] if isinstance(n, LocalInt) else n)
+    return mapped(x, lambda n: n.local[rank] if isinstance(n, PerRankInt) else n)
 
 
-def local_ints(x: Any) -> Iterator[LocalInt]:
+def local_ints(x: Any) -> Iterator[PerRankInt]:
     """Those that a call is given."""
-    if isinstance(x, LocalInt):
+    if isinstance(x, PerRankInt):
         yield x
     elif isinstance(x, (tuple, list)):
         for i in x:

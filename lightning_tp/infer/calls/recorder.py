@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.core.modules.call_site import place
-from lightning_tp.core.modules.snapshot import modules_as_they_were
-from lightning_tp.infer.calls.local_sizes import LocalInt, LocalShape, local_ints, local_of, mapped, on_rank, plain, whole_of
+from lightning_tp.core.modules.call_site import call_site
+from lightning_tp.core.modules.snapshot import preserve_modules
+from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, local_ints, local_of, mapped, on_rank, plain, whole_of
 from lightning_tp.infer.calls.try_on_shards import MOST_CUT, MOST_TRIED, _number, _same, _shard, _swapped
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import run
-from lightning_tp.infer.follow.tracer import Trace, Tracer, _untraced
+from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, _untraced
 from lightning_tp.styles.calls.call import (
     CONVOLUTIONS,
     COUNTS,
@@ -37,7 +37,7 @@ from lightning_tp.styles.calls.call import (
     Operand,
 )
 from lightning_tp.styles.calls.run_call import dim_of_item, run_call
-from lightning_tp.styles.split import Pattern
+from lightning_tp.styles.split import Ownership
 
 NO_SLICE = {
     "linear",
@@ -102,7 +102,7 @@ MOVES = SIZE_CALLS | SPLIT_CALLS | {"__getitem__", "narrow", "select", "index_se
 
 
 @dataclass
-class Found:
+class CallChanges:
     """What a recording found.
 
     Args:
@@ -115,10 +115,10 @@ class Found:
     broken: list[tuple[Tensor, str]] = field(default_factory=list)
     local_uses: dict[str, set[str]] = field(default_factory=dict)  # as in Trace, where ranks do have different elements
     mixed: set[str] = field(default_factory=set)  # parameters whose gradient is made whole at once
-    trace: Trace | None = None  # of the run
+    trace: FeatureTrace | None = None  # of the run
 
 
-class Recorder(TorchFunctionMode):
+class CallRecorder(TorchFunctionMode):
     """Sees every call of a torch function, with the layouts of what goes in and out.
 
     Args:
@@ -134,7 +134,7 @@ class Recorder(TorchFunctionMode):
     remakes = False  # whether what is whole may be made with sizes read from shards; else code is told the whole ones
 
     def __init__(
-        self, tracer: Tracer, owner: Tensor, tp: int, standard: set[str], heads: dict[str, int], split: Any, whole_reads: Any
+        self, tracer: FeatureTracer, owner: Tensor, tp: int, standard: set[str], heads: dict[str, int], split: Any, whole_reads: Any
     ) -> None:
         super().__init__()
         self.tracer, self.owner, self.tp = tracer, owner, tp
@@ -145,16 +145,16 @@ class Recorder(TorchFunctionMode):
         self.outside: set[str] = set()  # those of which only what is computed from them meets shards: a query that is scaled first
         self.tables: set[str] = set()  # modules that look up in a table whose style does it on shards
         self.whole_reads = whole_reads
-        LocalInt.diverging = set()
+        PerRankInt.diverging = set()
         self.layouts: dict[int, tuple[Tensor, Tensor | None, Any]] = {}  # of tensors with these labels
         self.tried: set[Any] = set()  # calls that give the same on shards
         self.uneven = False  # whether code is told sizes that are not the same on all ranks
         self.local_reads: set[Any] = set()  # where code is told the sizes of a shard
         self.before: dict[int, tuple[Tensor, Tensor, Any]] = {}  # of a call that writes into what it is given: that, and its layout
-        self.given: list[LocalInt] = []  # what the call that runs is given of these
+        self.given: list[PerRankInt] = []  # what the call that runs is given of these
         self.sinks: list[Tensor] = []
         self.standard, self.heads = standard, heads
-        self.found = Found()
+        self.found = CallChanges()
 
     # ------------------------------------------------------------------------------------------------------- layouts
 
@@ -186,7 +186,7 @@ class Recorder(TorchFunctionMode):
         found = [nodes for (n, _), nodes in self.nodes.items() if param is not None and n == param[0]]
         return torch.cat(found) if found else self.tracer.label(t)
 
-    def layout(self, t: Tensor) -> tuple[int, Pattern] | str | None:
+    def layout(self, t: Tensor) -> tuple[int, Ownership] | str | None:
         """(dim, pattern); None where it is whole; a reason where it is neither."""
         label = self.tracer.shadow(t).label
         known = self.layouts.get(id(t))
@@ -194,7 +194,7 @@ class Recorder(TorchFunctionMode):
             known = self.layouts[id(t)] = (t, label, self._layout(t))
         return known[2]
 
-    def _layout(self, t: Tensor) -> tuple[int, Pattern] | str | None:
+    def _layout(self, t: Tensor) -> tuple[int, Ownership] | str | None:
         ranks = self.ranks(t)
         if ranks is None:
             return None
@@ -209,7 +209,7 @@ class Recorder(TorchFunctionMode):
             return f"split along {len(split)} dims"
         dim = split[0]
         rows, known = (x.movedim(dim, 0).reshape(ranks.shape[dim], -1) for x in (ranks, known))
-        return dim, Pattern.of(rows.amax(1))
+        return dim, Ownership.of(rows.amax(1))
 
     def local_sizes(self, t: Tensor) -> list[tuple[int, ...]]:
         """For each dim, the size on each rank."""
@@ -223,12 +223,12 @@ class Recorder(TorchFunctionMode):
     def shape(self, t: Tensor, read: Any) -> LocalShape:
         """The shape, with the local sizes behind the whole ones."""
         reads = frozenset([read])
-        return LocalShape(LocalInt.of(n, local, reads) for n, local in zip(t.shape, self.local_sizes(t), strict=True))
+        return LocalShape(PerRankInt.of(n, local, reads) for n, local in zip(t.shape, self.local_sizes(t), strict=True))
 
     def _read(self, func: Any, name: str, args: Any, kwargs: Any, frame: Any) -> Any:
         """`x.shape`, `x.size()`: pairs of whole and local sizes; whole ones where code decides or computes by them."""
         module = self.tracer.stack[-1]
-        read = (module, name, place(frame))
+        read = (module, name, call_site(frame))
         x = args[0]
         if read in self.whole_reads:
             local = self.local_sizes(x)
@@ -241,10 +241,10 @@ class Recorder(TorchFunctionMode):
         if name in COUNTS:
             of_dims = self.local_sizes(x)
             counts = of_dims[0] if name == "__len__" else tuple(math.prod(n) for n in zip(*of_dims, strict=True))
-            shape = LocalShape((LocalInt.of(func(*args, **kwargs), counts, frozenset([read])),))
+            shape = LocalShape((PerRankInt.of(func(*args, **kwargs), counts, frozenset([read])),))
         else:
             shape = self.shape(x, read)
-        different = [n.local for n in shape if isinstance(n, LocalInt)]
+        different = [n.local for n in shape if isinstance(n, PerRankInt)]
         if different:
             self.local_reads |= {read}
             self.uneven |= any(len(set(n)) > 1 for n in different)
@@ -288,12 +288,14 @@ class Recorder(TorchFunctionMode):
 
     def _are_sizes(self, numbers: Any) -> None:
         """These of what a call is given are local where it is local."""
-        known = {id(n) for n in numbers if isinstance(n, LocalInt)}
+        known = {id(n) for n in numbers if isinstance(n, PerRankInt)}
         self.given = [n for n in self.given if id(n) not in known]
 
     def _is_read(self, name: str, t: Tensor, frame: Any) -> bool:
         """Whether its size may be another one on a rank; or it is whole, and read in a loop where others are told the whole size."""
-        return self._has_layout(t) or (bool(self.whole_reads) and (self.tracer.stack[-1], name, place(frame)) in self.whole_reads)
+        return self._has_layout(t) or (
+            bool(self.whole_reads) and (self.tracer.stack[-1], name, call_site(frame)) in self.whole_reads
+        )
 
     def _has_layout(self, t: Tensor) -> bool:
         shadow = self.tracer.shadow(t)
@@ -309,7 +311,7 @@ class Recorder(TorchFunctionMode):
         return func(plain, *args[1:], **kwargs) if args else func(**{**kwargs, "input": plain})
 
     def _look(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
-        if LocalInt.shown is not None:
+        if PerRankInt.shown is not None:
             return
         outs = [t for t in _tensors(out)]
         operands = [(path, t) for path, t in _with_paths(args, kwargs)]
@@ -352,7 +354,7 @@ class Recorder(TorchFunctionMode):
                 if name in CONVOLUTIONS and isinstance(out_layouts[0], tuple):
                     change.update(self._channels(args, kwargs, operands, change["operands"], outs[0], out_layouts[0]))
             if "in" not in events and to_logits is None and name not in RANDOM:
-                tried = Call(name, place(frame), **{k: v for k, v in change.items() if v})
+                tried = Call(name, call_site(frame), **{k: v for k, v in change.items() if v})
                 change["operands"] = self._tried(tried, func, args, kwargs, out, operands, outs, [*layouts, *out_layouts])
         except _Unknown as e:
             labels = [self.features(t) for _, t in operands if self._has_layout(t)]
@@ -367,7 +369,7 @@ class Recorder(TorchFunctionMode):
             )
         change = {k: v for k, v in change.items() if v}
         if change:
-            self.found.calls.setdefault(module, []).append(Call(name, place(frame), **change))
+            self.found.calls.setdefault(module, []).append(Call(name, call_site(frame), **change))
         else:
             self._hold(name, module, frame)
 
@@ -459,7 +461,7 @@ class Recorder(TorchFunctionMode):
     def _hold(self, name: str, module: str, frame: Any) -> None:
         """Nothing changes in this call, but another from the same place in the code may: it holds its turn."""
         if name and name != "__get__":
-            self.found.calls.setdefault(module, []).append(Call(name, place(frame)))
+            self.found.calls.setdefault(module, []).append(Call(name, call_site(frame)))
 
     def _operands(self, name: str, operands: Any, layouts: Any, outs: Any, out_layouts: Any, events: Any) -> tuple[Operand, ...]:
         split_outs = [(t, x) for t, x in zip(outs, out_layouts, strict=True) if isinstance(x, tuple)]
@@ -491,7 +493,7 @@ class Recorder(TorchFunctionMode):
         return tuple(changed)
 
     def _channels(
-        self, args: Any, kwargs: Any, operands: Any, changed: tuple[Operand, ...], out: Tensor, layout: tuple[int, Pattern]
+        self, args: Any, kwargs: Any, operands: Any, changed: tuple[Operand, ...], out: Tensor, layout: tuple[int, Ownership]
     ) -> dict[str, Any]:
         """Of a convolution whose output channels are split: its part of a whole bias; with groups, that of a whole input, and how many."""
         dim, pattern = layout
@@ -502,7 +504,7 @@ class Recorder(TorchFunctionMode):
         groups = int(whole_of(args[6] if len(args) > 6 else kwargs.get("groups", 1)))
         length = out.shape[dim]
         enters = {o.path: o.enter for o in changed}
-        parts: dict[Any, tuple[int, Pattern]] = {}
+        parts: dict[Any, tuple[int, Ownership]] = {}
         for path, t in operands:
             if path in ((2,), ("bias",)) and not self._has_layout(t):
                 parts[path] = 1, pattern
@@ -510,7 +512,7 @@ class Recorder(TorchFunctionMode):
                 runs = pattern.runs * (length // pattern.period)
                 owner = torch.tensor([r for r, n in runs for _ in range(n)])
                 inputs = t.shape[t.ndim - from_last]
-                parts[path] = from_last, Pattern.of(owner[:: length // groups].repeat_interleave(inputs // groups))
+                parts[path] = from_last, Ownership.of(owner[:: length // groups].repeat_interleave(inputs // groups))
         found = [o for o in changed if o.path not in parts]
         found += [Operand(path, part, enters.get(path, False)) for path, part in parts.items()]
         of_ranks = tuple(pattern.local(length, r) * groups // length for r in range(self.tp))
@@ -549,7 +551,7 @@ class Recorder(TorchFunctionMode):
             if all(self._has_layout(t) for _, t in operands):
                 return ()
             raise _Unknown(f"`{equation}`")
-        patterns: dict[str, Pattern] = {}
+        patterns: dict[str, Ownership] = {}
         for word, layout in [*zip(letters, layouts, strict=True), (result, out_layout)]:
             if isinstance(layout, tuple):
                 patterns[word[layout[0]]] = layout[1]
@@ -592,7 +594,7 @@ class Recorder(TorchFunctionMode):
             if whole_of(g) == -1:
                 continue
             have = local_of(g, self.tp)
-            if isinstance(g, LocalInt) and have != tuple(want):
+            if isinstance(g, PerRankInt) and have != tuple(want):
                 g.computed_with()  # how it follows from the size of a shard may be another matter with another batch
             for rank in range(self.tp):
                 if have[rank] != want[rank]:
@@ -609,12 +611,12 @@ class Recorder(TorchFunctionMode):
         self._are_sizes(given)
         changes: list[list[tuple[int, int, int]]] = [[] for _ in range(self.tp)]
         for i, g in enumerate(given):
-            if isinstance(g, LocalInt):
+            if isinstance(g, PerRankInt):
                 for rank in range(self.tp):
                     if g.local[rank] != g.whole:
                         changes[rank].append((i, *_fraction(g.whole, g.local[rank])))
         if any(changes):
-            call = Call(name, place(frame), sizes=tuple(tuple(c) for c in changes))
+            call = Call(name, call_site(frame), sizes=tuple(tuple(c) for c in changes))
             self.found.calls.setdefault(module, []).append(call)
         else:
             self._hold(name, module, frame)
@@ -683,8 +685,8 @@ class Recorder(TorchFunctionMode):
             raise _Unknown("along the split dim")
 
 
-def computed_unseen(
-    model: Any, call: Any, inputs: Any, whole: Any, shared: Any, make: Any, once: Any, recorder: Recorder, tracer: Tracer
+def untracked_size_reads(
+    model: Any, call: Any, inputs: Any, whole: Any, shared: Any, make: Any, once: Any, recorder: CallRecorder, tracer: FeatureTracer
 ) -> set[Any]:
     """Reads of sizes of shards by which code computes where that can't be seen: `range(n)`, an index into a list.
 
@@ -700,17 +702,17 @@ def computed_unseen(
     """
     if not recorder.local_reads:
         return set()
-    before = LocalInt.diverging
+    before = PerRankInt.diverging
     for rank in (0, recorder.tp - 1) if recorder.uneven else (0,):
-        LocalInt.shown = rank
+        PerRankInt.shown = rank
         try:
-            with modules_as_they_were(model):
+            with preserve_modules(model):
                 _, _, again = run(model, call, inputs, whole, shared, make, during=once)
             log = again.log or []
         except Exception:  # code came to what is none
             log = []
         finally:
-            LocalInt.shown, LocalInt.diverging = None, before
+            PerRankInt.shown, PerRankInt.diverging = None, before
         pairs = itertools.zip_longest(tracer.log or [], log)
         other = next((a or b for a, b in pairs if a != b), None)
         if other is not None:
@@ -733,7 +735,7 @@ def _writes(name: str, kwargs: Any) -> bool:
     return name in WRITES or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
 
 
-def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Pattern] | None:
+def _aligned(name: str, path: Any, t: Tensor, reference: Any) -> tuple[int, Ownership] | None:
     """The dim, from the last, in which a whole operand lies beside the split dim of the others."""
     other, (dim, pattern) = reference
     from_last = other.ndim - dim

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tp.infer.calls.local_sizes import LocalInt, mapped
+from lightning_tp.infer.calls.local_sizes import PerRankInt, mapped
 
 MOST_TRIED = 2**22  # elements of what a call is given and returns, above which it is not tried on shards
 
@@ -17,7 +17,7 @@ MOST_CUT = 3  # operands of one call that may turn out to be whole on each rank,
 
 def _number(x: Any) -> Any:
     """What a call is given beside tensors, to compare."""
-    return None if isinstance(x, Tensor) else (x.whole, *x.local) if isinstance(x, LocalInt) else x
+    return None if isinstance(x, Tensor) else (x.whole, *x.local) if isinstance(x, PerRankInt) else x
 
 
 def _swapped(x: Any, tensors: dict[int, Tensor]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_tp.infer.follow.features import shrunk
 
 if TYPE_CHECKING:
-    from lightning_tp.infer.follow.tracer import Tracer
+    from lightning_tp.infer.follow.tracer import FeatureTracer
 
 Kernel = tuple[str, tuple[Tensor, ...]]  # the parameter, and for each dim of it the coordinate (C_out, C_in) of each element
 
@@ -41,7 +41,7 @@ def channels_of(classes: Tensor) -> Tensor | None:
     return first.reshape(-1).expand(classes.shape[1]) if bool((small == first).all()) else None
 
 
-def convolved(tracer: Tracer, x: Tensor, kernel: Kernel, groups: int, out: Tensor) -> Tensor | None:
+def convolved(tracer: FeatureTracer, x: Tensor, kernel: Kernel, groups: int, out: Tensor) -> Tensor | None:
     """The labels of a convolution of `x` (B, C_in, ..); None for a whole result."""
     name, matrix = kernel
     label, trace = tracer.shadow(x).label, tracer.trace
@@ -60,7 +60,7 @@ def convolved(tracer: Tracer, x: Tensor, kernel: Kernel, groups: int, out: Tenso
     return None if made is None else made.view(1, -1, *[1] * (out.ndim - 2)).expand(out.shape)
 
 
-def _in_groups(tracer: Tracer, name: str, matrix: tuple[Tensor, ...], channels: Tensor | None, groups: int) -> Tensor | None:
+def _in_groups(tracer: FeatureTracer, name: str, matrix: tuple[Tensor, ...], channels: Tensor | None, groups: int) -> Tensor | None:
     """Labels (C_out,): those of a group meet, and its weights go with them."""
     n_out, per_group = matrix[0].shape
     classes = tracer.trace.classes

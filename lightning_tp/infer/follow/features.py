@@ -16,11 +16,11 @@ LARGE = 2**12  # elements, from which labels are kept without memory for constan
 MANY = 2**18  # pairs, above which equal ones are sorted out first
 
 
-class Classes:
+class FeatureSets:
     """Disjoint sets of features 1, 2, ..; 0 is no feature.
 
     Example:
-        >>> classes = Classes()
+        >>> classes = FeatureSets()
         >>> a = classes.new(4)
         >>> _ = classes.join(a[:2], a[2:])
         >>> classes.find(a).tolist()

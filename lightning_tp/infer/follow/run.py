@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp.infer.follow.tracer import Trace, Tracer, _untraced
+from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, _untraced
 
 
 def leaves(out: Any, depth: int = 4) -> list[Tensor]:
@@ -33,7 +33,7 @@ def leaves(out: Any, depth: int = 4) -> list[Tensor]:
 class _Losses(torch.overrides.TorchFunctionMode):
     """The cross entropy takes logits that are split by the class: a sink for features, not a place where they meet."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: FeatureTracer) -> None:
         super().__init__()
         self.tracer = tracer
 
@@ -61,15 +61,15 @@ def run(
     *,
     tracer_of: Any = None,
     during: Any = None,
-) -> tuple[Trace, Any, Tracer]:
+) -> tuple[FeatureTrace, Any, FeatureTracer]:
     """One forward of the model, `call(model, inputs)`, traced.
 
     Args:
         recorder: `recorder(tracer)` makes a mode that sees the calls of torch functions.
-        tracer_of: makes the tracer, of the model, `whole` and `shared`; default `Tracer`.
+        tracer_of: makes the tracer, of the model, `whole` and `shared`; default `FeatureTracer`.
         during: `during(tracer)` is a context that the forward runs in.
     """
-    tracer = (tracer_of or Tracer)(model, whole, shared)
+    tracer = (tracer_of or FeatureTracer)(model, whole, shared)
     if tracer.on_meta:
         inputs = tracer.onto_meta(inputs)
         tracer._know_buffers(model)

@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp.errors import TPError
 from lightning_tp.infer.follow.convolutions import convolved, kernel_of
-from lightning_tp.infer.follow.features import Classes, compact, reshaped, shrunk
+from lightning_tp.infer.follow.features import FeatureSets, compact, reshaped, shrunk
 from lightning_tp.infer.follow.meta import made
 
 
 @dataclass
-class Shadow:
+class TensorFacts:
     """What the trace knows of a tensor.
 
     Args:
@@ -52,10 +52,10 @@ class Use:
 
 
 @dataclass
-class Trace:
+class FeatureTrace:
     """What one run showed."""
 
-    classes: Classes
+    classes: FeatureSets
     nodes: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (parameter, dim) -> its features
     uses: dict[Use, None] = field(default_factory=dict)
     pieces: dict[tuple[str, int], list[Tensor]] = field(
@@ -141,7 +141,7 @@ GROUPED = torch.ops.aten._grouped_mm.default
 KEPT = 0.99
 
 
-class Tracer(TorchDispatchMode):
+class FeatureTracer(TorchDispatchMode):
     """Follows features through the operations of one forward.
 
     Args:
@@ -152,9 +152,9 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, whole: set[tuple[str, int]], shared: dict[tuple[str, int], Tensor]) -> None:
         super().__init__()
-        self.trace = Trace(Classes())
+        self.trace = FeatureTrace(FeatureSets())
         self.whole = whole
-        self.shadows: dict[int, tuple[Tensor, Shadow]] = {}
+        self.shadows: dict[int, tuple[Tensor, TensorFacts]] = {}
         self.stack: list[str] = [""]
         self.shared = shared
         self.on_meta = any(p.is_meta for p in model.parameters())
@@ -185,23 +185,23 @@ class Tracer(TorchDispatchMode):
 
     def _know_buffers(self, model: nn.Module) -> None:
         for b in model.buffers():
-            value = getattr(b, "_ltp_value", None if b.is_floating_point() else torch.ones(b.shape, dtype=b.dtype))
+            value = getattr(b, "_tp_value", None if b.is_floating_point() else torch.ones(b.shape, dtype=b.dtype))
             if b.is_meta and value is not None:
                 self.values[id(b)] = (b, value)
 
-    def shadow(self, t: Any) -> Shadow:
+    def shadow(self, t: Any) -> TensorFacts:
         """What is known of a tensor."""
         found = self.shadows.get(id(t))
         if found is not None:
             return found[1]
         name = self.names.get(id(t))
         if name is not None:
-            made = Shadow(None, (name, _coordinates(t.shape)), t.requires_grad)
+            made = TensorFacts(None, (name, _coordinates(t.shape)), t.requires_grad)
             self.shadows[id(t)] = (t, made)
             return made
-        return Shadow(grad=isinstance(t, Tensor) and t.requires_grad)
+        return TensorFacts(grad=isinstance(t, Tensor) and t.requires_grad)
 
-    def put(self, t: Any, shadow: Shadow) -> None:
+    def put(self, t: Any, shadow: TensorFacts) -> None:
         """Remember it, as long as the trace runs."""
         if isinstance(t, Tensor):
             self.shadows[id(t)] = (t, shadow)
@@ -290,7 +290,7 @@ class Tracer(TorchDispatchMode):
         )
 
     def _follow(
-        self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[Shadow], grad: bool
+        self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[TensorFacts], grad: bool
     ) -> None:
         name = func.overloadpacket.__name__
         handler = getattr(self, f"_op_{name}", None)
@@ -304,14 +304,16 @@ class Tracer(TorchDispatchMode):
             self._move(func, args, kwargs, out, grad)
             return
         if name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
-            self.put(out, Shadow(self.shadow(args[0]).label, None, False))
+            self.put(out, TensorFacts(self.shadow(args[0]).label, None, False))
             return
         if name in ("_to_copy", "to", "type_as") and isinstance(out, Tensor):
-            self.put(out, Shadow(shadows[0].label, shadows[0].param, grad))
+            self.put(out, TensorFacts(shadows[0].label, shadows[0].param, grad))
             return
         self._meets(func, args, kwargs, out, tensors, shadows, grad)
 
-    def _meets(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[Shadow], grad: bool) -> None:
+    def _meets(
+        self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], shadows: list[TensorFacts], grad: bool
+    ) -> None:
         """An operation of which no more is known than whether it works on each element, or reduces."""
         name = func.overloadpacket.__name__
         labelled = [(t, s.label) for t, s in zip(tensors, shadows, strict=True) if s.label is not None and t.numel()]
@@ -321,7 +323,7 @@ class Tracer(TorchDispatchMode):
         self._use(params, [label for _, label in labelled])
         if not labelled:
             for t in tree_flatten(out)[0]:
-                self.put(t, Shadow(None, None, grad and isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())))
+                self.put(t, TensorFacts(None, None, grad and isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())))
             return
         self._stays_inside(tensors, shadows)
         if name in REDUCTIONS:
@@ -346,7 +348,7 @@ class Tracer(TorchDispatchMode):
         small = shrunk(label)
         return not bool(small.any()) or bool((self.owner[small] >= 0).any())
 
-    def _stays_inside(self, tensors: list[Tensor], shadows: list[Shadow]) -> None:
+    def _stays_inside(self, tensors: list[Tensor], shadows: list[TensorFacts]) -> None:
         """What every rank has beside its shards has a share of its gradient on each: it may only meet its like."""
         labels = [s.label for s in shadows if s.label is not None and s.label.numel()]
         if not labels or len(labels) == len(tensors) or any(bool(shrunk(x).any()) for x in labels):
@@ -362,7 +364,7 @@ class Tracer(TorchDispatchMode):
                 label = mine if label is None else self.trace.classes.join(label, mine)
         for t in tree_flatten(out)[0]:
             if isinstance(t, Tensor):
-                self.put(t, Shadow(None if label is None else label.expand(t.shape), None, grad))
+                self.put(t, TensorFacts(None if label is None else label.expand(t.shape), None, grad))
 
     def _reduce(self, name: str, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
         x = args[0]
@@ -376,7 +378,7 @@ class Tracer(TorchDispatchMode):
                 shape_label = kept.expand(t.shape)
             else:
                 shape_label = kept.squeeze(dims).expand(t.shape) if t.ndim else kept.reshape(-1)[0]
-            self.put(t, Shadow(shape_label, None, grad and t.is_floating_point()))
+            self.put(t, TensorFacts(shape_label, None, grad and t.is_floating_point()))
 
     def _mixed(self, name: str, labelled: list[tuple[Tensor, Tensor]], out: Any, grad: bool) -> None:
         """An operation that nothing is known about: all features that go in have to be in one place."""
@@ -386,7 +388,7 @@ class Tracer(TorchDispatchMode):
             top = one if top is None else self.trace.classes.join(top, one)
         for t in tree_flatten(out)[0]:
             if isinstance(t, Tensor):
-                self.put(t, Shadow(None if top is None else top.expand(t.shape), None, grad and t.is_floating_point()))
+                self.put(t, TensorFacts(None if top is None else top.expand(t.shape), None, grad and t.is_floating_point()))
 
     def _move(self, func: Any, args: Any, kwargs: Any, out: Any, grad: bool) -> None:
         data, _ = tree_flatten(args[0])
@@ -401,14 +403,14 @@ class Tracer(TorchDispatchMode):
             if func.overloadpacket.__name__ in ("cat", "constant_pad_nd"):
                 moved_labels = [_filled(m) for m in moved_labels]
             for t, m in zip(outs, moved_labels, strict=True):
-                self.put(t, Shadow(m, None, grad))
+                self.put(t, TensorFacts(m, None, grad))
         elif len(data) == 1 and (param := self.shadow(data[0]).param) is not None:
             moved = [self._moved(func, args, kwargs, outs, lambda t, c=c: c) for c in param[1]]
             for t, coordinates in zip(outs, zip(*moved, strict=True), strict=True):
-                self.put(t, Shadow(None, (param[0], tuple(coordinates)), grad))
+                self.put(t, TensorFacts(None, (param[0], tuple(coordinates)), grad))
         else:
             for t in outs:
-                self.put(t, Shadow(None, None, grad))
+                self.put(t, TensorFacts(None, None, grad))
 
     def _moved(self, func: Any, args: Any, kwargs: Any, outs: list[Tensor], of: Any) -> list[Tensor]:
         """What the operation does to the labels, or coordinates, `of(t)` of what it moves."""
@@ -462,7 +464,7 @@ class Tracer(TorchDispatchMode):
             label = self._with_weight(
                 x.label, (w.param[0], tuple(c[:1] for c in w.param[1])), args[0].unsqueeze(0).shape, out_dim=2
             )
-            self.put(out, Shadow(None if label is None else label.squeeze(0), None, grad))
+            self.put(out, TensorFacts(None if label is None else label.squeeze(0), None, grad))
             return
         self._mixed("_grouped_mm", [(t, s) for t in args[:2] if (s := self.shadow(t).label) is not None], out, grad)
 
@@ -476,11 +478,11 @@ class Tracer(TorchDispatchMode):
                 (self.trace.whole_uses if label is None else self.trace.local_uses).setdefault(param[0], set()).add(self.stack[-1])
         if label is None:
             for t in outs:
-                self.put(t, Shadow(None, None, grad))
+                self.put(t, TensorFacts(None, None, grad))
             return
         kept = self.trace.classes.join_along(label, tuple(range(x.ndim - len(shape), x.ndim)), keepdim=True)
         for t in outs:
-            self.put(t, Shadow(kept.expand(t.shape), None, grad))
+            self.put(t, TensorFacts(kept.expand(t.shape), None, grad))
 
     _op__fused_rms_norm = _op_native_layer_norm
 
@@ -495,7 +497,7 @@ class Tracer(TorchDispatchMode):
         if kernel is None or self.shadow(weight).label is not None or (bias is not None and self.shadow(bias).label is not None):
             self._meets(func, args, kwargs, out, tensors, [self.shadow(t) for t in tensors], grad)
             return
-        self.put(out, Shadow(convolved(self, x, kernel, groups, out), None, grad))
+        self.put(out, TensorFacts(convolved(self, x, kernel, groups, out), None, grad))
         if bias is not None:
             self._add(bias, out, grad)
 
@@ -518,7 +520,7 @@ class Tracer(TorchDispatchMode):
                 heads = label if heads is None else classes.join(heads, label)
         if heads is not None and mask is not None and self.shadow(mask).label is not None:
             heads = classes.join(heads, classes.join_along(self.label(mask), (-2, -1), keepdim=True))
-        self.put(out, Shadow(None if heads is None else heads.expand(out.shape), None, grad))
+        self.put(out, TensorFacts(None if heads is None else heads.expand(out.shape), None, grad))
 
     def _add(self, bias: Tensor, out: Tensor, grad: bool) -> None:
         """A bias behind a product: its elements go with the features that it is added to."""
@@ -528,12 +530,14 @@ class Tracer(TorchDispatchMode):
         elif shadow.param is not None:
             self._use([shadow.param[0]], [] if label is None else [label])
 
-    def _up(self, t: Tensor) -> Shadow:
+    def _up(self, t: Tensor) -> TensorFacts:
         s = self.shadow(t)
         label = None if s.label is None else s.label.unsqueeze(0)
-        return Shadow(label, None if s.param is None else (s.param[0], tuple(c.unsqueeze(0) for c in s.param[1])), s.grad)
+        return TensorFacts(label, None if s.param is None else (s.param[0], tuple(c.unsqueeze(0) for c in s.param[1])), s.grad)
 
-    def _product(self, a: Tensor, b: Tensor, out: Tensor, grad: bool, sa: Shadow, sb: Shadow, squeeze: bool = False) -> None:
+    def _product(
+        self, a: Tensor, b: Tensor, out: Tensor, grad: bool, sa: TensorFacts, sb: TensorFacts, squeeze: bool = False
+    ) -> None:
         """(N, n, k) x (N, k, m) -> (N, n, m)."""
         label: Tensor | None
         if sb.param is not None and (sa.param is None or sa.label is None):
@@ -561,7 +565,7 @@ class Tracer(TorchDispatchMode):
             label = self.trace.classes.join(top_a, top_b)
         if label is not None and squeeze:
             label = label.squeeze(0)
-        self.put(out, Shadow(None if label is None else label.expand(out.shape), None, grad))
+        self.put(out, TensorFacts(None if label is None else label.expand(out.shape), None, grad))
 
     def _factor(self, label: Tensor) -> None:
         """Note the features of a factor of a product of activations, unless they have met already."""
@@ -694,7 +698,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-class Values(Tracer):
+class Values(FeatureTracer):
     """Follows nothing, but knows what does not depend on weights: for a model on the meta device whose code decides by positions or masks."""
 
     def __init__(self, model: nn.Module) -> None:

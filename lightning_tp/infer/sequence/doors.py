@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import State
-from lightning_tp.infer.calls.recorder import Found
+from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import Shadow, Tracer
+from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts
 from lightning_tp.infer.repeats import Alike, followed, for_all
-from lightning_tp.infer.sequence.stream import CantBeInShards, _Cut, _Region
+from lightning_tp.infer.sequence.stream import NotSequenceParallel, SequencePlan, _Region
 from lightning_tp.infer.sequence.tokens import _first, _named, _unseen
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
@@ -23,10 +23,10 @@ from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate,
 from lightning_tp.styles.calls.call import Call
 from lightning_tp.styles.calls.local_ops import LocalOps
 
-Doors = Callable[[Tracer], None]
+Doors = Callable[[FeatureTracer], None]
 
 
-Replan = Callable[[Doors], tuple[Plan, Found]]
+Replan = Callable[[Doors], tuple[Plan, CallChanges]]
 
 
 def _expanded(plan: Plan, model: nn.Module) -> list[Rule]:
@@ -45,7 +45,7 @@ def _expanded(plan: Plan, model: nn.Module) -> list[Rule]:
 class _Doors:
     """Puts labels at the doors of regions, while features are followed: inside, every rank has the stream, with a share of its gradient."""
 
-    def __init__(self, model: nn.Module, rules: list[Rule], cuts: list[_Cut]) -> None:
+    def __init__(self, model: nn.Module, rules: list[Rule], cuts: list[SequencePlan]) -> None:
         self.model, self.cuts = model, cuts
         self.columns = {r.pattern: r.style for r in rules if isinstance(r.style, Colwise)}
         self.handles: list[Any] = []
@@ -66,16 +66,16 @@ class _Doors:
             handle.remove()
         self.handles.clear()
 
-    def open(self, tracer: Tracer) -> None:
+    def open(self, tracer: FeatureTracer) -> None:
         """For one run."""
         self.close()
         self.reads.clear()
         tracer.gathered = True
         running: list[int] = []
-        hidden: dict[str, list[tuple[Tensor, Shadow]]] = {}
+        hidden: dict[str, list[tuple[Tensor, TensorFacts]]] = {}
 
         def whole(t: Tensor) -> None:
-            tracer.put(t, Shadow(None, None, tracer.shadow(t).grad))
+            tracer.put(t, TensorFacts(None, None, tracer.shadow(t).grad))
 
         def begin(cut: int) -> Any:
             @_unseen
@@ -92,7 +92,7 @@ class _Doors:
                 given = {id(t): t for k, t in _named(args, kwargs) if k in (region.args or ())}.values()
                 hidden[region.name] = [(t, tracer.shadow(t)) for t in given]
                 for t in given:
-                    tracer.put(t, Shadow(torch.zeros((), dtype=torch.int64).expand(t.shape), None, tracer.shadow(t).grad))
+                    tracer.put(t, TensorFacts(torch.zeros((), dtype=torch.int64).expand(t.shape), None, tracer.shadow(t).grad))
                 tracer.deferring = region.how == "return" and bool(region.summed)
 
             return hook
@@ -135,7 +135,7 @@ class _Doors:
             self.handles.append(module.register_forward_hook(leave))
 
 
-def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[_Cut], replan: Replan, alike: Alike) -> Plan:
+def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[SequencePlan], replan: Replan, alike: Alike) -> Plan:
     """The plan with these streams in shards.
 
     Raises:
@@ -146,10 +146,10 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[_Cut], replan: Re
         plan, found = replan(doors.open)
         reads = dict(doors.reads)
         if doors.problem:
-            raise CantBeInShards(doors.problem)
+            raise NotSequenceParallel(doors.problem)
     assert found.trace is not None
     if found.trace.escaped:
-        raise CantBeInShards("a share of a gradient meets what is whole", set(found.trace.escaped))
+        raise NotSequenceParallel("a share of a gradient meets what is whole", set(found.trace.escaped))
     sums, terms = {n for cut in cuts for n in cut.sums}, {n for cut in cuts for n in cut.terms}
     call_sums = {key: bias for cut in cuts for key, bias in cut.call_sums.items()}
     reads_of = {m: _alike(calls) for cut in cuts for m, calls in cut.reads.items()}
@@ -161,7 +161,7 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[_Cut], replan: Re
         style, name = rule.style, rule.pattern
         if isinstance(style, Colwise) and (how := reads.get(name, {"replicate"})) != {"replicate"}:
             if how != {"gathered"}:
-                raise CantBeInShards(f"`{name}` reads the stream and what is whole", {name})
+                raise NotSequenceParallel(f"`{name}` reads the stream and what is whole", {name})
             style = replace(style, input="sequence" if name in direct else "gathered")
         elif isinstance(style, Rowwise) and name in sums | terms:
             style = replace(style, output="sequence" if name in sums else "partial")
@@ -177,7 +177,7 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[_Cut], replan: Re
             if name in reads_of:
                 both = {(c.name, c.at) for c in style.calls} & {(c.name, c.at) for c in reads_of[name]}
                 if both:
-                    raise CantBeInShards(f"`{name}` reads sizes of tokens and of features by one call", {name})
+                    raise NotSequenceParallel(f"`{name}` reads sizes of tokens and of features by one call", {name})
                 style = replace(style, calls=(*style.calls, *reads_of.pop(name)))
         new.append(Rule(name, style, rule.reason))
     new += [Rule(name, LocalOps(tuple(calls)), "the length of the sequence in its code") for name, calls in reads_of.items()]
@@ -196,7 +196,7 @@ def _alike(calls: list[Call]) -> tuple[Call, ...]:
     return tuple(c for of in by_place.values() for c in (of[:1] if all(c == of[0] for c in of) else of))
 
 
-def _moves(cut: _Cut, direct: set[str]) -> Iterator[Rule]:
+def _moves(cut: SequencePlan, direct: set[str]) -> Iterator[Rule]:
     """What crosses the ranks at the doors of blocks and regions."""
     yield Rule(
         cut.blocks[0],
@@ -211,7 +211,7 @@ def _moves(cut: _Cut, direct: set[str]) -> Iterator[Rule]:
     yield Rule(cut.blocks[-1], PrepareOutput(arrives="sequence", wanted="replicate"), "and gathered here")
 
 
-def _on_tokens(model: nn.Module, rules: list[Rule], cuts: list[_Cut], found: Found) -> Iterator[Rule]:
+def _on_tokens(model: nn.Module, rules: list[Rule], cuts: list[SequencePlan], found: CallChanges) -> Iterator[Rule]:
     """Parameters that work on this rank's tokens: their gradient is a share.
 
     Raises:
@@ -231,7 +231,7 @@ def _on_tokens(model: nn.Module, rules: list[Rule], cuts: list[_Cut], found: Fou
         here = on_tokens.get(n, set())
         twice = {m for cut in cuts for m in cut.on_whole.get(n, ()) if m in here and m in whole.get(n, ())}
         if (whole.get(n, set()) - here or twice) and (here or n not in found.mixed):
-            raise CantBeInShards(f"`{n}` works on the stream and on what is whole", here)
+            raise NotSequenceParallel(f"`{n}` works on the stream and on what is whole", here)
     for cut in cuts:
         for block in cut.blocks:
             inside = [n for n, _ in model.get_submodule(block).named_parameters(prefix=block)]

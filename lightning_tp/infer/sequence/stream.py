@@ -62,7 +62,7 @@ FACTORS = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "einsum", "matmul",
 ZEROS = {"zeros", "zeros_like", "new_zeros"}
 
 
-class CantBeInShards(Exception):
+class NotSequenceParallel(Exception):
     """The stream stays whole, and why; and the modules whose code it is, or what could be had otherwise."""
 
     def __init__(self, why: str, modules: set[str] | None = None, otherwise: _Choices | None = None) -> None:
@@ -107,7 +107,7 @@ class _Region:
 
 
 @dataclass
-class _Cut:
+class SequencePlan:
     """A stream that can be in shards."""
 
     blocks: list[str]

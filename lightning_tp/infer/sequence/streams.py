@@ -20,7 +20,7 @@ from torch import nn
 from lightning_tp.core.modules.blocks import find_blocks, starred
 from lightning_tp.infer.repeats import Alike
 from lightning_tp.infer.sequence.doors import Replan, _expanded, _with_cuts
-from lightning_tp.infer.sequence.stream import STEPS, CantBeInShards, _Choices, _Cut, _Region
+from lightning_tp.infer.sequence.stream import STEPS, NotSequenceParallel, SequencePlan, _Choices, _Region
 from lightning_tp.infer.sequence.tokens import _cut
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
@@ -46,7 +46,7 @@ def with_sequence_parallel(
     """
     alike = alike or {}
     rules = _expanded(plan, model)
-    cuts: list[_Cut] = []
+    cuts: list[SequencePlan] = []
     for blocks in _streams(model, rules):
         if any(b in of.blocks for of in cuts for b in blocks):
             continue
@@ -63,11 +63,11 @@ def _try(
     rules: list[Rule],
     blocks: list[str],
     tp: int,
-    cuts: list[_Cut],
+    cuts: list[SequencePlan],
     replan: Replan,
     once: Any,
     alike: Alike,
-) -> tuple[Plan, list[_Cut]] | None:
+) -> tuple[Plan, list[SequencePlan]] | None:
     """The plan with one more stream in shards; None if it has to stay whole."""
     choices = _Choices()
     steps = choices.steps
@@ -77,7 +77,7 @@ def _try(
             regions = {r.name: r for b in blocks for r in _regions(model, rules, b, steps)}
             cut = _cut(model, call, inputs, rules, blocks, tp, regions, choices, once)
             return _with_cuts(model, rules, [*cuts, cut], replan, alike), [*cuts, cut]
-        except CantBeInShards as no:
+        except NotSequenceParallel as no:
             if not (no.otherwise.kept <= choices.kept and no.otherwise.reads <= choices.reads):
                 choices.kept |= no.otherwise.kept
                 choices.reads |= no.otherwise.reads

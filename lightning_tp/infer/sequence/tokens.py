@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.modules.blocks import starred
-from lightning_tp.core.modules.call_site import place
-from lightning_tp.infer.calls.local_sizes import LocalInt
-from lightning_tp.infer.calls.recorder import Recorder, computed_unseen
+from lightning_tp.core.modules.call_site import call_site
+from lightning_tp.infer.calls.local_sizes import PerRankInt
+from lightning_tp.infer.calls.recorder import CallRecorder, untracked_size_reads
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import Shadow, Trace, Tracer, _untraced
+from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, TensorFacts, _untraced
 from lightning_tp.infer.sequence.stream import (
     FACTORS,
     INTO,
@@ -26,9 +26,9 @@ from lightning_tp.infer.sequence.stream import (
     SUMS,
     ZEROS,
     Arg,
-    CantBeInShards,
+    NotSequenceParallel,
+    SequencePlan,
     _Choices,
-    _Cut,
     _Region,
 )
 from lightning_tp.plan.rule import Rule
@@ -47,7 +47,7 @@ def _cut(
     regions: dict[str, _Region],
     choices: _Choices,
     once: Any,
-) -> _Cut:
+) -> SequencePlan:
     """Follow the tokens through the blocks.
 
     Raises:
@@ -57,7 +57,7 @@ def _cut(
     everything = {(n, d) for n in names for d in range(8)}
     made: list[_Stream] = []
 
-    def recorder(tracer: Tracer) -> Recorder:
+    def recorder(tracer: FeatureTracer) -> CallRecorder:
         made.append(_Stream(model, tracer, regions, blocks, rules, tp, choices))
         return made[-1].recorder
 
@@ -69,19 +69,19 @@ def _cut(
     stream = made[0]
     stream.check(trace)
     try:
-        unseen = computed_unseen(model, call, inputs, everything, {}, recorder, once, stream.recorder, tracer)
+        unseen = untracked_size_reads(model, call, inputs, everything, {}, recorder, once, stream.recorder, tracer)
     finally:
         for again in made[1:]:
             again.close()
     if unseen:
-        raise CantBeInShards("its code computes with the length of the sequence", stream._around({read[0] for read in unseen}))
+        raise NotSequenceParallel("its code computes with the length of the sequence", stream._around({read[0] for read in unseen}))
     if any(label is not None and bool(label.any()) for label in (tracer.shadow(t).label for t in leaves(out))):
-        raise CantBeInShards("tokens in shards leave the model")
+        raise NotSequenceParallel("tokens in shards leave the model")
     split = [r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)]
     if of := [m for n, m in trace.local_uses.items() if any(n == s or n.startswith(f"{s}.") for s in split)]:
-        raise CantBeInShards("a layer that is split reads tokens in shards", set.union(*of))
+        raise NotSequenceParallel("a layer that is split reads tokens in shards", set.union(*of))
     if not all(any(n.startswith(f"{b}.") for b in blocks) for n in trace.local_uses):
-        raise CantBeInShards("something between the blocks works on tokens in shards")
+        raise NotSequenceParallel("something between the blocks works on tokens in shards")
     return stream.found(trace)
 
 
@@ -96,12 +96,12 @@ def _unseen(hook: Callable[..., None]) -> Callable[..., None]:
     return quiet
 
 
-class _Tokens(Recorder):
+class _Tokens(CallRecorder):
     """Sees the calls between the regions, where a token may meet itself and parameters only."""
 
     remakes = True
 
-    def __init__(self, stream: _Stream, tracer: Tracer, tp: int) -> None:
+    def __init__(self, stream: _Stream, tracer: FeatureTracer, tp: int) -> None:
         super().__init__(tracer, torch.full((1,), -1), tp, set(), {}, {}, stream.choices.reads)
         self.stream = stream
         self.made_of: dict[int, tuple[Tensor, set[str]]] = {}  # tensors that are computed from parameters alone: 1 + weight
@@ -160,7 +160,7 @@ class _Stream:
     def __init__(
         self,
         model: nn.Module,
-        tracer: Tracer,
+        tracer: FeatureTracer,
         regions: dict[str, _Region],
         blocks: list[str],
         rules: list[Rule],
@@ -172,10 +172,10 @@ class _Stream:
         self.shape: tuple[int, ...] = ()
         self.entry: Arg | None = None
         self.open = self.left = False
-        self.problem: CantBeInShards | None = None
+        self.problem: NotSequenceParallel | None = None
         self.choices, self.otherwise = choices, _Choices()
         self.recorder = _Tokens(self, tracer, tp)
-        self.inside: list[tuple[_Region, list[tuple[Tensor, Shadow]]]] = []  # regions that run, and what is whole in them
+        self.inside: list[tuple[_Region, list[tuple[Tensor, TensorFacts]]]] = []  # regions that run, and what is whole in them
         self.arguments: dict[int, Arg] = {}  # of the region that runs: by which they came
         self.terms: dict[int, Tensor] = {}  # of sums over ranks, in regions that sum when they return
         self.zeros: dict[int, Tensor] = {}
@@ -211,7 +211,7 @@ class _Stream:
 
     def _label(self, t: Tensor) -> None:
         assert self.nodes is not None
-        self.tracer.put(t, Shadow(_along(self.nodes, t), None, self.tracer.shadow(t).grad))
+        self.tracer.put(t, TensorFacts(_along(self.nodes, t), None, self.tracer.shadow(t).grad))
 
     def _in_place(self, t: Tensor) -> bool:
         """Whether dim 1 is the tokens, and nothing else is."""
@@ -222,7 +222,7 @@ class _Stream:
         return bool((small == self.nodes.view(1, -1, *[1] * (t.ndim - 2))).all())
 
     def _fail(self, why: str, *modules: str) -> None:
-        self.problem = self.problem or CantBeInShards(why, set(modules))
+        self.problem = self.problem or NotSequenceParallel(why, set(modules))
 
     # --------------------------------------------------------------------------------------------------- blocks
 
@@ -261,7 +261,7 @@ class _Stream:
                 self._fail("a block returns more than the stream")
             if name == self.blocks[-1]:
                 self.open, self.left = False, True
-                self.tracer.put(first, Shadow(None, None, self.tracer.shadow(first).grad))
+                self.tracer.put(first, TensorFacts(None, None, self.tracer.shadow(first).grad))
 
         return hook
 
@@ -285,7 +285,7 @@ class _Stream:
             self.inside.append((region, [(t, self.tracer.shadow(t)) for t in once]))
             self.arguments = {id(t): k for k, t in arriving}
             for t in once:
-                self.tracer.put(t, Shadow(None, None, self.tracer.shadow(t).grad))
+                self.tracer.put(t, TensorFacts(None, None, self.tracer.shadow(t).grad))
 
         return hook
 
@@ -343,14 +343,14 @@ class _Stream:
     def call(self, name: str, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
         """A call of a torch function: of a sum over ranks, or on the terms of one."""
         outs, given = _all(out), _all((args, tuple(kwargs.values())))
-        known = self.sum_calls[module].get((name, place(frame)), []) if module in self.sum_calls else []
+        known = self.sum_calls[module].get((name, call_site(frame)), []) if module in self.sum_calls else []
         if any(known):
             if not all(known) or len(outs) != 1:
                 self._fail(f"`{module}`: {name} sums here and not there", module)
                 return
             if self._sum(outs[0], module, along=name not in CONVOLUTIONS):
                 params = [p[0] for t in given if (p := self.tracer.shadow(t).param) is not None and p[0] not in self.split]
-                self.call_sums[module, name, place(frame)] = params[0] if params else None
+                self.call_sums[module, name, call_site(frame)] = params[0] if params else None
             return
         terms = [t for t in given if id(t) in self.terms]
         if name in ZEROS:
@@ -386,7 +386,7 @@ class _Stream:
             self.otherwise.kept |= {(starred(self.inside[-1][0].name), k) for k in kept}
         if not tokens and change is not None and change.sizes:
             sizes = [n for a in (*args, *kwargs.values()) for n in (a if isinstance(a, (tuple, list)) else (a,))]
-            self.otherwise.reads |= {read for n in sizes if isinstance(n, LocalInt) for read in n.reads}
+            self.otherwise.reads |= {read for n in sizes if isinstance(n, PerRankInt) for read in n.reads}
 
     def joined(self, module: str) -> None:
         """After a call: whether tokens met."""
@@ -397,7 +397,7 @@ class _Stream:
 
     # ----------------------------------------------------------------------------------------------------- result
 
-    def check(self, trace: Trace) -> None:
+    def check(self, trace: FeatureTrace) -> None:
         """Whether all of it can be as Megatron-LM has it.
 
         Raises:
@@ -405,33 +405,35 @@ class _Stream:
         """
         unsummed = {r.name for r in self.regions.values() if r.summed is False}
         if self.problem:
-            raise CantBeInShards(str(self.problem), self.problem.modules | unsummed, self.otherwise)
+            raise NotSequenceParallel(str(self.problem), self.problem.modules | unsummed, self.otherwise)
         if self.nodes is None or not self.left:
-            raise CantBeInShards("its blocks did not run")
+            raise NotSequenceParallel("its blocks did not run")
         if unsummed:
-            raise CantBeInShards("a region does not return a sum", unsummed)
+            raise NotSequenceParallel("a region does not return a sum", unsummed)
         self.joined("")
         if self.problem:
             raise self.problem
         if self.recorder.bad:
             why = "its code has sizes of the sequence in it, or what is whole meets tokens"
-            raise CantBeInShards(why, self._around(self.recorder.bad), self.otherwise)
-        if LocalInt.diverging - self.choices.reads:
-            raise CantBeInShards(
-                "its code decides by the length of the sequence", self._around({read[0] for read in LocalInt.diverging})
+            raise NotSequenceParallel(why, self._around(self.recorder.bad), self.otherwise)
+        if PerRankInt.diverging - self.choices.reads:
+            raise NotSequenceParallel(
+                "its code decides by the length of the sequence", self._around({read[0] for read in PerRankInt.diverging})
             )
         summed = len(self.sums) + len(self.call_sums) + sum(r.how == "return" and bool(r.summed) for r in self.regions.values())
         if len(self.blocks) < LEAST_BLOCKS or not summed:
-            raise CantBeInShards(f"{summed} sums over ranks in {len(self.blocks)} blocks: at its ends it is gathered once more")
+            raise NotSequenceParallel(
+                f"{summed} sums over ranks in {len(self.blocks)} blocks: at its ends it is gathered once more"
+            )
         if len(self.gathered) > summed:
-            raise CantBeInShards(f"the stream would be gathered {len(self.gathered)} times for {summed} sums")
+            raise NotSequenceParallel(f"the stream would be gathered {len(self.gathered)} times for {summed} sums")
 
     def _around(self, modules: set[str]) -> set[str]:
         """These, and the regions of the blocks whose own code it is."""
         of = {r for m in modules if m in self.blocks for r in self.regions if r.startswith(f"{m}.")}
         return modules | ({r for r in of if self.regions[r].inner and not self.regions[r].summed} or of)
 
-    def found(self, trace: Trace) -> _Cut:
+    def found(self, trace: FeatureTrace) -> SequencePlan:
         """What has to be done."""
         recorder = self.recorder
         names = {*trace.local_uses, *recorder.on_tokens}
@@ -449,9 +451,11 @@ class _Stream:
                 if (c.name, c.at) in places:
                     sizes = tuple(tuple((at, 0, -1) for at, _, _ in of) for of in c.sizes)
                     if any(at != 1 for of in c.sizes for at, _, _ in of):
-                        raise CantBeInShards(f"`{module}` reads the length of the sequence along another dim than 1", {module})
+                        raise NotSequenceParallel(f"`{module}` reads the length of the sequence along another dim than 1", {module})
                     reads.setdefault(module, []).append(replace(c, sizes=sizes))
-        return _Cut(self.blocks, self.entry, self.regions, self.sums, self.deferred, self.call_sums, on_tokens, on_whole, reads)
+        return SequencePlan(
+            self.blocks, self.entry, self.regions, self.sums, self.deferred, self.call_sums, on_tokens, on_whole, reads
+        )
 
 
 def _along(nodes: Tensor, t: Tensor) -> Tensor:

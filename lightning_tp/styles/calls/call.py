@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_tp.core.comm.axis import State
-from lightning_tp.styles.split import Pattern
+from lightning_tp.styles.split import Ownership
 
 SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
 
@@ -47,7 +47,7 @@ class Operand:
     """
 
     path: tuple[int | str, ...]
-    part: tuple[int, Pattern] | None = None
+    part: tuple[int, Ownership] | None = None
     enter: bool = False
     beside: tuple[int | str, ...] | None = None
 
@@ -92,7 +92,7 @@ def _call_of(plain: dict[str, Any]) -> Call:
     operands = tuple(
         Operand(
             _tuples(o["path"]),
-            None if o["part"] is None else (o["part"][0], Pattern(_tuples(o["part"][1]["runs"]))),
+            None if o["part"] is None else (o["part"][0], Ownership(_tuples(o["part"][1]["runs"]))),
             o["enter"],
             None if o["beside"] is None else _tuples(o["beside"]),
         )

@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.transitions import outside
-from lightning_tp.core.modules.call_site import place
+from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.rewrite import rewritten
-from lightning_tp.core.modules.swap_class import become
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.attention import WRITTEN_OUT, bind_attention, written_out
-from lightning_tp.styles.base import Site, Style
+from lightning_tp.styles.base import BindContext, Style
 from lightning_tp.styles.calls.call import Call, _call_of
 from lightning_tp.styles.calls.run_call import run_call
 from lightning_tp.styles.split import Split, split_of_ranges
@@ -47,18 +47,18 @@ class LocalOps(Style):
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
         return {}
 
-    def bind(self, module: nn.Module, site: Site) -> None:
+    def bind(self, module: nn.Module, site: BindContext) -> None:
         if isinstance(module, nn.MultiheadAttention):
             bind_attention(module, site.axis)
         if any(name == WRITTEN_OUT for call in self.calls for name, _ in call.at):
-            become(module, _Functional, _attention=written_out(site.axis))
+            swap_class(module, _Functional, _attention=written_out(site.axis))
         if not self.calls:
             return
-        mixin = _own_functions(type(module), self.calls)  # type: ignore[arg-type]  # as in `become`
+        mixin = _own_functions(type(module), self.calls)  # type: ignore[arg-type]  # as in `swap_class`
         if mixin is not None and not any(isinstance(m, type(module)) for m in module.modules() if m is not module):
-            become(module, mixin, _calls=self.calls, _call_axis=site.axis)
+            swap_class(module, mixin, _calls=self.calls, _call_axis=site.axis)
         else:
-            become(module, _LocalOps, _mode=_Mode(self.calls, site.axis))
+            swap_class(module, _LocalOps, _mode=_Mode(self.calls, site.axis))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "calls", tuple(c if isinstance(c, Call) else _call_of(c) for c in self.calls))
@@ -178,7 +178,7 @@ class _Mode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in self.names or self._running[-1] is not self:
             return func(*args, **(kwargs or {}))
-        key = (name, place(sys._getframe(1)))
+        key = (name, call_site(sys._getframe(1)))
         calls = self.table.get(key)
         if calls is None or (name == "__get__" and func.__self__ is not Tensor.shape):
             return func(*args, **(kwargs or {}))

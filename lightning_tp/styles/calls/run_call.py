@@ -14,7 +14,7 @@ from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.transitions import length_of, replicate_to_gathered, transition
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.call import CONVOLUTIONS, COUNTS, FIRST_SIZE, READS, WITH_BIAS, Call, Operand
-from lightning_tp.styles.split import Pattern
+from lightning_tp.styles.split import Ownership
 
 
 def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], axis: Axis) -> Any:
@@ -112,7 +112,7 @@ def _made_local(x: Tensor, operand: Operand, args: list[Any], kwargs: dict[str, 
     return bool(x.ndim >= from_last and x.shape[-from_last] == other.shape[-from_last])
 
 
-def part_of(x: Tensor, part: tuple[int, Pattern], rank: int) -> Tensor:
+def part_of(x: Tensor, part: tuple[int, Ownership], rank: int) -> Tensor:
     """This rank's part of an operand that every rank has whole."""
     from_last, pattern = part
     dim = x.ndim - from_last
@@ -130,7 +130,7 @@ def part_of(x: Tensor, part: tuple[int, Pattern], rank: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _index(pattern: Pattern, rank: int, length: int, device: torch.device) -> Tensor:
+def _index(pattern: Ownership, rank: int, length: int, device: torch.device) -> Tensor:
     return pattern.index(rank, length).to(device)
 
 

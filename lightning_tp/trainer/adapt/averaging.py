@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
-from lightning_tp._compat import local_tensor, replace_for_a_while
+from lightning_tp._compat import local_tensor, patched
 from lightning_tp.errors import TPError
 from lightning_tp.shards import shard as shard_module
 from lightning_tp.shards import state_dict as border
@@ -51,7 +51,7 @@ class Averaging:
             (swa, "transfer_weights"): staticmethod(_with_locals(swa.transfer_weights)),
             (swa, "load_state_dict"): _without_other_schedulers(swa.load_state_dict, trainer),
         }
-        self._undo = [replace_for_a_while(owner, name, value) for (owner, name), value in replaced.items()]
+        self._undo = [patched(owner, name, value) for (owner, name), value in replaced.items()]
 
     def begin(self, module: pl.LightningModule) -> None:
         """The averages of the module, which is split now and on its device."""
@@ -115,7 +115,7 @@ class Shards(nn.Module):
         for name, own, copy in self._named():
             if name not in state:
                 continue
-            shard = getattr(own, "_ltp", None)
+            shard = getattr(own, "_tp_shard", None)
             if shard is None:
                 state[name] = copy.detach()
             elif not self.whole:
@@ -139,7 +139,7 @@ class Shards(nn.Module):
             value = state_dict.get(name)
             if value is None:
                 continue
-            shard = getattr(own, "_ltp", None)
+            shard = getattr(own, "_tp_shard", None)
             copy.copy_(local_tensor(value) if shard is None else shard.to_local(value, name))
         return nn.modules.module._IncompatibleKeys([], [])
 

@@ -21,7 +21,7 @@ def note_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         checkpoint[TRAINABLE] = [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
 
 
-def thaw_again(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+def restore_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Freeze and thaw as it was when the checkpoint was written, and give the optimizers the groups that they had.
 
     Args:

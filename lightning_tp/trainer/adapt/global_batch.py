@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_tp._compat import replace_for_a_while
+from lightning_tp._compat import patched
 from lightning_tp.errors import TPError
 
 
@@ -76,7 +76,7 @@ def keep_global_batch(
                 )
             trainer.accumulate_grad_batches = found
 
-    undo = replace_for_a_while(loop, "setup_data", setup_data)
+    undo = patched(loop, "setup_data", setup_data)
 
     def close() -> None:
         undo()

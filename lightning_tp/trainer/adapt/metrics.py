@@ -27,12 +27,12 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from lightning_tp._compat import local_tensor, replace_for_a_while
+from lightning_tp._compat import local_tensor, patched
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.core.ops.split_logits import SplitLogits
 
 
-class Numbers:
+class MetricsOverDataParallel:
     """What a strategy changes about the Trainer's counting for as long as it runs.
 
     Args:
@@ -47,18 +47,18 @@ class Numbers:
         self.mesh = mesh
         self.gather = OverDataParallel(mesh.get_group(DATA_PARALLEL))
         self._undo: list[Callable[[], None]] = [
-            replace_for_a_while(metric, "gather_all_tensors", self.gather),
-            replace_for_a_while(result._ResultCollection, "log", _log_plain(result._ResultCollection.log)),
+            patched(metric, "gather_all_tensors", self.gather),
+            patched(result._ResultCollection, "log", _log_plain(result._ResultCollection.log)),
         ]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ThroughputMonitor):
                 for stage, throughput in callback._throughputs.items():
                     callback._throughputs[stage] = _counted_once(throughput, mesh)
             elif isinstance(callback, ModelSummary):
-                self._undo.append(replace_for_a_while(callback, "_summary", _WholeSummary.of(callback)))
+                self._undo.append(patched(callback, "_summary", _WholeSummary.of(callback)))
             elif isinstance(callback, BasePredictionWriter) and mesh.get_local_rank(TENSOR_PARALLEL):
                 for name in ("write_on_batch_end", "write_on_epoch_end"):
-                    self._undo.append(replace_for_a_while(callback, name, _nothing))
+                    self._undo.append(patched(callback, name, _nothing))
 
     def close(self, module: nn.Module | None) -> None:
         """Back to as it was; the metrics of the module go on counting over the data-parallel axis."""
@@ -180,7 +180,7 @@ def _num_whole(module: nn.Module, *, trainable: bool = False) -> int:
     whole = 0
     for p in module.parameters():
         if p.requires_grad or not trainable:
-            whole += math.prod(p._ltp.shape) if hasattr(p, "_ltp") else p.numel()
+            whole += math.prod(p._tp_shard.shape) if hasattr(p, "_tp_shard") else p.numel()
     return whole
 
 

@@ -20,7 +20,7 @@ OF_WHOLE_WEIGHTS = {  # optimizers that do not work element by element, and what
 }
 
 
-def look_at_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, plain: bool = True) -> None:
+def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, plain: bool = True) -> None:
     """Warn of an optimizer whose steps on shards are others than on whole weights.
 
     Args:
@@ -34,7 +34,7 @@ def look_at_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str,
         TPError: if it steps parameters that are not the model's, or can't step on shards.
     """
     name, world = type(optimizer).__name__, dp * tp
-    strangers = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_ltp")]
+    strangers = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]
     if strangers and plain:
         raise TPError(
             f"{collected}: {len(strangers)} parameters of {name} are not the module's any more (the first has the shape "

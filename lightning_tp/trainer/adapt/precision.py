@@ -130,8 +130,9 @@ class MeshGradScaler(GradScaler):
                 if p.grad is None:
                     continue
                 if p.grad.dtype == torch.float16 and not allow_fp16:
+                    name = getattr(getattr(p, "_tp_shard", None), "name", "a parameter")
                     raise TPError(
-                        f"`precision='16-mixed'`: the gradient of `{getattr(getattr(p, '_ltp', None), 'name', 'a parameter')}` is float16, so the "
+                        f"`precision='16-mixed'`: the gradient of `{name}` is float16, so the "
                         "parameter is: mixed precision keeps parameters in float32. Don't call `.half()` on the model, or use "
                         "`precision='16-true'`."
                     )

@@ -42,8 +42,8 @@ def end_with_children(launcher: Any) -> None:
     thread, which looks every 5 s, kills all ranks the moment it finds one dead: they are left time to say which one that was.
     """
     children = getattr(launcher, "procs", None)
-    if children and not hasattr(launcher, "_ltp_children"):
-        launcher._ltp_children = children
+    if children and not hasattr(launcher, "_tp_children"):
+        launcher._tp_children = children
         atexit.register(_end_with, children)
         for thread in threading.enumerate():
             if getattr(thread, "_child_processes", None) is children:
@@ -110,7 +110,7 @@ class ProcessLauncher(_MultiProcessingLauncher):
         trained, self._results = from_file(worker_output.weights_path)
         if trained is not None:
             weights, progress = trained
-            give_back(trainer.lightning_module, weights)
+            copy_weights_back(trainer.lightning_module, weights)
             trainer.fit_loop.load_state_dict(progress)  # `trainer.global_step`, and what `save_checkpoint` writes
         super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
 
@@ -158,7 +158,7 @@ def own_error(error: ProcessRaisedException) -> TPError | None:
     return TPError(text.rpartition(mark)[2].strip()) if mark in text else None
 
 
-def give_back(module: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:
+def copy_weights_back(module: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:
     """Put weights that came back from the ranks into the module of the process that started them."""
     on_meta = any(p.is_meta for p in module.parameters())
     lost = module.load_state_dict(whole, strict=False, assign=on_meta).unexpected_keys

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_tp._compat import replace_for_a_while
+from lightning_tp._compat import patched
 from lightning_tp.errors import TPError
 
 PERIOD = 0.05  # seconds between two looks
 
 
 @contextmanager
-def one_start(rank: int, world: int, timeout: timedelta | None) -> Iterator[None]:
+def agree_on_start(rank: int, world: int, timeout: timedelta | None) -> Iterator[None]:
     """While this lasts, the process group of torchrun's workers is made under a name that all of this start share, and no other does.
 
     Raises:
@@ -37,16 +37,16 @@ def one_start(rank: int, world: int, timeout: timedelta | None) -> Iterator[None
         return
     wait = timeout or timedelta(minutes=30)
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, wait)
-    name = meet(dist.PrefixStore("lightning_tp/meeting", store), rank, world, wait)
+    name = agreed_store(dist.PrefixStore("lightning_tp/meeting", store), rank, world, wait)
     init = partial(dist.init_process_group, store=dist.PrefixStore(f"lightning_tp/{name}", store))
-    undo = replace_for_a_while(dist, "init_process_group", init)
+    undo = patched(dist, "init_process_group", init)
     try:
         yield
     finally:
         undo()
 
 
-def meet(store: Any, rank: int, world: int, timeout: timedelta) -> str:
+def agreed_store(store: Any, rank: int, world: int, timeout: timedelta) -> str:
     """A name that all ranks of this start agree on. What earlier starts have left in the store does no harm.
 
     Args:

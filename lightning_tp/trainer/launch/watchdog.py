@@ -33,8 +33,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from typing_extensions import override
 
-from lightning_tp._compat import let_store_fail, own_connection, replace_for_a_while
-from lightning_tp.errors import HEAD_START, Follows, TPError, stopped_in_silence
+from lightning_tp._compat import clone_store, let_store_fail, patched
+from lightning_tp.errors import HEAD_START, SecondaryError, TPError, default_sigterm
 
 PERIOD = 1.0  # seconds between two looks
 GRACE = 3.0  # seconds that the main thread may stand still after another rank has failed
@@ -57,7 +57,7 @@ _STDLIB = str(Path(os.__file__).parent) + os.sep
 _runs = itertools.count()  # every rank makes the same runs, in one order
 
 
-class Watch(Callback):
+class Watchdog(Callback):
     """Watches the other ranks during one run of a Trainer, and tells them of this one's end. First of its callbacks, for that long.
 
     Args:
@@ -80,7 +80,7 @@ class Watch(Callback):
         self._pid: int | None = None  # the neighbour's
         self._thread: threading.Thread | None = None
         run = next(_runs)
-        connections = [own_connection(), own_connection()] if self.world > 1 else [None]
+        connections = [clone_store(), clone_store()] if self.world > 1 else [None]
         if any(c is None for c in connections):
             return
         let_store_fail(timedelta(seconds=ANSWER))
@@ -90,9 +90,7 @@ class Watch(Callback):
         self._thread.start()
         atexit.register(self._join)
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
-        self._undo = replace_for_a_while(
-            trainer, "_run_stage", self._stage
-        )  # processes that were forked or spawned have no `on_exception`
+        self._undo = patched(trainer, "_run_stage", self._stage)  # processes that were forked or spawned have no `on_exception`
 
     def stop(self, failed: bool) -> None:
         """The run is over on this rank. Rank 0, with whom the store ends, waits a moment for the others."""
@@ -145,7 +143,7 @@ class Watch(Callback):
             return
         self._raised = True
         broken = isinstance(exception, RuntimeError) and bool(_OF_A_COLLECTIVE.search(str(exception)))
-        follows = broken or isinstance(exception, Follows)
+        follows = broken or isinstance(exception, SecondaryError)
         if follows and self._first is not None and self._first["rank"] != self.rank:  # known, and the store may be gone by now
             self._leave(self._first)
         try:
@@ -158,7 +156,7 @@ class Watch(Callback):
             first = json.loads(self._store.compare_set("failed", "", json.dumps(mine)))
             hanging = self._hang_report() if hang and first["rank"] == self.rank else None
         except RuntimeError:  # the store is gone, and rank 0 with it
-            if not isinstance(exception, (RuntimeError, Follows)):
+            if not isinstance(exception, (RuntimeError, SecondaryError)):
                 return  # this rank's own mistake: it is shown
             first, follows, hanging = self._first or _gone(), True, None
         if hanging is not None:
@@ -180,7 +178,7 @@ class Watch(Callback):
     def _leave(self, first: dict[str, Any]) -> None:
         self._over.set()
         self._say(first)
-        with stopped_in_silence():
+        with default_sigterm():
             time.sleep(HEAD_START)  # the first one speaks, and its launcher ends the others
         self._join()
         raise SystemExit(1) from None
@@ -363,7 +361,7 @@ def _show_once(exception: BaseException, rank: int, first: int) -> None:
             return
         sys.stderr.write(f"[rank {rank}] {kind.__name__}, the same as on rank {first}\n")
         sys.stderr.flush()
-        with stopped_in_silence():
+        with default_sigterm():
             time.sleep(HEAD_START / 5)  # the first one speaks before its launcher sees that this one has ended
 
     sys.excepthook = hook

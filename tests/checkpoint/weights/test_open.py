@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lightning_tp as ltp
 from lightning_tp.checkpoint.safe import read_metadata
-from lightning_tp.checkpoint.storage import Place
+from lightning_tp.checkpoint.storage import StoragePath
 from lightning_tp.checkpoint.weights.dcp_folder import Folder
 from lightning_tp.checkpoint.weights.open import open_checkpoint
 from lightning_tp.checkpoint.weights.safetensors_file import open_safetensors
@@ -65,7 +65,7 @@ class Evil:
 def test_metadata_names_nothing_else(what: Any, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(what))
     with pytest.raises(ltp.TPError, match="has no place in the metadata"):
-        read_metadata(Place(tmp_path))
+        read_metadata(StoragePath(tmp_path))
     with pytest.raises(ltp.TPError, match="no place"):
         open_checkpoint(tmp_path)
     assert not Path("/tmp/should-not-be-there").exists()
@@ -73,7 +73,7 @@ def test_metadata_names_nothing_else(what: Any, tmp_path: Path) -> None:
 
 def test_metadata_is_as_torch_reads_it(saved: tuple[Path, dict[str, Tensor]]) -> None:
     theirs = dcp.FileSystemReader(saved[0]).read_metadata()
-    mine = read_metadata(Place(saved[0]))
+    mine = read_metadata(StoragePath(saved[0]))
     assert mine.state_dict_metadata == theirs.state_dict_metadata and mine.storage_data == theirs.storage_data
     assert mine.planner_data == theirs.planner_data
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_tp.core.modules.deferred_init import deferred_init, values
-from lightning_tp.core.modules.tape import Tape
+from lightning_tp.core.modules.tape import InitTape
 from lightning_tp.errors import TPError
 
 
@@ -31,7 +31,7 @@ def as_bytes(t: Tensor) -> Tensor:
     return t.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
-def assert_as_ordinary(make: Callable[[], nn.Module], *, real: tuple[str, ...] = ()) -> tuple[nn.Module, Tape]:
+def assert_as_ordinary(make: Callable[[], nn.Module], *, real: tuple[str, ...] = ()) -> tuple[nn.Module, InitTape]:
     """Build both ways under one seed; compare every parameter and buffer, and the random states."""
     torch.manual_seed(3)
     start = torch.get_rng_state()

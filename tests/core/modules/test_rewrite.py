@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 import lightning_tp as ltp
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.core.modules.call_site import place
+from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.rewrite import rewritten
-from lightning_tp.styles import Site
+from lightning_tp.styles import BindContext
 from lightning_tp.styles.calls.call import Call
 from lightning_tp.styles.calls.local_ops import LocalOps
 from lightning_tp.testing import fake_world, randomize_
@@ -34,7 +34,7 @@ class Places(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in self.names:
-            self.found.append((name, place(sys._getframe(1))))
+            self.found.append((name, call_site(sys._getframe(1))))
         return func(*args, **(kwargs or {}))
 
 
@@ -81,7 +81,7 @@ def bound(module: nn.Module) -> nn.Module:
     plan = ltp.infer_plan(nn.Sequential(module), (torch.randn(2, 6, 16),), tp=2)
     style = next(r.style for r in plan.rules if r.style.name == "local_ops")
     with fake_world(2, rank=1):
-        style.bind(module, Site("attention", Axis(make_mesh("cpu", 1, 2)["tensor_parallel"].get_group())))
+        style.bind(module, BindContext("attention", Axis(make_mesh("cpu", 1, 2)["tensor_parallel"].get_group())))
     return module
 
 

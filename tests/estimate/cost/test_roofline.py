@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_tp.core.units import seconds
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.roofline import collective_seconds, in_node, product_seconds
 from lightning_tp.estimate.cost.tiles import START
 from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.trace.traces import Tracer, loss_of
-from lightning_tp.estimate.units import seconds
+from lightning_tp.estimate.trace.traces import TraceCache, loss_of
 from tests.estimate.models import MODELS
 
 H100 = hardware("h100")
@@ -51,16 +51,18 @@ def test_products() -> None:
 
 
 @pytest.fixture(scope="module")
-def traced() -> tuple[Tracer, Any]:
+def traced() -> tuple[TraceCache, Any]:
     """Traced once for all that follows: meshes of 1 x 1, 1 x 2, 16 x 1, 4 x 2."""
     build, inputs, loss = MODELS["llama"]()
-    return Tracer(build(), inputs, loss_of(loss)), inputs
+    return TraceCache(build(), inputs, loss_of(loss)), inputs
 
 
 @pytest.mark.parametrize("device", ["h100", "cpu"])  # with kernels that wait for the host, and without
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (16, 1), (4, 2)])
-def test_the_parts_of_a_step_add_up_to_it(traced: tuple[Tracer, Any], mesh: tuple[int, int], accumulate: int, device: str) -> None:
+def test_the_parts_of_a_step_add_up_to_it(
+    traced: tuple[TraceCache, Any], mesh: tuple[int, int], accumulate: int, device: str
+) -> None:
     found = predict(*traced, *mesh, device, Options(accumulate=accumulate))
     t = found.time
     parts = [getattr(t, n) for n in ("products", "attention", "other", "tp", "slowed", "host", "optimizer")]

@@ -7,33 +7,33 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.infer.calls.local_sizes import LocalInt, LocalShape, mapped
+from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, mapped
 from lightning_tp.styles.calls.call import Call
 from lightning_tp.styles.calls.local_ops import LocalOps
-from lightning_tp.styles.split import Pattern
+from lightning_tp.styles.split import Ownership
 
 
 def test_a_size_is_followed_through_arithmetic() -> None:
-    n = LocalInt.of(12, (6, 6))
+    n = PerRankInt.of(12, (6, 6))
     assert (n // 3, (n // 3).local) == (4, (2, 2))
     assert (2 * n + 1).local == (13, 13)
     assert type(n - n) is int
-    assert type(LocalInt.of(4, (4, 4))) is int
+    assert type(PerRankInt.of(4, (4, 4))) is int
 
 
 def test_a_shape_is_mapped_to_what_is_no_sizes() -> None:
-    shape = LocalShape((LocalInt.of(12, (6, 6)), 3))
+    shape = LocalShape((PerRankInt.of(12, (6, 6)), 3))
     assert mapped(shape, lambda n: (n, n)) == ((12, 12), (3, 3))
     assert mapped(shape, int) == torch.Size([12, 3])
 
 
 def test_a_decision_by_a_size_that_ranks_see_otherwise_is_noticed() -> None:
-    LocalInt.diverging = set()
-    n = LocalInt.of(12, (6, 6), frozenset({"here"}))
+    PerRankInt.diverging = set()
+    n = PerRankInt.of(12, (6, 6), frozenset({"here"}))
     assert n > 4
-    assert not LocalInt.diverging
+    assert not PerRankInt.diverging
     assert n > 8
-    assert LocalInt.diverging == {"here"}
+    assert PerRankInt.diverging == {"here"}
 
 
 def calls_of(between: Any, width: int = 8) -> list[Call]:
@@ -78,7 +78,7 @@ def test_a_slice_is_taken_where_it_lies_on_a_rank() -> None:
 def test_a_whole_operand_is_cut_where_it_lies_beside_the_split_dim() -> None:
     (call,) = calls_of(lambda m, x: x * torch.arange(8.0))
     (operand,) = call.operands
-    assert operand.part == (1, Pattern(((0, 4), (1, 4))))
+    assert operand.part == (1, Ownership(((0, 4), (1, 4))))
     assert not operand.enter
 
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import torch
 
-from lightning_tp.infer.follow.features import Classes, shrunk
+from lightning_tp.infer.follow.features import FeatureSets, shrunk
 
 
 def test_new_features_are_apart_and_zero_is_none() -> None:
-    classes = Classes()
+    classes = FeatureSets()
     features = classes.new(5)
     assert features.tolist() == [1, 2, 3, 4, 5]
     assert classes.find(features).tolist() == features.tolist()
@@ -14,14 +14,14 @@ def test_new_features_are_apart_and_zero_is_none() -> None:
 
 
 def test_join_is_transitive_over_many_rounds() -> None:
-    classes = Classes()
+    classes = FeatureSets()
     a = classes.new(64)
     classes.join(a[:-1], a[1:])  # a chain
     assert classes.find(a).unique().tolist() == [1]
 
 
 def test_joining_with_zero_joins_nothing_and_keeps_the_other_label() -> None:
-    classes = Classes()
+    classes = FeatureSets()
     a = classes.new(3)
     out = classes.join(torch.zeros(3, dtype=torch.int64), a)
     assert out.tolist() == a.tolist()
@@ -29,14 +29,14 @@ def test_joining_with_zero_joins_nothing_and_keeps_the_other_label() -> None:
 
 
 def test_join_broadcasts() -> None:
-    classes = Classes()
+    classes = FeatureSets()
     rows, columns = classes.new(2).view(2, 1), classes.new(3).view(1, 3)
     assert classes.join(rows, columns).shape == (2, 3)
     assert classes.find(torch.arange(1, 6)).unique().numel() == 1
 
 
 def test_join_along_joins_one_dim_and_counts_dims_from_the_end() -> None:
-    classes = Classes()
+    classes = FeatureSets()
     labels = classes.new(6).view(2, 3)
     kept = classes.join_along(labels, (-1,), keepdim=True)
     assert kept.shape == (2, 1)
@@ -45,7 +45,7 @@ def test_join_along_joins_one_dim_and_counts_dims_from_the_end() -> None:
 
 
 def test_more_features_than_there_is_room_for() -> None:
-    classes = Classes()
+    classes = FeatureSets()
     a, b = classes.new(3000), classes.new(3000)
     classes.join(a, b)
     assert torch.equal(classes.find(a), classes.find(b))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_tp.errors import TPError
 from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import Trace, Values
+from lightning_tp.infer.follow.tracer import FeatureTrace, Values
 
 
-def traced(model: nn.Module, *inputs: Any, whole: Any = (), shared: Any = None) -> tuple[Trace, Any, Any]:
+def traced(model: nn.Module, *inputs: Any, whole: Any = (), shared: Any = None) -> tuple[FeatureTrace, Any, Any]:
     return run(model, lambda m, x: m(*x), inputs, set(whole), shared or {})
 
 
@@ -28,7 +28,7 @@ class Net(nn.Module):
         return self.b(self.between(self.a(x)))
 
 
-def classes_of(trace: Trace, key: tuple[str, int]) -> list[int]:
+def classes_of(trace: FeatureTrace, key: tuple[str, int]) -> list[int]:
     """The classes of a weight's features, numbered in the order in which they come."""
     found = trace.classes.find(trace.nodes[key]).tolist()
     order = list(dict.fromkeys(found))

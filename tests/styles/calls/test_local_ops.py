@@ -16,17 +16,17 @@ from torch.overrides import TorchFunctionMode
 import lightning_tp as ltp
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.core.modules.call_site import place
+from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.errors import TPError
-from lightning_tp.styles import Site
+from lightning_tp.styles import BindContext
 from lightning_tp.styles.calls.call import Call, Operand
 from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
 from lightning_tp.styles.calls.run_call import part_of, run_call
-from lightning_tp.styles.split import Pattern
+from lightning_tp.styles.split import Ownership
 from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 
 T = TypeVar("T")
-HALVES = Pattern(((0, 2), (1, 2)))
+HALVES = Ownership(((0, 2), (1, 2)))
 
 
 def call(func: Any, *args: Any, rank: int = 1, **changes: Any) -> Any:
@@ -35,13 +35,13 @@ def call(func: Any, *args: Any, rank: int = 1, **changes: Any) -> Any:
 
 
 def test_a_pattern_is_the_shortest_that_is_repeated() -> None:
-    pattern = Pattern.of(torch.tensor([0, 0, 1, 1] * 3))
+    pattern = Ownership.of(torch.tensor([0, 0, 1, 1] * 3))
     assert pattern == HALVES
     assert (pattern.period, pattern.local(12, 0), pattern.index(1, 8).tolist()) == (4, 6, [2, 3, 6, 7])
 
 
 def test_what_every_rank_has_counts_for_each() -> None:
-    pattern = Pattern(((0, 2), (1, 2), (-1, 3)))
+    pattern = Ownership(((0, 2), (1, 2), (-1, 3)))
     assert pattern.ranges(0) == ((0, 2), (4, 7))
     assert pattern.ranges(1) == ((2, 7),)
     assert pattern.count(1) == 5
@@ -75,7 +75,7 @@ def test_places_do_not_depend_on_how_often_code_ran() -> None:
     found = []
 
     def here() -> Any:
-        return place(sys._getframe())
+        return call_site(sys._getframe())
 
     def caller() -> Any:
         return tuple(here() for _ in range(1))
@@ -87,7 +87,7 @@ def test_places_do_not_depend_on_how_often_code_ran() -> None:
 
 def test_two_places_in_one_line_differ() -> None:
     def here() -> Any:
-        return place(sys._getframe())
+        return call_site(sys._getframe())
 
     a, b = here(), here()
     assert a != b
@@ -100,7 +100,7 @@ class Recorded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.__name__ == "view":
-            self.at = place(sys._getframe(1))
+            self.at = call_site(sys._getframe(1))
         return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -158,7 +158,7 @@ def test_a_class_with_other_bases_before_the_module_is_taken_too() -> None:
     sizes = ((1, 1, 2),)
     with fake_world(2, rank=0):
         at = Recorded.of(model, torch.zeros(8))
-        LocalOps((Call("view", at, sizes=(sizes, sizes)),)).bind(model, Site("", Axis(dist.group.WORLD)))
+        LocalOps((Call("view", at, sizes=(sizes, sizes)),)).bind(model, BindContext("", Axis(dist.group.WORLD)))
         assert model(torch.zeros(4)).shape == (2, 2)
 
 

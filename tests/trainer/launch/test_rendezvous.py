@@ -11,13 +11,13 @@ import pytest
 import torch.distributed as dist
 
 import lightning_tp as ltp
-from lightning_tp.trainer.launch.rendezvous import meet
+from lightning_tp.trainer.launch.rendezvous import agreed_store
 
 SOON = timedelta(seconds=20)
 
 
 def start(store: Any, ranks: range, world: int, found: dict[int, str]) -> list[threading.Thread]:
-    threads = [threading.Thread(target=lambda r=r: found.update({r: meet(store, r, world, SOON)})) for r in ranks]
+    threads = [threading.Thread(target=lambda r=r: found.update({r: agreed_store(store, r, world, SOON)})) for r in ranks]
     for t in threads:
         t.start()
     return threads
@@ -41,6 +41,6 @@ def test_each_start_has_a_name_of_its_own() -> None:
 
 def test_those_who_do_not_come_are_named() -> None:
     with pytest.raises(ltp.TPError, match=r"rank\(s\) 1, 2 did not come in time"):
-        meet(dist.HashStore(), 0, 3, timedelta(seconds=0.2))
+        agreed_store(dist.HashStore(), 0, 3, timedelta(seconds=0.2))
     with pytest.raises(ltp.TPError, match=r"rank\(s\) 0 did not come in time"):
-        meet(dist.HashStore(), 1, 3, timedelta(seconds=0.2))
+        agreed_store(dist.HashStore(), 1, 3, timedelta(seconds=0.2))

@@ -212,7 +212,9 @@ def test_a_hang_is_named(what: str, launcher: str, tmp_path: Path) -> None:
     code, output, seconds = launch(what, launcher, tmp_path)
     assert code != 0 and seconds < TIMEOUT + 30
     assert len(re.findall(r"Rank 0 waited in all_?reduce for 15 s: rank\(s\) 1 did not come\.", output)) == 1, output
-    assert re.search(r"rank 1 is in no collective, step 3, at .*test_watch.py:\d+ in sleeps: `time.sleep\(1000\)`", output), output
+    assert re.search(r"rank 1 is in no collective, step 3, at .*test_watchdog.py:\d+ in sleeps: `time.sleep\(1000\)`", output), (
+        output
+    )
     assert "Timed out waiting" not in output
 
 
