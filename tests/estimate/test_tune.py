@@ -37,8 +37,7 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
 def test_it_says_what_estimate_says(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama import PLAN
 
-    from lightning_tp.estimate.trace import traces
-    from lightning_tp.estimate.trace import rank
+    from lightning_tp.estimate.trace import rank, traces
 
     traced: list[int] = []
     step = rank.trace_step
