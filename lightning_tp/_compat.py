@@ -390,3 +390,13 @@ def fake_process_group(rank: int, size: int) -> Any:
     from torch._C._distributed_c10d import FakeProcessGroup
 
     return FakeProcessGroup._create_internal(rank, size)
+
+
+def all_gather_into(output: Tensor, input: Tensor, group: Any) -> None:
+    """All-gather on the process group itself: the wrapper of `torch.distributed` costs as much as a small collective."""
+    group._allgather_base(output, input).wait()
+
+
+def reduce_scatter_into(output: Tensor, input: Tensor, group: Any) -> None:
+    """Reduce-scatter on the process group itself, as `all_gather_into`."""
+    group._reduce_scatter_base(output, input).wait()

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.errors import TPError
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 USE_LOCAL = "Use `backend='local'`."  # the advice of `to_torch`, which is none for a file
 
@@ -20,7 +20,7 @@ USE_LOCAL = "Use `backend='local'`."  # the advice of `to_torch`, which is none 
 NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")
 
 
-def python_source(plan: Plan, model: nn.Module, target: str) -> str:
+def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
     """A Python file with a function `parallelize(model, tp_mesh)` that splits the model by PyTorch's own styles.
 
     Raises:
@@ -33,7 +33,7 @@ def python_source(plan: Plan, model: nn.Module, target: str) -> str:
             why = f"`{entry.style.name}`"
         else:
             try:
-                Plan(plan.rules, plan.source, (entry,), plan.tp, plan.tied).to_torch(model)
+                entry.to_torch(model.get_submodule(entry.where))
             except TPError as error:
                 why = str(error).removeprefix(f"`{entry.where}`: ").replace(USE_LOCAL, "").strip(" .")
         if why:

@@ -27,7 +27,7 @@ from lightning_tp.estimate.matmul_report import Cell, Shapes
 from lightning_tp.estimate.predict import Options, predict
 from lightning_tp.estimate.trace.rank import resized
 from lightning_tp.estimate.trace.traces import TraceCache, check_size, loss_of
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 TPS = (1, 2, 4, 8)
 
@@ -128,8 +128,8 @@ def _batches(gpus: int, global_batch: int | None, local_batches: Sequence[float]
 
 def _plans(
     tracer: TraceCache, tps: list[int] | None, gpus: int, tell: Callable[[str], None]
-) -> tuple[dict[int, Plan], dict[int, str]]:
-    plans: dict[int, Plan] = {}
+) -> tuple[dict[int, CheckedPlan], dict[int, str]]:
+    plans: dict[int, CheckedPlan] = {}
     left_out: dict[int, str] = {}
     for tp in sorted(set(tps)) if tps is not None else TPS:
         check_size("tp", tp)
@@ -154,7 +154,7 @@ def _length(inputs: Any) -> int | None:
     return None if tokens is None else tokens.shape[1]
 
 
-def _held(plan: Plan, rank: int) -> int:
+def _held(plan: CheckedPlan, rank: int) -> int:
     splits = plan.splits
     return sum(math.prod(splits[n].local_shape(shape, rank)) for n, shape in plan.shapes.items() if n in splits)
 

@@ -14,11 +14,11 @@ from lightning_tp.estimate.cost.flops import Flops, Product
 from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.memory import Memory
 from lightning_tp.estimate.cost.roofline import Time
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.table import columns
 
 if TYPE_CHECKING:
     from lightning_tp.estimate.trace.rank import RankModel
-    from lightning_tp.plan.plan import Plan
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
@@ -68,7 +68,7 @@ class Estimate:
     assumptions: tuple[str, ...]
     peak_flops: float
     unit: str = "tokens"
-    traced: tuple[Plan, RankModel, RankModel] | None = field(default=None, compare=False, repr=False)
+    traced: tuple[CheckedPlan, RankModel, RankModel] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens_per_s(self) -> float:

@@ -115,7 +115,7 @@ def _whole_norm(gradients: list[tuple[ParamShard, Tensor]], norm_type: float, er
     parts: list[Tensor] = []
     shares: list[float] = []  # of an element that n ranks hold, each counts 1/n
     for shard, grad in gradients:
-        if shard.split.sum_rows is None:
+        if shard.shared_rows is None:
             parts.append(local_tensor(grad))
             shares.append(1 / shard.copies)
         else:

@@ -33,7 +33,7 @@ class ParamShard:
         shape: its whole shape.
         mesh: the 2D mesh.
         fsdp: whether FSDP2 cuts dim 0 of this rank's shard further over the data-parallel axis.
-        may_be_whole: the plan guesses that its gradient is a share; checked in the first backward pass.
+        check_gradient: compare its gradients over the ranks with `split.state` in the first backward pass, also if that is `R`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ParamShard:
     shape: tuple[int, ...]
     mesh: DeviceMesh
     fsdp: bool = False
-    may_be_whole: bool = False
+    check_gradient: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamShard:
         return self
@@ -59,7 +59,17 @@ class ParamShard:
     @cached_property
     def copies(self) -> int:
         """How many ranks of the tensor-parallel axis hold the same elements (all of them: see `parts_by_copies`)."""
-        return self.tp if self.split.dim is None else self.split.sum_over
+        return self.tp if self.split.dim is None else self.sum_over
+
+    @cached_property
+    def sum_over(self) -> int:
+        """Over how many neighbouring ranks its gradient, or the part `shared_rows` of it, is summed; 1 where it is not partial."""
+        return self.split.sum_over(self.tp)
+
+    @cached_property
+    def shared_rows(self) -> tuple[int, int] | None:
+        """The (start, stop) of `split.dim` in the tensor-parallel shard that ranks share; None means all of it, or nothing."""
+        return self.split.shared_rows
 
     @cached_property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
@@ -86,20 +96,20 @@ class ParamShard:
 
     def summed_part(self, grad: Tensor) -> Tensor:
         """The view of a local gradient that is a share to be summed."""
-        if self.split.sum_rows is None or self.split.dim is None:
+        if self.shared_rows is None or self.split.dim is None:
             return grad
-        start, stop = self._local_rows(*self.split.sum_rows)
+        start, stop = self._local_rows(*self.shared_rows)
         return grad.narrow(self.split.dim, start, stop - start)
 
     def parts_by_copies(self, grad: Tensor) -> Iterator[tuple[Tensor, int]]:
         """(part of a local gradient, how many ranks of the tensor-parallel axis hold the same)."""
         split = self.split
-        if split.sum_rows is None or split.dim is None:
+        if self.shared_rows is None or split.dim is None:
             yield grad, self.copies
         else:
-            start, stop = self._local_rows(*split.sum_rows)
+            start, stop = self._local_rows(*self.shared_rows)
             length = grad.shape[split.dim]
-            for a, b, copies in ((0, start, 1), (start, stop, split.sum_over), (stop, length, 1)):
+            for a, b, copies in ((0, start, 1), (start, stop, self.sum_over), (stop, length, 1)):
                 if b > a:
                     yield grad.narrow(split.dim, a, b - a), copies
 
@@ -164,7 +174,7 @@ class ParamShard:
     def placements(self) -> tuple[Any, Any] | None:
         """What torch's placements call this, on the data- and the tensor-parallel axis; None if they have no words for it."""
         split = self.split
-        if not split.is_even_chunks or (split.sum_over > 1 and split.dim is not None):
+        if not split.is_even_chunks or (self.sum_over > 1 and split.dim is not None):
             return None
         tp_placement = Replicate() if split.dim is None else ShardPlacement(split.dim)
         if not self.fsdp:

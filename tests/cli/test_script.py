@@ -91,7 +91,7 @@ def test_a_script_is_stopped_where_it_would_train(script: str, tmp_path: Path, c
 def test_arguments_of_the_script_and_the_plan_of_its_strategy(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", f"{script} --dim 48"]) == 0
     text = capsys.readouterr().out
-    assert "Plan, given" in text and "(192, 48) -> (96, 48)" in text
+    assert "Plan (user-provided)" in text and "(192, 48) -> (96, 48)" in text
     assert main(["plan", f"{script} --size 3"]) == 2
     assert "sys.exit(2)" in capsys.readouterr().err
 

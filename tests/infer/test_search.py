@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.state import I
 from lightning_tp.plan.check import any_split, splits_nothing
 from tests.zoo import CASES, LM, Attention, Block, Fused, ids
 
@@ -139,7 +140,7 @@ def test_a_head_that_something_else_reads_is_split_and_gathered() -> None:
 
     plan = ltp.infer_plan(Own([Block(Attention())]), {"tokens": ids()}, tp=2)
     (head,) = [r for r in plan.rules if r.pattern == "head"]
-    assert (head.style.name, head.style.options()["output"]) == ("colwise", "replicate")
+    assert (head.style.name, head.style.options()["output"]) == ("colwise", "I")
     assert "gathered" in head.reason
 
 
@@ -159,7 +160,7 @@ def test_code_that_does_not_run_on_shards_is_kept_whole() -> None:
             return self.d(self.c(self.b(y)).relu())
 
     found = {r.pattern: r for r in ltp.infer_plan(Strict(), (torch.zeros(2, 3, 8),), tp=2).rules}
-    assert "a" not in found or found["a"].style.output == "replicate"  # type: ignore[attr-defined]
+    assert "a" not in found or found["a"].style.output == I  # type: ignore[attr-defined]
     assert "a" in found or "does not run on shards" in found["a.weight"].reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,8 +21,10 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp._compat import local_tensor
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL, make_mesh
+from lightning_tp.core.comm.state import I, R
 from lightning_tp.shards import grad_norm
 from lightning_tp.shards import gradients as grad
+from lightning_tp.shards.gradients import no_sync
 from lightning_tp.styles import Colwise, FusedColwise, PrepareInput, Replicate, Rowwise
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
@@ -75,10 +78,10 @@ def fused_plan(kv_heads: int, tp: int, **other: Any) -> dict[str, Any]:
     local = max(1, kv_heads // tp)
     return {
         "embed": "vocab_embedding",
-        "blocks.*": PrepareInput(arrives="replicate", wanted="replicate", attributes=(("kv_heads", local),)),
+        "blocks.*": PrepareInput(arrives="I", wanted="I", attributes=(("kv_heads", local),)),
         "blocks.*.norm": "replicate",
         "blocks.*.qkv": FusedColwise(parts=(8 * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM), heads=(8, kv_heads, kv_heads)),
-        "blocks.*.q_norm": Replicate(partial_grad=True),
+        "blocks.*.q_norm": Replicate(state="R"),
         "blocks.*.out": "rowwise",
         "blocks.*.gate_up": FusedColwise(parts=2),
         "blocks.*.down": "rowwise",
@@ -466,30 +469,78 @@ def test_frozen_parameters() -> None:
 def test_a_share_that_the_plan_calls_whole_is_found(mesh: tuple[int, int]) -> None:
     def body() -> str:
         device_mesh = make_mesh("cpu", *mesh)
-        plan = fused_plan(1, 2, **{"blocks.*.q_norm": Replicate(partial_grad=False)})
+        plan = fused_plan(1, 2, **{"blocks.*.q_norm": Replicate(state="I")})
         model = ltp.parallelize(fused(dtype=torch.float32), device_mesh, plan)
         with pytest.raises(ltp.TPError) as info:
             backward(model, batch(), device_mesh)
         return str(info.value)
 
     for message in run_ranks(body, mesh[0] * mesh[1], timeout=60):
-        assert message.startswith("`blocks.0.q_norm.weight` is whole on every rank, but its gradient is not the same")
-        assert "partial_grad=True" in message
+        assert message.startswith("`blocks.0.q_norm.weight` is replicated, but its gradient is not the same")
+        assert "Replicate(state='R')" in message
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
 def test_a_whole_gradient_that_the_plan_calls_a_share_is_found(mesh: tuple[int, int]) -> None:
     def body() -> str:
         device_mesh = make_mesh("cpu", *mesh)
-        plan = fused_plan(1, 2, **{"blocks.*.norm": Replicate(partial_grad=True)})
+        plan = fused_plan(1, 2, **{"blocks.*.norm": Replicate(state="R")})
         model = ltp.parallelize(fused(dtype=torch.float32), device_mesh, plan)
         with pytest.raises(ltp.TPError) as info:
             backward(model, batch(), device_mesh)
         return str(info.value)
 
     for message in run_ranks(body, mesh[0] * mesh[1], timeout=60):
-        assert message.startswith("`blocks.0.norm.weight`: the plan says that each rank has a share of its gradient")
-        assert "2 times too large" in message and "partial_grad=False" in message
+        assert message.startswith("`blocks.0.norm.weight`: the plan says that its gradient is partial")
+        assert "2 times too large" in message and "Replicate(state='I')" in message
+
+
+@each_mesh
+def test_what_the_plan_leaves_open_is_found_in_the_first_pass(mesh: tuple[int, int]) -> None:
+    """Beside split layers, one norm stands before them and one between: the first has equal gradients, the second partial ones."""
+    reference = fused()
+    ref_loss = backward(reference, batch())
+    ref = {n: p.grad for n, p in reference.named_parameters()}
+    frozen = fused().requires_grad_(False)
+    frozen.blocks[1].q_norm.requires_grad_(True)
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        plan = {n: s for n, s in fused_plan(1, mesh[1]).items() if "norm" not in n} | {"**": "replicate"}
+        for accumulate in (False, True):
+            model = ltp.parallelize(fused(), device_mesh, plan)
+            states = {n: p._tp_shard.split.state for n, p in model.named_parameters() if "norm" in n}
+            assert set(states.values()) == {None}
+            with no_sync(model) if accumulate else nullcontext():
+                loss = backward(model, batch(), device_mesh)
+            if accumulate:  # nothing is summed, so nothing is decided: the next pass does both
+                assert {p._tp_shard.split.state for n, p in model.named_parameters() if "norm" in n} == {None}
+                loss = backward(model, batch(), device_mesh)
+            dist.all_reduce(loss, group=device_mesh.get_group(DATA_PARALLEL))
+            torch.testing.assert_close(loss / mesh[0], ref_loss)
+            states = {n: p._tp_shard.split.state for n, p in model.named_parameters() if "norm" in n}
+            assert states == {n: R if "q_norm" in n else I for n in states}
+            got = ltp.full_gradients(model)
+            assert_trees_close(got, {n: g * (2 if accumulate else 1) for n, g in ref.items()}, rtol=1e-9)
+        model = ltp.parallelize(copy.deepcopy(frozen), device_mesh, plan)  # only one of them has a gradient
+        backward(model, batch(), device_mesh)
+        assert_trees_close(ltp.full_gradients(model), {"blocks.1.q_norm.weight": ref["blocks.1.q_norm.weight"]}, rtol=1e-9)
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+def test_a_gradient_of_zeros_decides_nothing() -> None:
+    def body() -> None:
+        device_mesh = make_mesh("cpu", 1, 2)
+        plan = {n: s for n, s in fused_plan(1, 2).items() if "norm" not in n} | {"**": "replicate"}
+        model = ltp.parallelize(fused(), device_mesh, plan)
+        (model(batch()) * 0).sum().backward()
+        assert model.blocks[0].q_norm.weight._tp_shard.split.state is None
+        model.zero_grad()
+        backward(model, batch(), device_mesh)
+        assert model.blocks[0].q_norm.weight._tp_shard.split.state == R
+
+    run_ranks(body, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizers
@@ -603,10 +654,10 @@ def test_gradients_of_a_model_with_rules_of_other_kinds() -> None:
             return self.head(self.blocks[1](F.gelu(self.blocks[0](x))))
 
     plan = {
-        "embed": Colwise(output="replicate"),
-        "blocks.0": Colwise(output="replicate"),
-        "blocks.1": Rowwise(input="replicate"),
-        "head": Colwise(output="replicate"),
+        "embed": Colwise(output="I"),
+        "blocks.0": Colwise(output="I"),
+        "blocks.1": Rowwise(input="I"),
+        "head": Colwise(output="I"),
         "**": "replicate",
     }
     build = lambda: randomize_(Net().double())  # noqa: E731

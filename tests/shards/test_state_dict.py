@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 import lightning_tp as ltp
 from lightning_tp._compat import is_in_pieces, pieces_of_dtensor
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL, make_mesh
+from lightning_tp.core.comm.state import R, S
 from lightning_tp.shards import optimizer_state
 from lightning_tp.shards import shard as shard_module
 from lightning_tp.styles import FusedColwise, PrepareInput
@@ -69,7 +70,7 @@ class Net(nn.Module):
 
 PLAN: dict[str, Any] = {
     "embed": "vocab_embedding",
-    "blocks.*": PrepareInput(arrives="replicate", wanted="replicate"),
+    "blocks.*": PrepareInput(arrives="I", wanted="I"),
     "blocks.*.norm": "replicate",
     "blocks.*.qkv": FusedColwise(parts=(4 * HEAD_DIM, HEAD_DIM, HEAD_DIM), heads=(4, 1, 1)),
     "blocks.*.out": "rowwise",
@@ -421,10 +422,10 @@ def test_boxes_and_rows_add_up_for_any_sizes() -> None:
     shape = (10, 6)
     splits = [
         Split(),
-        Split(sum_over=4),
+        Split(R),
         *(even_split(10, 0, tp=4), even_split(6, 1, tp=4)),
         *(head_split(10, 0, 4, heads=2), head_split(6, 1, 4, heads=1)),
-        Split(0, tuple(((r, r + 1), (4 + r, 5 + r)) for r in range(4))),  # a fused one, without rows 8 and 9
+        Split(S(0), tuple(((r, r + 1), (4 + r, 5 + r)) for r in range(4))),  # a fused one, without rows 8 and 9
     ]
     whole = torch.arange(60.0).view(shape)
     for fsdp in (False, True):

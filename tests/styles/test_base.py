@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.core.comm.transitions import partial_to_replicate, replicate_to_gathered
+from lightning_tp.core.comm.state import S
+from lightning_tp.core.comm.transitions import invariant_to_replicate, partial_to_invariant
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import (
@@ -57,11 +58,11 @@ def test_a_split_is_taken_and_put_back(tp: int, dim: int) -> None:
             assert tuple(local.shape) == split.local_shape(whole.shape, rank)
             assert local.is_contiguous() and local.untyped_storage().nbytes() == local.numel() * 4  # a tensor of its own
         held = sum(split.local_shape(shape, rank)[dim] for rank in range(tp))
-        assert held == 24 * (tp if split.dim is None else split.sum_over)  # shared heads are held that often
+        assert held == 24 * (tp if split.dim is None else split.sum_over(tp))  # shared heads are held that often
 
 
 def test_a_split_of_several_ranges_keeps_their_order() -> None:
-    split = Split(0, (((0, 2), (6, 7)), ((2, 6), (7, 9))))
+    split = Split(S(0), (((0, 2), (6, 7)), ((2, 6), (7, 9))))
     whole = torch.arange(9.0)
     assert split.take(whole, 0).tolist() == [0, 1, 6] and split.take(whole, 1).tolist() == [2, 3, 4, 5, 7, 8]
     assert torch.equal(put_together(split, whole, 2), whole)
@@ -73,8 +74,8 @@ def test_heads_by_hand() -> None:
     assert head_split(24, 0, 2, 6).ranges == (((0, 12),), ((12, 24),))
     assert head_split(24, 0, 2, 6, offset=100).ranges == (((100, 112),), ((112, 124),))
     assert head_split(8, 0, 8, 2).ranges == (((0, 4),),) * 4 + (((4, 8),),) * 4
-    assert [head_split(8, 0, 8, heads).sum_over for heads in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    assert head_split(8, 0, 2, 4).sum_over == 1
+    assert [head_split(8, 0, 8, heads).sum_over(8) for heads in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    assert head_split(8, 0, 2, 4).sum_over(2) == 1
 
 
 def test_which_splits_torch_has_a_word_for() -> None:
@@ -82,8 +83,8 @@ def test_which_splits_torch_has_a_word_for() -> None:
         assert even_split(length, 0, tp).is_even_chunks
     assert Split().is_even_chunks and head_split(24, 0, 4, 8).is_even_chunks
     assert not head_split(24, 0, 4, 2).is_even_chunks
-    assert not Split(0, (((0, 2), (4, 6)), ((2, 4), (6, 8)))).is_even_chunks
-    assert not Split(0, (((4, 8),), ((0, 4),))).is_even_chunks
+    assert not Split(S(0), (((0, 2), (4, 6)), ((2, 4), (6, 8)))).is_even_chunks
+    assert not Split(S(0), (((4, 8),), ((0, 4),))).is_even_chunks
 
 
 def test_every_size_of_tp_that_is_named_works_and_no_other() -> None:
@@ -110,7 +111,7 @@ def test_every_size_of_tp_that_is_named_works_and_no_other() -> None:
 
 def test_make_style() -> None:
     assert make_style("colwise", "x") == (Colwise(),)
-    assert make_style(Rowwise(output="sequence"), "x") == (Rowwise(output="sequence"),)
+    assert make_style(Rowwise(output="S(1)"), "x") == (Rowwise(output="S(1)"),)
     assert make_style({"style": "fused_colwise", "parts": [4, 2, 2]}, "x") == (FusedColwise(parts=(4, 2, 2)),)
     words = "colwise fused_colwise rowwise sequence vocab_embedding vocab_head replicate prepare_input prepare_output"
     assert set(words.split()) <= set(STYLES)  # plans that are stored somewhere have these
@@ -120,9 +121,11 @@ def test_make_style() -> None:
     "value", ["columnwise", "Colwise", None, 3, {"style": "x"}, {}, Colwise, nn.Linear, ["colwise"], ("a", "b")], ids=repr
 )
 def test_what_is_no_style(value: Any) -> None:
-    with pytest.raises(ltp.TPError, match=r"`layers.\*.wq`: .* is no style. There are colwise, .*vocab_head.*PrepareModuleInput"):
+    with pytest.raises(
+        ltp.TPError, match=r"`layers.\*.wq`: unknown style.*Valid styles are colwise, .*vocab_head.*PrepareModuleInput"
+    ):
         make_style(value, "layers.*.wq")
-    with pytest.raises(ltp.TPError, match=r"is no style"):
+    with pytest.raises(ltp.TPError, match="unknown style"):
         ltp.Plan({"layers.*.wq": value})
 
 
@@ -136,7 +139,7 @@ def test_styles_are_values() -> None:
     assert style == Colwise(heads=4) != Colwise() and hash(style) == hash(Colwise(heads=4))
     assert str(style) == "colwise(heads=4)" and str(Colwise()) == "colwise"
     assert style.options() == {"heads": 4} and Colwise().options() == {}
-    assert str(PrepareInput(arrives="sequence", arg="x")) == "prepare_input(arrives='sequence', arg='x')"
+    assert str(PrepareInput(arrives="S(1)", arg="x")) == "prepare_input(arrives=S(1), arg='x')"
     with pytest.raises(FrozenInstanceError):
         style.heads = 8  # type: ignore[misc]
     for name, cls in STYLES.items():
@@ -181,8 +184,8 @@ class SplitRank(Style):
 class RunsOnItsTerms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         axis = self._site.axis  # type: ignore[union-attr]
-        y = self.product(replicate_to_gathered(x, axis))  # type: ignore[operator]
-        return partial_to_replicate(y, axis) + self.shift_bias
+        y = self.product(invariant_to_replicate(x, axis))  # type: ignore[operator]
+        return partial_to_invariant(y, axis) + self.shift_bias
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -208,7 +211,7 @@ def test_a_style_of_ones_own_in_a_plan() -> None:
     checked = plan.check(Model(), tp=2)
     assert "split_rank(note='mine')" in str(checked) and "(10, 24) -> (5, 24)" in str(checked)
     assert checked.digest != ltp.Plan([Rule("m", SplitRank())]).check(Model(), tp=2).digest
-    with pytest.raises(ltp.TPError, match=r"'split_rank'.*is no style"):
+    with pytest.raises(ltp.TPError, match=r"unknown style.*'split_rank'"):
         ltp.Plan.from_json(plan.to_json())
 
 

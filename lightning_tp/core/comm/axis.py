@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 
-State = Literal["replicate", "gathered", "sequence", "width", "partial"]
-
-
-SEQUENCE_DIM = 1
+SEQUENCE_DIM = 1  # of activations (B, S, d)
 
 
 class Axis:

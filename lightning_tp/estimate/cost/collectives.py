@@ -65,7 +65,7 @@ def collectives_of(
                 found["reduce-scatter", "dp", dp, unit.summed, where, "backward"] += 1
     mine = trained(world)
     if tp > 1:
-        for (over, dtype), size in _shares(mine, dp).items():
+        for (over, dtype), size in _shares(mine, tp, dp).items():
             found["all-reduce", "tp", over, size * dtype, "shares of gradients", "backward"] += 1
     axes = [(name, n) for name, n in (("tp", tp), ("dp", dp)) if n > 1]
     for name, n in axes if precision.scaled else ():
@@ -79,20 +79,20 @@ def collectives_of(
     )
 
 
-def _shares(mine: list[LocalParam], dp: int) -> dict[tuple[int, int], int]:
+def _shares(mine: list[LocalParam], tp: int, dp: int) -> dict[tuple[int, int], int]:
     """Elements of gradients that are summed at the end of the backward, by (ranks, bytes of one), on the first data-parallel rank."""
     found: Counter[tuple[int, int]] = Counter()
     for h in mine:
         split = h.split
-        if split.sum_over <= 1:
+        if split.sum_over(tp) <= 1:
             continue
         rows = len(even_shard(h.tp_shape[0], 0, dp)) if h.tp_shape else 1
         rest = math.prod(h.tp_shape[1:])
-        if split.sum_rows is not None and split.dim is not None:
-            start, stop = split.sum_rows
+        if split.shared_rows is not None and split.dim is not None:
+            start, stop = split.shared_rows
             if split.dim == 0:
                 rows = max(0, min(stop, rows) - min(start, rows)) if dp > 1 else stop - start
             else:
                 rest = rest // h.tp_shape[split.dim] * (stop - start)
-        found[split.sum_over, h.dtype.itemsize] += rows * rest
+        found[split.sum_over(tp), h.dtype.itemsize] += rows * rest
     return dict(found)

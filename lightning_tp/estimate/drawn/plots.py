@@ -17,6 +17,7 @@ from lightning_tp.estimate.drawn.picture_drawing import draw_picture
 from lightning_tp.estimate.drawn.picture_from_trace import of_plan, of_world
 from lightning_tp.estimate.report import Estimate
 from lightning_tp.estimate.trace.rank import PRECISIONS, Precision, Settings, trace_step
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 
 # what a plan is traced in: the model's own dtypes, or bfloat16, where a kernel is known for that alone on the meta device
@@ -40,7 +41,7 @@ def plot(found: Estimate, path: str | Path) -> None:
 def picture_of(
     model: nn.Module,
     inputs: Mapping[str, Any] | tuple[Any, ...],
-    plan: Plan,
+    plan: CheckedPlan,
     *,
     loss_fn: Callable[..., Tensor] | None = None,
 ) -> Picture:

@@ -17,7 +17,7 @@ from lightning_tp.estimate.trace.rank import RankModel, Settings
 from lightning_tp.estimate.trace.steps import ForwardEvent
 from lightning_tp.estimate.trace.trace import Event, Levels, Op, Segment, Sent, StepTrace
 from lightning_tp.estimate.trace.traces import TraceCache, counted
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 
 class NotLinear(Exception):
@@ -168,7 +168,7 @@ class ScalingTracer(TraceCache):
     computed: set[int] = field(default_factory=set)
     _traced: dict[Any, dict[int, RankModel]] = field(default_factory=dict)
 
-    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> RankModel:
+    def trace(self, inputs: Any, plan: CheckedPlan, settings: Settings, sequence_parallel: bool) -> RankModel:
         """As it is, or of the two largest batches that are smaller."""
         batch = counted(inputs)[0]
         of = self._traced.setdefault(self.kind(settings, sequence_parallel), {})

@@ -25,7 +25,7 @@ from lightning_tp.core.modules.snapshot import MetaWeights, preserve_modules
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.device_kernels import Kernels, memory_of_casts
 from lightning_tp.estimate.trace.trace import OpRecorder, StepTrace, alone
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.styles import Split
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def resized(inputs: Any, batch: int | None, seq: int | None) -> Any:
     return tree_map_only(Tensor, change, inputs)
 
 
-def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[LocalParam, ...]:
+def held_by(model: nn.Module, plan: CheckedPlan, settings: Settings) -> tuple[LocalParam, ...]:
     """The parameters of the rank, the tied ones once."""
     blocks = find_blocks(model)
     units = {id(m) for m in own_units(model, [b for _, b in blocks])}
@@ -253,7 +253,7 @@ def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[LocalPara
     return tuple(found)
 
 
-def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings) -> RankModel:
+def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:
     """One micro-batch of the model on a rank; the model is left as it was.
 
     Raises:
@@ -271,7 +271,9 @@ def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, setti
     return RankModel(held, sum(buffers.values()), trace, tuple(units), classes, tuple(n for n, _ in find_blocks(model)))
 
 
-def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings, kinds: Mapping[str, Any]) -> StepTrace:
+def _follow(
+    model: nn.Module, loss_of: LossOf, inputs: Any, plan: CheckedPlan, settings: Settings, kinds: Mapping[str, Any]
+) -> StepTrace:
     blocks = {name: model.get_submodule(name) for name in kinds}  # shards may look alike where whole modules don't
     axis = alone(settings.rank, settings.tp)
     if settings.tp > 1:
@@ -319,7 +321,7 @@ def _follow(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings
     return StepTrace(recorder.pieces, recorder.followed, recorder.gradients, tuple(recorder.walk.steps), let_go)
 
 
-def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:
+def _take_shards(model: nn.Module, plan: CheckedPlan, settings: Settings) -> None:
     """Meta parameters in the shapes of the rank, in the dtype that modules compute in; tied ones stay one."""
     precision = settings.precision
     dtype = (precision.gathered if settings.dp > 1 else None) or precision.held
@@ -347,7 +349,7 @@ def _take_shards(model: nn.Module, plan: Plan, settings: Settings) -> None:
     del keep
 
 
-def _kinds(model: nn.Module, plan: Plan) -> dict[str, Any]:
+def _kinds(model: nn.Module, plan: CheckedPlan) -> dict[str, Any]:
     """For each block, what it has in common with those that do the same: classes, shapes, settings, styles."""
     styles: dict[str, list[tuple[str, str]]] = {}
     names = [n for n, _ in find_blocks(model)]

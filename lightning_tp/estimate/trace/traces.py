@@ -17,7 +17,7 @@ from lightning_tp.estimate.trace.optimizer import Steps
 from lightning_tp.estimate.trace.rank import LossOf, RankModel, Settings, default_loss, trace_step
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
-from lightning_tp.plan.check import any_split, splits_nothing
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 
 TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes of the axis that are looked at for one that fits
@@ -38,12 +38,12 @@ class TraceCache:
     inputs: Any
     loss_of: LossOf
     plan: PlanLike | None = None
-    _plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
+    _plans: dict[tuple[int, bool], CheckedPlan] = field(default_factory=dict)
     _worlds: dict[Any, RankModel] = field(default_factory=dict)
     _wholes: dict[Any, RankModel] = field(default_factory=dict)
     steps: Steps = field(default_factory=dict)  # of the optimizer, that have been looked at
 
-    def plan_of(self, tp: int, sequence_parallel: bool) -> Plan:
+    def plan_of(self, tp: int, sequence_parallel: bool) -> CheckedPlan:
         """The checked plan.
 
         Raises:
@@ -73,13 +73,13 @@ class TraceCache:
                     held[rank] += math.prod(split.local_shape(shape, rank))
         return held.index(max(held))
 
-    def _plan(self, tp: int, sequence_parallel: bool) -> Plan:
+    def _plan(self, tp: int, sequence_parallel: bool) -> CheckedPlan:
         if tp == 1:
             return Plan({"**": "replicate"}, source="nothing to split over tp=1").check(self.model, 1)
         plan = self.plan if self.plan is not None else default_plan(self.model, call_with, self.inputs, tp)
         found = resolve_plan(self.model, plan, tp, sequence_parallel=sequence_parallel)
-        if not any_split(found.entries):
-            raise TPError(splits_nothing(found, self.model, tp))
+        if not found.shards_anything:
+            raise TPError(found.why_nothing_is_sharded(self.model))
         return found
 
     def _fits(self, tp: int, sequence_parallel: bool) -> bool:
@@ -100,7 +100,7 @@ class TraceCache:
         found = self._worlds[key]
         return found if settings.dp == same.dp else found.over(settings.dp)
 
-    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> RankModel:
+    def trace(self, inputs: Any, plan: CheckedPlan, settings: Settings, sequence_parallel: bool) -> RankModel:
         """The step with these inputs."""
         return trace_step(self.model, self.loss_of, inputs, plan, settings)
 

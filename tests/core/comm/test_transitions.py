@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,32 +13,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_tp.core.comm import collectives
 from lightning_tp.core.comm.axis import Axis, even_shard
-from lightning_tp.core.comm.collectives import all_gather, all_reduce, cut, reduce_scatter
-from lightning_tp.core.comm.transitions import replicate_to_sequence, sequence_to_gathered, transition, width_to_replicate
+from lightning_tp.core.comm.collectives import all_gather, all_reduce, reduce_scatter
+from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
+from lightning_tp.core.comm.transitions import invariant_to_sequence, sequence_to_replicate, transition, width_to_invariant
 from lightning_tp.errors import TPError
 from lightning_tp.testing import run_ranks
 from tests.harness import Collectives, gradient_held, held, shard_of
 
-Pair = tuple[str, str]
+Pair = tuple[State, State]
 
-# what `comm.py` promises: (arrives, wanted) -> (sent forward, sent backward)
+# what the table of `transitions.py` promises: (arrives, wanted) -> (sent forward, sent backward)
 SENT: dict[Pair, tuple[list[str], list[str]]] = {
-    ("replicate", "gathered"): ([], ["all-reduce"]),
-    ("sequence", "gathered"): (["all-gather"], ["reduce-scatter"]),
-    ("partial", "replicate"): (["all-reduce"], []),
-    ("partial", "sequence"): (["reduce-scatter"], ["all-gather"]),
-    ("replicate", "sequence"): ([], ["all-gather"]),
-    ("sequence", "replicate"): (["all-gather"], []),
-    ("width", "replicate"): (["all-gather"], []),
-    ("replicate", "width"): ([], ["all-gather"]),
+    (I, R): ([], ["all-reduce"]),
+    (SEQUENCE, R): (["all-gather"], ["reduce-scatter"]),
+    (P, I): (["all-reduce"], []),
+    (P, SEQUENCE): (["reduce-scatter"], ["all-gather"]),
+    (I, SEQUENCE): ([], ["all-gather"]),
+    (SEQUENCE, I): (["all-gather"], []),
+    (WIDTH, I): (["all-gather"], []),
+    (I, WIDTH): ([], ["all-gather"]),
 }
 LENGTHS, BATCHES, WIDTHS = (1, 16, 17, 197), (1, 3), (8, 341)
 
 
 def function(pair: Pair, width: int) -> Callable[[Tensor, Axis], Tensor]:
-    if pair == ("width", "replicate"):
-        return lambda x, axis: width_to_replicate(x, axis, width)
+    if pair == (WIDTH, I):
+        return lambda x, axis: width_to_invariant(x, axis, width)
     found = transition(*pair)
     assert found is not None
     return found
@@ -88,14 +91,14 @@ def one(pair: Pair, shape: tuple[int, ...], dtype: torch.dtype, is_strided: bool
     assert y.is_contiguous() or y is x or is_strided, "code that calls `view` counts on it"
     assert torch.equal(x, before) and torch.equal(upstream, upstream_before), "an input was written to"
 
-    dim = len(shape) - 1 if "width" in pair else 1
-    padded = [tp * math.ceil(n / tp) if d == dim and pair[0] + pair[1] not in WHOLE else n for d, n in enumerate(shape)]
+    dim = len(shape) - 1 if WIDTH in pair else 1
+    padded = [tp * math.ceil(n / tp) if d == dim and pair not in WHOLE else n for d, n in enumerate(shape)]
     size = math.prod(padded) * dtype.itemsize
     assert forward.sent == [(kind, size) for kind in SENT[pair][0]], f"forward sends {forward.sent}"
     assert backward.sent == [(kind, size) for kind in SENT[pair][1]], f"backward sends {backward.sent}"
 
 
-WHOLE = ("replicategathered", "partialreplicate")  # an all-reduce needs no equal shards
+WHOLE = ((I, R), (P, I))  # an all-reduce needs no equal shards
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -111,17 +114,17 @@ def test_every_transition_by_hand(tp: int) -> None:
 
 
 def test_the_table_is_complete() -> None:
-    named = {pair for pair in itertools.product(("replicate", "gathered", "sequence", "width", "partial"), repeat=2)}
+    named = {pair for pair in itertools.product((I, R, SEQUENCE, WIDTH, P), repeat=2)}
     for pair in named:
         if pair[0] == pair[1]:
             assert transition(*pair) is None
-        elif pair in SENT and pair != ("width", "replicate"):  # that one has to be told the width
+        elif pair in SENT and pair != (WIDTH, I):  # that one has to be told the width
             assert transition(*pair) is not None
         else:
-            with pytest.raises(TPError, match=f"from '{pair[0]}' to '{pair[1]}'.*Go through 'replicate'"):
+            with pytest.raises(TPError, match=f"from {re.escape(str(pair[0]))} to {re.escape(str(pair[1]))}.*Go through I"):
                 transition(*pair)
     with pytest.raises(TPError, match=r"'replicated'"):
-        transition("replicated", "gathered")
+        State.of("replicated")
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -134,23 +137,23 @@ def test_backward_is_the_adjoint_of_forward(tp: int) -> None:
 
         def value(shape: tuple[int, ...], state: str) -> Tensor:
             """Random, and possible in this state: equal on all ranks where the state says so."""
-            equal = state in ("replicate", "gathered")
+            equal = state in (I, R)
             return torch.randn(shape, generator=generator if equal else mine, dtype=torch.float64)
 
         def gradient(shape: tuple[int, ...], state: str) -> Tensor:
-            equal = state in ("replicate", "partial")
+            equal = state in (I, P)
             return torch.randn(shape, generator=generator if equal else mine, dtype=torch.float64)
 
         def pairing(x: Tensor, g: Tensor, state: str) -> float:
             total = (x * g).sum()
             dist.all_reduce(total)
-            return float(total) / (tp if state == "replicate" else 1)
+            return float(total) / (tp if state == I else 1)
 
         for (arrives, wanted), length, batch in itertools.product(SENT, LENGTHS, BATCHES):
             axis = axis_of(length)
             whole = torch.zeros(batch, length, 7, dtype=torch.float64)
             in_padding, out_padding = (
-                1 - held(torch.zeros_like(whole), s, axis.rank, tp, padding=1.0) if s == "sequence" else 1.0
+                1 - held(torch.zeros_like(whole), s, axis.rank, tp, padding=1.0) if s == SEQUENCE else 1.0
                 for s in (arrives, wanted)
             )
             x = (value(held(whole, arrives, axis.rank, tp).shape, arrives) * in_padding).requires_grad_()
@@ -173,10 +176,10 @@ def test_plain_collectives() -> None:
         for dim, shape in itertools.product((0, 1, 2), ((5, 6, 7), (1, 6, 9), (4, 1, 8))):
             whole = integers(*shape, seed=3)
             shard = shard_of(whole, dim, rank, tp, padding=0.0)
-            assert torch.equal(cut(whole, dim, axis), shard), (dim, shape)
+            assert torch.equal(collectives.shard_of(whole, dim, axis), shard), (dim, shape)
             assert torch.equal(all_gather(shard, dim, shape[dim], axis), whole), (dim, shape)
             assert torch.equal(reduce_scatter(whole, dim, axis), shard * tp), (dim, shape)
-        held_bytes = cut(torch.zeros(1, 64, 64), 1, axis).untyped_storage().nbytes()
+        held_bytes = collectives.shard_of(torch.zeros(1, 64, 64), 1, axis).untyped_storage().nbytes()
         assert held_bytes == 16 * 64 * 4  # a view would keep the whole alive
 
     run_ranks(body, 4)
@@ -185,20 +188,20 @@ def test_plain_collectives() -> None:
 # ------------------------------------------------------------------------------------------------------------ the axis
 
 
-@pytest.mark.parametrize("arrives", ["replicate", "sequence"])
+@pytest.mark.parametrize("arrives", [I, SEQUENCE])
 def test_readers_of_one_tensor_share_its_collective(arrives: str) -> None:
     def body() -> None:
         axis = axis_of(16)
-        enter = transition(arrives, "gathered")
+        enter = transition(arrives, R)
         assert enter is not None
         x = held(integers(2, 16, 4, seed=1), arrives, axis.rank, axis.size).requires_grad_()
         weights = [integers(4, seed=axis.rank * 10 + i) for i in range(3)]
         with Collectives() as forward:
             ys = [axis.share(x, enter) * w for w in weights]
-        assert forward.kinds == SENT[arrives, "gathered"][0]
+        assert forward.kinds == SENT[arrives, R][0]
         with Collectives() as backward:
             sum(ys).sum().backward()  # type: ignore[union-attr]
-        assert backward.kinds == SENT[arrives, "gathered"][1]
+        assert backward.kinds == SENT[arrives, R][1]
         every: list[Tensor] = [torch.zeros(4) for _ in range(axis.size)]
         dist.all_gather(every, sum(weights))  # type: ignore[arg-type]
         assert x.grad is not None and torch.equal(x.grad, sum(every).expand_as(x))  # type: ignore[union-attr]
@@ -209,7 +212,7 @@ def test_readers_of_one_tensor_share_its_collective(arrives: str) -> None:
 def test_what_is_shared_is_never_stale() -> None:
     def body() -> None:
         axis = axis_of(16)
-        enter = transition("sequence", "gathered")
+        enter = transition(SEQUENCE, R)
         assert enter is not None
         x = torch.ones(1, 8, 4)
 
@@ -287,19 +290,19 @@ def test_second_derivatives_raise() -> None:
 def test_a_shard_of_another_length_is_refused() -> None:
     def body() -> None:
         axis = axis_of()
-        with pytest.raises(TPError, match=r"\(1, 4, 2\).*has not been seen.*`replicate`.*sequence_parallel=False"):
-            sequence_to_gathered(torch.zeros(1, 4, 2), axis)
-        replicate_to_sequence(torch.zeros(1, 9, 2), axis)  # 5 and 4
-        assert sequence_to_gathered(torch.zeros(1, 5, 2), axis).shape == (1, 9, 2)
-        for pair in (("sequence", "gathered"), ("sequence", "replicate")):
+        with pytest.raises(TPError, match=r"\(1, 4, 2\).*no sequence was sharded.*`replicate`.*sequence_parallel=False"):
+            sequence_to_replicate(torch.zeros(1, 4, 2), axis)
+        invariant_to_sequence(torch.zeros(1, 9, 2), axis)  # 5 and 4
+        assert sequence_to_replicate(torch.zeros(1, 5, 2), axis).shape == (1, 9, 2)
+        for pair in ((SEQUENCE, R), (SEQUENCE, I)):
             for wrong in (4, 9):
-                with pytest.raises(TPError, match=rf"\(1, {wrong}, 2\).*tp=2 ranks has 9 tokens, 5 a rank"):
+                with pytest.raises(TPError, match=rf"\(1, {wrong}, 2\).*tp=2 ranks has 9 tokens, 5 per rank"):
                     function(pair, 2)(torch.zeros(1, wrong, 2), axis)
 
     run_ranks(body, 2)
 
 
-@pytest.mark.parametrize("pair", [("replicate", "sequence"), ("partial", "sequence")], ids=str)
+@pytest.mark.parametrize("pair", [(I, SEQUENCE), (P, SEQUENCE)], ids=str)
 def test_two_sequences_whose_shards_are_as_long_are_told_apart(pair: Pair) -> None:
     """An encoder's 9 tokens, then a decoder's 10, both 5 a rank: the first would get a token of padding, without a word."""
 
@@ -307,13 +310,13 @@ def test_two_sequences_whose_shards_are_as_long_are_told_apart(pair: Pair) -> No
         axis = axis_of()
         cut_first = function(pair, 2)
         first = torch.tanh(cut_first(torch.ones(1, 9, 2, requires_grad=True), axis)) * 2
-        assert sequence_to_gathered(first, axis).shape == (1, 9, 2)
+        assert sequence_to_replicate(first, axis).shape == (1, 9, 2)
         second = torch.tanh(cut_first(torch.ones(1, 10, 2, requires_grad=True), axis)) * 2
-        assert sequence_to_gathered(second, axis).shape == (1, 10, 2)  # another batch is well
-        with pytest.raises(TPError, match=r"of 9 tokens .* of 10 tokens .* tp=2 ranks \(5 a rank, both\).*output='replicate'"):
-            sequence_to_gathered(first + 1, axis)
+        assert sequence_to_replicate(second, axis).shape == (1, 10, 2)  # another batch is well
+        with pytest.raises(TPError, match=r"of 9 tokens .* of 10 tokens .* tp=2 ranks \(5 tokens per rank in both\).*output='I'"):
+            sequence_to_replicate(first + 1, axis)
         third = cut_first(torch.ones(1, 9, 2, requires_grad=True), axis)
-        assert sequence_to_gathered(third, axis).shape == (1, 9, 2)
+        assert sequence_to_replicate(third, axis).shape == (1, 9, 2)
 
     run_ranks(body, 2)
 
@@ -321,7 +324,7 @@ def test_two_sequences_whose_shards_are_as_long_are_told_apart(pair: Pair) -> No
 def test_the_length_is_that_of_the_last_cut() -> None:
     def body() -> None:
         axis = axis_of()
-        for pair, length in ((("replicate", "sequence"), 9), (("partial", "sequence"), 6)):
+        for pair, length in (((I, SEQUENCE), 9), ((P, SEQUENCE), 6)):
             function(pair, 2)(torch.zeros(1, length, 2), axis)
             assert axis.seq_len == length
 
