@@ -105,17 +105,26 @@ def _boundaries(matches: list[Match], names: Names) -> Iterator[Match]:
     on_stream = [m.where for m in matches if isinstance(m.style, (Sequence, VocabEmbedding, VocabHead))]
     found: dict[str, str] = {}
     for row in rows:
-        inside: list[str] = []
-        around = row
-        while around and not inside:
-            around = around.rpartition(".")[0]
-            inside = [c for c in columns if is_below(c, around)]
-        if around in prepared or not inside or any(is_below(p, around) and is_below(row, p) for p in prepared):
-            continue
-        is_only_one = sum(is_below(r, around) for r in rows) == 1 and not any(is_below(s, around) for s in on_stream)
-        is_container = isinstance(names.modules[around], (nn.ModuleList, nn.ModuleDict))
-        if is_only_one and not is_container and (around or names.is_sequential):
+        around, inside = _around(row, columns)
+        is_prepared = around in prepared or any(is_below(p, around) and is_below(row, p) for p in prepared)
+        is_alone = sum(is_below(r, around) for r in rows) == 1 and not any(is_below(s, around) for s in on_stream)
+        if inside and is_alone and not is_prepared and _is_called(around, names):
             readers = ", ".join(c.rpartition(".")[2] for c in inside)
             found[around] = f"input all-gathered once for {readers}; {row.rpartition('.')[2]} reduces"
     for where, reason in found.items():
         yield Match(where, PrepareInput(arrives=SEQUENCE), reason)
+
+
+def _around(row: str, columns: list[str]) -> tuple[str, list[str]]:
+    """(the innermost module that holds the row-wise layer and column-wise ones, those)."""
+    inside: list[str] = []
+    around = row
+    while around and not inside:
+        around = around.rpartition(".")[0]
+        inside = [c for c in columns if is_below(c, around)]
+    return around, inside
+
+
+def _is_called(module: str, names: Names) -> bool:
+    """Whether this is a module with a forward of its own that takes activations: no list of modules, and not the whole model."""
+    return (bool(module) or names.is_sequential) and not isinstance(names.modules[module], (nn.ModuleList, nn.ModuleDict))

@@ -1,15 +1,17 @@
 """The styles of a plan: how one module is split.
 
-| name | module | parameters on a rank | what crosses |
+| name | module | parameters on a rank | input -> output (states, see `core/comm/state.py`) |
 |---|---|---|---|
-| `colwise` | linear (or embedding, by width) | its output features | nothing, or as `input`, `output` say |
-| `fused_colwise` | linear with several parts | its share of each part | the same |
-| `rowwise` | linear | its input features; bias whole | sum over ranks |
-| `sequence` | norm, dropout | whole; gradients summed | nothing |
-| `vocab_embedding` | embedding | its rows | sum over ranks |
-| `vocab_head` | linear | its rows; logits stay split | as `input` says |
-| `replicate` | anything | whole | nothing |
+| `colwise` | linear (or embedding, by width) | a shard of its output features | `R`, `I` or `S(1)` -> `S(-1)` or `I` |
+| `fused_colwise` | linear with several parts | a shard of each part | `R`, `I` or `S(1)` -> `S(-1)` |
+| `rowwise` | linear | a shard of its input features; full bias | `S(-1)` or `I` -> `I`, `S(1)` or `P` |
+| `sequence` | norm, dropout | full; gradients summed | `S(1)` or `I` -> `S(1)` or `I` |
+| `vocab_embedding` | embedding | a shard of its rows | ids -> `I` or `S(1)` |
+| `vocab_head` | linear | a shard of its rows | `R`, `I` or `S(1)` -> split logits |
+| `replicate` | anything | full | as it is |
 | `prepare_input`, `prepare_output` | any module around these | - | as they say |
+| `local_ops` | a module whose code hard-codes full sizes | - | - |
+| `shard` | one parameter | a shard of one dim | - |
 """
 
 from __future__ import annotations

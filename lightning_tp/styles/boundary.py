@@ -24,14 +24,14 @@ ANY = (R, I, P, SEQUENCE, WIDTH)
 
 @dataclass(frozen=True)
 class PrepareInput(Style):
-    """Take a module's input from one state to another before its forward runs.
+    """Change the state of a module's input before its forward runs.
 
     Args:
         arrives: the state in which the caller hands it over. Default: that of the activations between split modules.
         wanted: the state in which the module reads it.
-        arg: which argument: its position, or its name. None: the first floating-point tensor.
-        attributes: what the module's own attributes are on one rank, as (name, value) pairs; e.g. how often a rank repeats
-            its key/value heads, where they are shared.
+        arg: which argument: its position, or its name. Default: the first floating-point tensor.
+        attributes: (name, value) pairs of attributes that the module has on a rank; e.g. how often its key/value heads are repeated, where
+            ranks share them.
     """
 
     name: ClassVar[str] = "prepare_input"
@@ -93,12 +93,12 @@ class PrepareInput(Style):
 
 @dataclass(frozen=True)
 class PrepareOutput(Style):
-    """Take a module's output from one state to another after its forward ran.
+    """Change the state of a module's output after its forward ran.
 
     Args:
         arrives: the state in which the module leaves it.
         wanted: the state in which the caller reads it.
-        index: which one, of a tuple or list of outputs.
+        index: of the output, where the module returns a tuple or list.
     """
 
     name: ClassVar[str] = "prepare_output"
@@ -150,7 +150,7 @@ class _PrepareInput(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         (arg, enter), *more = self._inputs
         if not more and args and (arg == 0 or (arg is None and isinstance(args[0], Tensor) and args[0].is_floating_point())):
-            return super().forward(enter(args[0], self._input_axis), *args[1:], **kwargs)  # by far the most usual
+            return super().forward(enter(args[0], self._input_axis), *args[1:], **kwargs)  # the usual case
         named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         entered: dict[tuple[int, Transition], Tensor] = {}  # one tensor may be several arguments: queries, keys and values
         for arg, enter in self._inputs:

@@ -1,7 +1,7 @@
 """One linear layer that computes several things at once: q, k and v; gate and up.
 
-Each part is split by itself, so that a rank's output is its shard of every part, in the order of the parts: the model's own
-`chunk` or `split` then finds (q / tp | k / tp | v / tp) where it looked for (q | k | v).
+Each part is split by itself, so that a rank's output is its shard of every part, in the order of the parts: the model's own `chunk` or
+`split` then finds (q / tp | k / tp | v / tp) where it would find (q | k | v).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class FusedColwise(Style):
 
     Args:
         parts: how many equal parts (2 for gate and up, 3 for q, k and v of the same size), or the size of each.
-        heads: how many heads each part has: as many numbers as parts, or one for all. A part with fewer heads than tp
-            (the key/value heads of grouped queries) is shared by neighbouring ranks, and its gradient summed over them.
+        heads: how many heads each part has: as many numbers as parts, or one for all. A part with fewer heads than tp (the key/value heads
+            of grouped-query attention) is shared by neighbouring ranks, and its gradient summed over them.
         input: the state in which its input arrives: `R` (taken to it by an enclosing module), `I` or `S(1)`.
 
     Example:

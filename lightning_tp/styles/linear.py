@@ -1,7 +1,7 @@
-"""Linear layers split by their output features (column-wise) or their input features (row-wise).
+"""Linear layers split by their output features (column-wise) or by their input features (row-wise).
 
-After Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053): column-wise then row-wise needs one collective at each end of the pair.
-torch's counterparts are `ColwiseParallel` and `RowwiseParallel`.
+After Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053): a column-wise layer followed by a row-wise one needs one collective at each
+end of the pair. torch's counterparts are `ColwiseParallel` and `RowwiseParallel`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Colwise(Style):
     """Split a linear layer by its output features: weight (out, in) -> (out / tp, in), bias (out,) -> (out / tp,).
 
-    Also an `nn.Embedding`, by its width: (n, d) -> (n, d / tp), the rows gathered again; and an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`
-    without groups, by its output channels, which are gathered again (`output=I`).
+    Also an `nn.Embedding`, by its width: (n, d) -> (n, d / tp), with the output all-gathered; and an `nn.Conv1d`, `nn.Conv2d` or
+    `nn.Conv3d` without groups, by its output channels, with the output all-gathered (`output=I`).
 
     Args:
-        heads: the output is this many heads, whole heads go to a rank; fewer (key/value) heads than tp are shared by ranks.
-        query_heads: with `heads`, the heads that attend: tp has to divide them. Default: `heads`.
+        heads: the output is this many heads, and a rank gets whole ones; fewer (key/value) heads than tp are shared by neighbouring ranks.
+        query_heads: with `heads`, the number of query heads, which tp has to divide. Default: `heads`.
         input: the state in which its input arrives: `R` (taken to it by an enclosing module), `I` or `S(1)`.
         output: the state in which its output leaves: `S(-1)` (sharded), or `I` (all-gathered); of an embedding also `S(1)`.
-        ranges: for each rank the (start, stop) ranges of the output features that it has, where they are not cut evenly.
+        ranges: for each rank the (start, stop) ranges of the output features that it holds, where they are not cut evenly.
 
     Example:
         >>> from torch import nn
@@ -93,10 +93,10 @@ class Colwise(Style):
         width = set_sizes(module, out_features=shape[out_dim], nf=shape[out_dim])
         enter = transition(self.input or R, R)
         if enter is None and self.output == WIDTH:
-            return  # a plain linear layer on its own columns: nothing to add
+            return  # a plain linear layer on its own columns
         gathered = width if self.output == I else None
         if gathered is not None and isinstance(module, nn.Linear):
-            module.out_features = width  # what code around it reads is the size of what leaves
+            module.out_features = width  # code around it reads the size of the output
         swap_class(module, _Colwise, _axis=site.axis, _enter=enter, _gather=gathered)
 
     def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
@@ -131,13 +131,13 @@ class Colwise(Style):
 
 @dataclass(frozen=True)
 class Rowwise(Style):
-    """Split a linear layer by its input features: weight (out, in) -> (out, in / tp); the bias is whole and added once.
+    """Split a linear layer by its input features: weight (out, in) -> (out, in / tp); the bias is full and added once.
 
     Args:
         input: the state in which its input arrives: `S(-1)` (the shard that a column-wise layer leaves), or `I` (it is sharded here).
         output: the state in which its output leaves: `I` (all-reduce), `S(1)` (reduce-scatter), or `P` (partial sums, which an enclosing
             module reduces). Default: that of the activations between split modules.
-        ranges: for each rank the (start, stop) ranges of the input features that it has, where they are not cut evenly.
+        ranges: for each rank the (start, stop) ranges of the input features that it holds, where they are not cut evenly.
 
     Example:
         >>> from torch import nn
@@ -188,7 +188,7 @@ class Rowwise(Style):
 
 
 class _Colwise(nn.Module):
-    """Runs a linear layer on its own columns, with a collective before or after."""
+    """Runs a linear layer on this rank's columns, with a collective before or after."""
 
     _axis: Axis
     _enter: Transition | None
@@ -203,7 +203,7 @@ class _Colwise(nn.Module):
 
 
 class _ColwiseConvolution(nn.Module):
-    """Runs a convolution for its own output channels, and gathers them."""
+    """Runs a convolution for this rank's output channels, and all-gathers them."""
 
     _axis: Axis
     _enter: Transition | None
@@ -220,7 +220,7 @@ class _ColwiseConvolution(nn.Module):
 
 
 class _Rowwise(nn.Module):
-    """Runs a linear layer on its own rows, sums over the ranks, then adds the bias once."""
+    """Runs a linear layer on this rank's rows, reduces over the ranks, then adds the bias once."""
 
     _axis: Axis
     _enter: Transition | None
@@ -237,22 +237,20 @@ class _Rowwise(nn.Module):
         if not self._has_bias:
             y = super().forward(x)
             axis.summing = False
-            return (
-                y if self._leave is None else self._leave(y, axis)
-            )  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
-        self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank; not from FSDP2
+            return y if self._leave is None else self._leave(y, axis)  # P -> I: all-reduce; P -> S(1): reduce-scatter
+        self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank, and not from FSDP2
         try:
             y = super().forward(x)
         finally:
             del self.__dict__["bias"]
             axis.summing = False
-        if self._leave is None:  # once among the terms; on all ranks it has a gradient
+        if self._leave is None:  # added to one of the terms; on all ranks it has a gradient
             return y + (self.bias * 0 if axis.rank else self.bias)
         return self._leave(y, axis) + self.bias
 
 
 class _Conv1DProduct(nn.Module):
-    """The product of transformers' `Conv1D` without its bias (its own forward can't do without)."""
+    """The matmul of transformers' `Conv1D` without its bias, which its own forward can't do without."""
 
     weight: Tensor
 
@@ -261,7 +259,7 @@ class _Conv1DProduct(nn.Module):
 
 
 class _WidthEmbedding(nn.Module):
-    """An embedding whose rows are split by their width, and gathered."""
+    """An embedding whose rows are split by their width, and all-gathered."""
 
     _axis: Axis
     _width: int
@@ -287,7 +285,11 @@ def _by_ranges(ranges: tuple[Ranges, ...]) -> Any:
 
 
 def refuse_embedding_options(module: nn.Embedding, where: str) -> None:
-    """Options of `nn.Embedding` that look at the whole table, or at which rows a batch used."""
+    """Refuse options of `nn.Embedding` that need the full table, or that depend on which rows a batch used.
+
+    Raises:
+        TPError: it names the option.
+    """
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
             raise TPError(

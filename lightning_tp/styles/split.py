@@ -139,21 +139,29 @@ def split_of_ranges(ranges: tuple[Ranges, ...], dim: int) -> Split:
 @lru_cache(maxsize=4096)  # repeated blocks have equal ranges
 def _shared(ranges: tuple[Ranges, ...]) -> tuple[int, tuple[int, int] | None]:
     """(how many neighbouring ranks share indices, the local rows in which every rank holds what it shares; None for all)."""
-    cuts = sorted({i for of in ranges for span in of for i in span})
-    held = [[any(start <= a and b <= stop for start, stop in of) for of in ranges] for a, b in pairwise(cuts)]
-    holders = {tuple(rank for rank, holds in enumerate(row) if holds) for row in held}
-    sharing = {ranks for ranks in holders if len(ranks) > 1}
-    if not sharing:
+    shared = {span: ranks for span, ranks in _holders(ranges).items() if len(ranks) > 1}
+    if not shared:
         return 1, None
-    rows = {_rows_of(of, [(a, b) for (a, b), row in zip(pairwise(cuts), held, strict=True) if sum(row) > 1]) for of in ranges}
-    n = len(next(iter(sharing)))
+    n = len(next(iter(shared.values())))
     groups = {tuple(range(start, start + n)) for start in range(0, len(ranges), n)}
-    if sharing != groups or len(rows) != 1 or (common := rows.pop()) is None:
+    rows = {_rows_of(own, list(shared)) for own in ranges}
+    if set(shared.values()) != groups or len(rows) != 1 or None in rows:
         raise TPError(
             f"Ranks share indices of a weight, but not the same number of neighbouring ranks in the same places: {ranges}. Their gradients "
             "can't be summed in one all-reduce."
         )
-    return n, None if all(common == (0, sum(stop - start for start, stop in of)) for of in ranges) else common
+    common = rows.pop()
+    lengths = {sum(stop - start for start, stop in own) for own in ranges}
+    return n, None if lengths == {common and common[1]} and common and common[0] == 0 else common
+
+
+def _holders(ranges: tuple[Ranges, ...]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Of each (start, stop) between two cuts that any rank makes, the ranks that hold it."""
+    cuts = sorted({i for own in ranges for span in own for i in span})
+    return {
+        (a, b): tuple(rank for rank, own in enumerate(ranges) if any(start <= a and b <= stop for start, stop in own))
+        for a, b in pairwise(cuts)
+    }
 
 
 def _rows_of(own: Ranges, shared: list[tuple[int, int]]) -> tuple[int, int] | None:
@@ -164,8 +172,7 @@ def _rows_of(own: Ranges, shared: list[tuple[int, int]]) -> tuple[int, int] | No
         inside = sorted((max(a, start), min(b, stop)) for a, b in shared if max(a, start) < min(b, stop))
         rows += [row for a, b in inside for row in (at + a - start, at + b - start)]
         at += stop - start
-    joined = rows[:1] + rows[-1:]
-    return (joined[0], joined[1]) if joined and rows[1:-1:2] == rows[2:-1:2] else None
+    return (rows[0], rows[-1]) if rows and rows[1:-1:2] == rows[2:-1:2] else None
 
 
 def check_heads(where: str, heads: int, query_heads: int, length: int, tp: int) -> None:

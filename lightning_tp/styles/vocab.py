@@ -1,4 +1,4 @@
-"""The two ends of a language model, split over the vocabulary: the embedding and the head. They may share one weight.
+"""The two ends of a language model, split over the vocabulary: the embedding and the head. They may be tied.
 
 After Megatron-LM (arXiv 1909.08053). torch's counterparts are `RowwiseParallel` on an `nn.Embedding` and `ColwiseParallel` with
 `use_local_output=False`. Any vocabulary splits over any tp: 1003 rows over 2 ranks are 502 and 501.
@@ -25,7 +25,7 @@ from lightning_tp.styles.split import Split, even_split
 
 @dataclass(frozen=True)
 class VocabEmbedding(Style):
-    """Split an embedding by its rows: weight (V, d) -> (V / tp, d). A rank looks up its own rows; the sum over ranks is whole.
+    """Split an embedding by its rows: weight (V, d) -> (V / tp, d). Each rank looks up its own rows, and the results are summed.
 
     Args:
         output: the state in which its output leaves: `I` (all-reduce) or `S(1)` (reduce-scatter). Default: that of the activations between
@@ -130,18 +130,18 @@ class _VocabEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         if type(ids) is Tensor and ids.device.type == "cpu":  # a GPU would have to wait for the answer
             _check_range(ids, self._vocab)
-        if self._rows == 0:  # more ranks than rows: this one has none, and adds zeros
+        if self._rows == 0:  # more ranks than rows: this one holds none, and adds zeros
             y = self.weight.sum() + self.weight.new_zeros((*ids.shape, self.embedding_dim))
             return self._leave(y, self._axis)
         local = ids - self._start
         mine = local.clamp(0, self._rows - 1)
-        y = super().forward(mine)  # its own: Gemma's and BART's scale what they look up
-        y = y.masked_fill((mine != local).unsqueeze(-1), 0.0)  # (B, S, d): zero but on the one rank that has the row
+        y = super().forward(mine)  # the class's own: Gemma's and BART's scale the rows
+        y = y.masked_fill((mine != local).unsqueeze(-1), 0.0)  # (B, S, d): zero except on the rank that holds the row
         return self._leave(y, self._axis)
 
 
 def _check_range(ids: Tensor, vocab: int) -> None:
-    """Where one process raises: an id that no rank has would give zeros on all."""
+    """Raise as one process does: an id that no rank holds would give zeros on all of them."""
     low, high = torch.aminmax(ids) if ids.numel() else (0, 0)
     if low < 0 or high >= vocab:
         raise TPError(f"Embedding: id {int(low if low < 0 else high)} is out of range for a vocabulary of {vocab}.")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_tp._compat import all_gather_into, reduce_scatter_into
@@ -14,6 +17,16 @@ unseen = torch._C.DisableTorchFunction  # by function modes: a module that has i
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum `x` over the ranks, in place; return it."""
     axis.group.allreduce([x]).wait()
+    return x
+
+
+def reduce_over(x: Tensor, groups: Iterable[dist.ProcessGroup], *, largest: bool = False) -> Tensor:
+    """Sum `x` over several groups, one after the other, or take the largest of each element; in place; return it."""
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    for group in groups:
+        if group.size() > 1:
+            group.allreduce([x], options).wait()
     return x
 
 
