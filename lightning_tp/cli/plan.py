@@ -74,7 +74,6 @@ def _choose(target: Target, args: argparse.Namespace) -> CheckedPlan:
 
 def show(plan: CheckedPlan) -> None:
     """The table of a plan; in colour on a terminal, if rich is there."""
-    text = str(plan)
     try:
         if not sys.stdout.isatty():
             raise ImportError
@@ -82,14 +81,11 @@ def show(plan: CheckedPlan) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        print(text)
+        print(plan)
         return
-    head, names, *lines = text.splitlines()
-    titles = ("modules", "style", "whole -> on a rank", "reason")
-    starts = [names.index(title) for title in titles]
-    cells = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None])] for line in lines]
-    table = Table(*titles, title=head, title_justify="left", header_style="bold")
-    for module, style, shapes, reason in cells:
+    head = str(plan).partition("\n")[0]
+    table = Table("modules", "style", "full shape -> local shard", "reason", title=head, title_justify="left", header_style="bold")
+    for module, style, shapes, reason in plan.rows:
         colour = "dim" if style.startswith("replicate") else "magenta" if style.startswith(("sequence", "prepare")) else "green"
         table.add_row(Text(module, "cyan"), Text(style, colour), Text(shapes), Text(reason, "dim"))
     Console().print(table)

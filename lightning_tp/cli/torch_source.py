@@ -27,13 +27,16 @@ def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
         TPError: if torch has no counterpart of some rules; it lists their modules.
     """
     refused: dict[str, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for entry in plan.entries:
+        if entry.where not in modules:
+            continue
         why = ""
         if entry.style.name in NOT_IN_TORCH:
             why = f"`{entry.style.name}`"
         else:
             try:
-                entry.to_torch(model.get_submodule(entry.where))
+                entry.to_torch(modules[entry.where])
             except TPError as error:
                 why = str(error).removeprefix(f"`{entry.where}`: ").replace(USE_LOCAL, "").strip(" .")
         if why:

@@ -145,26 +145,25 @@ class PartialGradients:
         if not looked_at:
             return
         low, high = self._over_ranks(torch.stack([_signature(p) for p in looked_at]).to(looked_at[0].device))
-        norms, spreads = high[:, 0], (high - low).amax(1)
-        differ = (spreads > TOLERANCE * norms.clamp_min(1e-12)) & (norms > 1e-9 * norms.max())
-        equal = (spreads == 0) & (norms > 0)
+        smallest, largest = low[:, 0], high[:, 0]
+        matters, some = largest > 1e-9 * largest.max(), TOLERANCE * largest.clamp_min(1e-12)
+        unequal = ((largest - smallest > some) & matters).tolist()
         decided = {}
-        for p, unequal, same, smallest, largest in zip(
-            looked_at, differ.tolist(), equal.tolist(), low[:, 0].tolist(), norms.tolist(), strict=True
-        ):
+        for i, p in enumerate(looked_at):
             shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
             if shard.split.state is None:
-                decided[p] = R if unequal else I if largest > 0 else None
-            elif shard.split.state == I and unequal:
+                spread = float((high[i] - low[i]).max())
+                decided[p] = None if not largest[i] else R if spread > some[i] else I
+            elif shard.split.state == I and unequal[i]:
                 raise TPError(
-                    f"`{shard.name}` is replicated, but its gradient is not the same on all tp={self.axis.size} ranks (norms from {smallest:.4g} to "
-                    f"{largest:.4g}): it works on sharded activations. Give it the style `sequence` if it runs on shards of the sequence, else "
-                    "Replicate(state='R'), and its gradients are summed."
+                    f"`{shard.name}` is replicated, but its gradient is not the same on all tp={self.axis.size} ranks (norms from "
+                    f"{smallest[i]:.4g} to {largest[i]:.4g}): it works on sharded activations. Give it the style `sequence` if it runs on "
+                    "shards of the sequence, else Replicate(state='R'), and its gradients are summed."
                 )
-            elif shard.split.state == R and same:
+            elif shard.split.state == R and smallest[i] == largest[i] > 0:
                 raise TPError(
                     f"`{shard.name}`: the plan says that its gradient is partial, but all tp={self.axis.size} ranks have the same one (norm "
-                    f"{largest:.4g}): summing would make it {self.axis.size} times too large. Give it the style Replicate(state='I')."
+                    f"{largest[i]:.4g}): summing would make it {self.axis.size} times too large. Give it the style Replicate(state='I')."
                 )
         if decided:
             self._decide(decided)

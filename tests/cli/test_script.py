@@ -82,7 +82,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_script_is_stopped_where_it_would_train(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", script, "--tp", "4", "--dp", "256"]) == 0
     found = capsys.readouterr()
-    assert "inferred, tp=4" in found.out and "1024 (tp=4 x dp=256)" in found.out and "all-reduce" in found.out
+    assert "Plan (inferred), tp=4" in found.out and "1024 (tp=4 x dp=256)" in found.out and "all-reduce" in found.out
     assert "on 1" in found.err and [p.name for p in tmp_path.iterdir()] == ["train.py"]
     assert main(["plan", script, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)  # what the script prints is not among it

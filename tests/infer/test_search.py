@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.state import I
-from lightning_tp.plan.check import any_split, splits_nothing
 from tests.zoo import CASES, LM, Attention, Block, Fused, ids
 
 
@@ -172,8 +171,8 @@ def test_tp_is_checked() -> None:
 def test_a_model_with_nothing_to_split_is_told() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU())
     plan = ltp.infer_plan(model, (torch.zeros(2, 4, 9),), tp=2).check(model, 2)
-    assert not any_split(plan.entries)
-    assert "Nothing in its forward can be split over ranks" in splits_nothing(plan, model, 2)
+    assert not plan.shards_anything
+    assert "Nothing in its forward can be sharded" in plan.why_nothing_is_sharded(model)
 
 
 def test_what_stays_whole_says_why_and_what_it_costs() -> None:

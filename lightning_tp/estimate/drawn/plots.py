@@ -66,8 +66,6 @@ def picture_of(
     """
     from lightning_tp.estimate.trace.traces import loss_of
 
-    if not plan.entries or plan.tp is None:
-        raise TPError("A picture needs the sizes of a model: call `plan.check(model, tp)` first, it returns the plan to use.")
     whole = Plan({"**": "replicate"}).check(model, 1)
     losses = (loss_fn, None) if loss_fn is not None else (None,)  # one that holds real tensors can't be followed; the model can
     for precision, loss in product(TRIED, losses):
