@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.state import R
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import Colwise, PrepareInput, Replicate, Rowwise, VocabEmbedding, VocabHead
