@@ -30,6 +30,9 @@ PURPOSE = {
     "cli": "lightning-tp",
 }
 
+BOX = {"boxstyle": "round,pad=0.02", "fc": "#eef3fb", "ec": "#44546a", "lw": 1, "zorder": 2}
+ARROW = {"arrowstyle": "-|>", "mutation_scale": 8, "lw": 1.0, "color": "#6b7a90", "zorder": 1}
+
 
 def edges() -> tuple[list[list[str]], set[tuple[str, str]]]:
     """(the floors from the ground up, (importer, imported) of folders)."""
@@ -54,6 +57,7 @@ def _leads_by(a: str, b: str, pairs: set[tuple[str, str]]) -> bool:
 
 
 def draw(path: Path) -> None:
+    """Write the picture to `path`, an SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -72,13 +76,22 @@ def draw(path: Path) -> None:
         for i, unit in enumerate(row):
             x = 50 + (i - (len(row) - 1) / 2) * width
             center[unit] = (x, level + 0.35)
-            box = FancyBboxPatch((x - width / 2 + 1.5, level + 0.08), width - 3, 0.54, boxstyle="round,pad=0.02", fc="#eef3fb", ec="#44546a", lw=1, zorder=2)
+            box = FancyBboxPatch((x - width / 2 + 1.5, level + 0.08), width - 3, 0.54, **BOX)
             ax.add_patch(box)
             ax.text(x, level + 0.45, unit, ha="center", va="center", fontsize=11, fontweight="bold", color="#1f2a3a", zorder=3)
-            ax.text(x, level + 0.22, PURPOSE[unit], ha="center", va="center", fontsize=7.4 if len(row) > 3 else 8.5, color="#33415c", zorder=3)
+            ax.text(
+                x,
+                level + 0.22,
+                PURPOSE[unit],
+                ha="center",
+                va="center",
+                fontsize=7.4 if len(row) > 3 else 8.5,
+                color="#33415c",
+                zorder=3,
+            )
     for a, b in sorted(pairs):
         (xa, ya), (xb, yb) = center[a], center[b]
-        ax.add_patch(FancyArrowPatch((xa, ya - 0.29), (xb, yb + 0.29), arrowstyle="-|>", mutation_scale=8, lw=1.0, color="#6b7a90", zorder=1))
+        ax.add_patch(FancyArrowPatch((xa, ya - 0.29), (xb, yb + 0.29), **ARROW))
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.05)
 
 

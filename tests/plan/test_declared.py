@@ -205,7 +205,9 @@ def test_a_norm_between_the_layers_gets_its_gradient_summed() -> None:
     plan = declared_plan(model, tp=2)
     assert plan is not None
     splits = plan.check(model, 2).splits
-    says_so = any("q_norm" in pattern for pattern in model.tp_plan)  # transformers does from 5.1 on; before, the first gradients tell
+    says_so = any(
+        "q_norm" in pattern for pattern in model.tp_plan
+    )  # transformers does from 5.1 on; before, the first gradients tell
     assert splits["model.layers.0.self_attn.q_norm.weight"].state == (R if says_so else None)
     assert splits["model.layers.0.input_layernorm.weight"].sum_over(2) == 1
 
@@ -215,7 +217,9 @@ def test_a_declared_style_that_is_not_known_here() -> None:
     with pytest.raises(ltp.TPError) as error:
         declared_plan(build("mixtral", **experts), tp=2)
     message = str(error.value)
-    assert re.match(r"`model\.layers\.\*\.mlp\.\S+`: MixtralForCausalLM declares the style '\w+', which has no counterpart", message)
+    assert re.match(
+        r"`model\.layers\.\*\.mlp\.\S+`: MixtralForCausalLM declares the style '\w+', which has no counterpart", message
+    )
     assert "`plan=`" in message and "colwise, rowwise" in message
     with pytest.raises(ltp.TPError, match=r"`inner.model.layers"):
         declared_plan(nn.ModuleDict({"inner": build("mixtral", **experts)}), tp=2)
