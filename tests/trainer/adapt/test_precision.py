@@ -278,7 +278,7 @@ def test_half_parameters_and_lbfgs_are_refused_with_a_scaler(monkeypatch: pytest
         return said
 
     first = on(TP2, body)[0]
-    assert "is float16, so the parameter is" in first[0] and "LBFGS takes its steps from dot products" in first[1]
+    assert "is float16, so the parameter is" in first[0] and "LBFGS computes its steps from dot products" in first[1]
 
 
 # ------------------------------------------------------------------------------------------------- steps taken by hand
