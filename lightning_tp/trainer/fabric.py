@@ -212,7 +212,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         def find() -> Plan:
             return default_plan(module, call_with, self.precision.convert_input(inputs), tp)
 
-        remedy = "check that `forward` runs on these `inputs` in one process, or pass `FabricTPStrategy(plan=..)`"
+        remedy = "Check that `forward` runs on these `inputs` in one process, or pass `FabricTPStrategy(plan=..)`"
         return plan_of_first_rank(find, module, tp, traced=f"{name}.forward", remedy=remedy)
 
     @override

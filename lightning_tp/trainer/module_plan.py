@@ -43,7 +43,7 @@ def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> 
                 return default_plan(module, call_with, inputs, tp)
             return default_plan(module, lambda m, batch: getattr(m, step)(batch, 0), first_batch(trainer), tp)
 
-    remedy = "pass `TPStrategy(plan=..)`" if example is not None else "set `example_input_array`, or pass `TPStrategy(plan=..)`"
+    remedy = "Pass `TPStrategy(plan=..)`" if example is not None else "Set `example_input_array`, or pass `TPStrategy(plan=..)`"
     return plan_of_first_rank(find, module, tp, traced=f"{type(module).__name__}.{step}", remedy=remedy)
 
 
@@ -61,21 +61,21 @@ def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, 
         TPError: On all ranks, if it can't be found, or splits nothing.
     """
 
-    def checked() -> Plan:
+    def find_and_check() -> Plan:
         try:
             found = find()
-        except TPError:
-            raise
         except Exception as error:
-            at = raised_at(error.__traceback__)
-            message = f"Could not infer a plan: tracing `{traced}` raised {type(error).__name__}: {error}{at}."
-            raise TPError(f"{message} {remedy[0].upper()}{remedy[1:]}.") from error
+            cause = error.__cause__ if isinstance(error, TPError) else error  # `infer` says so without the name of the step
+            if cause is None:
+                raise
+            message = f"Could not infer a plan: tracing `{traced}` raised {type(cause).__name__}: {cause}{raised_at(cause.__traceback__)}."
+            raise TPError(f"{message} {remedy}.") from cause
         checked = found.check(module, tp)
         if not checked.shards_anything:
             raise TPError(checked.why_nothing_is_sharded(module))
         return found
 
-    return Peers().from_first(checked)
+    return Peers().from_first(find_and_check)
 
 
 def first_batch(trainer: pl.Trainer) -> Any:

@@ -120,7 +120,7 @@ PATCHES: list[Patch] = [
           "(self, trainer, pl_module)", OBJECT, "trainer/adapt/metrics.py",
           "the summary counts the parameters of the full model, and those of a device beside them"),
     Patch("lightning.pytorch.callbacks.throughput_monitor:ThroughputMonitor._throughputs",
-          None, OBJECT, "trainer/adapt/metrics.py",
+          None, OBJECT, "trainer/patches/private.py",
           "samples are counted over the data-parallel ranks, and FLOPs shared by a tensor-parallel group (each run makes its own)"),
     Patch("lightning.pytorch.callbacks.prediction_writer:BasePredictionWriter.write_on_batch_end",
           "(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx)", OBJECT, "trainer/adapt/metrics.py",
@@ -156,7 +156,7 @@ PATCHES: list[Patch] = [
           "(self)", OBJECT, "trainer/launch/processes.py",
           "ranks get some seconds to report which of them failed before Lightning's launcher kills all (on the thread that watches them)"),
     Patch("sys:excepthook",
-          "(exctype, value, traceback)", RUN, "trainer/launch/watchdog.py",
+          None, RUN, "trainer/launch/watchdog.py",
           "an exception that another rank shows is one line here; set when this rank has failed, and about to end"),
     # -------------------------------------------------------------------------------------------------------------- during one call
     Patch("torch.distributed:init_process_group",
