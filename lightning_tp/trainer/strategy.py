@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -71,7 +70,7 @@ from lightning_tp.trainer.module_plan import (
     plan_of_module,
 )
 from lightning_tp.trainer.patches import private
-from lightning_tp.trainer.patches.process import load_folders, patch_for_trainers
+from lightning_tp.trainer.patches.process import let_other_package_refuse, load_folders, patch_for_trainers
 from lightning_tp.trainer.patches.run import UncompiledModule, known_warnings_filtered
 from lightning_tp.trainer.resume import Resume
 
@@ -179,13 +178,9 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self._first_batch: FirstBatchCheck | None = None
         self._random_calls: RandomCallPolicy | None = None
         self._ranks: Ranks | None = None  # of the mesh of the last run
-        self._call_through: nn.Module | None = (
-            None  # FSDP2's hooks are on the LightningModule itself: steps go through its `__call__`
-        )
-
+        self._call_through: nn.Module | None = None  # FSDP2's root is the LightningModule itself: steps go through its `__call__`
         patch_for_trainers(TPStrategy)
-        if (other := sys.modules.get("pytorch_lightning.strategies")) is not None:  # lets its Trainer come to `OTHER_PACKAGE`
-            other.Strategy.register(type(self))
+        let_other_package_refuse(type(self))
 
     def load_pretrained(self, path: Any, *, strict: bool = True) -> None:
         """Load the weights of a Hugging Face folder into the LightningModule; each rank reads only its slices if the module is on the meta device.
@@ -257,8 +252,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def apply_plan(self, module: pl.LightningModule) -> None:
         """Split a module by its plan, once: in `configure_model` of the mixin, or else in `setup`.
 
-        In this order: precision, pretrained weights, the plan, the run in one process for `verify`, callbacks that want the full model, and then
-        the parallelisms.
+        In this order: precision, pretrained weights, plan, the run in one process for `verify`, callbacks that want the full model, parallelisms.
 
         Raises:
             TPError: On one rank's screen, if there is no plan, or it does not fit.

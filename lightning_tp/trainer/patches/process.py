@@ -7,6 +7,7 @@ and modules that are not split, get Lightning's own function from them.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -72,6 +73,12 @@ def patch_for_fabrics(strategy: type) -> None:
 
     replace(fabric_connector._Connector, "_check_and_init_precision", check)
     take_norms_of_full_gradients()
+
+
+def let_other_package_refuse(strategy: type) -> None:
+    """Let the Trainer of `pytorch_lightning`, if it is there, take a strategy as far as the error that says which import is right."""
+    if (other := sys.modules.get("pytorch_lightning.strategies")) is not None:
+        other.Strategy.register(strategy)
 
 
 def load_folders() -> None:

@@ -80,7 +80,7 @@ PATCHES: list[Patch] = [
           "(trainer)", PROCESS, "trainer/patches/process.py",
           "an error with advice for `Tuner.scale_batch_size`, before any process is started"),
     Patch("pytorch_lightning.strategies:Strategy.register",
-          None, PROCESS, "trainer/strategy.py",
+          None, PROCESS, "trainer/patches/process.py",
           "the other package's Trainer takes the strategy as far as the error that says which import is right (an ABC's public method)"),
     Patch("torch.nn.utils.clip_grad:_get_total_norm",
           "(tensors, norm_type, error_if_nonfinite, foreach)", PROCESS, "_compat.py",
