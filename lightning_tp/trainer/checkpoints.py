@@ -53,6 +53,11 @@ class CheckpointWriter:
         self.failed = False  # the last one: what it would have replaced is kept
         self._thread, self._host_copy = Background(), HostCopy()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written, or was and nobody has waited for it."""
+        return self._thread.busy
+
     def peers(self) -> Peers:
         """The ranks, with a process group of their own for saving in the background. A collective."""
         return Peers(checkpoints.group_for_saving() if self.background else None)
