@@ -36,7 +36,6 @@ STILL = {
     "cli/parser.py",
     "core/comm/axis.py",
     "core/comm/collectives.py",
-    "core/comm/transitions.py",
     "core/modules/call_site.py",
     "core/modules/snapshot.py",
     "core/modules/tape.py",

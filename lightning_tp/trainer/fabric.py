@@ -167,12 +167,9 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     # --------------------------------------------------------------------------------------------- model, optimizers
 
-    @override
-    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager:
-        return self._init_context(empty_init)
-
     @contextmanager
-    def _init_context(self, empty_init: bool | None) -> Generator[None, None, None]:
+    @override
+    def module_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         with self.precision.module_init_context(), materialize.init_on_meta() if empty_init else nullcontext():
             yield
 

@@ -109,7 +109,7 @@ def test_launchers(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of_trainer, of_fabric = LAUNCHERS[method]
     assert type(trainer.strategy.launcher) is of_trainer and type(fabric.strategy.launcher) is of_fabric
     if method in ("fork", "spawn"):
-        assert private.start_method_of(trainer.strategy.launcher) == private.start_method_of(fabric.strategy.launcher) == method
+        assert trainer.strategy.launcher.start_method == fabric.strategy.launcher.start_method == method
 
 
 def test_names_are_registered_once() -> None:

@@ -88,7 +88,9 @@ def test_what_its_data_raises() -> None:
 
 def test_a_model_that_cannot_be_split() -> None:
     plan = Plan({"**": "replicate"})
-    with pytest.raises(ltp.TPError, match="would replicate every parameter of Linear on tp=2 ranks, so tensor parallelism brings nothing"):
+    with pytest.raises(
+        ltp.TPError, match="would replicate every parameter of Linear on tp=2 ranks, so tensor parallelism brings nothing"
+    ):
         plan_of_first_rank(lambda: plan, nn.Linear(2, 2), 2, traced="x", remedy="do it")
 
 

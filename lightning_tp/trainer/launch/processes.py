@@ -89,11 +89,11 @@ class ProcessLauncher(private.MultiProcessingLauncher):
 
     def __init__(self, strategy: Any, start_method: Any) -> None:
         super().__init__(strategy, start_method)
-        self.strategy = strategy
+        self.strategy, self.start_method = strategy, start_method
 
     @override
     def launch(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_used_cuda(self.strategy, private.start_method_of(self))
+        refuse_used_cuda(self.strategy, self.start_method)
         with errors_of_ranks_raised():
             super().launch(*args, **kwargs)
         results, self.results = self.results, None
@@ -101,7 +101,7 @@ class ProcessLauncher(private.MultiProcessingLauncher):
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Any, args: Any, kwargs: Any, *queue: Any) -> None:
-        use_one_thread(private.start_method_of(self))
+        use_one_thread(self.start_method)
         with checkpoint_path_found_by(self.strategy, trainer, function, args, kwargs):
             super()._wrapping_function(process_idx, trainer, function, args, kwargs, *queue)
 
@@ -145,17 +145,17 @@ class FabricProcessLauncher(private.FabricMultiProcessingLauncher):
 
     def __init__(self, strategy: Any, start_method: Any) -> None:
         super().__init__(strategy, start_method)
-        self.strategy = strategy
+        self.strategy, self.start_method = strategy, start_method
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        refuse_used_cuda(self.strategy, private.start_method_of(self))
+        refuse_used_cuda(self.strategy, self.start_method)
         with errors_of_ranks_raised():
             return read_results(super().launch(partial(_write_results_of, function), *args, **kwargs))
 
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
-        use_one_thread(private.start_method_of(self))
+        use_one_thread(self.start_method)
         super()._wrapping_function(*args, **kwargs)
 
 

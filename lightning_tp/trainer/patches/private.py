@@ -89,11 +89,6 @@ def uncompile(module: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------------ launchers
 
 
-def start_method_of(launcher: Any) -> str:
-    """How a launcher of processes starts them: "fork" or "spawn"."""
-    return str(launcher._start_method)
-
-
 def watched_processes(thread: Any) -> Any:
     """The processes that Lightning's launcher watches from this thread; None for another thread."""
     return getattr(thread, "_child_processes", None)
