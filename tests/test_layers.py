@@ -39,7 +39,7 @@ SUBFOLDERS: dict[str, list[str]] = {
     "checkpoint": ["weights"],
     "infer": ["follow", "calls", "sequence"],
     "estimate": ["trace", "cost", "drawn"],
-    "trainer": ["launch", "adapt"],
+    "trainer": ["patches", "launch", "adapt"],
 }
 KNOWS_LIGHTNING = {"trainer", "callbacks", "cli", "pytorch_lightning", "__init__"}
 IMPORTED_LATE = {

@@ -9,7 +9,7 @@ import torch
 
 import lightning_tp as ltp
 from lightning_tp.errors import TPError
-from lightning_tp.verify.run_ranks import RankError
+from lightning_tp.testing import RankError
 from tests.trainer.test_strategy import TP2, Flat, Net, assert_same, both, data, on, reference, result_of, strategy, trainer_of
 
 
@@ -65,7 +65,7 @@ def test_training_goes_on_as_without(mesh: tuple[int, int]) -> None:
 
 def test_what_differs_is_found_before_the_first_step() -> None:
     message = message_of(Net(), Wrong(tp=2, verify=True))
-    assert "on the first batch the split model is not as one process" in message
+    assert "on the first batch the split model does not match one process" in message
     assert "grad of model.layers." in message and "allowed 0.001" in message
 
 
@@ -84,4 +84,4 @@ def test_precision_and_dropout() -> None:
 
 
 def test_what_cannot_be_verified_is_refused() -> None:
-    assert "this module steps them by itself" in message_of(Manual(), strategy(TP2, verify=True))
+    assert "this module steps its optimizers by itself" in message_of(Manual(), strategy(TP2, verify=True))
