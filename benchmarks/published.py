@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.predict import Estimate, Options, predict
 from lightning_tp.estimate.trace.traces import TraceCache, loss_of
 
 FILE = Path(__file__).with_name("published.json")

@@ -17,8 +17,7 @@ from lightning_tp.core.units import size
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import guess, hardware
-from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.predict import Estimate, Options, predict
 from lightning_tp.estimate.trace.traces import TraceCache
 
 

@@ -12,9 +12,9 @@ from lightning_tp.cli.options import CHECKPOINTING, CHECKPOINTING_HELP, Progress
 from lightning_tp.cli.parser import STATUS, TARGET, checked_plan_file
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import hardware
-from lightning_tp.estimate.cost.measure import measure
-from lightning_tp.estimate.matmul_report import text
+from lightning_tp.estimate.matmul_measure import measure
 from lightning_tp.estimate.matmul_study import LOCAL_BATCHES, TPS, shapes
+from lightning_tp.estimate.report.matmul import text
 from lightning_tp.estimate.trace.rank import PRECISIONS
 from lightning_tp.estimate.trace.traces import check_size
 

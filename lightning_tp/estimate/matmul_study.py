@@ -5,7 +5,7 @@ t, each of which takes t times the samples, and a rank multiplies (t b s, h) by 
 faster depends on what is read for each FLOP, on how tiles fit, and on how full waves of tiles are; `tiles.py` has the model.
 
 Where there are fewer samples than devices, FSDP alone leaves devices without one. What it would compute if each sequence were split evenly is
-shown for comparison (`Cell.possible` is False); the communication that this takes is not part of it.
+shown for comparison (`StudyPoint.possible` is False); the communication that this takes is not part of it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.cost.products import longer, shapes_of
-from lightning_tp.estimate.matmul_report import Cell, Shapes
 from lightning_tp.estimate.predict import Options, predict
+from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
 from lightning_tp.estimate.trace.rank import resized
 from lightning_tp.estimate.trace.traces import TraceCache, check_size, loss_of
 from lightning_tp.plan.plan import Plan
@@ -161,7 +161,7 @@ def _held(plan: Plan, rank: int) -> int:
 
 def _cell(
     tracer: TraceCache, inputs: Any, length: int | None, local: float, tp: int, dp: int, hw: Hardware, options: Options
-) -> Cell | None:
+) -> StudyPoint | None:
     """That cell; None where not even a split sequence would do."""
     samples = local * tp
     whole = max(1, math.ceil(samples - 1e-9))
@@ -184,4 +184,4 @@ def _cell(
     if length is not None and seq != length:  # attention of a part of a sequence looks at all of it
         rows = tuple(longer(s, length / (seq or 1), hw) if s.kind == "attention" else s for s in rows)
     tokens = samples * (length or 1)
-    return Cell(tp, dp, local, samples, tokens, possible, why, rows, found if possible else None)
+    return StudyPoint(tp, dp, local, samples, tokens, possible, why, rows, found if possible else None)

@@ -19,13 +19,39 @@ from lightning_tp.estimate.cost.flops import Flops, flops_of_model, flops_of_ran
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.cost.memory import memory_of, trained
 from lightning_tp.estimate.cost.roofline import time_of
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.drawn.pages import write_report
+from lightning_tp.estimate.drawn.plots import plot
+from lightning_tp.estimate.report.step import StepReport
 from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer, optimizer_cost
 from lightning_tp.estimate.trace.rank import Precision, RankModel, Settings, resized
 from lightning_tp.estimate.trace.traces import TraceCache, check_size, counted, loss_of
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+class Estimate(StepReport):
+    """What `estimate` found for a training step on one rank: numbers, `str()` as tables, `to_json()`; and plots and a page of them."""
+
+    def plot(self, path: str | Path) -> None:
+        """Write plots of memory, collectives and time: .svg, .png or .pdf.
+
+        Raises:
+            TPError: for another file name extension, a file that can't be written, or if matplotlib is missing and needed.
+        """
+        plot(self, path)
+
+    def html(self, path: str | Path, *, command: str = "") -> None:
+        """Write a report as one self-contained HTML file, with a picture of the plan.
+
+        Args:
+            path: of the file.
+            command: the command line that made it, shown in the report.
+
+        Raises:
+            TPError: if the file can't be written.
+        """
+        write_report(self, path, command=command)
 
 
 @dataclass(frozen=True)

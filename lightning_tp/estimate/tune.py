@@ -21,13 +21,13 @@ from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.drawn.pages import write_choices
+from lightning_tp.estimate.predict import Estimate, Options, predict
+from lightning_tp.estimate.report.tuning import Refused, TuningReport
 from lightning_tp.estimate.trace.extrapolate import ScalingTracer
 from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer
 from lightning_tp.estimate.trace.rank import Precision, resized
 from lightning_tp.estimate.trace.traces import check_size, loss_of
-from lightning_tp.estimate.tune_report import Refused, TuningResult
 
 LARGEST_BATCH = 64
 
@@ -36,6 +36,16 @@ ORDER: tuple[ActivationCheckpointing | None, ...] = (None, "selective", "block")
 
 
 MOST_WHOLE = 1.5  # a rank may hold this many times its even share of the blocks' weights, else tp is of little use
+
+
+class TuningResult(TuningReport):
+    """What `tune` found: the configurations that fit, `str()` as a table, `to_json()`; and a page of them."""
+
+    fits: tuple[Estimate, ...]
+
+    def html(self, path: str | Path, *, command: str = "") -> None:
+        """Write the configurations as one self-contained HTML file, with their memory as bars; see `Estimate.html`."""
+        write_choices(self, path, command=command)
 
 
 def tune(

@@ -12,9 +12,9 @@ from torch import nn
 import lightning_tp as ltp
 from lightning_tp.cli.main import main
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.cost.measure import Key, key_of, measure
 from lightning_tp.estimate.cost.products import Lost
-from lightning_tp.estimate.matmul_report import Cell, Shapes
+from lightning_tp.estimate.matmul_measure import ProductKey, key_of, measure
+from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
 from tests.estimate.models import V, gpt2, llama
 
 T = 64
@@ -32,7 +32,7 @@ def of_llama() -> Shapes:
     return found_for(llama, local_batches=[0.5, 1])
 
 
-def counted(cell: Cell) -> Counter[tuple[str, int, int, int]]:
+def counted(cell: StudyPoint) -> Counter[tuple[str, int, int, int]]:
     found: Counter[tuple[str, int, int, int]] = Counter()
     for s in cell.products:
         assert s.batch == 1
@@ -197,7 +197,7 @@ def test_measured_beside_predicted() -> None:
     measured = measure(found, seconds=0.05, device="cpu")  # enough for the small ones
     keys = {key_of(s) for c in found.cells for s in c.products}
     assert measured.seconds.keys() | measured.left_out.keys() == keys and not measured.seconds.keys() & measured.left_out.keys()
-    assert Key("x @ w.T", 1, 32, 256, 64) in measured.seconds and all(t > 0 for t in measured.seconds.values())
+    assert ProductKey("x @ w.T", 1, 32, 256, 64) in measured.seconds and all(t > 0 for t in measured.seconds.values())
     assert any("too long" in why for why in measured.left_out.values())
     one, two = found.cells
     compared = measured.compared(two, one)

@@ -15,7 +15,7 @@ from lightning_tp.estimate.drawn.drawing import check_picture, under
 from lightning_tp.estimate.drawn.picture import Picture
 from lightning_tp.estimate.drawn.picture_drawing import draw_picture
 from lightning_tp.estimate.drawn.picture_from_trace import of_plan, of_world
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.report.step import StepReport
 from lightning_tp.estimate.trace.rank import PRECISIONS, Precision, Settings, trace_step
 from lightning_tp.plan.plan import Plan
 
@@ -23,7 +23,7 @@ from lightning_tp.plan.plan import Plan
 TRIED = (Precision("as it is"), PRECISIONS["bf16-true"])
 
 
-def plot(found: Estimate, path: str | Path) -> None:
+def plot(found: StepReport, path: str | Path) -> None:
     """Write plots of an estimate: memory over a step and at its peak, collectives of the blocks, time by part.
 
     Args:

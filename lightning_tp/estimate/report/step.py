@@ -1,11 +1,10 @@
-"""`Estimate`: what was predicted for one rank of a mesh, as a value, a table and JSON."""
+"""Hold what was predicted for one rank of a mesh, and show it as a table and JSON."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tp.core.units import count, seconds, share, size
@@ -24,8 +23,8 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A step of training on one rank of `dp` x `tp`; `str()` of it is a table.
+class StepReport:
+    """A step of training on one rank of `dp` x `tp`, as `lightning_tp.Estimate` has it; `str()` of it is a table.
 
     Args:
         model: its class.
@@ -109,30 +108,6 @@ class Estimate:
         values |= {name: getattr(self, name) for name in ("mfu", "needed", "fits")}
         values["memory"]["peak"]["total"] = self.memory.peak.total
         return json.dumps(values, indent=1)
-
-    def plot(self, path: str | Path) -> None:
-        """Write plots of memory, collectives and time: .svg, or .png and .pdf through matplotlib.
-
-        Raises:
-            TPError: for another ending, a file that can't be written, or matplotlib that is not there.
-        """
-        from lightning_tp.estimate.drawn.plots import plot
-
-        plot(self, path)
-
-    def html(self, path: str | Path, *, command: str = "") -> None:
-        """Write a report: one HTML file that needs nothing else, with the plan as a picture.
-
-        Args:
-            path: of the file.
-            command: that made it, to be shown.
-
-        Raises:
-            TPError: if the file can't be written.
-        """
-        from lightning_tp.estimate.drawn.pages import write_report
-
-        write_report(self, path, command=command)
 
     def tables(self) -> list[Table]:
         """(title, column names, rows) of all that is shown."""

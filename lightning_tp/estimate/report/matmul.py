@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_tp.core.units import count, seconds, size
 from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.products import NOTHING, Lost, MatmulShape
-from lightning_tp.estimate.report import Estimate, Table
+from lightning_tp.estimate.report.step import StepReport, Table
 from lightning_tp.plan.table import columns
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyPoint:
     """One size of the tensor-parallel axis at one local batch.
 
     Args:
@@ -40,7 +40,7 @@ class Cell:
     possible: bool
     why: str
     shapes: tuple[MatmulShape, ...]
-    estimate: Estimate | None
+    estimate: StepReport | None
 
     @property
     def products(self) -> tuple[MatmulShape, ...]:
@@ -111,7 +111,7 @@ class Shapes:
     gpus: int
     seq: int | None
     hardware: Hardware
-    cells: tuple[Cell, ...]
+    cells: tuple[StudyPoint, ...]
     left_out: Mapping[int, str]
 
     @property
@@ -124,11 +124,11 @@ class Shapes:
         """Sizes of the tensor-parallel axis that were looked at."""
         return tuple(sorted({c.tp for c in self.cells}))
 
-    def cell(self, local_batch: float, tp: int) -> Cell | None:
+    def cell(self, local_batch: float, tp: int) -> StudyPoint | None:
         """That one; None if it could not be traced."""
         return next((c for c in self.cells if c.local_batch == local_batch and c.tp == tp), None)
 
-    def saved(self, cell: Cell) -> float | None:
+    def saved(self, cell: StudyPoint) -> float | None:
         """Share of the matrix time of the smallest tp at this local batch that this one saves; below 0 where it takes longer."""
         base = self.cell(cell.local_batch, self.tps[0])
         return None if base is None else 1 - cell.seconds / base.seconds
@@ -258,7 +258,7 @@ def _summary(found: Shapes) -> Table:
     return title, names, rows
 
 
-def _products(c: Cell, unit: str) -> Table:
+def _products(c: StudyPoint, unit: str) -> Table:
     names = ("products", "of", "batch", "m", "n", "k", "count", "GFLOP", "FLOP/B", "tile", "padding", "idle", "TFLOP/s", "share")
     total = sum(s.seconds * s.count for s in c.shapes)
     rows = [_row(s, total) for s in c.shapes]
@@ -313,7 +313,7 @@ def verdict(found: Shapes) -> list[str]:
 
 
 def _of_tp(found: Shapes, tp: int, base: int) -> str:
-    groups: dict[str, list[tuple[Cell, Cell, float]]] = {"gains": [], "is even": [], "loses": []}
+    groups: dict[str, list[tuple[StudyPoint, StudyPoint, float]]] = {"gains": [], "is even": [], "loses": []}
     for b in found.local_batches:
         cell, first = found.cell(b, tp), found.cell(b, base)
         if cell is None or first is None:
@@ -336,7 +336,7 @@ def _of_tp(found: Shapes, tp: int, base: int) -> str:
     return f"tp={tp}, matrix products against tp={base}: {'; '.join(parts)}."
 
 
-def _because(cells: list[tuple[Cell, Cell, float]], gain: bool) -> str:
+def _because(cells: list[tuple[StudyPoint, StudyPoint, float]], gain: bool) -> str:
     """The reasons that make up most of it."""
     less = {name: sum(getattr(f.lost, name) - getattr(c.lost, name) for c, f, _ in cells) for name in WHY_LESS}
     less["work"] = sum((f.seconds - sum(f.lost)) - (c.seconds - sum(c.lost)) for c, f, _ in cells)

@@ -20,14 +20,14 @@ from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, guess, hardware
 from lightning_tp.estimate.cost.products import MatmulShape
 from lightning_tp.estimate.cost.tiles import tiling
-from lightning_tp.estimate.matmul_report import Cell, Shapes
+from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
 from lightning_tp.plan.table import columns
 
 ROUNDS = 5  # at most
 FEWEST = 3  # rounds that have to fit into the time
 
 
-class Key(NamedTuple):
+class ProductKey(NamedTuple):
     """What makes products different to a device: sizes and layout."""
 
     layout: str
@@ -46,10 +46,10 @@ class Key(NamedTuple):
         return itemsize * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
 
-def key_of(s: MatmulShape) -> Key:
+def key_of(s: MatmulShape) -> ProductKey:
     """Of one that `shapes` lists."""
     layouts = {"forward": "x @ w.T", "recompute": "x @ w.T", "grad of weight": "x.T @ g"}
-    return Key(layouts.get(s.role, "g @ w") if s.batch == 1 else "batched", s.batch, s.m, s.n, s.k)
+    return ProductKey(layouts.get(s.role, "g @ w") if s.batch == 1 else "batched", s.batch, s.m, s.n, s.k)
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ class Measured:
     device: str
     hardware: Hardware | None
     dtype: torch.dtype
-    seconds: dict[Key, float]
-    left_out: dict[Key, str]
+    seconds: dict[ProductKey, float]
+    left_out: dict[ProductKey, str]
 
-    def predicted(self, key: Key) -> float | None:
+    def predicted(self, key: ProductKey) -> float | None:
         """Seconds that the model of this device says."""
         if self.hardware is None:
             return None
         return tiling(self.hardware, *key[1:], self.dtype, key.bytes(self.dtype.itemsize)).seconds
 
-    def compared(self, cell: Cell, base: Cell) -> tuple[float, float, float] | None:
+    def compared(self, cell: StudyPoint, base: StudyPoint) -> tuple[float, float, float] | None:
         """Shares of matrix time that the cell saves against `base`: (measured, predicted for this device, share of FLOPs compared).
 
         Of both, those modules and roles count of which all products have been measured. None if there is none.
@@ -89,7 +89,7 @@ class Measured:
         predicted = 1 - sum(mine[x][1] for x in both) / sum(theirs[x][1] for x in both) if self.hardware else float("nan")
         return measured, predicted, sum(theirs[x][2] for x in both) / base.flops
 
-    def _by_module(self, cell: Cell) -> dict[tuple[str, str], tuple[float, float, int]]:
+    def _by_module(self, cell: StudyPoint) -> dict[tuple[str, str], tuple[float, float, int]]:
         found: dict[tuple[str, str], tuple[float, float, int]] = {}
         missing = set()
         for s in cell.products:
@@ -189,13 +189,19 @@ def present_device(device: str) -> tuple[str, Hardware | None]:
 
 
 def _time(
-    keys: list[Key], seconds: float, dtype: torch.dtype, device: str, name: str, hw: Hardware | None, tell: Callable[[str], None]
+    keys: list[ProductKey],
+    seconds: float,
+    dtype: torch.dtype,
+    device: str,
+    name: str,
+    hw: Hardware | None,
+    tell: Callable[[str], None],
 ) -> Measured:
     started = time.perf_counter()
     rate = rate_of(dtype, device)
     room = free_bytes(device) // 2
-    taken: list[Key] = []
-    left_out: dict[Key, str] = {}
+    taken: list[ProductKey] = []
+    left_out: dict[ProductKey, str] = {}
     planned = 0.0
     for key in sorted(keys, key=lambda k: k.flops):
         need, once = key.bytes(dtype.itemsize), key.flops / rate
@@ -206,7 +212,7 @@ def _time(
         else:
             taken.append(key)
             planned += 2 * FEWEST * once
-    best: dict[Key, float] = {}
+    best: dict[ProductKey, float] = {}
     taken = [k for k in keys if k in set(taken)]
     for done in range(ROUNDS):
         for i, key in enumerate(taken):
@@ -217,7 +223,7 @@ def _time(
     return Measured(name, hw, dtype, best, left_out)
 
 
-def once_of(key: Key, dtype: torch.dtype, device: str) -> float:
+def once_of(key: ProductKey, dtype: torch.dtype, device: str) -> float:
     """Seconds of one product; small ones run several times."""
     a, b = _operands(key, dtype, device)
     out = a @ b  # the first pays for what is set up once
@@ -237,7 +243,7 @@ def once_of(key: Key, dtype: torch.dtype, device: str) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _operands(key: Key, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def _operands(key: ProductKey, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     def values(*shape: int) -> Tensor:
         if device == "cpu":
             return torch.full(shape, 0.5, dtype=dtype)  # random numbers would take longer to make than to multiply
@@ -257,7 +263,7 @@ def _operands(key: Key, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor
 def rate_of(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a product of medium size, for a guess at how long others take."""
     side = 512 if device == "cpu" else 4096
-    key = Key("g @ w", 1, side, side, side)
+    key = ProductKey("g @ w", 1, side, side, side)
     once_of(key, dtype, device)  # threads, libraries, clocks
     return key.flops / once_of(key, dtype, device)
 

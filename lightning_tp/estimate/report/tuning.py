@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from lightning_tp.core.units import seconds, size
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.report.step import StepReport
 from lightning_tp.plan.table import columns
 
 
@@ -25,7 +24,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class TuningResult:
+class TuningReport:
     """What there is to choose from.
 
     Args:
@@ -35,7 +34,7 @@ class TuningResult:
         gpus: devices.
     """
 
-    fits: tuple[Estimate, ...]
+    fits: tuple[StepReport, ...]
     refused: tuple[Refused, ...]
     global_batch: int
     gpus: int
@@ -49,12 +48,6 @@ class TuningResult:
         ]
         refused = [{"what": r.what, "why": r.why} for r in self.refused]
         return json.dumps({"gpus": self.gpus, "global_batch": self.global_batch, "fits": fits, "refused": refused}, indent=1)
-
-    def html(self, path: str | Path, *, command: str = "") -> None:
-        """Write the choices as HTML, with their memory as bars; see `Estimate.html`."""
-        from lightning_tp.estimate.drawn.pages import write_choices
-
-        write_choices(self, path, command=command)
 
     def __str__(self) -> str:
         head = f"{len(self.fits)} choices fit on {self.gpus} devices at {self.global_batch} samples a step"
