@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
+from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.cost.tiles import tiling
 from lightning_tp.estimate.matmul_measure import Measured, ProductKey, free_bytes, once_of, present_device, rate_of
 
 TPS = (1, 2, 4, 8)

@@ -18,7 +18,7 @@ from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import guess, hardware
 from lightning_tp.estimate.predict import Estimate, Options, predict
-from lightning_tp.estimate.trace.traces import TraceCache
+from lightning_tp.estimate.rank.trace_cache import TraceCache
 
 
 def twin_of(module: L.LightningModule) -> L.LightningModule:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_tp.errors import TPError
+from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware, guess, hardware
 from lightning_tp.estimate.cost.products import MatmulShape
-from lightning_tp.estimate.cost.tiles import tiling
 from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
 from lightning_tp.plan.table import columns
 

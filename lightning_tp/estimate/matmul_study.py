@@ -24,9 +24,9 @@ from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.cost.products import longer, shapes_of
 from lightning_tp.estimate.predict import Options, predict
+from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized
+from lightning_tp.estimate.rank.trace_cache import TraceCache
 from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
-from lightning_tp.estimate.trace.rank import resized
-from lightning_tp.estimate.trace.traces import TraceCache, check_size, loss_of
 from lightning_tp.plan.plan import Plan
 
 TPS = (1, 2, 4, 8)

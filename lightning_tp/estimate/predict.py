@@ -21,10 +21,12 @@ from lightning_tp.estimate.cost.memory import memory_of, trained
 from lightning_tp.estimate.cost.roofline import time_of
 from lightning_tp.estimate.drawn.pages import write_report
 from lightning_tp.estimate.drawn.plots import plot
+from lightning_tp.estimate.rank.inputs import check_size, counted, loss_of, resized
+from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer, optimizer_cost
+from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.rank.settings import Precision, Settings
+from lightning_tp.estimate.rank.trace_cache import TraceCache
 from lightning_tp.estimate.report.step import StepReport
-from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer, optimizer_cost
-from lightning_tp.estimate.trace.rank import Precision, RankModel, Settings, resized
-from lightning_tp.estimate.trace.traces import TraceCache, check_size, counted, loss_of
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy

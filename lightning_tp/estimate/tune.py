@@ -23,11 +23,11 @@ from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.drawn.pages import write_choices
 from lightning_tp.estimate.predict import Estimate, Options, predict
+from lightning_tp.estimate.rank.extrapolate import ScalingTracer
+from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized
+from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer
+from lightning_tp.estimate.rank.settings import Precision
 from lightning_tp.estimate.report.tuning import Refused, TuningReport
-from lightning_tp.estimate.trace.extrapolate import ScalingTracer
-from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer
-from lightning_tp.estimate.trace.rank import Precision, resized
-from lightning_tp.estimate.trace.traces import check_size, loss_of
 
 LARGEST_BATCH = 64
 

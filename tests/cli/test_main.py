@@ -19,7 +19,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.cli.main import _parser, main
 from lightning_tp.cli.target import load
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 from lightning_tp.testing import run_ranks
 
 TARGETS = """

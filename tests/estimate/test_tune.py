@@ -37,12 +37,12 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
 def test_it_says_what_estimate_says(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama import PLAN
 
-    from lightning_tp.estimate.trace import rank, traces
+    from lightning_tp.estimate.rank import trace_cache
 
     traced: list[int] = []
-    step = rank.trace_step
+    step = trace_cache.trace_step
     monkeypatch.setattr(
-        traces, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
+        trace_cache, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
     )
     model = llama(layers=4)
     found = tune(model, TOKENS, 4, 64, tps=[tp], seq=32, plan=PLAN, compile=True, checkpointing=[None, "block"])

@@ -9,7 +9,8 @@ from typing import Literal
 
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.estimate.cost.memory import trained, units_of
-from lightning_tp.estimate.trace.rank import LocalParam, Precision, RankModel
+from lightning_tp.estimate.rank.rank_model import LocalParam, RankModel
+from lightning_tp.estimate.rank.settings import Precision
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from lightning_tp.estimate.trace.rank import RankModel
+from lightning_tp.estimate.rank.rank_model import RankModel
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_tp.estimate.trace.rank import LocalParam, Precision, RankModel
-from lightning_tp.estimate.trace.trace import Label, Levels, Segment
+from lightning_tp.estimate.rank.rank_model import LocalParam, RankModel
+from lightning_tp.estimate.rank.settings import Precision
+from lightning_tp.estimate.trace.step_trace import Label, Levels, Segment
 
 Kinds = Mapping[str, int]
 MODEL_KINDS = ("parameters", "gradients", "optimizer", "buffers")

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_tp.estimate.cost.flops import Product
+from lightning_tp.estimate.cost.gemm_tiling import START, Tiling, tiling
 from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.roofline import kernel_seconds
-from lightning_tp.estimate.cost.tiles import START, Tiling, tiling
-from lightning_tp.estimate.trace.trace import Op
+from lightning_tp.estimate.trace.step_trace import Op
 
 
 class Lost(NamedTuple):

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 
 from lightning_tp.estimate.cost.collectives import Collective
+from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware
-from lightning_tp.estimate.cost.tiles import tiling
-from lightning_tp.estimate.trace.rank import RankModel
-from lightning_tp.estimate.trace.trace import Op, Segment
+from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.trace.step_trace import Op, Segment
 
 
 @dataclass(frozen=True)

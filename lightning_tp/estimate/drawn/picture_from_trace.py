@@ -16,8 +16,8 @@ from torch import nn
 from lightning_tp.core.modules.blocks import find_blocks
 from lightning_tp.estimate.drawn.picture import Border, Box, Frame, Picture, Row, State, Weight
 from lightning_tp.estimate.drawn.picture_fold import alike, beside, merged, partial
-from lightning_tp.estimate.trace.rank import RankModel
-from lightning_tp.estimate.trace.steps import ForwardEvent, Shape
+from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.trace.forward_log import ForwardEvent, Shape
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Entry
 

@@ -15,8 +15,9 @@ from lightning_tp.estimate.drawn.drawing import check_picture, under
 from lightning_tp.estimate.drawn.picture import Picture
 from lightning_tp.estimate.drawn.picture_drawing import draw_picture
 from lightning_tp.estimate.drawn.picture_from_trace import of_plan, of_world
+from lightning_tp.estimate.rank.settings import PRECISIONS, Precision, Settings
+from lightning_tp.estimate.rank.trace_step import trace_step
 from lightning_tp.estimate.report.step import StepReport
-from lightning_tp.estimate.trace.rank import PRECISIONS, Precision, Settings, trace_step
 from lightning_tp.plan.plan import Plan
 
 # what a plan is traced in: the model's own dtypes, or bfloat16, where a kernel is known for that alone on the meta device
@@ -63,7 +64,7 @@ def picture_of(
         >>> [f"{box.name}: {box.style}" for box in picture.boxes()], [border.words for border in picture.borders()]
         (['0: column-wise', '2: row-wise'], ['all-reduce'])
     """
-    from lightning_tp.estimate.trace.traces import loss_of
+    from lightning_tp.estimate.rank.inputs import loss_of
 
     if not plan.entries or plan.tp is None:
         raise TPError("A picture needs the sizes of a model: call `plan.check(model, tp)` first, it returns the plan to use.")

@@ -16,7 +16,7 @@ from lightning_tp.estimate.cost.roofline import Time
 from lightning_tp.plan.table import columns
 
 if TYPE_CHECKING:
-    from lightning_tp.estimate.trace.rank import RankModel
+    from lightning_tp.estimate.rank.rank_model import RankModel
     from lightning_tp.plan.plan import Plan
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from lightning_tp.core.units import seconds
+from lightning_tp.estimate.cost.gemm_tiling import START
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.roofline import collective_seconds, in_node, product_seconds
-from lightning_tp.estimate.cost.tiles import START
 from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.trace.traces import TraceCache, loss_of
+from lightning_tp.estimate.rank.inputs import loss_of
+from lightning_tp.estimate.rank.trace_cache import TraceCache
 from tests.estimate.models import MODELS
 
 H100 = hardware("h100")

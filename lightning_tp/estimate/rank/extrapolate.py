@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_tp.estimate.trace.rank import RankModel, Settings
-from lightning_tp.estimate.trace.steps import ForwardEvent
-from lightning_tp.estimate.trace.trace import Event, Levels, Op, Segment, Sent, StepTrace
-from lightning_tp.estimate.trace.traces import TraceCache, counted
+from lightning_tp.estimate.rank.inputs import counted
+from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.rank.settings import Settings
+from lightning_tp.estimate.rank.trace_cache import TraceCache
+from lightning_tp.estimate.trace.forward_log import ForwardEvent
+from lightning_tp.estimate.trace.step_trace import Event, Levels, Op, Segment, Sent, StepTrace
 from lightning_tp.plan.plan import Plan
 
 

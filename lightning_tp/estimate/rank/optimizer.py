@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import LocalParam
+from lightning_tp.estimate.rank.rank_model import LocalParam
 
 OptimizerLike = str | type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 Steps = dict[tuple[tuple[int, ...], torch.dtype, bool, Any], tuple[int, int, int]]  # what a step of one parameter costs

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
 from lightning_tp.apply.parallelize import PlanLike, resolve_plan
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.optimizer import Steps
-from lightning_tp.estimate.trace.rank import LossOf, RankModel, Settings, default_loss, trace_step
+from lightning_tp.estimate.rank.inputs import LossOf, _shapes
+from lightning_tp.estimate.rank.optimizer import Steps
+from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.rank.settings import Settings
+from lightning_tp.estimate.rank.trace_step import trace_step
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.check import any_split, splits_nothing
@@ -118,57 +118,3 @@ class TraceCache:
                 inputs, replace(settings, tp=1, rank=0, activation_checkpointing=None), sequence_parallel
             )
         return self._wholes[key]
-
-
-def check_size(name: str, value: Any) -> None:
-    """Refuse what is no number of something.
-
-    Raises:
-        TPError: with the value.
-    """
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise TPError(f"`{name}={value!r}`: give a whole number, 1 or more.")
-
-
-def loss_of(loss_fn: Callable[..., Tensor] | None) -> LossOf:
-    """(model, inputs) -> the loss."""
-    import inspect
-
-    fn: Callable[..., Tensor] = loss_fn or default_loss
-    try:
-        wants = [p for p in inspect.signature(fn).parameters.values() if p.default is p.empty and p.kind in (0, 1)]
-        two = len(wants) > 1
-    except (TypeError, ValueError):
-        two = False
-
-    def loss(model: nn.Module, inputs: Any) -> Tensor:
-        output = call_with(model, inputs)
-        try:
-            found = fn(output, inputs) if two else fn(output)
-        except TPError:
-            raise
-        except Exception as error:
-            raise TPError(
-                f"`loss_fn` ended with {type(error).__name__}: {' '.join(str(error).split())}. It is called with what the model returns "
-                f"(a {type(output).__name__}), on the meta device."
-            ) from error
-        if not isinstance(found, Tensor) or found.numel() != 1:
-            what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise TPError(f"`loss_fn` returned {what}; it has to be a scalar, such as `.mean()` of it.")
-        return found.reshape(())
-
-    return loss
-
-
-def _shapes(inputs: Any) -> Any:
-    return tuple((tuple(t.shape), t.dtype) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))
-
-
-def counted(inputs: Any) -> tuple[int, int, str]:
-    """(samples, tokens, "tokens") of the inputs; (samples, samples, "samples") where there are no tokens."""
-    tensors = [t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor) and t.ndim]
-    tokens = next((t for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
-    if tokens is not None:
-        return tokens.shape[0], tokens.numel(), "tokens"
-    samples = tensors[0].shape[0] if tensors else 1
-    return samples, samples, "samples"
