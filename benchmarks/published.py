@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.predict import Estimate, Options, predict
+from lightning_tp.estimate.options import Options
+from lightning_tp.estimate.predict import Estimate, predict
 from lightning_tp.estimate.rank.inputs import loss_of
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 

@@ -1,34 +1,36 @@
-"""Time the matrix products that `shapes` lists on the device that is there.
+"""Time the matmuls that `shapes` lists on the device that is there.
 
-Each distinct product runs in its true size and in the layout of its role (forward: a weight read transposed; gradient of a weight: an input read
-transposed), in rounds over all of them, so that what else runs on the machine meets all alike; the fastest round counts. Products that would
-take too long or need too much memory are left out, and named.
+Each distinct matmul runs in its true size and in the layout of its role (forward: a weight read transposed; gradient of a weight: an input read
+transposed), in rounds over all of them, so that what else runs on the machine slows all alike; the fastest round counts. Matmuls that would take
+too long or need too much memory are left out, and listed.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_tp.core.tables import table
+from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware, guess, hardware
 from lightning_tp.estimate.cost.products import MatmulShape
 from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
-from lightning_tp.plan.table import columns
 
 ROUNDS = 5  # at most
 FEWEST = 3  # rounds that have to fit into the time
+LAYOUTS = {"forward": "x @ w.T", "recompute": "x @ w.T", "grad of weight": "x.T @ g"}  # by role; "g @ w" for others
 
 
 class ProductKey(NamedTuple):
-    """What makes products different to a device: sizes and layout."""
+    """What distinguishes matmuls for a device: sizes and layout."""
 
     layout: str
     batch: int
@@ -38,29 +40,43 @@ class ProductKey(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Multiply-adds count two."""
+        """FLOPs; a multiply-add counts as two."""
         return 2 * self.batch * self.m * self.n * self.k
 
     def bytes(self, itemsize: int) -> int:
-        """Of operands and result."""
+        """Return the bytes of operands and result."""
         return itemsize * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
 
 def key_of(s: MatmulShape) -> ProductKey:
-    """Of one that `shapes` lists."""
-    layouts = {"forward": "x @ w.T", "recompute": "x @ w.T", "grad of weight": "x.T @ g"}
-    return ProductKey(layouts.get(s.role, "g @ w") if s.batch == 1 else "batched", s.batch, s.m, s.n, s.k)
+    """Return the key of a matmul that `shapes` lists."""
+    layout = LAYOUTS.get(s.role, "g @ w") if s.batch == 1 else "batched"
+    return ProductKey(layout, s.batch, s.m, s.n, s.k)
+
+
+class Comparison(NamedTuple):
+    """Two points of a study compared by measured matmuls.
+
+    Args:
+        measured: share of matmul time that the first saves.
+        predicted: the same as predicted for this device; nan for an unknown one.
+        compared: share of the FLOPs that both have measured.
+    """
+
+    measured: float
+    predicted: float
+    compared: float
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of products.
+    """Seconds of matmuls on a device.
 
     Args:
-        device: on which, in words.
+        device: in words.
         hardware: its entry; None for an unknown GPU.
         dtype: of the operands.
-        seconds: of one product, the fastest.
+        seconds: of one matmul, in the fastest round.
         left_out: those that were not measured, with the reason.
     """
 
@@ -71,40 +87,42 @@ class Measured:
     left_out: dict[ProductKey, str]
 
     def predicted(self, key: ProductKey) -> float | None:
-        """Seconds that the model of this device says."""
+        """Return the seconds that are predicted for this device."""
         if self.hardware is None:
             return None
         return tiling(self.hardware, *key[1:], self.dtype, key.bytes(self.dtype.itemsize)).seconds
 
-    def compared(self, cell: StudyPoint, base: StudyPoint) -> tuple[float, float, float] | None:
-        """Shares of matrix time that the cell saves against `base`: (measured, predicted for this device, share of FLOPs compared).
+    def compared(self, point: StudyPoint, base: StudyPoint) -> Comparison | None:
+        """Compare the matmul time of a point with that of `base`; None if nothing can be compared.
 
-        Of both, those modules and roles count of which all products have been measured. None if there is none.
+        Of both, those modules and roles count of which all matmuls have been measured.
         """
-        mine, theirs = self._by_module(cell), self._by_module(base)
+        mine, theirs = self._by_module(point), self._by_module(base)
         both = mine.keys() & theirs.keys()
         if not both:
             return None
         measured = 1 - sum(mine[x][0] for x in both) / sum(theirs[x][0] for x in both)
         predicted = 1 - sum(mine[x][1] for x in both) / sum(theirs[x][1] for x in both) if self.hardware else float("nan")
-        return measured, predicted, sum(theirs[x][2] for x in both) / base.flops
+        return Comparison(measured, predicted, sum(theirs[x][2] for x in both) / base.flops)
 
-    def _by_module(self, cell: StudyPoint) -> dict[tuple[str, str], tuple[float, float, int]]:
+    def _by_module(self, point: StudyPoint) -> dict[tuple[str, str], tuple[float, float, int]]:
+        """Return (measured seconds, predicted seconds, FLOPs) by (module, role)."""
         found: dict[tuple[str, str], tuple[float, float, int]] = {}
         missing = set()
-        for s in cell.products:
+        for s in point.products:
             key = key_of(s)
             for module, n in zip(s.modules, s.counts):
                 where = (module, s.role)
                 if key not in self.seconds:
                     missing.add(where)
                     continue
-                a, b, c = found.get(where, (0.0, 0.0, 0))
-                found[where] = (a + n * self.seconds[key], b + n * (self.predicted(key) or 0.0), c + n * s.flops)
-        return {where: v for where, v in found.items() if where not in missing}
+                measured, predicted, flops = found.get(where, (0.0, 0.0, 0))
+                measured += n * self.seconds[key]
+                found[where] = (measured, predicted + n * (self.predicted(key) or 0.0), flops + n * s.flops)
+        return {where: sums for where, sums in found.items() if where not in missing}
 
     def jsonable(self) -> dict[str, Any]:
-        """All of it, as JSON has it; seconds and FLOP/s."""
+        """Return all of it as plain data: seconds and FLOP/s."""
         rows = [
             k._asdict() | {"seconds": t, "flop_s": k.flops / t, "predicted_seconds": self.predicted(k)}
             for k, t in self.seconds.items()
@@ -113,38 +131,37 @@ class Measured:
         return {"device": self.device, "dtype": str(self.dtype).removeprefix("torch."), "products": rows, "left_out": left}
 
     def text(self, found: Shapes) -> str:
-        """What was measured beside what is predicted, and what was left out."""
+        """Format what was measured beside what is predicted, the points of a study compared, and what was left out."""
+        header = ("layout", "batch", "m", "n", "k", "GFLOP/s", "predicted")
+        rows = [self._row(key) for key in self.seconds]
         lines = [
-            f"Measured on {self.device}, {str(self.dtype).removeprefix('torch.')}: GFLOP/s (predicted for it), the fastest of several rounds"
+            f"Measured on {self.device}, {str(self.dtype).removeprefix('torch.')}, the fastest of several rounds; predicted for this device",
+            table(header, rows, right=range(1, len(header))),
+            *self._comparisons(found),
         ]
-        rows: list[tuple[str, ...]] = [("layout", "batch", "m", "n", "k", "GFLOP/s", "predicted")]
-        for key, t in self.seconds.items():
-            expected = self.predicted(key)
-            rows.append(
-                (
-                    key.layout,
-                    *(f"{x:,}" for x in key[1:]),
-                    f"{key.flops / t / 1e9:,.4g}",
-                    f"{key.flops / expected / 1e9:,.4g}" if expected else "-",
-                )
-            )
-        lines += columns(rows, left={0})
-        base = found.tps[0]
-        for c in found.cells:
-            first = found.cell(c.local_batch, base)
-            compared = self.compared(c, first) if first is not None and c.tp != base else None
-            if compared is not None:
-                here = "" if self.hardware is None else f", predicted for this device {compared[1]:+.1%}"
-                lines.append(
-                    f"tp={c.tp} at a local batch of {c.local_batch:g} saves {compared[0]:+.1%} of matrix time against tp={base}{here} "
-                    f"({compared[2]:.0%} of the FLOPs)"
-                )
         if self.left_out:
-            lines.append(f"Left out: {len(self.left_out)} of {len(self.left_out) + len(self.seconds)} products:")
+            lines.append(f"Left out: {len(self.left_out)} of {len(self.left_out) + len(self.seconds)} matmuls:")
             lines += [
                 f"  {k.layout}, {k.batch} x ({k.m:,}, {k.k:,}) x ({k.k:,}, {k.n:,}): {why}" for k, why in self.left_out.items()
             ]
         return "\n".join(lines)
+
+    def _row(self, key: ProductKey) -> tuple[str, ...]:
+        predicted = self.predicted(key)
+        rates = (f"{key.flops / t / 1e9:,.4g}" if t else "-" for t in (self.seconds[key], predicted))
+        return (key.layout, *(f"{x:,}" for x in key[1:]), *rates)
+
+    def _comparisons(self, found: Shapes) -> Iterable[str]:
+        base = found.tps[0]
+        for point in found.cells:
+            first = found.cell(point.local_batch, base)
+            c = self.compared(point, first) if first is not None and point.tp != base else None
+            if c is not None:
+                here = "" if self.hardware is None else f", predicted for this device {c.predicted:+.1%}"
+                yield (
+                    f"tp={point.tp} at a local batch of {point.local_batch:g} saves {c.measured:+.1%} of matmul time against tp={base}{here} "
+                    f"({c.compared:.0%} of the FLOPs)"
+                )
 
 
 def measure(
@@ -155,17 +172,17 @@ def measure(
     device: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Measured:
-    """Time all distinct products of `found` on this machine.
+    """Time all distinct matmuls of `found` on this machine.
 
     Args:
-        found: what `shapes` gave.
-        seconds: to spend, about.
+        found: by `shapes`.
+        seconds: to spend, roughly.
         dtype: of the operands. Default: bfloat16 on a GPU, float32 on the CPU.
         device: "cuda" or "cpu". Default: a GPU if there is one.
-        progress: is told how far it is.
+        progress: called with what is measured next.
 
     Raises:
-        TPError: for a time that is not above 0, or a device that is not there.
+        TPError: for a time that is not above 0, or without a GPU for "cuda".
     """
     if not seconds > 0:
         raise TPError(f"`seconds={seconds!r}`: give a time above 0.")
@@ -175,11 +192,12 @@ def measure(
     dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     keys = list(dict.fromkeys(key_of(s) for c in found.cells for s in c.products if s.m))
     name, hw = present_device(device)
-    return _time(keys, seconds, dtype, device, name, hw, progress or (lambda text: None))
+    best, left_out = _time(keys, seconds, dtype, device, progress or (lambda text: None))
+    return Measured(name, hw, dtype, best, left_out)
 
 
 def present_device(device: str) -> tuple[str, Hardware | None]:
-    """Its name, and its entry; None for an unknown GPU."""
+    """Return the device's name and its entry; None for an unknown GPU."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
         return name, guess(name)
@@ -189,44 +207,43 @@ def present_device(device: str) -> tuple[str, Hardware | None]:
 
 
 def _time(
-    keys: list[ProductKey],
-    seconds: float,
-    dtype: torch.dtype,
-    device: str,
-    name: str,
-    hw: Hardware | None,
-    tell: Callable[[str], None],
-) -> Measured:
+    keys: list[ProductKey], seconds: float, dtype: torch.dtype, device: str, tell: Callable[[str], None]
+) -> tuple[dict[ProductKey, float], dict[ProductKey, str]]:
+    """Return (seconds of each matmul in its fastest round, those that were left out with the reason)."""
     started = time.perf_counter()
+    left_out = _too_large(keys, seconds, dtype, device)
+    taken = [key for key in keys if key not in left_out]
+    best: dict[ProductKey, float] = {}
+    for done in range(ROUNDS):
+        for i, key in enumerate(taken):
+            if done and time.perf_counter() - started > seconds:  # each has run once
+                return best, left_out
+            tell(f"measuring, round {done + 1}, matmul {i + 1} of {len(taken)}")
+            best[key] = min(best.get(key, float("inf")), once_of(key, dtype, device))
+    return best, left_out
+
+
+def _too_large(keys: list[ProductKey], seconds: float, dtype: torch.dtype, device: str) -> dict[ProductKey, str]:
+    """Return the matmuls that do not fit into the time or the memory, from the largest on."""
     rate = rate_of(dtype, device)
     room = free_bytes(device) // 2
-    taken: list[ProductKey] = []
     left_out: dict[ProductKey, str] = {}
     planned = 0.0
     for key in sorted(keys, key=lambda k: k.flops):
         need, once = key.bytes(dtype.itemsize), key.flops / rate
         if need > room:
-            left_out[key] = f"needs {need / 2**30:.1f} GiB, {room / 2**30:.1f} are to spare"
-        elif planned + 2 * FEWEST * once > seconds:  # each round runs it twice, once for what is set up
+            left_out[key] = f"needs {size(need)}, {size(room)} are available"
+        elif planned + 2 * FEWEST * once > seconds:  # each round runs it twice: the first initializes
             left_out[key] = f"about {once:.1f} s each, too long for {seconds:g} s in all"
         else:
-            taken.append(key)
             planned += 2 * FEWEST * once
-    best: dict[ProductKey, float] = {}
-    taken = [k for k in keys if k in set(taken)]
-    for done in range(ROUNDS):
-        for i, key in enumerate(taken):
-            if done and time.perf_counter() - started > seconds:  # each has run once
-                return Measured(name, hw, dtype, best, left_out)
-            tell(f"measuring, round {done + 1}, product {i + 1} of {len(taken)}")
-            best[key] = min(best.get(key, float("inf")), once_of(key, dtype, device))
-    return Measured(name, hw, dtype, best, left_out)
+    return left_out
 
 
 def once_of(key: ProductKey, dtype: torch.dtype, device: str) -> float:
-    """Seconds of one product; small ones run several times."""
+    """Return the seconds of one matmul; small ones run several times."""
     a, b = _operands(key, dtype, device)
-    out = a @ b  # the first pays for what is set up once
+    out = a @ b  # the first one initializes libraries
     times = max(1, min(50, int(2e7 // key.flops) if device == "cpu" else int(1e11 // key.flops)))
     if device == "cuda":
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -247,9 +264,8 @@ def _operands(key: ProductKey, dtype: torch.dtype, device: str) -> tuple[Tensor,
     def values(*shape: int) -> Tensor:
         if device == "cpu":
             return torch.full(shape, 0.5, dtype=dtype)  # random numbers would take longer to make than to multiply
-        return torch.empty(shape, dtype=dtype, device=device).uniform_(
-            -1, 1
-        )  # equal ones would need less power, and raise the clock
+        # equal numbers would need less power, and raise the clock
+        return torch.empty(shape, dtype=dtype, device=device).uniform_(-1, 1)
 
     if key.layout == "batched":
         return values(key.batch, key.m, key.k), values(key.batch, key.k, key.n)
@@ -261,7 +277,7 @@ def _operands(key: ProductKey, dtype: torch.dtype, device: str) -> tuple[Tensor,
 
 
 def rate_of(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a product of medium size, for a guess at how long others take."""
+    """Return the FLOP/s of a matmul of medium size, to guess how long others take."""
     side = 512 if device == "cpu" else 4096
     key = ProductKey("g @ w", 1, side, side, side)
     once_of(key, dtype, device)  # threads, libraries, clocks
@@ -269,7 +285,7 @@ def rate_of(dtype: torch.dtype, device: str) -> float:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is not in use."""
+    """Return the bytes of memory that are not in use."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:

@@ -1,33 +1,40 @@
-"""What a rank sends and receives in a step: on the tensor-parallel axis as traced, and what FSDP2 and the gradients add."""
+"""List what a rank sends and receives in a step: the collectives of the trace, and those that FSDP2 and the gradients add."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lightning_tp.core.comm.axis import even_shard
-from lightning_tp.estimate.cost.memory import trained, units_of
+from lightning_tp.estimate.rank.fsdp_units import units_of
 from lightning_tp.estimate.rank.rank_model import LocalParam, RankModel
 from lightning_tp.estimate.rank.settings import Precision
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+FINITE = "gradients are finite"
+NORM = "norm of gradients"
+PARTIAL = "partial gradients"
+PER_STEP = frozenset({FINITE, NORM, PARTIAL})  # collectives of a step, and not of a micro-batch
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of a rank that are alike.
+    """Equal collectives of a rank.
 
     Args:
         kind: "all-reduce", "all-gather" or "reduce-scatter".
-        axis: "tp", "dp".
+        axis: "tp" or "dp".
         ranks: that take part.
-        bytes: of one: the whole tensor that is summed or gathered.
+        bytes: of the full tensor that one reduces or gathers.
         count: in a step.
-        where: the block it belongs to, a unit of FSDP2, or what it is for.
-        phase: "forward", "recompute", "backward", "step".
+        where: the block or FSDP2 unit that it belongs to, or what it is for.
+        phase: "forward", "recompute", "backward" or "step".
     """
 
-    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
+    kind: Kind
     axis: Literal["tp", "dp"]
     ranks: int
     bytes: int
@@ -36,64 +43,94 @@ class Collective:
     phase: str
 
 
+class _One(NamedTuple):
+    """A collective, without its count."""
+
+    kind: Kind
+    axis: Literal["tp", "dp"]
+    ranks: int
+    bytes: int
+    where: str
+    phase: str
+
+
 def collectives_of(
-    world: RankModel, precision: Precision, tp: int, dp: int, *, accumulate: int = 1, clip: bool = True, rank: int = 0
+    model: RankModel, precision: Precision, tp: int, dp: int, *, accumulate: int = 1, clip: bool = True
 ) -> tuple[Collective, ...]:
-    """All collectives of one optimizer step (but for what is checked in the very first)."""
-    found: Counter[tuple[object, ...]] = Counter()
-    for piece in world.trace.pieces:
-        if piece.again:
-            continue
-        for sent, n in world.trace.of(piece).sent.items():
-            found[sent.kind, "tp", tp, sent.bytes, piece.block, sent.phase] += n * accumulate
-        if piece.like is not None:
-            for sent, n in piece.sent.items():
-                found[sent.kind, "tp", tp, sent.bytes, piece.block, sent.phase] += n * accumulate
-    if dp > 1:
-        units = units_of(world, precision, dp)
-        runs = Counter(p.block for p in world.trace.pieces if p.phase == "forward")
-        back = Counter(p.block for p in world.trace.pieces if p.phase == "backward")
-        for name, unit in units.items():
-            if not unit.gathered:
-                continue
-            where = name or "outside of blocks"
-            if not name:
-                found["all-gather", "dp", dp, unit.gathered, where, "forward"] += accumulate
-            else:
-                found["all-gather", "dp", dp, unit.gathered, where, "forward"] += runs[name] * accumulate
-                found["all-gather", "dp", dp, unit.gathered, where, "backward"] += min(runs[name], back[name]) * accumulate
-            if unit.summed:
-                found["reduce-scatter", "dp", dp, unit.summed, where, "backward"] += 1
-    mine = trained(world)
-    if tp > 1:
-        for (over, dtype), size in _shares(mine, dp).items():
-            found["all-reduce", "tp", over, size * dtype, "shares of gradients", "backward"] += 1
-    axes = [(name, n) for name, n in (("tp", tp), ("dp", dp)) if n > 1]
-    for name, n in axes if precision.scaled else ():
-        found["all-reduce", name, n, 4, "whether gradients are finite", "step"] += 1
-    for name, n in axes if clip and mine else ():
-        found["all-reduce", name, n, 4, "norm of gradients", "step"] += 1
+    """Return all collectives of one optimizer step; the checks of the very first step are left out.
+
+    Args:
+        model: traced.
+        precision: of the training.
+        tp, dp: the mesh.
+        accumulate: micro-batches of a step.
+        clip: whether the norm of all gradients is computed.
+    """
+    found: Counter[_One] = Counter()
+    for one, count in _of_trace(model, tp):
+        found[one] += count * accumulate
+    for one, count in _of_fsdp(model, precision, dp, accumulate) if dp > 1 else ():
+        found[one] += count
+    for one in _of_step(model, precision, tp, dp, clip):
+        found[one] += 1
     return tuple(
-        Collective(kind, axis, ranks, size, n, where, phase)  # type: ignore[arg-type]
-        for (kind, axis, ranks, size, where, phase), n in found.items()
-        if n
+        Collective(one.kind, one.axis, one.ranks, one.bytes, count, one.where, one.phase) for one, count in found.items() if count
     )
 
 
-def _shares(mine: list[LocalParam], dp: int) -> dict[tuple[int, int], int]:
-    """Elements of gradients that are summed at the end of the backward, by (ranks, bytes of one), on the first data-parallel rank."""
+def _of_trace(model: RankModel, tp: int) -> Iterator[tuple[_One, int]]:
+    """Yield those of a micro-batch on the tensor-parallel axis."""
+    for segment in model.trace.segments:
+        ran = model.trace.representative(segment)
+        for run in () if segment.duplicate else (ran,) if ran is segment else (ran, segment):
+            for call, count in run.collectives.items():
+                yield _One(call.kind, "tp", tp, call.bytes, segment.block, call.phase), count  # type: ignore[arg-type]
+
+
+def _of_fsdp(model: RankModel, precision: Precision, dp: int, accumulate: int) -> Iterator[tuple[_One, int]]:
+    """Yield those of FSDP2: all-gathers before each forward and backward, a reduce-scatter after the last backward."""
+    forwards = Counter(s.block for s in model.trace.segments if s.phase == "forward")
+    backwards = Counter(s.block for s in model.trace.segments if s.phase == "backward")
+    for name, unit in units_of(model, precision, dp).items():
+        if not unit.gathered:
+            continue
+        where = name or "outside the blocks"
+        gather = _One("all-gather", "dp", dp, unit.gathered, where, "forward")
+        if name:
+            yield gather, forwards[name] * accumulate
+            yield gather._replace(phase="backward"), min(forwards[name], backwards[name]) * accumulate
+        else:  # the root's stay unsharded
+            yield gather, accumulate
+        if unit.reduced:
+            yield _One("reduce-scatter", "dp", dp, unit.reduced, where, "backward"), 1
+
+
+def _of_step(model: RankModel, precision: Precision, tp: int, dp: int, clip: bool) -> Iterator[_One]:
+    """Yield those of gradients: partial ones are summed, a scaled loss looks for infinities, and clipping takes the norm."""
+    if tp > 1:
+        for (over, itemsize), numel in _partial_gradients(model.trained, dp).items():
+            yield _One("all-reduce", "tp", over, numel * itemsize, PARTIAL, "backward")
+    axes: list[tuple[Literal["tp", "dp"], int]] = [("tp", tp), ("dp", dp)]
+    for wanted, where in ((precision.scaled, FINITE), (clip and bool(model.trained), NORM)):
+        for axis, ranks in axes:
+            if wanted and ranks > 1:
+                yield _One("all-reduce", axis, ranks, 4, where, "step")
+
+
+def _partial_gradients(params: list[LocalParam], dp: int) -> dict[tuple[int, int], int]:
+    """Count the elements of gradients that are summed over the tensor-parallel axis, by (ranks, bytes of one), on data-parallel rank 0."""
     found: Counter[tuple[int, int]] = Counter()
-    for h in mine:
-        split = h.split
+    for p in params:
+        split = p.split
         if split.sum_over <= 1:
             continue
-        rows = len(even_shard(h.tp_shape[0], 0, dp)) if h.tp_shape else 1
-        rest = math.prod(h.tp_shape[1:])
+        rows = len(even_shard(p.tp_shape[0], 0, dp)) if p.tp_shape else 1
+        rest = math.prod(p.tp_shape[1:])
         if split.sum_rows is not None and split.dim is not None:
             start, stop = split.sum_rows
             if split.dim == 0:
                 rows = max(0, min(stop, rows) - min(start, rows)) if dp > 1 else stop - start
             else:
-                rest = rest // h.tp_shape[split.dim] * (stop - start)
-        found[split.sum_over, h.dtype.itemsize] += rows * rest
+                rest = rest // p.tp_shape[split.dim] * (stop - start)
+        found[split.sum_over, p.dtype.itemsize] += rows * rest
     return dict(found)

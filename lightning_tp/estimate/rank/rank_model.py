@@ -1,16 +1,17 @@
-"""A model as one rank of a mesh holds it: its parameters, FSDP2's units, and the trace of a step."""
+"""Describe a model as one rank of a mesh holds it: its parameters, FSDP2's units, and the trace of a step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from lightning_tp.apply.fsdp import own_units
-from lightning_tp.core.modules.blocks import find_blocks
+from lightning_tp.core.modules.blocks import enclosing, find_blocks
 from lightning_tp.estimate.rank.settings import Settings
 from lightning_tp.estimate.trace.step_trace import StepTrace
 from lightning_tp.plan.plan import Plan
@@ -22,14 +23,14 @@ class LocalParam:
     """A parameter on a rank.
 
     Args:
-        name: from the root.
-        shape: whole.
-        tp_shape: after the tensor-parallel axis.
-        rows: of dim 0 that FSDP2 leaves on this rank, the padding of the last ranks included.
-        split: how it lies on the tensor-parallel axis.
-        unit: FSDP2's that it belongs to, "" for the root's.
+        name: from the root module.
+        shape: of the full parameter.
+        tp_shape: of the shard on the tensor-parallel axis.
+        rows: of dim 0 that FSDP2 leaves on this rank, with the padding of the last ranks.
+        split: how it is sharded on the tensor-parallel axis.
+        unit: the FSDP2 unit that it belongs to; "" for the root's.
         dtype: as held.
-        trained: whether it has a gradient.
+        requires_grad: False for a frozen one.
     """
 
     name: str
@@ -39,47 +40,63 @@ class LocalParam:
     split: Split
     unit: str
     dtype: torch.dtype
-    trained: bool
+    requires_grad: bool
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """What this rank holds, padded as FSDP2 pads it."""
+        """The shape that this rank holds, padded as FSDP2 pads it."""
         return (self.rows, *self.tp_shape[1:]) if self.tp_shape else ()
 
     @property
     def numel(self) -> int:
-        """Elements that this rank holds."""
+        """The number of elements that this rank holds."""
         return math.prod(self.local_shape)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that this rank holds."""
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class RankModel:
-    """What is known of one rank after the trace.
+    """A model on one rank.
 
     Args:
-        held: its parameters.
-        buffers: their bytes.
+        params: its parameters, tied ones once.
+        buffer_bytes: of all buffers.
         trace: of one micro-batch.
-        units: FSDP2's, "" last.
-        classes: of each module, by name.
-        blocks: their names.
+        units: names of FSDP2's units, the root's ("") last.
+        classes: name of a module -> name of its class.
+        blocks: names of the repeated blocks.
     """
 
-    held: tuple[LocalParam, ...]
-    buffers: int
+    params: tuple[LocalParam, ...]
+    buffer_bytes: int
     trace: StepTrace
     units: tuple[str, ...]
     classes: Mapping[str, str]
     blocks: tuple[str, ...]
 
-    def over(self, dp: int) -> RankModel:
-        """The same with another number of data-parallel ranks (both more than one)."""
-        held = tuple(replace(h, rows=math.ceil(h.tp_shape[0] / dp) if h.tp_shape else 1) for h in self.held)
-        return replace(self, held=held)
+    @cached_property
+    def trained(self) -> list[LocalParam]:
+        """The parameters that get a gradient; those of a block that did not run, if their counterparts got one."""
+        copies, got = self.trace.copies, self.trace.gradients
+        found = []
+        for p in self.params:
+            block = enclosing(p.unit or p.name, copies)
+            if p.requires_grad and (p.name in got or (block and copies[block] + p.name[len(block) :] in got)):
+                found.append(p)
+        return found
+
+    def with_data_parallel(self, dp: int) -> RankModel:
+        """Return the same model on a mesh with another number of data-parallel ranks (both more than one)."""
+        params = tuple(replace(p, rows=math.ceil(p.tp_shape[0] / dp) if p.tp_shape else 1) for p in self.params)
+        return replace(self, params=params)
 
 
-def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[LocalParam, ...]:
-    """The parameters of the rank, the tied ones once."""
+def local_params(model: nn.Module, plan: Plan, settings: Settings) -> tuple[LocalParam, ...]:
+    """Return the parameters as a rank holds them, tied ones once."""
     blocks = find_blocks(model)
     units = {id(m) for m in own_units(model, [b for _, b in blocks])}
     unit_of = {id(p): name for name, b in blocks if id(b) in units for p in b.parameters()}
@@ -87,19 +104,8 @@ def held_by(model: nn.Module, plan: Plan, settings: Settings) -> tuple[LocalPara
     for name, p in model.named_parameters():
         split = splits.get(name, Split())
         shape = tuple(p.shape)
-        local = split.local_shape(shape, settings.rank)
-        rows = (math.ceil(local[0] / settings.dp) if settings.dp > 1 else local[0]) if local else 1
-        dtype = settings.precision.held or p.dtype
-        found.append(
-            LocalParam(
-                name,
-                shape,
-                local,
-                rows,
-                split,
-                unit_of.get(id(p), ""),
-                dtype if p.is_floating_point() else p.dtype,
-                p.requires_grad,
-            )
-        )
+        tp_shape = split.local_shape(shape, settings.rank)
+        rows = (math.ceil(tp_shape[0] / settings.dp) if settings.dp > 1 else tp_shape[0]) if tp_shape else 1
+        dtype = (settings.precision.held or p.dtype) if p.is_floating_point() else p.dtype
+        found.append(LocalParam(name, shape, tp_shape, rows, split, unit_of.get(id(p), ""), dtype, p.requires_grad))
     return tuple(found)

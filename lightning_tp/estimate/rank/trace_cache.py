@@ -1,4 +1,4 @@
-"""Keep the traces of a model, so that each distinct step is traced once."""
+"""Keep the plans and traces of a model, so that each distinct step is traced once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from lightning_tp.apply.parallelize import PlanLike, resolve_plan
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.rank.inputs import LossOf, _shapes
-from lightning_tp.estimate.rank.optimizer import Steps
+from lightning_tp.estimate.rank.inputs import LossOf
+from lightning_tp.estimate.rank.optimizer import StepCosts
 from lightning_tp.estimate.rank.rank_model import RankModel
 from lightning_tp.estimate.rank.settings import Settings
 from lightning_tp.estimate.rank.trace_step import trace_step
@@ -20,60 +21,50 @@ from lightning_tp.infer.search import call_with
 from lightning_tp.plan.check import any_split, splits_nothing
 from lightning_tp.plan.plan import Plan
 
-TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes of the axis that are looked at for one that fits
+SUGGESTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes of the axis that an error may suggest
 
 
 @dataclass
 class TraceCache:
-    """Traces a model as often as its shapes ask for it, and remembers.
+    """A model with all that was found about it.
 
     Args:
         model: on any device.
         inputs: of one rank's forward.
-        loss_fn: as for `verify`.
-        plan: given, or None.
+        loss_of: (model, inputs) -> loss.
+        plan: as for `parallelize`; None: the default plan.
+        step_costs: of the optimizer's steps; see `rank.optimizer`.
     """
 
     model: nn.Module
     inputs: Any
     loss_of: LossOf
     plan: PlanLike | None = None
+    step_costs: StepCosts = field(default_factory=dict)
     _plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
-    _worlds: dict[Any, RankModel] = field(default_factory=dict)
-    _wholes: dict[Any, RankModel] = field(default_factory=dict)
-    steps: Steps = field(default_factory=dict)  # of the optimizer, that have been looked at
+    _traced: dict[Any, RankModel] = field(default_factory=dict)
+    _unsharded: dict[Any, RankModel] = field(default_factory=dict)
 
     def plan_of(self, tp: int, sequence_parallel: bool) -> Plan:
-        """The checked plan.
+        """Return the checked plan.
 
         Raises:
-            TPError: if none fits; it says which tp do.
+            TPError: if none fits this size; names sizes that fit.
         """
         key = (tp, sequence_parallel)
         if key not in self._plans:
             try:
-                self._plans[key] = self._plan(tp, sequence_parallel)
+                self._plans[key] = self._checked_plan(tp, sequence_parallel)
             except TPError as error:
-                fit = [n for n in TRIED if n != tp and self._fits(n, sequence_parallel)]
-                if fit == [1]:  # it has nothing to do with the number
+                fit = [n for n in SUGGESTED if n != tp and self._fits(n, sequence_parallel)]
+                if fit == [1]:  # it has nothing to do with the size
                     raise
                 raise TPError(
                     f"tp={tp} does not fit {type(self.model).__name__}: {error} These fit: tp={', '.join(map(str, fit))}."
                 ) from error
         return self._plans[key]
 
-    def largest_rank(self, tp: int, sequence_parallel: bool) -> int:
-        """The rank of the tensor-parallel axis that holds most; the first one where all hold as much."""
-        plan = self.plan_of(tp, sequence_parallel)
-        held = [0] * tp
-        for name, split in plan.splits.items():
-            shape = plan.shapes[name]
-            if split.dim is not None:
-                for rank in range(tp):
-                    held[rank] += math.prod(split.local_shape(shape, rank))
-        return held.index(max(held))
-
-    def _plan(self, tp: int, sequence_parallel: bool) -> Plan:
+    def _checked_plan(self, tp: int, sequence_parallel: bool) -> Plan:
         if tp == 1:
             return Plan({"**": "replicate"}, source="nothing to split over tp=1").check(self.model, 1)
         plan = self.plan if self.plan is not None else default_plan(self.model, call_with, self.inputs, tp)
@@ -84,37 +75,48 @@ class TraceCache:
 
     def _fits(self, tp: int, sequence_parallel: bool) -> bool:
         try:
-            self._plan(tp, sequence_parallel)
+            self._checked_plan(tp, sequence_parallel)
         except TPError:
             return False
         return True
 
-    def world(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> RankModel:
-        """The model on a rank, traced."""
-        # more data-parallel ranks change how parameters are cut, not what is traced; that there are any may change their dtype
-        same = replace(settings, dp=min(settings.dp, 2))
-        key = (self.kind(same, sequence_parallel), _shapes(inputs))
-        plan = self.plan_of(settings.tp, sequence_parallel)
-        if key not in self._worlds:
-            self._worlds[key] = self.trace(inputs, plan, same, sequence_parallel)
-        found = self._worlds[key]
-        return found if settings.dp == same.dp else found.over(settings.dp)
+    def largest_rank(self, tp: int, sequence_parallel: bool) -> int:
+        """Return the rank of the tensor-parallel axis that holds most parameters; the first one if all hold as many."""
+        plan = self.plan_of(tp, sequence_parallel)
+        held = [0] * tp
+        for name, split in plan.splits.items():
+            if split.dim is not None:
+                for rank in range(tp):
+                    held[rank] += math.prod(split.local_shape(plan.shapes[name], rank))
+        return held.index(max(held))
 
-    def trace(self, inputs: Any, plan: Plan, settings: Settings, sequence_parallel: bool) -> RankModel:
-        """The step with these inputs."""
+    def rank_model(self, inputs: Any, settings: Settings) -> RankModel:
+        """Return the model on a rank, traced with these inputs."""
+        # more data-parallel ranks change how parameters are sharded, not what runs; that there are any may change their dtype
+        of_two = replace(settings, dp=min(settings.dp, 2))
+        key = (settings_key(of_two), _shapes(inputs))
+        plan = self.plan_of(settings.tp, settings.sequence_parallel)
+        if key not in self._traced:
+            self._traced[key] = self._trace(inputs, plan, of_two)
+        found = self._traced[key]
+        return found if settings.dp == of_two.dp else found.with_data_parallel(settings.dp)
+
+    def unsharded(self, inputs: Any, settings: Settings) -> RankModel:
+        """Return the model in one process: for its FLOPs, which depend on shapes only."""
+        key = _shapes(inputs)
+        if key not in self._unsharded:
+            self._unsharded[key] = self.rank_model(inputs, replace(settings, tp=1, rank=0, activation_checkpointing=None))
+        return self._unsharded[key]
+
+    def _trace(self, inputs: Any, plan: Plan, settings: Settings) -> RankModel:
         return trace_step(self.model, self.loss_of, inputs, plan, settings)
 
-    @staticmethod
-    def kind(settings: Settings, sequence_parallel: bool) -> Any:
-        """What traces depend on beside the inputs, to compare."""
-        how = settings.activation_checkpointing
-        return replace(settings, activation_checkpointing=None), how if isinstance(how, str) else id(how), sequence_parallel
 
-    def whole(self, inputs: Any, settings: Settings, sequence_parallel: bool) -> RankModel:
-        """The model in one process: for its FLOPs, which depend on shapes only."""
-        key = _shapes(inputs)
-        if key not in self._wholes:
-            self._wholes[key] = self.world(
-                inputs, replace(settings, tp=1, rank=0, activation_checkpointing=None), sequence_parallel
-            )
-        return self._wholes[key]
+def settings_key(settings: Settings) -> Any:
+    """Return what traces depend on beside the inputs, to compare; a predicate for activation checkpointing equals itself only."""
+    how = settings.activation_checkpointing
+    return replace(settings, activation_checkpointing=None), how if isinstance(how, str) else id(how)
+
+
+def _shapes(inputs: Any) -> Any:
+    return tuple((tuple(t.shape), t.dtype) for t in tree_flatten(inputs)[0] if isinstance(t, Tensor))

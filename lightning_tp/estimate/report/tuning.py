@@ -1,21 +1,21 @@
-"""The result of `tune` as a table and as plain data."""
+"""Hold the configurations that `tune` ranks, and show them as a table and JSON."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 
+from lightning_tp.core.tables import table
 from lightning_tp.core.units import seconds, size
 from lightning_tp.estimate.report.step import StepReport
-from lightning_tp.plan.table import columns
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Something that is not possible.
+    """A configuration that is not possible, or a group of them.
 
     Args:
-        what: the choice, or a group of them.
+        what: the configuration.
         why: in words, with the numbers.
     """
 
@@ -25,11 +25,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What there is to choose from.
+    """The configurations of a model on a number of devices; `str()` of it is a table.
 
     Args:
-        fits: the fastest first.
-        refused: what is not possible, and why.
+        fits: those that fit in memory, the fastest first.
+        refused: those that are not possible.
         global_batch: samples of an optimizer step.
         gpus: devices.
     """
@@ -40,7 +40,7 @@ class TuningReport:
     gpus: int
 
     def to_json(self) -> str:
-        """All choices with their main numbers, and what is refused."""
+        """Return all configurations with their main numbers, and those that are refused, as JSON."""
         names = ("tp", "dp", "batch", "accumulate", "activation_checkpointing", "precision", "needed")
         fits = [
             {n: getattr(e, n) for n in names} | {f"{e.unit}_per_s": e.tokens_per_s, "mfu": e.mfu, "step_s": e.time.step}
@@ -50,26 +50,26 @@ class TuningReport:
         return json.dumps({"gpus": self.gpus, "global_batch": self.global_batch, "fits": fits, "refused": refused}, indent=1)
 
     def __str__(self) -> str:
-        head = f"{len(self.fits)} choices fit on {self.gpus} devices at {self.global_batch} samples a step"
         unit = self.fits[0].unit if self.fits else "tokens"
-        rows = [("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "step", f"{unit}/s/device", "MFU")]
-        for i, e in enumerate(self.fits, 1):
-            rows.append(
-                (
-                    str(i),
-                    str(e.tp),
-                    str(e.dp),
-                    str(e.batch),
-                    str(e.accumulate),
-                    e.activation_checkpointing,
-                    e.precision,
-                    size(e.needed),
-                    seconds(e.time.step),
-                    f"{e.tokens_per_s_per_device:,.0f}",
-                    f"{e.mfu:.1%}",
-                )
+        header = ("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "step", f"{unit}/s/device", "MFU")
+        rows = [
+            (
+                str(i),
+                str(e.tp),
+                str(e.dp),
+                str(e.batch),
+                str(e.accumulate),
+                e.activation_checkpointing,
+                e.precision,
+                size(e.needed),
+                seconds(e.time.step),
+                f"{e.tokens_per_s_per_device:,.0f}",
+                f"{e.mfu:.1%}",
             )
-        lines = [head, *columns(rows, left=())]
+            for i, e in enumerate(self.fits, 1)
+        ]
+        head = f"{len(self.fits)} configurations fit on {self.gpus} devices at a global batch of {self.global_batch} samples"
+        lines = [head, table(header, rows, right=range(len(header)))]
         if self.refused:
             lines += ["", "Not possible:", *(f"  {r.what}: {r.why}" for r in self.refused)]
         return "\n".join(lines)

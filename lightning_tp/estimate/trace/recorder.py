@@ -1,16 +1,9 @@
-"""Follow one step of a model on the meta device: what is alive at any time, what is computed, what is sent. One block of a kind is followed.
+"""Record one training step of a model on the meta device: every kernel, every collective, and the bytes that are alive at any time.
 
-The model runs forward and backward with the shapes of one rank. A `TorchDispatchMode` sees every operation: it counts the bytes of the
-storages that are
-alive, by the module that made them, and writes down products, the bytes that other kernels read and write, and collectives.
+The model runs forward and backward with the shapes of one rank, under a `TorchDispatchMode` that sees every operator. What an operator costs is
+in `op_costs`, how long tensors live in `storages`, and which blocks run at all in `repeated_blocks`.
 
-A step falls into pieces: from where a block begins to where the next one does, forward and backward, and what lies before, between and
-after. Of blocks
-of a kind (same class, shapes, settings and inputs) the first two run; in the place of each further one stands an empty tensor, and its
-pieces are those of the
-second one, which has what a block in the middle has: an input that its predecessor has made. So the cost does not depend on how many there are.
-
-Not seen: code that compiles, custom CUDA kernels without a meta implementation, and what allocators round up.
+Not seen: code that is compiled, custom CUDA kernels without a meta implementation, and the rounding of allocators.
 """
 
 from __future__ import annotations
@@ -18,82 +11,82 @@ from __future__ import annotations
 import sys
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
-from lightning_tp._compat import sequence_number, sequence_number_of_backward
-from lightning_tp.core.comm.axis import Axis
+from lightning_tp._compat import (
+    is_in_place,
+    sequence_number,
+    sequence_number_of_backward,
+    storage_key,
+    without_dispatch_modes,
+)
 from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.device_kernels import attention_flops
+from lightning_tp.estimate.trace.device_kernels import Kernels
 from lightning_tp.estimate.trace.forward_log import ForwardLog
-from lightning_tp.estimate.trace.step_trace import Label, Levels, Op, Phase, Segment, Sent
+from lightning_tp.estimate.trace.fusion import Fusion
+from lightning_tp.estimate.trace.op_costs import EMPTY, Call, kernel_of
+from lightning_tp.estimate.trace.repeated_blocks import RepeatedBlocks
+from lightning_tp.estimate.trace.step_trace import (
+    Alloc,
+    CollectiveCall,
+    End,
+    Event,
+    FusedOp,
+    Label,
+    LiveBytes,
+    Phase,
+    StepTrace,
+    Tape,
+    replay,
+)
+from lightning_tp.estimate.trace.storages import LiveStorages
 from lightning_tp.infer.follow.tracer import Values
-
-EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
-
-
-AS_MANY = 2  # blocks of a kind that run
-
-
-def alone(rank: int, size: int) -> Axis:
-    """The tensor-parallel axis as this rank sees it, with nobody else there."""
-    group = FakeGroup(rank, size)
-    return Axis(group)
 
 
 class OpRecorder(Values):
-    """Sees every operation of a step.
+    """Records a step: `with recorder.recording():` around forward, `begin_backward()` and backward; then `step_trace()`.
 
     Args:
         model: on the meta device, with the shards of one rank.
         blocks: name -> module.
-        kinds: name -> what blocks have in common for which one can stand.
-        group: of the tensor-parallel axis.
+        kinds: name -> what two blocks have in common if one can represent the other.
+        group: the tensor-parallel group, whose collectives are noted.
+        kernels: those of the device, which keep the casts of an autocast region.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], kinds: Mapping[str, Any], group: FakeGroup) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[str, nn.Module], kinds: Mapping[str, Any], group: FakeGroup, kernels: Kernels
+    ) -> None:
         super().__init__(model)
         self.model = model
-        self.blocks, self.kinds = blocks, kinds
-        self.piece = Segment("", "forward")
-        self.pieces = [self.piece]
-        self.followed: dict[str, str] = {}
+        self.kernels = kernels
+        self.tapes = [Tape("", "forward")]
         self.in_backward = False
-        self.failed: str | None = None  # the module whose forward raised, the innermost
-        self.walk = ForwardLog()
-        self.levels: Levels = {}
-        self.total = self.most = 0
-        self.alive: dict[int, tuple[Any, Label, int]] = {}
-        self.uncounted = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self.places: list[tuple[int, str]] = [(0, "")]  # from which sequence number on nodes belong to which module
+        self.failed: str | None = None  # the innermost module whose forward raised
+        self.forward_log = ForwardLog()
+        self.blocks = RepeatedBlocks(self, blocks, kinds)
+        self.storages = LiveStorages(self._note, (*model.parameters(), *model.buffers()))
+        self.fusion = Fusion(self.storages, self._note)
         self.gradients: dict[str, int] = {}
-        self.numbers: dict[int, int] = {}  # of storages that are alive; an address is used again, a number is not
-        self.born = 0
-        self._fresh: set[int] = set()  # storages written since the last product
-        self._read: dict[int, int] = {}
-        self._written: dict[int, int] = {}
-        self._run = ("", "forward")
-        self._seen: dict[Any, list[str]] = {}
-        self._made: dict[Any, Any] = {}  # what the second block of a kind gave
-        self._names_of: dict[str, list[nn.Parameter]] = {
-            name: [p for p in block.parameters() if p.requires_grad] for name, block in blocks.items()
-        }
-        self.run_again: Callable[[], None] = lambda: None  # called when something has been run again
-        group.note = self.note_sent
+        self._freed_after_forward: LiveBytes = {}
+        self._nodes_from: list[tuple[int, str]] = [(0, "")]  # the sequence number from which on autograd's nodes belong to a module
+        self._trained = {name: [p for p in block.parameters() if p.requires_grad] for name, block in blocks.items()}
+        group.note = self._note_collective
 
-    # ------------------------------------------------------------------------------------------------------- places
+    # -------------------------------------------------------------------------------------------------- the step as a whole
 
     @contextmanager
-    def following(self) -> Iterator[None]:
-        """While the model runs."""
+    def recording(self, inputs: Iterable[Any]) -> Iterator[None]:
+        """Record what runs. The tensors among `inputs` do not count as memory of the step."""
+        self.storages.uncounted |= {storage_key(t) for t in inputs if isinstance(t, Tensor)}
         names = {id(m): n for n, m in self.model.named_modules()}
         register = nn.modules.module
         handles: list[Any] = [
@@ -103,47 +96,51 @@ class OpRecorder(Values):
         for name, p in self.model.named_parameters():
             if p.requires_grad:
                 handles.append(p.register_post_accumulate_grad_hook(lambda p, n=name: self._has_gradient(n, p)))
-        kept = [(block, block.__dict__.get("forward")) for block in self.blocks.values()]
-        for name, block in self.blocks.items():
-            block.__dict__["forward"] = self._block(name, block.forward)
         try:
-            with self:
+            with self.blocks.watching(), self:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-            for block, forward in kept:
-                if forward is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = forward
-            self._close()
-            for finalizer, _, _ in self.alive.values():
-                finalizer.detach()
-
-    def _enter(self, name: str | None, inputs: Any) -> None:
-        self.stack.append(self.stack[-1] if name is None else name)
-        if not self.in_backward:
-            self.places.append((sequence_number(), self.stack[-1]))
-            if name is not None:
-                self.walk.enter(name, inputs)
-
-    def _leave(self, name: str | None, output: Any) -> None:
-        if name is not None and not self.in_backward:
-            self.walk.leave(name, output)
-        if self.failed is None and sys.exc_info()[1] is not None:
-            self.failed = self.stack[-1]
-        self.stack.pop()
-        if self.in_backward and len(self.stack) == 1:
-            self.run_again()
-        if not self.in_backward:
-            self.places.append((sequence_number(), self.stack[-1]))
+            self.close_segment()
+            self.storages.release()
 
     def begin_backward(self) -> None:
-        """The loss is there."""
-        self._close()
+        """Begin the backward pass: the loss is there, and autocast frees the weights that it has cast."""
+        events = self.tapes[-1].events
+        ended = len(events)
+        self.kernels.casts.clear()
+        for event in events[ended:]:
+            assert isinstance(event, Alloc)
+            self._freed_after_forward[event.label] = self._freed_after_forward.get(event.label, 0) - event.change
+        self.close_segment()
         self.in_backward = True
-        self._open(Segment("", "backward"))
+        self.open_segment("")
+
+    def step_trace(self) -> StepTrace:
+        """Return what was recorded."""
+        log = tuple(self.forward_log.events)
+        return StepTrace(replay(self.tapes), self.blocks.followed, self.gradients, log, self._freed_after_forward)
+
+    # ------------------------------------------------------------------------------------------------------------- segments
+
+    def open_segment(self, block: str, representative: str | None = None) -> None:
+        """Begin a segment of the pass that runs."""
+        self.tapes.append(Tape(block, "backward" if self.in_backward else "forward", representative))
+
+    def close_segment(self) -> None:
+        """End the segment that is open; that of a block's backward frees the block's gradients, as FSDP2 does."""
+        self.fusion.flush()
+        self._note(End())
+        tape = self.tapes[-1]
+        if tape.phase == "backward" and tape.block:
+            for p in self._trained[tape.block]:
+                p.grad = None
+
+    def _note(self, event: Event) -> None:
+        self.tapes[-1].events.append(event)
+
+    # ----------------------------------------------------------------------------------------------------- which module runs
 
     @property
     def where(self) -> tuple[str, Phase]:
@@ -153,129 +150,97 @@ class OpRecorder(Values):
         if len(self.stack) > 1:
             return self.stack[-1], "recompute"
         number = sequence_number_of_backward()
-        if number is None or number > self.places[-1][0]:
+        if number is None or number > self._nodes_from[-1][0]:
             return "", "backward"
-        return self.places[bisect_right(self.places, number, key=lambda p: p[0]) - 1][1], "backward"
+        return self._nodes_from[bisect_right(self._nodes_from, number, key=lambda p: p[0]) - 1][1], "backward"
 
-    def _close(self) -> None:
-        self._end_run()
-        self.piece.end = dict(self.levels)
-        self.piece.tape.append(("end", None))
-        if self.piece.phase == "backward" and self.piece.block:
-            before = self.total
-            for p in self._names_of[self.piece.block]:
-                p.grad = None
-            self.piece.freed = before - self.total
+    def _enter(self, name: str | None, inputs: Any) -> None:
+        self.stack.append(self.stack[-1] if name is None else name)
+        if not self.in_backward:
+            self._nodes_from.append((sequence_number(), self.stack[-1]))
+            if name is not None:
+                self.forward_log.enter(name, inputs)
 
-    def _open(self, piece: Segment) -> None:
-        self.piece = piece
-        self.pieces.append(piece)
-        piece.start, piece.peak, self.most = dict(self.levels), dict(self.levels), self.total
+    def _leave(self, name: str | None, output: Any) -> None:
+        if name is not None and not self.in_backward:
+            self.forward_log.leave(name, output)
+        if self.failed is None and sys.exc_info()[1] is not None:
+            self.failed = self.stack[-1]
+        self.stack.pop()
+        if not self.in_backward:
+            self._nodes_from.append((sequence_number(), self.stack[-1]))
+        elif len(self.stack) == 1:
+            self.kernels.casts.clear()  # what is recomputed is an autocast region of its own
 
-    # ------------------------------------------------------------------------------------------------------- blocks
+    # ------------------------------------------------------------------------------------------------------------ operators
 
-    def _block(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if self.in_backward:  # run again
-                return forward(*args, **kwargs)
-            given, spec = tree_flatten((args, kwargs))
-            key = (self.kinds[name], spec, tuple(_described(x) for x in given))
-            done = self._seen.setdefault(key, [])
-            if name in done or len(done) < AS_MANY:
-                done.append(name)
-                self.followed[name] = name
-                self._next_block(name)
-                self._open(Segment(name, "forward"))
-                out = forward(*args, **kwargs)
-                outs, out_spec = tree_flatten(out)
-                if len(done) == AS_MANY:
-                    places = [next((j for j, x in enumerate(given) if x is t), None) for t in outs]
-                    self._made[key] = ([_described(t) if isinstance(t, Tensor) else t for t in outs], places, out_spec)
-            else:
-                like = done[AS_MANY - 1]
-                self.followed[name] = like
-                self._next_block(name)
-                self._open(Segment(name, "forward", like))
-                out = self._stand_in(key, given)
-                outs = tree_flatten(out)[0]
-            self._close()
-            self._open(Segment("", "forward"))
-            first = next((t for t in outs if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf), None)
-            if first is not None:
-                first.register_hook(lambda grad: self._begin_backward_of(name))
-            return out
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, SplitLogits) for t in types):
+            return NotImplemented  # the operators on its local columns come by
+        if func is torch.ops.aten.embedding.default:
+            self._check_rows(*args[:2])
+        out = super().__torch_dispatch__(func, types, args, kwargs or {})
+        with without_dispatch_modes():
+            given = tree_flatten((args, kwargs or {}))[0]
+            inputs, outputs = ([t for t in leaves if isinstance(t, Tensor)] for leaves in (given, tree_flatten(out)[0]))
+            call = Call(
+                func.overloadpacket.__name__, *self.where, inputs, outputs, is_in_place(func), any(x is True for x in given)
+            )
+            if self._count_outputs(call) or call.in_place or not outputs:  # anything else is a view
+                self._note_kernel(call)
+        return out
 
-        return run
+    def _count_outputs(self, call: Call) -> bool:
+        """Count the storages that an operator has made; return whether there are any."""
+        before = {storage_key(t) for t in call.inputs}
+        label = Label(call.module, "backward" if call.phase == "backward" else "activation")
+        return any([self.storages.add(t, label) for t in call.outputs if storage_key(t) not in before])
 
-    def _next_block(self, name: str) -> None:
-        """What ran since the block before this one belongs to that; where that is not followed, it is not counted a second time."""
-        self._close()
-        if len(self.pieces) < 2:
+    def _note_kernel(self, call: Call) -> None:
+        op = kernel_of(call)
+        if op is None:
             return
-        last, between = self.pieces[-2:]
-        if between.block or not last.block or last.block.rpartition(".")[0] != name.rpartition(".")[0]:
-            return
-        if last.like is None:
-            self.pieces.pop()
-            last.end = between.end
-            if sum(between.peak.values()) > sum(last.peak.values()):
-                last.peak = between.peak
-            last.ops += between.ops
-            last.fused += between.fused
-            last.sent += between.sent
-            last.tape += between.tape
-        else:
-            between.again = True
+        if op.kind != "other":
+            self.fusion.flush()
+        if not self.in_backward:
+            self.forward_log.kernel(op.module, op.kind, op.shape)
+        self._note(op)
+        if op.kind != "other":
+            self._note(FusedOp(op))
+        else:  # of a table, only the rows that are looked up are read
+            self.fusion.add(op.module, op.phase, call.inputs if call.name != "embedding" else (), call.outputs)
 
-    def _stand_in(self, key: Any, given: list[Any]) -> Any:
-        described, places, spec = self._made[key]
-        sources = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
-        wanted = [d for d, at in zip(described, places) if at is None and isinstance(d, tuple)]
-        made = iter(_StandIn.apply(self, tuple(wanted), *sources))
-        outs = [given[at] if at is not None else next(made) if isinstance(d, tuple) else d for d, at in zip(described, places)]
-        return tree_unflatten(outs, spec)
-
-    def _begin_backward_of(self, name: str) -> None:
-        if self.piece.phase == "backward" and self.piece.block == name:
-            return
-        self._close()
-        like = self.followed[name]
-        self._open(Segment(name, "backward", None if like == name else like))
+    def _note_collective(self, kind: str, size: int) -> None:
+        module, phase = self.where
+        self.fusion.flush()
+        if not self.in_backward:
+            self.forward_log.collective(module, kind, size)
+        self._note(CollectiveCall(kind, size, module, phase))
 
     def _has_gradient(self, name: str, p: nn.Parameter) -> None:
         grad = p.grad
         assert grad is not None
         self.gradients[name] = grad.numel() * grad.itemsize
-        found = self.alive.get(grad.untyped_storage()._cdata)
-        if found is not None:
-            key = grad.untyped_storage()._cdata
-            self._count(found[1], -found[2])
-            label = (name, "gradient")
-            self.alive[key] = (found[0], label, found[2])
-            self._count(label, found[2])
+        self.storages.relabel(grad, Label(name, "gradient"))
 
-    # ---------------------------------------------------------------------------------------------------- operations
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Make a tensor that is counted, as of the module that runs."""
+        with without_dispatch_modes():
+            t = torch.empty(shape, dtype=dtype, device="meta")
+            module, phase = self.where
+            self.storages.add(t, Label(module, "backward" if phase == "backward" else "activation"))
+        return t
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(t, SplitLogits) for t in types):
-            return NotImplemented  # what it does with its own columns comes by
-        if func is torch.ops.aten.embedding.default:
-            self._looks_up(*args[:2])
-        out = super().__torch_dispatch__(func, types, args, kwargs or {})
-        with torch.utils._python_dispatch._disable_current_modes():
-            outs = [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]
-            given = tree_flatten((args, kwargs or {}))[0]
-            self._operation(func, [t for t in given if isinstance(t, Tensor)], outs, any(x is True for x in given))
-        return out
+    # --------------------------------------------------------------------------------------------------------- known values
 
-    def _looks_up(self, table: Tensor, index: Tensor) -> None:
-        """On the meta device, nothing complains about rows that a table does not have.
+    def _check_rows(self, table: Tensor, index: Tensor) -> None:
+        """Refuse rows that a table does not have: on the meta device, nothing else does.
 
         Raises:
             TPError: where the index is known, such as positions.
         """
         known = self.values.get(id(index))
-        with torch.utils._python_dispatch._disable_current_modes():
+        with without_dispatch_modes():
             last = int(known[1].max()) if known is not None and known[1].numel() else 0
         if last >= table.shape[0]:
             raise TPError(
@@ -292,193 +257,3 @@ class OpRecorder(Values):
             if known is not None and known[0] is t:  # a value is known as long as its tensor lives, and does not keep it alive
                 self.values[id(t)] = (None, known[1])  # type: ignore[assignment]
                 weakref.finalize(t, self.values.pop, id(t), None).atexit = False
-
-    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
-        """A tensor that is counted, as of the module that runs."""
-        with torch.utils._python_dispatch._disable_current_modes():
-            t = torch.empty(shape, dtype=dtype, device="meta")
-            where, phase = self.where
-            self._born(t.untyped_storage(), (where, "backward" if phase == "backward" else "kept"))
-        return t
-
-    def _operation(self, func: Any, ins: list[Tensor], outs: list[Tensor], flag: bool) -> None:
-        where, phase = self.where
-        before = {t.untyped_storage()._cdata for t in ins}
-        new = []
-        for t in outs:
-            storage = t.untyped_storage()
-            if storage._cdata in before or storage._cdata in self.uncounted or storage._cdata in self.alive:
-                continue
-            new.append(t)
-            self._born(storage, (where, "backward" if phase == "backward" else "kept"))
-        mutable = func._schema.is_mutable
-        if not new and not mutable and outs:
-            return  # a view
-        self._write_down(func, ins, outs, where, phase, flag)
-
-    def _write_down(self, func: Any, ins: list[Tensor], outs: list[Tensor], where: str, phase: Phase, flag: bool) -> None:
-        name = func.overloadpacket.__name__
-        if name in EMPTY or name == "_local_scalar_dense":
-            return
-        dtype = (ins or outs)[0].dtype
-        if name.startswith("_scaled_dot_product"):
-            backward = name.endswith("_backward")
-            q, k, v = ins[1:4] if backward else ins[:3]
-            flops = attention_flops(q, k, v, backward=backward)
-            b, h, length, d = q.shape
-            size = sum(_size(t) for t in (*ins, *outs))
-            self._compute(
-                Op(
-                    "attention",
-                    name,
-                    where,
-                    phase,
-                    flops,
-                    flops // 2 if flag else flops,
-                    size,
-                    (b * h, length, k.shape[2], d),
-                    dtype,
-                )
-            )
-            return
-        shape = _product(name, ins)
-        if shape is not None or name.startswith("convolution"):
-            if len({t.dtype for t in ins if t.ndim > 1}) > 1:  # on the meta device nothing complains
-                kinds = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in ins}))
-                raise TPError(
-                    f"`{where or 'the loss'}` multiplies {kinds}, which raises on a real device. Cast one of them in the model (a table of "
-                    "positions, for example), or use a precision with autocast ('bf16-mixed')."
-                )
-            flops = 2 * shape[0] * shape[1] * shape[2] * shape[3] if shape is not None else _convolution(name, ins, outs)
-            size = sum(_size(t) for t in (*ins, *outs))
-            self._compute(Op("product", name, where, phase, flops, flops, size, shape or (), dtype))
-            return
-        if name in ("embedding", "index", "gather", "index_select"):
-            size = 2 * sum(_size(t) for t in outs)
-        elif func._schema.is_mutable and outs and name not in ("copy_", "fill_", "zero_"):
-            size = sum(_size(t) for t in ins) + _size(outs[0])
-        else:
-            size = sum(_size(t) for t in ins) + (0 if name == "copy_" else sum(_size(t) for t in outs))
-        if size == 0:
-            return
-        if not self.in_backward:
-            self.walk.op(where, "other", ())
-        self.piece.kernel(Op("other", name, where, phase, 0, 0, size, (), dtype))
-        if self._run != (where, phase) and not self._fresh:
-            self._run = (where, phase)
-        for t in ins if name != "embedding" else ():
-            key = self._number(t)
-            if key not in self._fresh:
-                self._read[key] = max(self._read.get(key, 0), _size(t))
-        for t in outs:
-            key = self._number(t)
-            self._fresh.add(key)
-            self._written[key] = _size(t)
-
-    def _compute(self, op: Op) -> None:
-        self._end_run()
-        if not self.in_backward:
-            self.walk.op(op.module, op.kind, op.shape)
-        self.piece.kernel(op)
-        self.piece.compiled(op)
-
-    def _end_run(self) -> None:
-        """What a compiler would make one kernel of ends here: it reads what was there before, and writes what is alive now."""
-        if not self._fresh:
-            return
-        alive = set(self.numbers.values())
-        size = sum(self._read.values()) + sum(n for key, n in self._written.items() if key in alive or -key in self.uncounted)
-        where, phase = self._run
-        self.piece.compiled(Op("other", "fused", where, phase, 0, 0, size, (), torch.float32))  # type: ignore[arg-type]
-        self._fresh.clear()
-        self._read.clear()
-        self._written.clear()
-
-    def note_sent(self, kind: str, size: int) -> None:
-        """A collective has been called; see `Group`."""
-        where, phase = self.where
-        self._end_run()
-        if not self.in_backward:
-            self.walk.sent(where, kind, size)
-        self.piece.collective(Sent(kind, size, where, phase))
-
-    # ------------------------------------------------------------------------------------------------------ memory
-
-    def _born(self, storage: Any, label: Label) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        finalizer = weakref.finalize(storage, self._dead, key)
-        finalizer.atexit = False
-        self.alive[key] = (finalizer, label, size)
-        self.born += 1
-        self.numbers[key] = self.born
-        self._count(label, size)
-        if self.total > self.most:
-            self.most = self.total
-            self.piece.peak = dict(self.levels)
-
-    def _dead(self, key: int) -> None:
-        found = self.alive.pop(key, None)
-        if found is not None:
-            del self.numbers[key]
-            self._count(found[1], -found[2])
-
-    def _number(self, t: Tensor) -> int:
-        """Of its storage: above 0 for one that the step has made."""
-        key = t.untyped_storage()._cdata
-        return self.numbers.get(key, -key)
-
-    def _count(self, label: Label, size: int) -> None:
-        self.total += size
-        self.levels[label] = self.levels.get(label, 0) + size
-        self.piece.tape.append(("bytes", label, size))
-
-
-class _StandIn(Function):
-    """Tensors like those that a block gives, from those that it is handed; with a gradient for each of these."""
-
-    @staticmethod
-    def forward(ctx: Any, recorder: OpRecorder, wanted: tuple[Any, ...], *sources: Tensor) -> tuple[Tensor, ...]:
-        ctx.like = [(s.shape, s.dtype) for s in sources]
-        ctx.recorder = recorder
-        outs = tuple(recorder.empty(shape, dtype) for _, shape, dtype, _ in wanted)
-        ctx.mark_non_differentiable(*(t for t, (*_, grad) in zip(outs, wanted) if not grad))
-        return outs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return (None, None, *(ctx.recorder.empty(shape, dtype) for shape, dtype in ctx.like))
-
-
-def _described(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return ("tensor", x.shape, x.dtype, x.requires_grad)
-    return x if isinstance(x, (int, float, str, bool, type(None))) else type(x)
-
-
-def _size(t: Tensor) -> int:
-    return min(t.numel() * t.itemsize, t.untyped_storage().nbytes())
-
-
-def _product(name: str, ins: list[Tensor]) -> tuple[int, int, int, int] | None:
-    """(batch, m, n, k) of a product of matrices."""
-    if name in ("mm", "addmm"):
-        a, b = ins[-2:]
-        return 1, a.shape[0], b.shape[1], a.shape[1]
-    if name in ("bmm", "baddbmm"):
-        a, b = ins[-2:]
-        return a.shape[0], a.shape[1], b.shape[2], a.shape[2]
-    if name == "_grouped_mm":  # groups of rows, each times its own matrix; for gradients, groups of the inner dimension
-        a, b = ins[:2]
-        return 1, a.shape[0], b.shape[-1], a.shape[1]
-    if name == "mv":
-        return 1, ins[0].shape[0], 1, ins[0].shape[1]
-    if name == "dot":
-        return 1, 1, 1, ins[0].shape[0]
-    return None
-
-
-def _convolution(name: str, ins: list[Tensor], outs: list[Tensor]) -> int:
-    if name == "convolution":
-        return 2 * outs[0].numel() * ins[1][0].numel()
-    grad, _, weight = ins[:3]
-    return 2 * grad.numel() * weight[0].numel() * sum(1 for t in outs[:2] if t is not None)

@@ -1,11 +1,16 @@
-"""The step of a rank as recorded: kernels, collectives and live bytes, in segments of a block each."""
+"""Hold a training step as recorded on one rank: segments of a block each, with their kernels, collectives and live bytes.
+
+A segment keeps its tape: every tensor that starts or ends being alive, every kernel and every collective, in order. All its other numbers are
+counted from that tape by `replay`, for a tape that was recorded and for one that `rank.extrapolate` has computed.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -15,18 +20,18 @@ Phase = Literal["forward", "recompute", "backward"]
 
 
 class Op(NamedTuple):
-    """A kernel, or some that are equal.
+    """A kernel.
 
     Args:
-        kind: "product", "attention", or "other" (bound by memory).
+        kind: "product" (a matmul or convolution), "attention", or "other" (bound by memory bandwidth).
         name: of the operator.
         module: whose forward, or the backward of whose forward, it is.
         phase: "forward", "recompute" or "backward".
-        flops: of one; multiply-adds count two. Causal attention counts in full.
-        work: the part of `flops` that has to be done (half, for causal attention).
-        bytes: read and written by one.
-        shape: (batch, m, n, k) of a product; () otherwise.
-        dtype: of its operands.
+        flops: a multiply-add counts as two; causal attention counts in full.
+        work: the part of `flops` that has to be computed (half of them for causal attention).
+        bytes: read and written.
+        shape: (batch, m, n, k) of a matmul; () otherwise.
+        dtype: of its first operand.
     """
 
     kind: str
@@ -40,14 +45,20 @@ class Op(NamedTuple):
     dtype: torch.dtype
 
 
-class Sent(NamedTuple):
-    """A collective on the tensor-parallel axis, as a rank calls it.
+class FusedOp(NamedTuple):
+    """A kernel as a compiler makes it: a matmul as it is, or all that stands between two of them."""
+
+    op: Op
+
+
+class CollectiveCall(NamedTuple):
+    """A collective over the tensor-parallel axis.
 
     Args:
         kind: "all-reduce", "all-gather" or "reduce-scatter".
-        bytes: of the whole tensor: what is summed, or what all shards are together.
-        module: around which it happens.
-        phase: as for `Op`.
+        bytes: of the full tensor: what is reduced, or all shards together.
+        module: that calls it.
+        phase: as in `Op`.
     """
 
     kind: str
@@ -56,60 +67,94 @@ class Sent(NamedTuple):
     phase: Phase
 
 
-Label = tuple[str, str]  # (module, "kept" | "backward" | "gradient")
+class Label(NamedTuple):
+    """Who made a tensor, and what it is.
+
+    Args:
+        module: that made it; of a gradient, the name of the parameter.
+        kind: "activation" (made in the forward or when recomputed), "backward" (made there) or "gradient" (of a parameter).
+    """
+
+    module: str
+    kind: Literal["activation", "backward", "gradient"]
 
 
-Levels = dict[Label, int]
+LiveBytes = dict[Label, int]
 
 
-Event = tuple[str, Any] | tuple[str, Any, int]  # ("op" | "fused", Op), ("sent", Sent), ("bytes", Label, change), ("end", None)
+class Alloc(NamedTuple):
+    """Bytes that start being alive (above 0), or end (below 0)."""
+
+    label: Label
+    change: int
+
+
+class End(NamedTuple):
+    """The end of a block's computation; what follows on its tape frees the block's gradients."""
+
+
+Event = Alloc | Op | FusedOp | CollectiveCall | End
 
 
 @dataclass
-class Segment:
-    """A stretch of the step.
+class Tape:
+    """The events of one segment, in order.
 
     Args:
-        block: that it is about; "" for what lies outside of blocks.
-        phase: "forward" or "backward".
-        like: the block that was followed for this one; None if it was followed itself.
-        start, peak, end: bytes alive, by who made them: at its start, when they are most, and at its end (gradients of the block included).
-        freed: bytes of the block's parameter gradients, which FSDP2 takes away at the end.
-        again: it lies behind a block that was not followed, and is part of what is counted for that already.
-        ops: how often each kernel runs.
-        fused: the same with kernels between products run together, as a compiler does it.
-        sent: how often each collective runs.
-        tape: all that these were counted from, in order: bytes that begin (above 0) or end to be alive, kernels, collectives,
-            and where `end` was.
+        block: that runs; "" outside of blocks.
+        phase: "forward" or "backward"; what is recomputed is part of the backward.
+        representative: the block that ran instead of this one; None if this one ran.
+        duplicate: whether it follows a block that did not run, and its kernels are part of the representative's segment.
     """
 
     block: str
     phase: Literal["forward", "backward"]
-    like: str | None = None
-    start: Levels = field(default_factory=dict)
-    peak: Levels = field(default_factory=dict)
-    end: Levels = field(default_factory=dict)
-    freed: int = 0
-    again: bool = False
-    ops: Counter[Op] = field(default_factory=Counter)
-    fused: Counter[Op] = field(default_factory=Counter)
-    sent: Counter[Sent] = field(default_factory=Counter)
-    tape: list[Event] = field(default_factory=list, repr=False)
+    representative: str | None = None
+    duplicate: bool = False
+    events: list[Event] = field(default_factory=list, repr=False)
 
-    def kernel(self, op: Op) -> None:
-        """One that runs alone, if nothing is compiled."""
-        self.ops[op] += 1
-        self.tape.append(("op", op))
 
-    def compiled(self, op: Op) -> None:
-        """One as a compiler makes it."""
-        self.fused[op] += 1
-        self.tape.append(("fused", op))
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the step: a block forward, a block backward, or what lies between.
 
-    def collective(self, sent: Sent) -> None:
-        """One that is called."""
-        self.sent[sent] += 1
-        self.tape.append(("sent", sent))
+    Args:
+        tape: all its numbers are counted from.
+        start, peak, end: live bytes at its start, when they are most, and when its computation has ended.
+        freed: bytes of the block's parameter gradients, which FSDP2 reduces and frees at the end.
+        ops: how often each kernel runs in eager mode.
+        fused: how often each runs when compiled.
+        collectives: how often each runs.
+    """
+
+    tape: Tape = field(repr=False)
+    start: LiveBytes
+    peak: LiveBytes
+    end: LiveBytes
+    freed: int
+    ops: Counter[Op]
+    fused: Counter[Op]
+    collectives: Counter[CollectiveCall]
+
+    @property
+    def block(self) -> str:
+        """The block that runs; "" outside of blocks."""
+        return self.tape.block
+
+    @property
+    def phase(self) -> Literal["forward", "backward"]:
+        """The pass that it is part of."""
+        return self.tape.phase
+
+    @property
+    def representative(self) -> str | None:
+        """The block that ran instead of this one; None if this one ran."""
+        return self.tape.representative
+
+    @property
+    def duplicate(self) -> bool:
+        """Whether its kernels are counted with the representative of the block before."""
+        return self.tape.duplicate
 
 
 @dataclass
@@ -117,27 +162,88 @@ class StepTrace:
     """What one step showed.
 
     Args:
-        pieces: in their order; those of blocks that were not followed name the one that stands for them.
-        followed: block -> the block that was followed for it (itself, if it was).
+        segments: in order; those of blocks that did not run name the block that ran instead.
+        followed: block -> the block that ran instead of it (itself, if it ran).
         gradients: bytes of each parameter's gradient, by name.
-        steps: the modules of the forward in the order in which they ran.
-        let_go: bytes that ended to be alive with the forward, by who made them: weights that autocast has cast and nothing has saved.
+        forward: the order of the modules' forwards.
+        freed_after_forward: bytes that autocast frees after the forward: weights that it has cast and nothing has saved.
     """
 
-    pieces: list[Segment]
+    segments: list[Segment]
     followed: dict[str, str]
     gradients: dict[str, int]
-    steps: tuple[ForwardEvent, ...] = ()
-    let_go: Levels = field(default_factory=dict)
+    forward: tuple[ForwardEvent, ...] = ()
+    freed_after_forward: LiveBytes = field(default_factory=dict)
 
-    def of(self, piece: Segment) -> Segment:
-        """The piece that was followed for this one."""
-        return piece if piece.like is None else self._followed[piece.like, piece.phase]
+    def representative(self, segment: Segment) -> Segment:
+        """Return the segment that ran instead of this one; itself, if it ran."""
+        return segment if segment.representative is None else self._ran[segment.representative, segment.phase]
 
     @cached_property
-    def _followed(self) -> dict[tuple[str, str], Segment]:
+    def _ran(self) -> dict[tuple[str, str], Segment]:
         found: dict[tuple[str, str], Segment] = {}
-        for p in self.pieces:
-            if p.like is None:
-                found.setdefault((p.block, p.phase), p)
+        for segment in self.segments:
+            if segment.representative is None:
+                found.setdefault((segment.block, segment.phase), segment)
         return found
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """Block that did not run -> the block that ran instead."""
+        return {block: ran for block, ran in self.followed.items() if block != ran}
+
+
+def replay(tapes: Iterable[Tape]) -> list[Segment]:
+    """Count the segments of a step from their tapes.
+
+    Example:
+        >>> x = Label("layer", "activation")
+        >>> first, second = replay(
+        ...     [
+        ...         Tape("", "forward", events=[Alloc(x, 8), Alloc(x, 4), Alloc(x, -4), End()]),
+        ...         Tape("", "backward", events=[Alloc(x, -8), End()]),
+        ...     ]
+        ... )
+        >>> [sum(levels.values()) for levels in (first.start, first.peak, first.end, second.end)]
+        [0, 12, 8, 0]
+    """
+    live: LiveBytes = {}
+    return [_replayed(tape, live) for tape in tapes]
+
+
+def _replayed(tape: Tape, live: LiveBytes) -> Segment:
+    """Count one segment; `live` becomes what is alive after it."""
+    events = tape.events
+    peak_at, end_at = _peak_and_end(events, sum(live.values()))
+    start = dict(live)
+    peak, end, freed = start, dict[Label, int](), 0
+    ops, fused, collectives = Counter[Op](), Counter[Op](), Counter[CollectiveCall]()
+    for i, event in enumerate(events):
+        if isinstance(event, Alloc):
+            live[event.label] = live.get(event.label, 0) + event.change
+            if i == peak_at:
+                peak = dict(live)
+            if i > end_at:
+                freed -= event.change
+        elif isinstance(event, Op):
+            ops[event] += 1
+        elif isinstance(event, FusedOp):
+            fused[event.op] += 1
+        elif isinstance(event, CollectiveCall):
+            collectives[event] += 1
+        elif i == end_at:
+            end = dict(live)
+    return Segment(tape, start, peak, end, freed, ops, fused, collectives)
+
+
+def _peak_and_end(events: list[Event], total: int) -> tuple[int, int]:
+    """Find the first event at which most bytes are alive (-1: at the start), and the last `End`."""
+    most, peak_at, end_at = total, -1, len(events)
+    for i, event in enumerate(events):
+        if isinstance(event, Alloc):
+            total += event.change
+            if total > most:
+                most, peak_at = total, i
+        elif isinstance(event, End):
+            end_at = i
+    return peak_at, end_at

@@ -10,7 +10,8 @@ from lightning_tp.core.units import seconds
 from lightning_tp.estimate.cost.gemm_tiling import START
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.roofline import collective_seconds, in_node, product_seconds
-from lightning_tp.estimate.predict import Options, predict
+from lightning_tp.estimate.options import Options
+from lightning_tp.estimate.predict import predict
 from lightning_tp.estimate.rank.inputs import loss_of
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 from tests.estimate.models import MODELS
