@@ -165,7 +165,7 @@ def predict(cache: TraceCache, inputs: Any, dp: int, tp: int, hardware: str | Pa
         flops=flops_of(model, unsharded),
         time=time,
         plan=str(plan).splitlines()[0],
-        assumptions=assumptions_of(model, hw, options, settings),
+        assumptions=tuple(assumptions_of(model, hw, options, settings)),
         peak_flops=hw.peak(precision.computes_in(model.params[0].dtype)),
         unit=batch.unit,
         traced=(plan, model, unsharded),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.estimate.rank.fsdp_units import units_of
 from lightning_tp.estimate.rank.rank_model import LocalParam, RankModel
 from lightning_tp.estimate.rank.settings import Precision
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+OUTSIDE = "outside the blocks"
 FINITE = "gradients are finite"
 NORM = "norm of gradients"
 PARTIAL = "partial gradients"
@@ -34,22 +34,11 @@ class Collective:
         phase: "forward", "recompute", "backward" or "step".
     """
 
-    kind: Kind
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
     axis: Literal["tp", "dp"]
     ranks: int
     bytes: int
     count: int
-    where: str
-    phase: str
-
-
-class _One(NamedTuple):
-    """A collective, without its count."""
-
-    kind: Kind
-    axis: Literal["tp", "dp"]
-    ranks: int
-    bytes: int
     where: str
     phase: str
 
@@ -66,55 +55,50 @@ def collectives_of(
         accumulate: micro-batches of a step.
         clip: whether the norm of all gradients is computed.
     """
-    found: Counter[_One] = Counter()
-    for one, count in _of_trace(model, tp):
-        found[one] += count * accumulate
-    for one, count in _of_fsdp(model, precision, dp, accumulate) if dp > 1 else ():
-        found[one] += count
-    for one in _of_step(model, precision, tp, dp, clip):
-        found[one] += 1
-    return tuple(
-        Collective(one.kind, one.axis, one.ranks, one.bytes, count, one.where, one.phase) for one, count in found.items() if count
-    )
+    found: Counter[Collective] = Counter()
+    for one in (
+        *_of_trace(model, tp, accumulate),
+        *(_of_fsdp(model, precision, dp, accumulate) if dp > 1 else ()),
+        *_of_gradients(model, precision, tp, dp, clip),
+    ):
+        found[replace(one, count=0)] += one.count
+    return tuple(replace(one, count=count) for one, count in found.items() if count)
 
 
-def _of_trace(model: RankModel, tp: int) -> Iterator[tuple[_One, int]]:
-    """Yield those of a micro-batch on the tensor-parallel axis."""
+def _of_trace(model: RankModel, tp: int, accumulate: int) -> Iterator[Collective]:
+    """Yield those on the tensor-parallel axis."""
     for segment in model.trace.segments:
         ran = model.trace.representative(segment)
         for run in () if segment.duplicate else (ran,) if ran is segment else (ran, segment):
-            for call, count in run.collectives.items():
-                yield _One(call.kind, "tp", tp, call.bytes, segment.block, call.phase), count  # type: ignore[arg-type]
+            for call, n in run.collectives.items():
+                yield Collective(call.kind, "tp", tp, call.bytes, n * accumulate, segment.block, call.phase)
 
 
-def _of_fsdp(model: RankModel, precision: Precision, dp: int, accumulate: int) -> Iterator[tuple[_One, int]]:
-    """Yield those of FSDP2: all-gathers before each forward and backward, a reduce-scatter after the last backward."""
+def _of_fsdp(model: RankModel, precision: Precision, dp: int, accumulate: int) -> Iterator[Collective]:
+    """Yield those of FSDP2: all-gathers before each forward and backward (the root's stay), and reduce-scatters after the last backward."""
     forwards = Counter(s.block for s in model.trace.segments if s.phase == "forward")
     backwards = Counter(s.block for s in model.trace.segments if s.phase == "backward")
     for name, unit in units_of(model, precision, dp).items():
-        if not unit.gathered:
-            continue
-        where = name or "outside the blocks"
-        gather = _One("all-gather", "dp", dp, unit.gathered, where, "forward")
-        if name:
-            yield gather, forwards[name] * accumulate
-            yield gather._replace(phase="backward"), min(forwards[name], backwards[name]) * accumulate
-        else:  # the root's stay unsharded
-            yield gather, accumulate
+        where = name or OUTSIDE
+        if unit.gathered:
+            runs = forwards[name] if name else 1
+            again = min(runs, backwards[name]) if name else 0
+            yield Collective("all-gather", "dp", dp, unit.gathered, runs * accumulate, where, "forward")
+            yield Collective("all-gather", "dp", dp, unit.gathered, again * accumulate, where, "backward")
         if unit.reduced:
-            yield _One("reduce-scatter", "dp", dp, unit.reduced, where, "backward"), 1
+            yield Collective("reduce-scatter", "dp", dp, unit.reduced, 1, where, "backward")
 
 
-def _of_step(model: RankModel, precision: Precision, tp: int, dp: int, clip: bool) -> Iterator[_One]:
-    """Yield those of gradients: partial ones are summed, a scaled loss looks for infinities, and clipping takes the norm."""
+def _of_gradients(model: RankModel, precision: Precision, tp: int, dp: int, clip: bool) -> Iterator[Collective]:
+    """Yield those once per step: partial gradients are summed, a gradient scaler looks for infinities, and clipping takes the norm."""
     if tp > 1:
         for (over, itemsize), numel in _partial_gradients(model.trained, dp).items():
-            yield _One("all-reduce", "tp", over, numel * itemsize, PARTIAL, "backward")
-    axes: list[tuple[Literal["tp", "dp"], int]] = [("tp", tp), ("dp", dp)]
-    for wanted, where in ((precision.scaled, FINITE), (clip and bool(model.trained), NORM)):
-        for axis, ranks in axes:
-            if wanted and ranks > 1:
-                yield _One("all-reduce", axis, ranks, 4, where, "step")
+            yield Collective("all-reduce", "tp", over, numel * itemsize, 1, PARTIAL, "backward")
+    for wanted, where in ((precision.scaled, FINITE), (clip and model.trained, NORM)):
+        if wanted and tp > 1:
+            yield Collective("all-reduce", "tp", tp, 4, 1, where, "step")
+        if wanted and dp > 1:
+            yield Collective("all-reduce", "dp", dp, 4, 1, where, "step")
 
 
 def _partial_gradients(params: list[LocalParam], dp: int) -> dict[tuple[int, int], int]:

@@ -14,9 +14,10 @@ Not in here: what the allocator rounds up and fragments, the CUDA context, and N
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -78,14 +79,10 @@ def memory_of(model: RankModel, precision: Precision, dp: int, *, optimizer: int
         scratch: bytes that its step needs temporarily.
         accumulate: micro-batches of a step; the last one is shown.
     """
-    live = live_segments(model)
-    units = units_of(model, precision, dp) if dp > 1 else {}
-    step = _Step(model, units, tuple(_moments(live, units)), optimizer, scratch, accumulate)
+    step = _Step(model, units_of(model, precision, dp) if dp > 1 else {}, optimizer, scratch, accumulate)
     changes = [change for source in SOURCES for change in source(step)]
-    timeline = tuple(
-        MemorySnapshot(moment.name, kinds) for moment, kinds in zip(step.moments, _cumulated(changes, len(step.moments)))
-    )
-    saved = [s.after for s in live if s.segment.phase == "forward"][-1]
+    timeline = tuple(_snapshots(step.moments, changes))
+    saved = [s.after for s in step.live if s.segment.phase == "forward"][-1]
     return Memory(
         sum(p.bytes for p in model.params),
         step.gradient_bytes,
@@ -110,59 +107,39 @@ def _during(time: int, category: str, size: int) -> Iterator[Change]:
     yield Change(time + 1, category, -size)
 
 
-def _cumulated(changes: list[Change], moments: int) -> list[dict[str, int]]:
-    """Return the bytes of each category at each moment."""
-    at: list[list[Change]] = [[] for _ in range(moments + 1)]
+def _snapshots(moments: Iterable[_Moment], changes: Iterable[Change]) -> Iterator[MemorySnapshot]:
+    """Yield the memory at each moment: the sum of all changes up to it."""
+    at: dict[int, list[Change]] = defaultdict(list)
     for change in changes:
         at[change.time].append(change)
-    held: dict[str, int] = {}
-    found = []
-    for time in range(moments):
-        for change in at[time]:
-            held[change.category] = held.get(change.category, 0) + change.bytes
-        found.append({category: n for category, n in held.items() if n > 0})
-    return found
-
-
-# -------------------------------------------------------------------------------------------------------------- the moments
+    held: Counter[str] = Counter()
+    for moment in moments:
+        for change in at[moment.time]:
+            held[change.category] += change.bytes
+        yield MemorySnapshot(moment.name, {category: n for category, n in held.items() if n > 0})
 
 
 class _Moment(NamedTuple):
     """A moment of the step.
 
     Args:
+        time: its place among all.
         name: for reading.
-        kind: a segment runs; a unit's gradients are reduce-scattered; those of the root; or the optimizer steps.
+        kind: a segment runs forward or backward; its unit's gradients are reduce-scattered; those of the root; the optimizer steps.
         live: of the segment.
+        unit: of FSDP2, whose block runs; None outside of blocks, and for a block that is no unit of its own.
     """
 
+    time: int
     name: str
-    kind: Literal["run", "reduce", "reduce root", "optimizer"]
+    kind: Literal["forward", "backward", "reduce", "reduce root", "optimizer"]
     live: LiveSegment
+    unit: Unit | None = None
 
     @property
     def block(self) -> str:
         """The block that runs; "" outside of blocks."""
         return self.live.segment.block
-
-    @property
-    def in_backward(self) -> bool:
-        """Whether the segment is part of the backward."""
-        return self.live.segment.phase == "backward"
-
-
-def _moments(live: list[LiveSegment], units: Mapping[str, Unit]) -> Iterator[_Moment]:
-    for found in live:
-        segment = found.segment
-        if segment.duplicate:
-            continue
-        where = f" of {segment.block}" if segment.block else " pass, outside the blocks"
-        yield _Moment(f"{segment.phase}{where}", "run", found)
-        if segment.phase == "backward" and segment.block and segment.block in units and units[segment.block].reduced:
-            yield _Moment(f"gradient reduction of {segment.block}", "reduce", found)
-    if "" in units and units[""].reduced:
-        yield _Moment("gradient reduction, outside the blocks", "reduce root", live[-1])
-    yield _Moment("step of the optimizer", "optimizer", live[-1])
 
 
 @dataclass(frozen=True)
@@ -172,17 +149,40 @@ class _Step:
     Args:
         model: on this rank.
         units: FSDP2's; none with one data-parallel rank.
-        moments: in order; the last one is the step of the optimizer.
-        optimizer, scratch: bytes, see `memory_of`.
-        accumulate: micro-batches.
+        optimizer, scratch, accumulate: see `memory_of`.
     """
 
     model: RankModel
     units: Mapping[str, Unit]
-    moments: tuple[_Moment, ...]
     optimizer: int
     scratch: int
     accumulate: int
+
+    @cached_property
+    def live(self) -> list[LiveSegment]:
+        """All segments with their live bytes."""
+        return live_segments(self.model)
+
+    @cached_property
+    def moments(self) -> list[_Moment]:
+        """All moments in order; the step of the optimizer is the last one."""
+        found: list[_Moment] = []
+        for live in self.live:
+            segment = live.segment
+            unit = self.units.get(segment.block) if segment.block else None
+            where = f" of {segment.block}" if segment.block else " pass, outside the blocks"
+            if not segment.duplicate:
+                found.append(_Moment(len(found), segment.phase + where, segment.phase, live, unit))
+            if segment.phase == "backward" and unit is not None and unit.reduced:
+                found.append(_Moment(len(found), f"gradient reduction of {segment.block}", "reduce", live, unit))
+        if self.root.reduced:
+            found.append(_Moment(len(found), "gradient reduction, outside the blocks", "reduce root", self.live[-1]))
+        return [*found, _Moment(len(found), "step of the optimizer", "optimizer", self.live[-1])]
+
+    @property
+    def root(self) -> Unit:
+        """FSDP2's unit of all that is in no block."""
+        return self.units.get("", Unit(0, 0, 0))
 
     @property
     def end(self) -> int:
@@ -192,28 +192,17 @@ class _Step:
     @property
     def backward_end(self) -> int:
         """The time after all segments and the reduce-scatters of blocks."""
-        return self.end - any(m.kind == "reduce root" for m in self.moments)
+        return self.end - (self.root.reduced > 0)
 
     @property
     def gradient_bytes(self) -> int:
-        """Gradients of all parameters as held after the backward."""
+        """Gradients of all parameters, as held after the backward."""
         return sum(p.bytes for p in self.model.trained)
 
     @property
-    def units_forward(self) -> list[str]:
-        """The units of blocks in the order of the forward."""
-        return [m.block for m in self.moments if m.kind == "run" and not m.in_backward and m.block and m.block in self.units]
-
-    def runs(self) -> Iterator[tuple[int, _Moment]]:
-        """Yield (time, moment) of segments."""
-        return ((time, m) for time, m in enumerate(self.moments) if m.kind == "run")
-
-    def unit_of(self, moment: _Moment) -> Unit | None:
-        """Return the unit of the block that runs; None outside of blocks, and where FSDP2 has no unit of its own for it."""
-        return self.units.get(moment.block) if moment.block else None
-
-
-# -------------------------------------------------------------------------------------------------------------- the sources
+    def next_units(self) -> list[tuple[_Moment, _Moment]]:
+        """Each unit in the order of the forward, and the next one."""
+        return list(pairwise(m for m in self.moments if m.kind == "forward" and m.unit is not None))
 
 
 def _model_state(step: _Step) -> Iterator[Change]:
@@ -225,31 +214,28 @@ def _model_state(step: _Step) -> Iterator[Change]:
 
 def _gathered_parameters(step: _Step) -> Iterator[Change]:
     """Yield the unsharded parameters of the unit that runs, and the root's through forward and backward."""
-    if "" in step.units:
-        yield Change(0, "gathered parameters", step.units[""].gathered)
-        yield Change(step.backward_end, "gathered parameters", -step.units[""].gathered)
-    for time, moment in step.runs():
-        unit = step.unit_of(moment)
-        if unit is not None:
-            yield from _during(time, "gathered parameters", unit.gathered)
+    yield Change(0, "gathered parameters", step.root.gathered)
+    yield Change(step.backward_end, "gathered parameters", -step.root.gathered)
+    for m in step.moments:
+        if m.unit is not None and m.kind in ("forward", "backward"):
+            yield from _during(m.time, "gathered parameters", m.unit.gathered)
 
 
 def _gradients(step: _Step) -> Iterator[Change]:
     """Yield the gradients as they are held between steps: with FSDP2, each unit's shard from its reduce-scatter on."""
     held = 0
-    for change in _fsdp_gradients(step) if step.units else _block_gradients(step):
+    for change in _sharded_gradients(step) if step.units else _block_gradients(step):
         held += change.bytes
         yield change
     yield Change(step.end, "gradients", step.gradient_bytes - held)
 
 
-def _fsdp_gradients(step: _Step) -> Iterator[Change]:
-    for time, moment in step.runs():
-        unit = step.unit_of(moment)
-        if moment.in_backward and unit is not None:
-            yield Change(time + 1, "gradients", unit.gradients)
-    if step.backward_end < step.end:
-        yield Change(step.backward_end, "gradients", step.units[""].gradients)
+def _sharded_gradients(step: _Step) -> Iterator[Change]:
+    for m in step.moments:
+        if m.kind == "backward" and m.unit is not None:
+            yield Change(m.time + 1, "gradients", m.unit.gradients)
+        elif m.kind == "reduce root":
+            yield Change(m.time, "gradients", step.root.gradients)
 
 
 def _block_gradients(step: _Step) -> Iterator[Change]:
@@ -257,65 +243,60 @@ def _block_gradients(step: _Step) -> Iterator[Change]:
     if step.accumulate > 1:
         yield Change(0, "gradients", step.gradient_bytes)
         return
-    by_block: Counter[str] = Counter()
     blocks = set(step.model.blocks)
+    by_block: Counter[str] = Counter()
     for p in step.model.trained:
         by_block[enclosing(p.name, blocks)] += math.prod(p.tp_shape) * p.dtype.itemsize
-    for time, moment in step.runs():
-        if moment.in_backward and moment.block:
-            yield Change(time + 1, "gradients", by_block[moment.block])
+    for m in step.moments:
+        if m.kind == "backward" and m.block:
+            yield Change(m.time + 1, "gradients", by_block[m.block])
 
 
 def _accumulated_gradients(step: _Step) -> Iterator[Change]:
     """Yield the unsharded gradients of earlier micro-batches, which FSDP2 keeps until each unit's reduce-scatter."""
-    if step.accumulate == 1 or not step.units:
+    if step.accumulate == 1:
         return
     left = sum(unit.reduced for unit in step.units.values())
     yield Change(0, "unsharded gradients", left)
-    for time, moment in enumerate(step.moments):
-        if moment.kind == "reduce":
-            left -= step.units[moment.block].reduced
-            yield Change(time + 1, "unsharded gradients", -step.units[moment.block].reduced)
+    for m in step.moments:
+        if m.kind == "reduce" and m.unit is not None:
+            left -= m.unit.reduced
+            yield Change(m.time + 1, "unsharded gradients", -m.unit.reduced)
     yield Change(step.backward_end, "unsharded gradients", -left)
 
 
 def _all_gather_buffers(step: _Step) -> Iterator[Change]:
     """Yield the flat tensors that parameters are gathered into: the unit's own, in the backward that of the next one, which is prefetched."""
-    prefetched = {unit: before for before, unit in pairwise(step.units_forward)}
-    for time, moment in enumerate(step.moments):
-        if moment.kind not in ("run", "reduce") or step.unit_of(moment) is None:
-            continue
-        name = prefetched.get(moment.block) if moment.in_backward else moment.block
-        if name is not None:
-            yield from _during(time, "FSDP2 buffers", step.units[name].gathered)
+    prefetched = {after.block: before.unit for before, after in step.next_units}
+    for m in step.moments:
+        unit = prefetched.get(m.block) if m.kind in ("backward", "reduce") else m.unit
+        if unit is not None:
+            yield from _during(m.time, "FSDP2 buffers", unit.gathered)
 
 
 def _reduce_scatter_buffers(step: _Step) -> Iterator[Change]:
-    """Yield the flat inputs of reduce-scatters: while a unit's backward runs, that of the unit before it in the backward; then its own."""
-    order = step.units_forward
-    pending = {unit: behind for unit, behind in pairwise(order)}
-    for time, moment in enumerate(step.moments):
-        if moment.kind == "reduce":
-            yield from _during(time, "FSDP2 buffers", step.units[moment.block].reduced)
-        elif moment.kind == "run" and moment.in_backward and moment.block in pending:
-            yield from _during(time, "FSDP2 buffers", step.units[pending[moment.block]].reduced)
-        elif moment.kind == "reduce root":
-            first = step.units[order[0]].reduced if order else 0
-            yield from _during(time, "FSDP2 buffers", step.units[""].reduced + first)
+    """Yield the flat inputs of reduce-scatters: a unit's own, and while its backward runs that of the unit before it in the backward."""
+    pending = {before.block: after.unit for before, after in step.next_units}
+    first = next((m.unit.reduced for m in step.moments if m.unit is not None), 0)  # of the forward: the last one of the backward
+    for m in step.moments:
+        unit = pending.get(m.block) if m.kind == "backward" else m.unit if m.kind == "reduce" else None
+        if unit is not None:
+            yield from _during(m.time, "FSDP2 buffers", unit.reduced)
+        elif m.kind == "reduce root":
+            yield from _during(m.time, "FSDP2 buffers", step.root.reduced + first)
 
 
 def _activations(step: _Step) -> Iterator[Change]:
     """Yield what is alive at each moment. Gradients that nothing has reduced yet are among it, unless they are added to those already held."""
-    gradients = "unsharded gradients" if step.units else "gradients"
-    for time, moment in enumerate(step.moments):
-        if moment.kind == "optimizer":
-            continue
-        live = {"run": moment.live.peak, "reduce": moment.live.end, "reduce root": moment.live.after}[moment.kind]
+    for m in step.moments[:-1]:
+        live = m.live.end if m.kind == "reduce" else m.live.after if m.kind == "reduce root" else m.live.peak
         for category, size in live.items():
             if category != "gradient":
-                yield from _during(time, category, max(0, size))
-            elif step.units or step.accumulate == 1:
-                yield from _during(time, gradients, max(0, size))
+                yield from _during(m.time, category, max(0, size))
+            elif step.units:
+                yield from _during(m.time, "unsharded gradients", max(0, size))
+            elif step.accumulate == 1:
+                yield from _during(m.time, "gradients", max(0, size))
 
 
 SOURCES = (

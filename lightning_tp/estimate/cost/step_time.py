@@ -76,58 +76,40 @@ def time_of(
         compile: whether blocks are compiled, as with `TPStrategy(compile=True)`.
     """
     bandwidth = hw.memory_bandwidth * hw.memory_efficiency * hw.sustained
-    sent = _communication(collectives, hw, tp, bandwidth, set(model.blocks), accumulate)
+    optimizer = optimizer_bytes / bandwidth
+    fsdp: dict[tuple[str, str], float] = defaultdict(float)  # seconds in a micro-batch beside each (block, phase)
+    slowed: dict[tuple[str, str], float] = defaultdict(float)  # seconds by which that slows its kernels
+    dp = exposed = tp_once = 0.0
+    for c in collectives:
+        seconds = collective_seconds(hw, c.kind, c.bytes, c.ranks, in_node(hw, c.axis, tp, c.ranks)) * c.count
+        if c.axis == "tp":
+            tp_once += seconds if c.where in PER_STEP else 0  # the others are in the segments
+        elif c.where in model.blocks:
+            dp += seconds
+            fsdp[c.where, c.phase] += seconds / accumulate
+            slowed[c.where, c.phase] += c.bytes * c.count * hw.fsdp_traffic / bandwidth / accumulate
+        else:
+            dp += seconds
+            exposed += seconds
     segments = model.trace.segments
     work = {id(s): _work_of(s, hw, tp, compile) for s in segments if s.representative is None}
-    first_block = next((s.block for s in segments if s.block), "")
+    not_prefetched = (next((s.block for s in segments if s.block), ""), "forward")
     micro_batch = Time()
     for segment in segments:
         if not segment.duplicate:
-            prefetched = segment.block != first_block or segment.phase != "forward"
-            ran = model.trace.representative(segment)
-            fsdp = sent.beside.get((segment.block, segment.phase), _Beside())
-            micro_batch = micro_batch.plus(_segment_time(work[id(ran)], fsdp, hw, prefetched))
-    optimizer = optimizer_bytes / bandwidth
-    rest = sent.exposed + sent.tp + optimizer
-    once = Time(rest, rest, tp=sent.tp, dp=sent.dp, dp_exposed=sent.exposed, optimizer=optimizer)
-    return Time().plus(micro_batch, accumulate).plus(once)
-
-
-class _Communication(NamedTuple):
-    """The communication of a step.
-
-    Args:
-        beside: FSDP2's of each (block, phase).
-        dp: seconds on the data-parallel axis, all of them.
-        exposed: those of `dp` that run beside no block.
-        tp: seconds on the tensor-parallel axis that are no part of a segment.
-    """
-
-    beside: dict[tuple[str, str], _Beside]
-    dp: float
-    exposed: float
-    tp: float
+            key = (segment.block, segment.phase)
+            ran = work[id(model.trace.representative(segment))]
+            micro_batch = micro_batch.plus(_segment_time(ran, fsdp[key], slowed[key], hw, prefetched=key != not_prefetched))
+    rest = exposed + tp_once + optimizer
+    return Time().plus(micro_batch, accumulate).plus(Time(rest, rest, tp=tp_once, dp=dp, dp_exposed=exposed, optimizer=optimizer))
 
 
 class _Work(NamedTuple):
-    """What a segment does on its own.
-
-    Args:
-        kernels: seconds by kind.
-        tp: seconds of communication on the tensor-parallel axis.
-        launches: of kernels and collectives.
-    """
+    """What a segment does on its own: seconds of kernels by kind, seconds of TP communication, and the number of launches."""
 
     kernels: dict[str, float]
     tp: float
     launches: int
-
-
-class _Beside(NamedTuple):
-    """FSDP2's communication of a block: its seconds in a micro-batch, and those by which it slows the kernels beside it."""
-
-    seconds: float = 0.0
-    slowed: float = 0.0
 
 
 def _work_of(segment: Segment, hw: Hardware, tp: int, compile: bool) -> _Work:
@@ -140,40 +122,20 @@ def _work_of(segment: Segment, hw: Hardware, tp: int, compile: bool) -> _Work:
     return _Work(kernels, sent, sum(ops.values()) + sum(segment.collectives.values()))
 
 
-def _segment_time(work: _Work, fsdp: _Beside, hw: Hardware, prefetched: bool) -> Time:
-    """Return the time of a segment, beside which FSDP2 communicates; `prefetched`: not before its first kernel."""
-    busy = sum(work.kernels.values()) + work.tp + fsdp.slowed
+def _segment_time(work: _Work, fsdp: float, slowed: float, hw: Hardware, *, prefetched: bool) -> Time:
+    """Return the time of a segment beside which FSDP2 communicates; where that is not prefetched, the kernels wait for it."""
+    busy = sum(work.kernels.values()) + work.tp + slowed
     launching = work.launches * hw.host_s
     host = max(0.0, launching - busy) if hw.device != "cpu" else launching
-    hidden = min(fsdp.seconds, busy + host) if prefetched else 0.0
+    hidden = min(fsdp, busy + host) if prefetched else 0.0
     return Time(
-        step=busy + host + fsdp.seconds - hidden,
-        without_overlap=busy + host + fsdp.seconds,
+        step=busy + host + fsdp - hidden,
+        without_overlap=busy + host + fsdp,
         products=work.kernels.get("product", 0.0),
         attention=work.kernels.get("attention", 0.0),
         other=work.kernels.get("other", 0.0),
         tp=work.tp,
-        dp_exposed=fsdp.seconds - hidden,
-        slowed=fsdp.slowed,
+        dp_exposed=fsdp - hidden,
+        slowed=slowed,
         host=host,
     )
-
-
-def _communication(
-    collectives: Iterable[Collective], hw: Hardware, tp: int, bandwidth: float, blocks: set[str], accumulate: int
-) -> _Communication:
-    beside: dict[tuple[str, str], _Beside] = {}
-    dp = exposed = tp_seconds = 0.0
-    for c in collectives:
-        seconds = collective_seconds(hw, c.kind, c.bytes, c.ranks, in_node(hw, c.axis, tp, c.ranks))
-        if c.axis == "tp":
-            tp_seconds += seconds * c.count if c.where in PER_STEP else 0  # the others are in the segments
-            continue
-        dp += seconds * c.count
-        if c.where in blocks:
-            before = beside.get((c.where, c.phase), _Beside())
-            slowed = c.bytes * c.count * hw.fsdp_traffic / bandwidth / accumulate
-            beside[c.where, c.phase] = _Beside(before.seconds + seconds * c.count / accumulate, before.slowed + slowed)
-        else:
-            exposed += seconds * c.count
-    return _Communication(beside, dp, exposed, tp_seconds)

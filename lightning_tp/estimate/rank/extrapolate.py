@@ -71,7 +71,7 @@ def extrapolated(one: RankModel, two: RankModel, line: Line) -> RankModel:
     a, b = one.trace, two.trace
     _require(a.followed == b.followed and a.gradients == b.gradients and len(a.segments) == len(b.segments))
     _require(a.freed_after_forward.keys() == b.freed_after_forward.keys() and len(a.forward) == len(b.forward))
-    segments = replay([_tape(p.tape, q.tape, line) for p, q in zip(a.segments, b.segments)])
+    segments = replay([_tape(p, q, line) for p, q in zip(a.segments, b.segments)])
     freed = {label: line(n, b.freed_after_forward[label]) for label, n in a.freed_after_forward.items()}
     forward = tuple(_forward_event(x, y, line) for x, y in zip(a.forward, b.forward))
     return replace(one, trace=StepTrace(segments, a.followed, a.gradients, forward, freed))
@@ -83,8 +83,10 @@ def _require(same: bool) -> None:
 
 
 def _tape(one: Tape, two: Tape, line: Line) -> Tape:
-    _require(replace(one, events=[]) == replace(two, events=[]) and len(one.events) == len(two.events))
-    return replace(one, events=[x if x == y else _event(x, y, line) for x, y in zip(one.events, two.events)])
+    _require((one.block, one.phase, one.representative, one.duplicate) == (two.block, two.phase, two.representative, two.duplicate))
+    _require(len(one.events) == len(two.events))
+    events = [x if x == y else _event(x, y, line) for x, y in zip(one.events, two.events)]
+    return Tape(one.block, one.phase, one.representative, events, one.duplicate)
 
 
 def _event(x: Event, y: Event, line: Line) -> Event:

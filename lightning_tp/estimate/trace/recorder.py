@@ -215,7 +215,7 @@ class OpRecorder(Values):
         self.fusion.flush()
         if not self.in_backward:
             self.forward_log.collective(module, kind, size)
-        self._note(CollectiveCall(kind, size, module, phase))
+        self._note(CollectiveCall(kind, size, module, phase))  # type: ignore[arg-type]
 
     def _has_gradient(self, name: str, p: nn.Parameter) -> None:
         grad = p.grad

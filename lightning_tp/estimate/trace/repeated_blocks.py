@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -141,9 +141,9 @@ class RepeatedBlocks:
             return
         if block.representative is None:
             tapes.pop()
-            block.events += gap.events
+            block.events.extend(gap.events)
         else:
-            gap.duplicate = True
+            tapes[-1] = replace(gap, duplicate=True)
 
     def _watch_backward(self, name: str, outputs: list[Any]) -> None:
         """Open the block's segment of the backward when a gradient reaches its output."""

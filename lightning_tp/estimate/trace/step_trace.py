@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class CollectiveCall(NamedTuple):
         phase: as in `Op`.
     """
 
-    kind: str
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
     bytes: int
     module: str
     phase: Phase
@@ -96,30 +97,30 @@ class End(NamedTuple):
 Event = Alloc | Op | FusedOp | CollectiveCall | End
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tape:
-    """The events of one segment, in order.
+    """The events of one stretch of the step, in order: a block forward, a block backward, or what lies between.
 
     Args:
         block: that runs; "" outside of blocks.
         phase: "forward" or "backward"; what is recomputed is part of the backward.
         representative: the block that ran instead of this one; None if this one ran.
+        events: in order.
         duplicate: whether it follows a block that did not run, and its kernels are part of the representative's segment.
     """
 
     block: str
     phase: Literal["forward", "backward"]
     representative: str | None = None
-    duplicate: bool = False
     events: list[Event] = field(default_factory=list, repr=False)
+    duplicate: bool = False
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A stretch of the step: a block forward, a block backward, or what lies between.
+class Segment(Tape):
+    """A tape with all that is counted from it.
 
     Args:
-        tape: all its numbers are counted from.
         start, peak, end: live bytes at its start, when they are most, and when its computation has ended.
         freed: bytes of the block's parameter gradients, which FSDP2 reduces and frees at the end.
         ops: how often each kernel runs in eager mode.
@@ -127,34 +128,13 @@ class Segment:
         collectives: how often each runs.
     """
 
-    tape: Tape = field(repr=False)
-    start: LiveBytes
-    peak: LiveBytes
-    end: LiveBytes
-    freed: int
-    ops: Counter[Op]
-    fused: Counter[Op]
-    collectives: Counter[CollectiveCall]
-
-    @property
-    def block(self) -> str:
-        """The block that runs; "" outside of blocks."""
-        return self.tape.block
-
-    @property
-    def phase(self) -> Literal["forward", "backward"]:
-        """The pass that it is part of."""
-        return self.tape.phase
-
-    @property
-    def representative(self) -> str | None:
-        """The block that ran instead of this one; None if this one ran."""
-        return self.tape.representative
-
-    @property
-    def duplicate(self) -> bool:
-        """Whether its kernels are counted with the representative of the block before."""
-        return self.tape.duplicate
+    start: LiveBytes = field(default_factory=dict)
+    peak: LiveBytes = field(default_factory=dict)
+    end: LiveBytes = field(default_factory=dict)
+    freed: int = 0
+    ops: Counter[Op] = field(default_factory=Counter)
+    fused: Counter[Op] = field(default_factory=Counter)
+    collectives: Counter[CollectiveCall] = field(default_factory=Counter)
 
 
 @dataclass
@@ -208,42 +188,38 @@ def replay(tapes: Iterable[Tape]) -> list[Segment]:
         [0, 12, 8, 0]
     """
     live: LiveBytes = {}
-    return [_replayed(tape, live) for tape in tapes]
+    segments = []
+    for tape in tapes:
+        segment = _counted(tape, live)
+        segments.append(segment)
+        live = _after(tape.events, live)
+    return segments
 
 
-def _replayed(tape: Tape, live: LiveBytes) -> Segment:
-    """Count one segment; `live` becomes what is alive after it."""
+def _counted(tape: Tape, start: LiveBytes) -> Segment:
     events = tape.events
-    peak_at, end_at = _peak_and_end(events, sum(live.values()))
-    start = dict(live)
-    peak, end, freed = start, dict[Label, int](), 0
-    ops, fused, collectives = Counter[Op](), Counter[Op](), Counter[CollectiveCall]()
-    for i, event in enumerate(events):
+    changes = (event.change if isinstance(event, Alloc) else 0 for event in events)
+    totals = list(accumulate(changes, initial=sum(start.values())))  # before each event, and after the last one
+    end_at = max((i for i, event in enumerate(events) if isinstance(event, End)), default=len(events))
+    return Segment(
+        tape.block,
+        tape.phase,
+        tape.representative,
+        events,
+        tape.duplicate,
+        start=start,
+        peak=_after(events[: totals.index(max(totals))], start),
+        end=_after(events[:end_at], start),
+        freed=totals[end_at] - totals[-1],
+        ops=Counter(event for event in events if isinstance(event, Op)),
+        fused=Counter(event.op for event in events if isinstance(event, FusedOp)),
+        collectives=Counter(event for event in events if isinstance(event, CollectiveCall)),
+    )
+
+
+def _after(events: Iterable[Event], live: LiveBytes) -> LiveBytes:
+    live = dict(live)
+    for event in events:
         if isinstance(event, Alloc):
             live[event.label] = live.get(event.label, 0) + event.change
-            if i == peak_at:
-                peak = dict(live)
-            if i > end_at:
-                freed -= event.change
-        elif isinstance(event, Op):
-            ops[event] += 1
-        elif isinstance(event, FusedOp):
-            fused[event.op] += 1
-        elif isinstance(event, CollectiveCall):
-            collectives[event] += 1
-        elif i == end_at:
-            end = dict(live)
-    return Segment(tape, start, peak, end, freed, ops, fused, collectives)
-
-
-def _peak_and_end(events: list[Event], total: int) -> tuple[int, int]:
-    """Find the first event at which most bytes are alive (-1: at the start), and the last `End`."""
-    most, peak_at, end_at = total, -1, len(events)
-    for i, event in enumerate(events):
-        if isinstance(event, Alloc):
-            total += event.change
-            if total > most:
-                most, peak_at = total, i
-        elif isinstance(event, End):
-            end_at = i
-    return peak_at, end_at
+    return live
