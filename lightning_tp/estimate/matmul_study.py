@@ -29,7 +29,7 @@ from lightning_tp.estimate.predict import predict
 from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized, sequence_length
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 TPS = (1, 2, 4, 8)
 LOCAL_BATCHES = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -128,9 +128,9 @@ def _is_whole(x: float) -> bool:
 
 def _plans(
     cache: TraceCache, tps: list[int] | None, gpus: int, tell: Callable[[str], None]
-) -> tuple[dict[int, Plan], dict[int, str]]:
+) -> tuple[dict[int, CheckedPlan], dict[int, str]]:
     """Return the plans by tp; and the sizes that nobody asked for and that are left out, with the reason."""
-    plans: dict[int, Plan] = {}
+    plans: dict[int, CheckedPlan] = {}
     left_out: dict[int, str] = {}
     for tp in sorted(set(tps)) if tps is not None else TPS:
         check_size("tp", tp)

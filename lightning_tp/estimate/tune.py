@@ -29,7 +29,7 @@ from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized
 from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer
 from lightning_tp.estimate.rank.settings import precision_of
 from lightning_tp.estimate.report.tuning import Refused, TuningReport
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 LARGEST_BATCH = 64
 ORDER: tuple[ActivationCheckpointing | None, ...] = (None, "selective", "block")  # from the most memory to the least
@@ -219,7 +219,7 @@ class _Search:
         )
 
 
-def _mostly_replicated(plan: Plan, tp: int) -> str | None:
+def _mostly_replicated(plan: CheckedPlan, tp: int) -> str | None:
     """Say why this size of the axis is of little use, because too many weights are replicated; None if it is of use."""
     if tp == 1:
         return None

@@ -56,7 +56,6 @@ from lightning_tp.data.same_batch import check_same_batch
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
-from lightning_tp.plan.check import any_split, splits_nothing
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards import gradients, optimizer_state
@@ -249,7 +248,8 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         if self.is_global_zero:
             try:
                 plan = default_plan(module, call_with, self.precision.convert_input(inputs), tp)
-                found = [plan if any_split(plan.check(module, tp).entries) else splits_nothing(plan, module, tp)]
+                checked = plan.check(module, tp)
+                found = [plan if checked.shards_anything else checked.why_nothing_is_sharded(module)]
             except TPError as error:
                 found = [str(error)]
             except Exception as error:  # whatever the forward raises: the other ranks wait for an answer

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_tp.data.sample_batch import first_batch, quiet
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
-from lightning_tp.plan.check import any_split, splits_nothing
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def plan_for_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) ->
     call, inputs = _what_to_run(module, trainer)
     with quiet(module):
         found = default_plan(module, call, inputs, tp)
-    if not any_split(found.check(module, tp).entries):
-        raise TPError(splits_nothing(found, module, tp))
+    checked = found.check(module, tp)
+    if not checked.shards_anything:
+        raise TPError(checked.why_nothing_is_sharded(module))
     return found
 
 
@@ -49,7 +50,7 @@ def _what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Calla
     return lambda m, x: getattr(m, step)(x, 0), batch
 
 
-def _applied_to(module: nn.Module) -> Plan | None:
+def _applied_to(module: nn.Module) -> CheckedPlan | None:
     """The plan that was applied to this module, or to one inside it."""
     return next((m._tp_applied_plan for m in module.modules() if hasattr(m, "_tp_applied_plan")), None)  # type: ignore[return-value]
 

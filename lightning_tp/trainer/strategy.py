@@ -68,7 +68,6 @@ from lightning_tp.data.resume import Position, ResumableLoader
 from lightning_tp.data.same_batch import check_same_batch
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.table import numels
 from lightning_tp.shards import gradients, optimizer_state, state_dict
 from lightning_tp.trainer.adapt.averaging import Averaging
 from lightning_tp.trainer.adapt.finetuning import note_trainable, restore_trainable
@@ -414,7 +413,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         """The elements of all parameters of the whole model, tied ones once."""
         plan = _applied_to(self.lightning_module) if self.lightning_module is not None else None
         if plan is not None:
-            return numels(plan)[0]
+            return plan.numel
         return sum(p.numel() for p in self.model.parameters()) if self.model is not None else 0
 
     @override

@@ -117,7 +117,7 @@ def test_fewer_key_value_heads_than_ranks(name: str, kernel: str) -> None:
         groups = {m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")}
         assert groups == ({1} if name == "llama" else {2})
         k = model._tp_applied_plan.splits["model.layers.0.self_attn.k_proj.weight"]
-        assert k.sum_over == (2 if name == "llama" else 1)
+        assert k.sum_over(4) == (2 if name == "llama" else 1)
 
     run_ranks(body, 4)
 
@@ -191,7 +191,7 @@ def test_shared_heads_are_told_to_the_attention() -> None:
     shared = declared_plan(build("llama"), tp=4)
     assert shared is not None
     told = {r.pattern: r.style for r in shared.rules if isinstance(r.style, PrepareInput)}
-    style = PrepareInput(arrives="replicate", wanted="replicate", attributes=(("num_key_value_groups", 1),))
+    style = PrepareInput(arrives="I", wanted="I", attributes=(("num_key_value_groups", 1),))
     assert told == {f"model.layers.{i}.self_attn": style for i in range(2)}
     for name in ("llama", "olmo2"):
         plan = declared_plan(build(name), tp=2 if name == "llama" else 4)
@@ -202,8 +202,8 @@ def test_a_norm_between_the_layers_gets_its_gradient_summed() -> None:
     plan = declared_plan(build("qwen3"), tp=2)
     assert plan is not None
     splits = plan.check(build("qwen3"), 2).splits
-    assert splits["model.layers.0.self_attn.q_norm.weight"].sum_over == 2
-    assert splits["model.layers.0.input_layernorm.weight"].sum_over == 1
+    assert splits["model.layers.0.self_attn.q_norm.weight"].sum_over(2) == 2
+    assert splits["model.layers.0.input_layernorm.weight"].sum_over(2) == 1
 
 
 def test_a_declared_style_that_is_not_known_here() -> None:

@@ -227,7 +227,7 @@ def test_ways_to_name_the_strategy_and_the_plan(tmp_path: Path) -> None:
 
 def test_the_plans_source_is_said() -> None:
     _, output = run_ranks(lambda: fit(strategy=strategy()) and None, 2, init=False, return_output=True)[0]
-    assert "Plan, given, tp=2" in output and "layers.{0-1}.attention.wq" in output
+    assert "Plan (user-provided), tp=2" in output and "layers.{0-1}.attention.wq" in output
 
 
 @both

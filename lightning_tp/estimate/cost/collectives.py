@@ -92,7 +92,7 @@ def _of_fsdp(model: RankModel, precision: Precision, dp: int, accumulate: int) -
 def _of_gradients(model: RankModel, precision: Precision, tp: int, dp: int, clip: bool) -> Iterator[Collective]:
     """Yield those once per step: partial gradients are summed, a gradient scaler looks for infinities, and clipping takes the norm."""
     if tp > 1:
-        for (over, itemsize), numel in _partial_gradients(model.trained, dp).items():
+        for (over, itemsize), numel in _partial_gradients(model.trained, tp, dp).items():
             yield Collective("all-reduce", "tp", over, numel * itemsize, 1, PARTIAL, "backward")
     for wanted, where in ((precision.scaled, FINITE), (clip and model.trained, NORM)):
         if wanted and tp > 1:
@@ -101,20 +101,20 @@ def _of_gradients(model: RankModel, precision: Precision, tp: int, dp: int, clip
             yield Collective("all-reduce", "dp", dp, 4, 1, where, "step")
 
 
-def _partial_gradients(params: list[LocalParam], dp: int) -> dict[tuple[int, int], int]:
+def _partial_gradients(params: list[LocalParam], tp: int, dp: int) -> dict[tuple[int, int], int]:
     """Count the elements of gradients that are summed over the tensor-parallel axis, by (ranks, bytes of one), on data-parallel rank 0."""
     found: Counter[tuple[int, int]] = Counter()
     for p in params:
         split = p.split
-        if split.sum_over <= 1:
+        if split.sum_over(tp) <= 1:
             continue
         rows = len(even_shard(p.tp_shape[0], 0, dp)) if p.tp_shape else 1
         rest = math.prod(p.tp_shape[1:])
-        if split.sum_rows is not None and split.dim is not None:
-            start, stop = split.sum_rows
+        if split.shared_rows is not None and split.dim is not None:
+            start, stop = split.shared_rows
             if split.dim == 0:
                 rows = max(0, min(stop, rows) - min(start, rows)) if dp > 1 else stop - start
             else:
                 rest = rest // p.tp_shape[split.dim] * (stop - start)
-        found[split.sum_over, p.dtype.itemsize] += rows * rest
+        found[split.sum_over(tp), p.dtype.itemsize] += rows * rest
     return dict(found)

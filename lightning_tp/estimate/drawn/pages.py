@@ -25,8 +25,7 @@ from lightning_tp.estimate.drawn.picture_from_trace import of_world
 from lightning_tp.estimate.drawn.series import block_collectives, stretches, time_parts
 from lightning_tp.estimate.report.step import StepReport
 from lightning_tp.estimate.report.tuning import TuningReport
-from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.table import numels, shapes_rows
+from lightning_tp.plan.checked import CheckedPlan
 
 PRODUCTS = 15  # largest products that are listed
 MOST_ON_PAPER = 2.2  # times its width that a picture may be high, to be printed on one sheet
@@ -118,7 +117,7 @@ def report(found: StepReport, *, command: str = "") -> str:
     return page(f"{title}: memory, communication and time of a training step", body)
 
 
-def write_plan(plan: Plan, picture: Picture, path: str | Path, *, command: str = "", held: Sequence[str] = ()) -> None:
+def write_plan(plan: CheckedPlan, picture: Picture, path: str | Path, *, command: str = "", held: Sequence[str] = ()) -> None:
     """Write a plan as HTML: its picture, and its table with the reasons.
 
     Args:
@@ -333,10 +332,10 @@ def _picture(picture: Picture) -> str:
     return _figure(lambda w: draw_picture(picture, w), caption, chart=False)
 
 
-def _rules(plan: Plan) -> str:
-    total, held = numels(plan)
-    caption = f"The plan ({plan.source}): {total:,} parameters, a rank of tp={plan.tp} holds {held:,}"
-    return _table(caption, ("modules", "style", "whole -> on a rank", "reason"), shapes_rows(plan))
+def _rules(plan: CheckedPlan) -> str:
+    total, held = plan.numel, max(map(plan.local_numel, range(plan.tp)))
+    caption = f"The plan ({plan.source}): {total:,} parameters, up to {held:,} per rank of tp={plan.tp}"
+    return _table(caption, ("modules", "style", "full shape -> local shard", "reason"), plan.rows)
 
 
 def _made(command: str) -> str:

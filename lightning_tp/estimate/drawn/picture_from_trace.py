@@ -18,8 +18,7 @@ from lightning_tp.estimate.drawn.picture import Border, Box, Frame, Picture, Row
 from lightning_tp.estimate.drawn.picture_fold import alike, beside, merged, partial
 from lightning_tp.estimate.rank.rank_model import RankModel
 from lightning_tp.estimate.trace.forward_log import ForwardEvent, Shape
-from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.rule import Entry
+from lightning_tp.plan.checked import CheckedPlan, Entry
 
 MANY = 2  # modules that stay whole and are drawn as one
 BACK = {
@@ -104,7 +103,7 @@ def _registered(model: nn.Module, name: str = "") -> Node:
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def of_world(model: str, plan: Plan, world: RankModel, whole: RankModel) -> Picture:
+def of_world(model: str, plan: CheckedPlan, world: RankModel, whole: RankModel) -> Picture:
     """The picture of a model that was traced.
 
     Args:
@@ -128,7 +127,7 @@ def of_world(model: str, plan: Plan, world: RankModel, whole: RankModel) -> Pict
     return made.picture(model, root, "as the modules ran in the trace")
 
 
-def of_plan(model: nn.Module, plan: Plan) -> Picture:
+def of_plan(model: nn.Module, plan: CheckedPlan) -> Picture:
     """The picture of a model that can't be traced: modules as they were registered, no shapes of activations, no collectives."""
     classes = {n: type(m).__name__ for n, m in model.named_modules()}
     made = _Maker(plan, classes, {n for n, _ in find_blocks(model)}, {}, {})
@@ -146,7 +145,7 @@ def _nodes(node: Node) -> Iterator[Node]:
 class _Maker:
     def __init__(
         self,
-        plan: Plan,
+        plan: CheckedPlan,
         classes: Mapping[str, str],
         blocks: set[str],
         backward: Mapping[str, list[ForwardEvent]],
@@ -306,7 +305,7 @@ class _Maker:
     def _weight(self, name: str, module: str) -> Weight:
         split, shape = self.plan.splits[name], self.plan.shapes[name]
         local = tuple(dict.fromkeys(split.local_shape(shape, r) for r in range(self.tp)))
-        return Weight(name[len(module) + 1 :] if module else name, tuple(shape), local, split.dim, split.sum_over)
+        return Weight(name[len(module) + 1 :] if module else name, tuple(shape), local, split.dim, split.sum_over(self.tp))
 
     def _as_one(self, node: Node, prefix: str, arrives: State, leaves: State) -> Box | None:
         """A container of which nothing is split and nothing sent: one box."""

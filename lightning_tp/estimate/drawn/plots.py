@@ -18,6 +18,7 @@ from lightning_tp.estimate.drawn.picture_from_trace import of_plan, of_world
 from lightning_tp.estimate.rank.settings import PRECISIONS, Precision, Settings
 from lightning_tp.estimate.rank.trace_step import trace_step
 from lightning_tp.estimate.report.step import StepReport
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 
 # what a plan is traced in: the model's own dtypes, or bfloat16, where a kernel is known for that alone on the meta device
@@ -41,7 +42,7 @@ def plot(found: StepReport, path: str | Path) -> None:
 def picture_of(
     model: nn.Module,
     inputs: Mapping[str, Any] | tuple[Any, ...],
-    plan: Plan,
+    plan: CheckedPlan,
     *,
     loss_fn: Callable[..., Tensor] | None = None,
 ) -> Picture:
@@ -66,8 +67,6 @@ def picture_of(
     """
     from lightning_tp.estimate.rank.inputs import loss_of
 
-    if not plan.entries or plan.tp is None:
-        raise TPError("A picture needs the sizes of a model: call `plan.check(model, tp)` first, it returns the plan to use.")
     whole = Plan({"**": "replicate"}).check(model, 1)
     losses = (loss_fn, None) if loss_fn is not None else (None,)  # one that holds real tensors can't be followed; the model can
     for precision, loss in product(TRIED, losses):

@@ -17,7 +17,7 @@ from lightning_tp.estimate.rank.settings import Settings
 from lightning_tp.estimate.rank.trace_cache import TraceCache, settings_key
 from lightning_tp.estimate.trace.forward_log import ForwardEvent
 from lightning_tp.estimate.trace.step_trace import Alloc, CollectiveCall, Event, FusedOp, Op, StepTrace, Tape, replay
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 
 class NotLinear(Exception):
@@ -135,7 +135,7 @@ class ExtrapolatingCache(TraceCache):
     extrapolated: set[int] = field(default_factory=set)
     _by_batch: dict[Any, dict[int, RankModel]] = field(default_factory=dict)
 
-    def _trace(self, inputs: Any, plan: Plan, settings: Settings) -> RankModel:
+    def _trace(self, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:
         """Trace these inputs, or extrapolate from the two largest batch sizes below."""
         batch = count_batch(inputs).samples
         known = self._by_batch.setdefault(settings_key(settings), {})

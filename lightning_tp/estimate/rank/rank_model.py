@@ -14,7 +14,7 @@ from lightning_tp.apply.fsdp import own_units
 from lightning_tp.core.modules.blocks import enclosing, find_blocks
 from lightning_tp.estimate.rank.settings import Settings
 from lightning_tp.estimate.trace.step_trace import StepTrace
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.styles import Split
 
 
@@ -95,7 +95,7 @@ class RankModel:
         return replace(self, params=params)
 
 
-def local_params(model: nn.Module, plan: Plan, settings: Settings) -> tuple[LocalParam, ...]:
+def local_params(model: nn.Module, plan: CheckedPlan, settings: Settings) -> tuple[LocalParam, ...]:
     """Return the parameters as a rank holds them, tied ones once."""
     blocks = find_blocks(model)
     units = {id(m) for m in own_units(model, [b for _, b in blocks])}

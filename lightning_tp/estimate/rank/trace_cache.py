@@ -18,7 +18,7 @@ from lightning_tp.estimate.rank.settings import Settings
 from lightning_tp.estimate.rank.trace_step import trace_step
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
-from lightning_tp.plan.check import any_split, splits_nothing
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 
 SUGGESTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes of the axis that an error may suggest
@@ -41,11 +41,11 @@ class TraceCache:
     loss_of: LossOf
     plan: PlanLike | None = None
     step_costs: StepCosts = field(default_factory=dict)
-    _plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
+    _plans: dict[tuple[int, bool], CheckedPlan] = field(default_factory=dict)
     _traced: dict[Any, RankModel] = field(default_factory=dict)
     _unsharded: dict[Any, RankModel] = field(default_factory=dict)
 
-    def plan_of(self, tp: int, sequence_parallel: bool) -> Plan:
+    def plan_of(self, tp: int, sequence_parallel: bool) -> CheckedPlan:
         """Return the checked plan.
 
         Raises:
@@ -64,13 +64,13 @@ class TraceCache:
                 ) from error
         return self._plans[key]
 
-    def _checked_plan(self, tp: int, sequence_parallel: bool) -> Plan:
+    def _checked_plan(self, tp: int, sequence_parallel: bool) -> CheckedPlan:
         if tp == 1:
             return Plan({"**": "replicate"}, source="nothing to split over tp=1").check(self.model, 1)
         plan = self.plan if self.plan is not None else default_plan(self.model, call_with, self.inputs, tp)
         found = resolve_plan(self.model, plan, tp, sequence_parallel=sequence_parallel)
-        if not any_split(found.entries):
-            raise TPError(splits_nothing(found, self.model, tp))
+        if not found.shards_anything:
+            raise TPError(found.why_nothing_is_sharded(self.model))
         return found
 
     def _fits(self, tp: int, sequence_parallel: bool) -> bool:
@@ -108,7 +108,7 @@ class TraceCache:
             self._unsharded[key] = self.rank_model(inputs, replace(settings, tp=1, rank=0, activation_checkpointing=None))
         return self._unsharded[key]
 
-    def _trace(self, inputs: Any, plan: Plan, settings: Settings) -> RankModel:
+    def _trace(self, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:
         return trace_step(self.model, self.loss_of, inputs, plan, settings)
 
 

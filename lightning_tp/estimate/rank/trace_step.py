@@ -28,11 +28,11 @@ from lightning_tp.estimate.rank.settings import Precision, Settings
 from lightning_tp.estimate.trace.device_kernels import Kernels
 from lightning_tp.estimate.trace.recorder import OpRecorder
 from lightning_tp.estimate.trace.step_trace import StepTrace
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.styles import Split
 
 
-def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings) -> RankModel:
+def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:
     """Trace a micro-batch of the model on a rank; the model is left as it was.
 
     Raises:
@@ -51,7 +51,9 @@ def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, setti
     return RankModel(params, sum(buffers.values()), trace, units, classes, blocks)
 
 
-def _record(model: nn.Module, loss_of: LossOf, inputs: Any, plan: Plan, settings: Settings, kinds: Mapping[str, int]) -> StepTrace:
+def _record(
+    model: nn.Module, loss_of: LossOf, inputs: Any, plan: CheckedPlan, settings: Settings, kinds: Mapping[str, int]
+) -> StepTrace:
     blocks = {name: model.get_submodule(name) for name in kinds}  # other shards may be alike where full modules aren't
     group = FakeGroup(settings.rank, settings.tp)
     axis = Axis(group)
@@ -98,7 +100,7 @@ def _converted(inputs: Any, precision: Precision) -> Any:
     return inputs if dtype is None else tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
 
 
-def shard_on_meta(model: nn.Module, plan: Plan, settings: Settings) -> None:
+def shard_on_meta(model: nn.Module, plan: CheckedPlan, settings: Settings) -> None:
     """Replace each parameter by an empty one in the shape of the rank's shard and the dtype that modules compute in; tied ones stay tied."""
     precision = settings.precision
     dtype = (precision.gathered if settings.dp > 1 else None) or precision.held
@@ -121,7 +123,7 @@ def shard_on_meta(model: nn.Module, plan: Plan, settings: Settings) -> None:
                 module._buffers[name] = buffer.to(precision.buffers)
 
 
-def block_kinds(model: nn.Module, plan: Plan) -> dict[str, int]:
+def block_kinds(model: nn.Module, plan: CheckedPlan) -> dict[str, int]:
     """Return a number for each block, equal for blocks that do the same: with the same classes, shapes, settings and styles."""
     blocks = dict(find_blocks(model))
     styles: dict[str, list[tuple[str, str]]] = {}

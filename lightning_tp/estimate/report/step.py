@@ -17,7 +17,7 @@ from lightning_tp.estimate.cost.step_time import Time
 
 if TYPE_CHECKING:
     from lightning_tp.estimate.rank.rank_model import RankModel
-    from lightning_tp.plan.plan import Plan
+    from lightning_tp.plan.checked import CheckedPlan
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
 
@@ -68,7 +68,7 @@ class StepReport:
     assumptions: tuple[str, ...]
     peak_flops: float
     unit: str = "tokens"
-    traced: tuple[Plan, RankModel, RankModel] | None = field(default=None, compare=False, repr=False)
+    traced: tuple[CheckedPlan, RankModel, RankModel] | None = field(default=None, compare=False, repr=False)
 
     @property
     def tokens_per_s(self) -> float:
