@@ -108,6 +108,7 @@ def estimate(
         TPError: for sizes that are not above 0, unknown hardware, a mesh that does not fit the model, or a model that can't be traced.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
         >>> found = estimate(model, (torch.ones(2, 4, 8),), (1, 2), loss_fn=lambda y: y.mean(), precision="32-true")
         >>> found.held, found.memory.parameters, found.memory.optimizer

@@ -150,8 +150,8 @@ def test_the_verdict_says_which_and_why() -> None:
     assert saved[0] is not None and saved[1] is not None
     assert saved[0] > 0.5 and abs(saved[1]) < 0.1  # 16 rows read all weights
     line = found.verdict()[0]
-    assert line.startswith("tp=8, matrix products against tp=1: gains") and "16 (fewer bytes for each FLOP)" in line
-    assert f"{saved[0]:.0%} of matrix time" in line
+    assert line.startswith("tp=8, matmuls against tp=1: gains") and "16 (fewer bytes for each FLOP)" in line
+    assert f"{saved[0]:.0%} of matmul time" in line
     assert "samples/s" in " ".join(found.verdict())
     assert "tp=1 x dp=8" not in str(found)  # several batches: no single products
 
@@ -221,7 +221,7 @@ def config(tmp_path: Path) -> str:
 def test_command(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shapes", config, "--gpus", "4", "--global-batch", "4", "--tp", "1,2"]) == 0
     text = capsys.readouterr().out
-    assert "samples of 96 tokens" in text and "grad of weight" in text and "tp=2, matrix products against tp=1" in text
+    assert "samples of 96 tokens" in text and "grad of weight" in text and "tp=2, matmuls against tp=1" in text
     plot = tmp_path / "tp.svg"
     arguments = ["--local-batch", "0.5,1", "--tp", "1,2", "--seq", "64", "--json", "--plot", str(plot)]
     assert main(["shapes", config, "--gpus", "4", *arguments, "--measure", "--seconds", "0.2"]) == 0

@@ -116,8 +116,8 @@ def test_what_it_says() -> None:
         "parameters",
         "Assumed:",
         "us between nodes",
-        "at its peak",
-        "nothing overlapping",
+        "Peak memory of a rank",
+        "without overlap",
     ):
         assert word in text
     values = json.loads(found.to_json())
@@ -149,7 +149,7 @@ def test_inputs_without_tokens_are_counted_in_samples() -> None:
     build, inputs, _ = MODELS["vit"]()
     found = estimate(build(), inputs, (2, 1), accumulate=3)
     assert (found.unit, found.tokens) == ("samples", 4 * 2 * 3)
-    assert "a step of 24 samples" in str(found) and "samples/s" in str(found) and "token" not in str(found).partition("Assumed")[0]
+    assert "per step of 24 samples" in str(found) and "samples/s" in str(found) and "token" not in str(found).partition("Assumed")[0]
     page = report(found)
     assert "24 samples in a step" in page and "<dt>samples/s</dt>" in page and "tokens/s" not in page
     values = json.loads(found.to_json())
@@ -209,7 +209,7 @@ def test_a_model_that_cannot_be_traced_says_where() -> None:
             return super().forward(x).numpy()  # type: ignore[return-value]
 
     model = nn.Sequential(nn.Linear(8, 8), Raises(8, 8))
-    with pytest.raises(TPError, match=r"`1` ended with .*in the forward, tp=1"):
+    with pytest.raises(TPError, match=r"`1` raised .*in the forward, tp=1"):
         estimate(model, (torch.ones(2, 4, 8),), (1, 1), loss_fn=lambda y: y.mean())
 
 

@@ -27,8 +27,8 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
     times = [e.time.step for e in found.fits]
     assert times == sorted(times)
     reasons = {r.what: r.why for r in found.refused}
-    assert "can't be dealt out evenly over 16" in reasons["tp=1 x dp=16"]  # less than a sample for each
-    assert any(" over the memory of " in why for why in reasons.values())
+    assert "can't be distributed evenly over 16" in reasons["tp=1 x dp=16"]  # less than a sample for each
+    assert any(why.startswith("out of memory: ") and "; peak in the " in why for why in reasons.values())
     assert any(what.startswith("tp=16") for what in reasons)  # its eight heads are not cut in sixteen
     assert "Not possible:" in str(found) and json.loads(found.to_json())["fits"][0]["tp"] == found.fits[0].tp
 

@@ -111,7 +111,7 @@ def hardware(which: str | Path | Hardware) -> Hardware:
         near = [k for k in known if first and k.partition("-")[0] == first] or get_close_matches(name, known, 3)
         meant = f"Did you mean {' or '.join(near)}? " if near else ""
         raise TPError(
-            f"Unknown `hardware={text!r}`. {meant}Valid are {', '.join(known)}, or the path of a JSON file with your own devices, in the form "
+            f"Unknown `hardware={text!r}`. {meant}There are {', '.join(known)}; or pass the path of a JSON file with your own devices, in the form "
             f"of {FILE.name} of this package."
         )
     return by_name[name]

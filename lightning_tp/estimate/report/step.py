@@ -172,7 +172,7 @@ class StepReport:
         for title, header, rows in self.tables():
             right = range(2 if len(header) > 3 else 1, len(header))  # numbers
             lines += ["", title, table(header, rows, right=right)]
-        lines += ["", "Assumptions:", *(f"  - {a}" for a in self.assumptions)]
+        lines += ["", "Assumed:", *(f"  - {a}" for a in self.assumptions)]
         return "\n".join(lines)
 
 

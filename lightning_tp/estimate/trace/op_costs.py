@@ -52,6 +52,7 @@ def kernel_of(call: Call) -> Op | None:
         TPError: for a matmul of two dtypes, which the meta device takes and no other.
 
     Example:
+        >>> import torch
         >>> a, b, c = (torch.empty(size, device="meta") for size in ((8, 4), (4, 2), (8, 2)))
         >>> op = kernel_of(Call("mm", "proj", "forward", [a, b], [c]))
         >>> op.shape, op.flops, op.bytes

@@ -72,6 +72,6 @@ def test_the_parts_of_a_step_add_up_to_it(
     assert sum(parts) + t.dp_exposed == pytest.approx(t.step, rel=1e-9)
     assert sum(parts) + t.dp == pytest.approx(t.without_overlap, rel=1e-9)
     assert (t.slowed > 0) == (mesh[0] > 1) and (t.tp > 0) == (mesh[1] > 1) and t.dp_exposed <= t.dp
-    assert ("kernels slowed by FSDP2's collectives beside them", seconds(t.slowed)) in found.tables()[-1][2]
+    assert ("kernels slowed by FSDP2 communication", seconds(t.slowed)) in found.tables()[-1][2]
     lighter = predict(*traced, *mesh, replace(hardware(device), fsdp_traffic=1.0), Options(accumulate=accumulate)).time
     assert lighter.slowed == pytest.approx(t.slowed / hardware(device).fsdp_traffic)
