@@ -149,7 +149,9 @@ def test_inputs_without_tokens_are_counted_in_samples() -> None:
     build, inputs, _ = MODELS["vit"]()
     found = estimate(build(), inputs, (2, 1), accumulate=3)
     assert (found.unit, found.tokens) == ("samples", 4 * 2 * 3)
-    assert "per step of 24 samples" in str(found) and "samples/s" in str(found) and "token" not in str(found).partition("Assumed")[0]
+    assert (
+        "per step of 24 samples" in str(found) and "samples/s" in str(found) and "token" not in str(found).partition("Assumed")[0]
+    )
     page = report(found)
     assert "24 samples in a step" in page and "<dt>samples/s</dt>" in page and "tokens/s" not in page
     values = json.loads(found.to_json())
