@@ -107,7 +107,7 @@ def resized(inputs: Any, batch: int | None, seq: int | None) -> Any:
         if t.ndim and batch is not None and t.shape[0] == size:
             shape[0] = batch
         if seq is not None and (not t.is_floating_point() or t.ndim >= 4):  # tokens, or a mask
-            for dim in range(1, t.ndim if t.ndim == 4 else 2):
+            for dim in range(1, t.ndim if t.ndim == 4 else min(t.ndim, 2)):
                 if t.shape[dim] == length:
                     shape[dim] = seq
         return t if shape == list(t.shape) else _repeated(t, shape)
