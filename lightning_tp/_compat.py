@@ -423,3 +423,27 @@ def is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) 
 def loaders_to_run(trainer: Any) -> Any:
     """The loader, or loaders, that a Trainer is about to use. Lightning has no public name for it, and `cli` and `trainer` need it."""
     return trainer._active_loop._data_source.dataloader()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number of a tensor's storage: equal for tensors that share memory. It may be used again once the storage is gone."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_in_place(operator: Any) -> bool:
+    """Return whether an operator of `torch.ops` writes into one of its arguments."""
+    return bool(operator._schema.is_mutable)
+
+
+def without_dispatch_modes() -> Any:
+    """Enter a context in which no `TorchDispatchMode` sees what is called."""
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+def without_torch_function() -> Any:
+    """Enter a context in which `__torch_function__` of tensor subclasses is not called."""
+    return torch._C.DisableTorchFunction()
+
+
+# flash attention as it runs without a device: it saves for the backward what the kernels of all devices save
+flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

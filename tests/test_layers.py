@@ -38,7 +38,7 @@ SUBFOLDERS: dict[str, list[str]] = {
     "styles": ["calls"],
     "checkpoint": ["weights"],
     "infer": ["follow", "calls", "sequence"],
-    "estimate": ["trace", "cost", "drawn"],
+    "estimate": ["trace", "rank", "cost", "report", "drawn"],
     "trainer": ["patches", "launch", "adapt"],
 }
 KNOWS_LIGHTNING = {"trainer", "callbacks", "cli", "pytorch_lightning", "__init__"}

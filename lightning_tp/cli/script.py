@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_tp._compat import loaders_to_run
 from lightning_tp.data.sample_batch import first_of, silence_logging
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 
 LIGHTNINGS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_tp.estimate.cost import tiles
+from lightning_tp.estimate.cost import gemm_tiling
+from lightning_tp.estimate.cost.gemm_tiling import START, tiling
 from lightning_tp.estimate.cost.hardware import hardware
-from lightning_tp.estimate.cost.tiles import START, tiling
 
 H100, A100 = hardware("h100"), hardware("a100")
 
@@ -16,13 +16,13 @@ def bytes_of(m: int, n: int, k: int) -> int:
     return 2 * (m * k + k * n + m * n)
 
 
-def tiled(hw: object, m: int, n: int, k: int, batch: int = 1) -> tiles.Tiling:
+def tiled(hw: object, m: int, n: int, k: int, batch: int = 1) -> gemm_tiling.Tiling:
     return tiling(hw, batch, m, n, k, torch.bfloat16, batch * bytes_of(m, n, k))  # type: ignore[arg-type]
 
 
 def test_a_last_wave_that_is_nearly_empty_costs_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "SPLITS", (1,))
-    monkeypatch.setattr(tiles, "SIDES", (128,))
+    monkeypatch.setattr(gemm_tiling, "SPLITS", (1,))
+    monkeypatch.setattr(gemm_tiling, "SIDES", (128,))
     few = replace(H100, units=100, tile=(128, 128), memory_bandwidth=1e18)
     full, over = tiled(few, 1280, 1280, 4096), tiled(few, 1281, 1280, 4096)
     assert (full.tiles, full.waves, full.padding, full.idle) == (100, 1, 0, 0)
