@@ -447,3 +447,27 @@ def without_torch_function() -> Any:
 
 # flash attention as it runs without a device: it saves for the backward what the kernels of all devices save
 flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """Return the parameters that stand at a module itself, by attribute; what is put there takes their place."""
+    return module._parameters
+
+
+def own_buffers(module: torch.nn.Module) -> dict[str, Tensor | None]:
+    """Return the buffers that stand at a module itself, by attribute; what is put there takes their place."""
+    return module._buffers
+
+
+def is_persistent(module: torch.nn.Module, buffer: str) -> bool:
+    """Return whether a module's own buffer is part of its state dict."""
+    return buffer not in module._non_persistent_buffers_set
+
+
+foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
+foreach_copy_ = torch._foreach_copy_
+# what calling a module runs, with its hooks, without the code that `module.compile()` has made
+call_module = torch.nn.Module._call_impl
+# replace all tensors of a module and of those in it by what a function returns for each
+apply_to_tensors = torch.nn.Module._apply

@@ -26,10 +26,6 @@ OUR_PREFIX = "_tp_"  # of attributes that this package sets on parameters and mo
 
 # Files that still name some; the list only gets shorter.
 STILL = {
-    "apply/activation_checkpointing.py",
-    "apply/bind.py",
-    "apply/fsdp.py",
-    "apply/materialize.py",
     "callbacks/predicted.py",
     "checkpoint/weights/hugging_face.py",
     "checkpoint/weights/pretrained.py",
@@ -54,11 +50,7 @@ STILL = {
     "infer/follow/tracer.py",
     "infer/repeats.py",
     "infer/sequence/tokens.py",
-    "shards/grad_norm.py",
-    "shards/gradients.py",
-    "shards/state_dict.py",
     "styles/calls/local_ops.py",
-    "styles/linear.py",
     "testing/compare.py",
     "testing/fixtures.py",
 }

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lightning_tp._compat import call_module
 from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
 from lightning_tp.core.comm.collectives import all_reduce, reduce_scatter
 from lightning_tp.core.comm.transitions import outside
@@ -92,8 +93,8 @@ class _Checkpointed(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():  # of code around it, see `compiled.py`: that would have to be in one piece
-            return outside(self._call_impl, *args, **kwargs)
-        return self._call_impl(*args, **kwargs)
+            return outside(call_module, self, *args, **kwargs)
+        return call_module(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tp._compat import own_parameters
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
 from lightning_tp.errors import TPError
@@ -73,11 +74,11 @@ def replace_parameters(model: nn.Module, plan: CheckedPlan, make: Callable[[str,
     before = list(model.parameters())  # kept until all are replaced: an id must not be used again
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for leaf, own in module._parameters.items():
+        for leaf, own in own_parameters(module).items():
             if own is not None and id(own) in names:
                 if id(own) not in made:
                     made[id(own)] = make(names[id(own)], own, splits[names[id(own)]])
-                module._parameters[leaf] = made[id(own)]
+                own_parameters(module)[leaf] = made[id(own)]
     del before
 
 

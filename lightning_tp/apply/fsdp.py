@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_tp._compat import remember_dtypes
+from lightning_tp._compat import own_parameters, remember_dtypes
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -44,4 +44,4 @@ def own_units(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _uses(module: nn.Module) -> Counter[int]:
-    return Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
+    return Counter(id(p) for m in module.modules() for p in own_parameters(m).values() if p is not None)

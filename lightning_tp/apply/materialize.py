@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp._compat import local_tensor
+from lightning_tp._compat import apply_to_tensors, local_tensor, own_buffers, own_parameters
 from lightning_tp.core.modules.deferred_init import deferred_init, values
 from lightning_tp.core.modules.tape import InitTape
 from lightning_tp.errors import TPError
@@ -79,7 +79,7 @@ def _from_reset_parameters(model: nn.Module, tensors: dict[int, Tensor], names: 
     owners = [
         (prefix, module)
         for prefix, module in model.named_modules()
-        if any(id(t) in tensors for t in (*module._parameters.values(), *module._buffers.values()))
+        if any(id(t) in tensors for t in (*own_parameters(module).values(), *own_buffers(module).values()))
     ]
     without = [f"`{p}` ({type(m).__name__})" for p, m in owners if not callable(getattr(m, "reset_parameters", None))]
     if without:
@@ -95,9 +95,7 @@ def _from_reset_parameters(model: nn.Module, tensors: dict[int, Tensor], names: 
 def _on_cpu(module: nn.Module) -> nn.Module:
     """The module with tensors of its own, to be given memory later."""
     twin = copy.copy(module)
-    twin.__dict__ = dict(module.__dict__)
-    twin._parameters = dict(module._parameters)
-    twin._buffers = dict(module._buffers)
+    twin.__dict__ = {k: dict(v) if k in ("_parameters", "_buffers") else v for k, v in module.__dict__.items()}
     return twin
 
 
@@ -105,7 +103,7 @@ def _reset(whole: list[tuple[str, nn.Module]], names: dict[int, list[str]], ids:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         for prefix, twin in whole:
-            tables: tuple[dict[str, Any], ...] = (twin._parameters, twin._buffers)
+            tables: tuple[dict[str, Any], ...] = (own_parameters(twin), own_buffers(twin))
             for of in tables:
                 for name, t in of.items():
                     if t is not None and t.is_meta:
@@ -126,11 +124,11 @@ def fill(model: nn.Module, whole_values: Values, shards: Mapping[str, ParamShard
     tied: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(p), []).append(name)
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
+    apply_to_tensors(model, lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t.to(device))
     for first, *others in tied.values():  # which `_apply` has replaced one by one
         for name in others:
             owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = model.get_parameter(first)
+            own_parameters(model.get_submodule(owner))[leaf] = model.get_parameter(first)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for names, whole in whole_values:

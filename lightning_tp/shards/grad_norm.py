@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from lightning_tp._compat import local_tensor, wrap_total_norm
+from lightning_tp._compat import foreach_mul_, foreach_norm, local_tensor, wrap_total_norm
 from lightning_tp.core.comm.collectives import reduce_over
 from lightning_tp.errors import TPError
 from lightning_tp.shards.gradients import PartialGradients
@@ -140,7 +140,7 @@ def _norms(parts: list[Tensor], norm_type: float) -> Tensor:
     """The norm of each part, as one float32 vector (float64 for float64)."""
     if len({t.dtype for t in parts}) == 1:
         half = parts[0].dtype in (torch.float16, torch.bfloat16)
-        return torch.stack(torch._foreach_norm(parts, norm_type, dtype=torch.float32 if half else None))
+        return torch.stack(foreach_norm(parts, norm_type, dtype=torch.float32 if half else None))
     return torch.stack([torch.linalg.vector_norm(t, norm_type, dtype=torch.float32) for t in parts])
 
 
@@ -161,5 +161,5 @@ def clip_grad_norm_(
     if not parameters:
         return norm
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local_tensor(p.grad) for p in parameters], scale)  # type: ignore[arg-type]
+    foreach_mul_([local_tensor(p.grad) for p in parameters], scale)  # type: ignore[arg-type]
     return norm

@@ -19,7 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import all_gather_into, backward_kind, flatten, local_tensor, queue_after_backward, unflatten
+from lightning_tp._compat import (
+    all_gather_into,
+    backward_kind,
+    flatten,
+    foreach_copy_,
+    local_tensor,
+    queue_after_backward,
+    unflatten,
+)
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import I, R
@@ -245,4 +253,4 @@ def _sum_over(group: dist.ProcessGroup, grads: list[Tensor]) -> None:
         return
     flat = flatten(grads)
     group.allreduce([flat]).wait()
-    torch._foreach_copy_(grads, unflatten(flat, grads))
+    foreach_copy_(grads, unflatten(flat, grads))

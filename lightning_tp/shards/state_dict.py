@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_tp._compat import local_tensor
+from lightning_tp._compat import is_persistent, local_tensor, own_buffers, own_parameters
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -91,11 +91,11 @@ def persistent(model: nn.Module) -> list[str]:
     """Return the names that `model.state_dict()` has, without building it: hooks would turn it into DTensors."""
     names = []
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, p in module._parameters.items():
+        for name, p in own_parameters(module).items():
             if p is not None:
                 names.append(f"{prefix}.{name}" if prefix else name)
-        for name, b in module._buffers.items():
-            if b is not None and name not in module._non_persistent_buffers_set:
+        for name, b in own_buffers(module).items():
+            if b is not None and is_persistent(module, name):
                 names.append(f"{prefix}.{name}" if prefix else name)
     return names
 

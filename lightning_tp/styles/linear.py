@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lightning_tp._compat import own_parameters
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
 from lightning_tp.core.comm.transitions import Transition, invariant_to_sequence, transition, width_to_invariant
@@ -164,7 +165,7 @@ class Rowwise(Style):
         _, in_dim, shape = linear_dims(module, site.where, self.name)
         set_sizes(module, in_features=shape[in_dim], nx=shape[in_dim])
         leave = transition(P, self.output or I)
-        has_bias = module._parameters.get("bias") is not None
+        has_bias = own_parameters(module).get("bias") is not None
         if has_bias and hasattr(module, "nf"):
             swap_class(module, _Conv1DProduct)
         swap_class(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, WIDTH), _leave=leave, _has_bias=has_bias)
