@@ -22,10 +22,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from llama import PLAN, LlamaConfig, LlamaModule
+from text import StdlibText, bigram_loss
 from torch.utils.data import DataLoader, Subset
 
 import lightning_tp as ltp
-from lightning_tp.data import StdlibText, bigram_loss
 
 
 class TextModule(LlamaModule):
