@@ -10,14 +10,11 @@ def size(num_bytes: float) -> str:
         >>> size(240), size(3 * 2**30)
         ('240 bytes', '3.00 GiB')
     """
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            break
+    power = 0
+    while abs(num_bytes) >= 1024 and power < 4:
         num_bytes /= 1024
-    else:
-        unit = "TiB"
-    digits = {"bytes": 0, "KiB": 1, "MiB": 1}.get(unit, 2)
-    return f"{num_bytes:.{digits}f} {unit}"
+        power += 1
+    return f"{num_bytes:.{(0, 1, 1, 2, 2)[power]}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def seconds(s: float) -> str:

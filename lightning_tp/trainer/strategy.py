@@ -437,7 +437,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         shared = share_loader(
             dataloader,
             self._ranks,
-            shadow=self._shadow_step if predicts else None,
+            dummy_step=self._dummy_step if predicts else None,
             limit=trainer.limit_predict_batches if predicts else 1.0,
             where=f"a loader of `trainer.{trainer.state.fn.value}`" if trainer.state.fn is not None else "a loader",
         )
@@ -454,7 +454,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             set_shared_state(self.device_mesh, self._rng_at_step)
             self._rng_at_step = None
 
-    def _shadow_step(self, loader: Any, batch: Any, batch_idx: int) -> None:
+    def _dummy_step(self, loader: Any, batch: Any, batch_idx: int) -> None:
         """A step of `predict` that is nobody's: FSDP2's collectives need this rank, which has no batch of its own left."""
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer

@@ -1,4 +1,4 @@
-"""A loader that goes on from where another one stood gives what that one would have given."""
+"""A loader that resumes at the position of another one yields what that one would have yielded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(batches: Any) -> list[Any]:
 
 
 def interrupted(make: Any, taken: int, passes: int = 0) -> tuple[list[Any], list[Any]]:
-    """What is left after `taken` batches of a pass, and what another loader gives that goes on from there; with the pass after it."""
+    """What is left after `taken` batches of a pass, and what another loader yields that resumes there; with the pass after it."""
     torch.manual_seed(0)
     loader = ResumableLoader(make())
     for _ in range(passes):
