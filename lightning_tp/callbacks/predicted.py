@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_tp._compat import local_tensor
-from lightning_tp.callbacks.shards import find_mesh
+from lightning_tp.callbacks.trainer_info import find_mesh
 from lightning_tp.core.units import size
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
