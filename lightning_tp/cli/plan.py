@@ -21,7 +21,8 @@ from lightning_tp.infer.dry_run import count_collectives
 from lightning_tp.plan.check import any_split, splits_nothing
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.verify.verify import plan_under_test, scalar_loss
+from lightning_tp.verify.task import scalar_loss
+from lightning_tp.verify.verify import plan_under_test
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from lightning_tp.cli.script import is_script, run_script
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.rank import default_loss
 from lightning_tp.plan.plan import Plan
-from lightning_tp.verify.verify import Inputs
+from lightning_tp.verify.task import Inputs
 
 SMALL = 20_000_000  # parameters, up to which a model of a config.json is built with weights
 

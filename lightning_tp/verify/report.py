@@ -1,12 +1,12 @@
-"""The result of `verify`."""
+"""The result of `verify`, and its table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_tp.core.tables import table
 from lightning_tp.errors import TPError
 from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.table import columns
 from lightning_tp.verify.compare import Row
 
 SHOWN = 12  # rows of a report that are printed
@@ -14,16 +14,16 @@ SHOWN = 12  # rows of a report that are printed
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What `verify` found; `str()` of it is a table, the verdict in its first line.
+    """The comparison of a sharded model with a single process; `str()` of it is a table with the verdict in its first line.
 
     Args:
-        ok: whether every row is.
-        rows: what was compared, the worst first.
-        plan: the plan that was applied, checked.
-        held: the share of all parameters that a rank held, the largest of all ranks (FSDP2's cut over `dp` included).
-        tp: the size of the tensor-parallel axis.
-        dp: the size of the data-parallel axis.
-        lr: the learning rate of the steps.
+        ok: Whether every row is within its tolerance.
+        rows: What was compared, the worst first.
+        plan: The plan that was applied.
+        held: The largest share of all parameters that a rank held (after sharding by FSDP2 over `dp`).
+        tp: The tensor-parallel size.
+        dp: The data-parallel size.
+        lr: The learning rate of the steps.
     """
 
     ok: bool
@@ -37,26 +37,24 @@ class ParityReport:
     def __str__(self) -> str:
         bad = [row for row in self.rows if not row.ok]
         worst, steps = self.rows[0], sum(row.kind == "loss" for row in self.rows)
-        where = f"tp={self.tp} x dp={self.dp}, {steps} steps of SGD at lr={self.lr:.2g}"
+        settings = f"tp={self.tp} x dp={self.dp}, {steps} SGD steps, lr={self.lr:.2g}"
         if bad:
-            head = (
-                f"NOT as in one process ({where}): {len(bad)} of {len(self.rows)} differ, worst the {worst.kind} of `{worst.name}`"
-            )
+            verdict = f"DIFFERS from a single process: {len(bad)} of {len(self.rows)} tensors, the worst is the {worst.kind} of `{worst.name}`"
         else:
-            head = f"As in one process ({where}): {len(self.rows)} compared, the worst error is {worst.error:.1e}"
-        rows = [("", "kind", "name", "tolerance", "found")]
-        rows += [("ok" if r.ok else "BAD", r.kind, r.name, f"{r.tolerance:g}", r.detail) for r in self.rows[:SHOWN]]
-        lines = [head, *columns(rows)]
+            verdict = f"Matches a single process: {len(self.rows)} tensors compared, largest relative error {worst.error:.1e}"
+        cells = [("ok" if r.ok else "BAD", r.kind, r.name, f"{r.tolerance:g}", r.detail) for r in self.rows[:SHOWN]]
+        lines = [f"{verdict} ({settings})", table(("", "kind", "name", "tolerance", "difference"), cells)]
         if len(self.rows) > SHOWN:
-            lines.append(f"  .. and {len(self.rows) - SHOWN} more, {sum(not row.ok for row in self.rows[SHOWN:])} of them bad")
-        lines.append(f"{str(self.plan).splitlines()[0]}; with dp={self.dp} at most {self.held:.1%}")
+            more = self.rows[SHOWN:]
+            lines.append(f"  .. and {len(more)} more, {sum(not row.ok for row in more)} of them out of tolerance")
+        lines.append(f"{str(self.plan).splitlines()[0]}; with dp={self.dp}, a rank holds at most {self.held:.1%}")
         return "\n".join(lines)
 
     def raise_if_bad(self) -> None:
-        """Nothing, if it is as in one process.
+        """Raise an error unless the sharded model matches a single process.
 
         Raises:
-            TPError: if not, with the report as its message.
+            TPError: With the report as its message.
         """
         if not self.ok:
             raise TPError(str(self))
