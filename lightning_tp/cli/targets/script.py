@@ -1,60 +1,44 @@
-"""A training script as TARGET: it runs in this process up to `Trainer.fit`, whose module and first batch are taken. Nothing is trained."""
+"""A training script as TARGET: it runs in this process up to `Trainer.fit`, whose module and first batch are used. Nothing is trained."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import logging
 import runpy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
 
+from lightning_tp.cli.targets.target import Target, plan_of_module
+from lightning_tp.cli.targets.user_code import call_user_code
+from lightning_tp.core.trees import map_tensors
 from lightning_tp.data.sample_batch import data_of, first_of, silence_logging
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.verify.task import as_inputs
 
 LIGHTNINGS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 
 
-@dataclass(frozen=True)
-class Reached:
-    """What a script was about to train.
-
-    Args:
-        module: a LightningModule whose forward is its `training_step`, unless it has an `example_input_array`.
-        inputs: what that forward is called with.
-        loss_fn: the loss in what that gives.
-        plan: of its strategy, if that was given one.
-        batch: samples in a batch of its loader, if that says so.
-    """
-
-    module: nn.Module
-    inputs: Any
-    loss_fn: Callable[..., Tensor]
-    plan: Any
-    batch: int | None
-
-
-class _Fit(BaseException):  # no Exception: scripts catch those
-    """The script has called `Trainer.fit`."""
+class _Fit(BaseException):  # no Exception, because scripts catch those
+    """The end of a script that has called `Trainer.fit`."""
 
     def __init__(self, module: Any, example: Any, batch: int | None) -> None:
         self.module, self.example, self.batch = module, example, batch
 
 
 def is_script(text: str) -> bool:
-    """Whether a TARGET is a script, with arguments perhaps, and not a function in a file."""
+    """Return whether a TARGET is a script, possibly with arguments, and not a function in a file."""
     words = _words(text)
     return bool(words) and words[0].endswith(".py")
 
@@ -62,20 +46,19 @@ def is_script(text: str) -> bool:
 def _words(text: str) -> list[str]:
     try:
         return shlex.split(text)
-    except ValueError:  # a quote without its end
+    except ValueError:  # a quote that is not closed
         return []
 
 
-def run_script(text: str, called: Callable[[Callable[[], Any], str], Any], *, weights: bool) -> Reached:
-    """Run a script as `python script.py ..` does, on the CPU and by itself, until it trains.
+def load_script(text: str, *, weights: bool) -> Target:
+    """Run a script as `python script.py ..` does, in a single process on the CPU, until it trains.
 
     Args:
-        text: its path, and its arguments as in a shell.
-        called: runs a function of the user, and says its errors.
-        weights: also where the script asks for none (`trainer.init_module(empty_init=True)`).
+        text: Its path, and its arguments as in a shell.
+        weights: Build the model with weights even if the script asks for none (`trainer.init_module(empty_init=True)`).
 
     Raises:
-        TPError: if there is no such file, or it ends without `Trainer.fit`.
+        TPError: If there is no such file, it ends without `Trainer.fit`, or its step cannot be run alone.
     """
     path, *arguments = _words(text)
     if not Path(path).is_file():
@@ -89,72 +72,73 @@ def run_script(text: str, called: Callable[[Callable[[], Any], str], Any], *, we
         ):
             sys.path.insert(0, str(Path(path).resolve().parent))
             torch.manual_seed(0)
-            with redirect_stdout(sys.stderr):  # what the command itself prints may be read by another
-                called(lambda: runpy.run_path(path, run_name="__main__"), text)
+            with redirect_stdout(sys.stderr):  # stdout is for the command, and may be parsed
+                call_user_code(lambda: runpy.run_path(path, run_name="__main__"), text)
     except _Fit as fit:
-        return _reached(fit, plans[-1] if plans else None, text)
+        return _target(fit, plans[-1] if plans else None, text)
     raise TPError(
-        f"`{text}` ran to its end without `Trainer.fit`, at which the model and its data would have been taken. Name a function in it that "
-        f"returns (model, inputs), as in {path}:build."
+        f"`{text}` ran to its end without `Trainer.fit`, where its model and data would have been used. Name a function in it that returns "
+        f"(model, inputs), such as {path}:build."
     )
 
 
-def _reached(fit: _Fit, plan: Any, text: str) -> Reached:
+def _target(fit: _Fit, plan: Any, text: str) -> Target:
+    """Take the module that was about to be trained; its forward is its `training_step`, unless it has an `example_input_array`."""
     module = fit.module
-    own = module.example_input_array
-    if own is not None:
-        return Reached(module, own, default_loss, plan, None)
+    plan = plan if plan is not None else plan_of_module(module)
+    example = module.example_input_array
+    if example is not None:
+        return Target(lambda: copy.deepcopy(module), module, as_inputs(example), default_loss, plan)
     if not module.automatic_optimization:
         raise TPError(
-            f"`{text}`: {type(module).__name__} steps its optimizers by itself, so that its `training_step` can't be run alone. Set "
-            "`example_input_array` on it, which says what its forward reads."
+            f"`{text}`: {type(module).__name__} steps its optimizers by itself (manual optimization), so its `training_step` cannot be run "
+            "alone. Set `example_input_array` on it, with which its forward can be called."
         )
     silence_logging(module)
-    module.forward = _Step(module)
-    batch = tree_map_only(Tensor, lambda t: t.detach().cpu(), fit.example)
-    return Reached(module, (batch,), _step_loss, plan, fit.batch)
+    module.forward = _TrainingStep(module)
+    batch = map_tensors(lambda t: t.detach().cpu(), fit.example)
+    return Target(lambda: copy.deepcopy(module), module, (batch,), _step_loss, plan, fit.batch)
 
 
-class _Step:
-    """`training_step` as the forward of its module; what that itself calls is the forward that it has."""
+class _TrainingStep:
+    """The `training_step` of a module in place of its forward; the calls of forward inside of it run the module's own."""
 
     def __init__(self, module: Any) -> None:
-        self.module, self.inside = module, False
+        self.module, self.is_running = module, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.inside:
+        if self.is_running:
             return type(self.module).forward(self.module, *args, **kwargs)
-        self.inside = True
+        self.is_running = True
         try:
             out = self.module.training_step(args[0], 0)
         finally:
-            self.inside = False
+            self.is_running = False
         if out is None:
             raise TPError(f"`training_step` of {type(self.module).__name__} returned no loss for the first batch.")
         return out
 
 
 def _step_loss(out: Any) -> Tensor:
-    """The loss in what a `training_step` returns."""
+    """Return the loss from what a `training_step` returns."""
     loss: Tensor = out["loss"] if isinstance(out, dict) else out
     return loss
 
 
 @contextmanager
 def _stopped_at_fit(weights: bool, plans: list[Any]) -> Iterator[None]:
-    """Every Trainer that is made meanwhile runs on one CPU process, and ends with `_Fit` where it would set the module up for training."""
+    """Let every Trainer run in this process on the CPU, and raise `_Fit` where it would set the module up for training."""
     with ExitStack() as stack:
         for name in LIGHTNINGS:
             if importlib.util.find_spec(name.partition(".")[0]) is None:
                 continue
             trainer = import_module(name).Trainer
-            log = logging.getLogger(name)  # which devices there are, and advice: not about a run
+            log = logging.getLogger(name)  # it logs devices and advice, which are not about this run
             stack.callback(log.setLevel, log.level)
             log.setLevel(logging.WARNING)
-            own = (trainer.__init__, trainer.fit)
-            stack.enter_context(patch.object(trainer, "__init__", _alone(own[0], name, weights, plans)))
-            stack.enter_context(patch.object(trainer, "fit", _without_traces(own[1], name)))
-            for other in ("validate", "test", "predict"):  # before it trains
+            stack.enter_context(patch.object(trainer, "__init__", _init_in_one_process(trainer.__init__, name, weights, plans)))
+            stack.enter_context(patch.object(trainer, "fit", _fit_without_loggers(trainer.fit, name)))
+            for other in ("validate", "test", "predict"):  # that the script calls before it trains
                 stack.enter_context(patch.object(trainer, other, lambda *args, **kwargs: []))
             fabric = import_module(LIGHTNINGS[name]).Fabric
             stack.enter_context(patch.object(fabric, "launch", _refuse_fabric))
@@ -162,10 +146,12 @@ def _stopped_at_fit(weights: bool, plans: list[Any]) -> Iterator[None]:
 
 
 def _refuse_fabric(*args: Any, **kwargs: Any) -> None:
-    raise TPError("a script with Fabric has a loop of its own. Name a function that returns (model, inputs), as in train.py:build.")
+    raise TPError(
+        "a script with Fabric has its own training loop. Name a function that returns (model, inputs), such as train.py:build."
+    )
 
 
-def _alone(init: Any, lightning: str, weights: bool, plans: list[Any]) -> Any:
+def _init_in_one_process(init: Any, lightning: str, weights: bool, plans: list[Any]) -> Any:
     strategies = import_module(f"{lightning}.strategies")
 
     class Stop(strategies.SingleDeviceStrategy):  # type: ignore[name-defined]
@@ -179,25 +165,25 @@ def _alone(init: Any, lightning: str, weights: bool, plans: list[Any]) -> Any:
             raise _Fit(trainer.lightning_module, example, getattr(loader, "batch_size", None))
 
         def teardown(self) -> None:
-            pass  # the module stays where it is
+            pass  # leave the module where it is
 
     @functools.wraps(init)
-    def alone(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_in_one_process(self: Any, *args: Any, **kwargs: Any) -> None:
         plans.append(getattr(kwargs.get("strategy"), "plan", None))
-        if kwargs.get("logger") in (None, True):  # or Lightning warns about loggers that are not installed
+        if kwargs.get("logger") in (None, True):  # otherwise Lightning warns about loggers that are not installed
             kwargs["logger"] = False
         kwargs.update(accelerator="cpu", devices=1, num_nodes=1, strategy=Stop(torch.device("cpu")), precision=None, plugins=None)
         init(self, *args, **kwargs)
 
-    return alone
+    return init_in_one_process
 
 
-def _without_traces(fit: Any, lightning: str) -> Any:
+def _fit_without_loggers(fit: Any, lightning: str) -> Any:
     dummy = import_module(f"{lightning}.loggers.logger").DummyLogger
 
     @functools.wraps(fit)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.loggers = [dummy()]  # which writes nothing, and starts no run anywhere
+        self.loggers = [dummy()]  # it writes nothing, and starts no run on a server
         return fit(self, *args[:4], **{k: v for k, v in kwargs.items() if k not in ("ckpt_path", "weights_only")})
 
     return run

@@ -1,0 +1,46 @@
+"""Functions and classes as TARGET; the loss that is taken where none is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lightning_tp as ltp
+from lightning_tp.cli.targets.function import load_function
+from lightning_tp.estimate.trace.rank import default_loss
+
+
+def test_a_function(targets: Any) -> None:
+    target = load_function(targets("with_loss"))
+    assert [tuple(x.shape) for x in target.inputs] == [(2, 4, 8)] and target.plan is None and target.batch is None
+    assert target.loss_fn(torch.full((2,), 3.0)) == 9
+    again = target.build()
+    assert again is not target.model and type(again) is type(target.model)
+
+
+def test_a_plan_of_the_model_and_a_single_input(targets: Any) -> None:
+    target = load_function(targets("llama"))
+    assert target.plan["output"] == "vocab_head" and target.loss_fn is default_loss
+    assert isinstance(target.inputs, tuple) and target.inputs[0].shape == (4, 13)
+
+
+def test_a_class(targets: Any) -> None:
+    target = load_function(targets("Module"))
+    assert target.inputs[0].shape == (4, 13) and torch.equal(
+        target.build().net.norm.weight,
+        target.model.net.norm.weight,  # type: ignore[union-attr,arg-type]
+    )
+
+
+def test_the_loss_of_an_output() -> None:
+    tokens = torch.randint(0, 9, (2, 5))
+    logits = torch.randn(2, 5, 9)
+    expected = F.cross_entropy(logits.flatten(0, 1)[:-1], tokens.flatten()[1:])
+    torch.testing.assert_close(default_loss(logits, (tokens,)), expected)
+    torch.testing.assert_close(default_loss({"loss": expected, "logits": logits}, (tokens,)), expected)
+    assert default_loss((logits,), (torch.ones(2, 5),)).ndim == 0
+    with pytest.raises(ltp.TPError, match="without a tensor of floats"):
+        default_loss(tokens, (tokens,))
