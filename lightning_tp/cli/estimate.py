@@ -6,26 +6,11 @@ import argparse
 import sys
 from typing import Any
 
-from lightning_tp.cli.options import (
-    activation_checkpointing,
-    add_activation_checkpointing,
-    add_hardware_and_compile,
-    add_mesh,
-    add_no_sequence_parallel,
-    add_optimizer,
-    add_pictures,
-    add_plan,
-    add_precision,
-    check_counts,
-    check_names,
-    check_pictures,
-    read_plan,
-)
+from lightning_tp.cli import options
 from lightning_tp.cli.parser import add_command
 from lightning_tp.cli.targets.load import load
 from lightning_tp.core.tables import has_rich_terminal, print_colored, print_framed
 from lightning_tp.estimate import Estimate, estimate
-from lightning_tp.estimate.cost.hardware import hardware
 
 EXAMPLES = """\
   lightning-tp estimate llama-2-70b/config.json --tp 8 --dp 256 --seq 4096 --batch 1 --hardware h100
@@ -40,32 +25,21 @@ def add_to(commands: Any) -> None:
     """Add the command to the parser."""
     summary = "estimate memory, communication and time of a training step on one rank of any mesh; needs no devices"
     command = add_command(commands, "estimate", summary, _run, EXAMPLES)
-    add_mesh(command)
+    options.add(command, "--tp", "--dp", "--seq")
     text = "micro-batch size per data-parallel rank (default: that of the inputs)"
     command.add_argument("--batch", type=int, metavar="N", help=text)
-    command.add_argument("--seq", type=int, metavar="N", help="sequence length (default: that of the inputs)")
     text = "micro-batches per optimizer step (default: %(default)s)"
     command.add_argument("--accumulate", type=int, default=1, metavar="N", help=text)
-    add_precision(command)
-    add_optimizer(command)
-    add_activation_checkpointing(command)
-    add_no_sequence_parallel(command)
+    options.add(command, "--precision", "--optimizer", "--activation-checkpointing", "--no-sequence-parallel")
     text = "all-gather the logits instead of computing the loss from vocabulary shards"
     command.add_argument("--no-loss-parallel", action="store_true", help=text)
-    add_hardware_and_compile(command)
-    add_plan(command, "as TPStrategy chooses")
-    command.add_argument("--json", action="store_true", help="print JSON, with nothing else on stdout")
-    add_pictures(
-        command, "plots of memory, collectives and time", "a report: all numbers, plots, the plan as a picture, assumptions"
-    )
+    options.add(command, "--compile", "--hardware", "--plan", "--json")
+    options.add(command, "--plot", help=f"write plots of memory, collectives and time; {options.FORMATS}")
+    text = "write a report (all numbers, plots, the plan as a picture, assumptions), as one self-contained HTML file"
+    options.add(command, "--html", help=text)
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_pictures(args)
-    check_counts(args, "tp", "dp", "batch", "seq", "accumulate")
-    hardware(args.hardware)  # an error in it comes before the model is built
-    check_names(args.precision, args.optimizer)
-    args.plan = read_plan(args.plan)
     target = load(args.target)
     found = estimate(
         target.model,
@@ -73,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
         (args.dp, args.tp),
         precision=args.precision,
         optimizer=args.optimizer,
-        activation_checkpointing=activation_checkpointing(args),
+        activation_checkpointing=options.activation_checkpointing(args),
         sequence_parallel=not args.no_sequence_parallel,
         loss_parallel=not args.no_loss_parallel,
         plan=args.plan or target.plan,

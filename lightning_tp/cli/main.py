@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_tp._compat import version_of
-from lightning_tp.cli import checkpoint, estimate, plan, shapes, tune, verify
+from lightning_tp.cli import checkpoint, estimate, options, plan, shapes, tune, verify
 from lightning_tp.cli.parser import TARGET, Parser, epilog
 from lightning_tp.errors import TPError
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         try:
+            options.check(args)
             status: int = args.run(args)
         except TPError as error:
             print(f"lightning-tp: {' '.join(str(error).split())}", file=sys.stderr)
@@ -72,7 +73,3 @@ def _exit_status(run: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains when it flushes at exit
         return 141
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,61 +6,53 @@ import argparse
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from lightning_tp.core.files import check_file
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.cost.hardware import known_hardware
+from lightning_tp.estimate.cost.hardware import hardware, known_hardware
 from lightning_tp.estimate.drawn.drawing import check_page, check_picture
 from lightning_tp.estimate.trace.optimizer import KNOWN
 from lightning_tp.estimate.trace.rank import PRECISIONS
 from lightning_tp.plan.plan import Plan
 
-
-def add_mesh(command: Any) -> None:
-    """Add `--tp` and `--dp`."""
-    command.add_argument("--tp", type=int, default=2, metavar="N", help="tensor-parallel size (default: %(default)s)")
-    command.add_argument("--dp", type=int, default=1, metavar="N", help="data-parallel size (FSDP2) (default: %(default)s)")
-
-
-def add_plan(command: Any, default: str) -> None:
-    """Add `--plan`; `default` says which plan is used without it."""
-    command.add_argument("--plan", metavar="FILE", help=f"a plan as JSON (default: {default})")
-
-
-def add_no_sequence_parallel(command: Any) -> None:
-    """Add `--no-sequence-parallel`."""
-    text = "keep activations between the sharded modules replicated instead of sharded along the sequence dimension"
-    command.add_argument("--no-sequence-parallel", action="store_true", help=text)
-
-
-def add_hardware_and_compile(command: Any) -> None:
-    """Add `--hardware` and `--compile`, on which predicted times depend."""
-    known = ", ".join(known_hardware())
-    text = f"{known}, or file.json or file.json:name for your own (default: %(default)s)"
-    command.add_argument("--hardware", default="h100", metavar="NAME", help=text)
-    command.add_argument("--compile", action="store_true", help="as TPStrategy(compile=True): fuse the kernels between matmuls")
-
-
-def add_precision(command: Any, *, several: bool = False) -> None:
-    """Add `--precision`: one, or `several` separated by commas."""
-    known = ", ".join(PRECISIONS)
-    text = f"one or more of {known}, separated by commas" if several else known
-    metavar = "NAMES" if several else "NAME"
-    command.add_argument("--precision", default="bf16-mixed", metavar=metavar, help=f"{text} (default: %(default)s)")
+NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
+SWITCH: dict[str, Any] = {"action": "store_true"}
+FILE: dict[str, Any] = {"metavar": "FILE"}
+FORMATS = "the suffix is the format: .svg, or .png and .pdf (with matplotlib)"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--tp": NUMBER | {"default": 2, "help": "tensor-parallel size (default: %(default)s)"},
+    "--dp": NUMBER | {"default": 1, "help": "data-parallel size (FSDP2) (default: %(default)s)"},
+    "--seq": NUMBER | {"help": "sequence length (default: that of the inputs)"},
+    "--plan": FILE | {"help": "a plan as JSON (default: as TPStrategy chooses)"},
+    "--no-sequence-parallel": SWITCH
+    | {"help": "keep activations between the sharded modules replicated instead of sharded along the sequence dimension"},
+    "--precision": {"default": "bf16-mixed", "metavar": "NAME", "help": f"{', '.join(PRECISIONS)} (default: %(default)s)"},
+    "--optimizer": {"default": "adamw", "metavar": "NAME", "help": f"{', '.join(KNOWN)} (default: %(default)s)"},
+    "--activation-checkpointing": {
+        "choices": ("none", "block", "selective"),
+        "default": "none",
+        "help": "what the backward pass recomputes: nothing, each block, or the cheap part of each block (default: %(default)s)",
+    },
+    "--compile": SWITCH | {"help": "as TPStrategy(compile=True): fuse the kernels between matmuls"},
+    "--hardware": {
+        "default": "h100",
+        "metavar": "NAME",
+        "help": f"{', '.join(known_hardware())}, or file.json or file.json:name for your own (default: %(default)s)",
+    },
+    "--json": SWITCH | {"help": "print JSON, with nothing else on stdout"},
+    "--plot": FILE | {"help": f"write plots; {FORMATS}"},
+    "--html": FILE | {"help": "write a report, as one self-contained HTML file"},
+}
 
 
-def add_optimizer(command: Any) -> None:
-    """Add `--optimizer`."""
-    command.add_argument("--optimizer", default="adamw", metavar="NAME", help=f"{', '.join(KNOWN)} (default: %(default)s)")
+def add(command: Any, *names: str, **changes: Any) -> None:
+    """Add options that several commands share.
 
-
-def add_activation_checkpointing(command: Any) -> None:
-    """Add `--activation-checkpointing`; read it by `activation_checkpointing`."""
-    command.add_argument(
-        "--activation-checkpointing",
-        choices=("none", "block", "selective"),
-        default="none",
-        help="what the backward pass recomputes: nothing, each block, or the cheap part of each block (default: %(default)s)",
-    )
+    Args:
+        command: The parser of the command.
+        names: Of `OPTIONS`.
+        **changes: What is different in this command, such as `help`.
+    """
+    for name in names:
+        command.add_argument(name, **OPTIONS[name] | changes)
 
 
 def activation_checkpointing(args: argparse.Namespace) -> Literal["block", "selective"] | None:
@@ -69,77 +61,36 @@ def activation_checkpointing(args: argparse.Namespace) -> Literal["block", "sele
     return None if value == "none" else value
 
 
-def add_pictures(command: Any, plots: str, page: str) -> None:
-    """Add `--plot` (if there are plots) and `--html`, with what they write."""
-    if plots:
-        text = f"write {plots}; the suffix is the format: .svg, or .png and .pdf (with matplotlib)"
-        command.add_argument("--plot", metavar="FILE", help=text)
-    command.add_argument("--html", metavar="FILE", help=f"write {page}, as one self-contained HTML file")
-
-
-def check_pictures(args: argparse.Namespace) -> None:
-    """Refuse files of `--plot` and `--html` that could not be written.
+def check(args: argparse.Namespace) -> None:
+    """Refuse values of options before any work begins, and replace the file of `--plan` by the plan in it.
 
     Raises:
-        TPError: As `check_picture` and `check_page`.
+        TPError: For a number below 1, a file that cannot be written, an unknown device, precision or optimizer, or a file without a plan.
     """
-    if getattr(args, "plot", None) is not None:
-        check_picture(args.plot, "--plot")
-    if args.html is not None:
-        check_page(args.html, "--html")
-
-
-def check_output(path: str | None, option: str) -> None:
-    """Refuse a file that could not be written; "-" is stdout.
-
-    Raises:
-        TPError: As `check_file`.
-    """
-    if path is not None and path != "-":
-        check_file(path, option)
-
-
-def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Refuse numbers below 1.
-
-    Args:
-        args: The parsed command line.
-        names: Of its attributes, each a whole number or None.
-
-    Raises:
-        TPError: With the option and its value.
-    """
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
+    given = vars(args)
+    for name, value in given.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise TPError(f"`--{name.replace('_', '-')} {value}`: pass a number, 1 or more.")
+    for name, check_path in (("plot", check_picture), ("html", check_page)):
+        if given.get(name) is not None:
+            check_path(given[name], f"--{name}")
+    if "hardware" in given:
+        hardware(args.hardware)
+    for value in given.get("precision", "32-true").split(","):
+        _check_name("precision", value, list(PRECISIONS))
+    _check_name("optimizer", given.get("optimizer", "sgd").lower(), list(KNOWN))
+    if given.get("plan") is not None:
+        args.plan = _read_plan(args.plan)
 
 
-def check_names(precisions: str, optimizer: str) -> None:
-    """Refuse unknown precisions (separated by commas) and optimizers.
-
-    Raises:
-        TPError: With the nearest names, and all valid ones.
-    """
-    for option, names, known in (
-        ("precision", precisions.split(","), list(PRECISIONS)),
-        ("optimizer", [optimizer.lower()], list(KNOWN)),
-    ):
-        for name in names:
-            if name not in known:
-                near = get_close_matches(name, known, 2) or [k for k in known if name and k.startswith(name)]
-                meant = f", did you mean {' or '.join(near)}?" if near else "."
-                raise TPError(f"`--{option} {name}`: unknown {option}{meant} Valid values: {', '.join(known)}.")
+def _check_name(option: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = get_close_matches(name, known, 2) or [k for k in known if name and k.startswith(name)]
+        meant = f", did you mean {' or '.join(near)}?" if near else "."
+        raise TPError(f"`--{option} {name}`: unknown {option}{meant} Valid values: {', '.join(known)}.")
 
 
-def read_plan(path: str | None) -> Plan | None:
-    """Read the file of `--plan`.
-
-    Raises:
-        TPError: If there is no plan in that file.
-    """
-    if path is None:
-        return None
+def _read_plan(path: str) -> Plan:
     try:
         return Plan.of(path)
     except TPError as error:

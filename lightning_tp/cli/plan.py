@@ -8,22 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tp.cli.options import (
-    add_mesh,
-    add_no_sequence_parallel,
-    add_pictures,
-    add_plan,
-    check_counts,
-    check_output,
-    check_pictures,
-    read_plan,
-)
+from lightning_tp.cli import options
 from lightning_tp.cli.parser import add_command
 from lightning_tp.cli.targets.load import load
 from lightning_tp.cli.targets.target import Target
 from lightning_tp.cli.torch_source import python_source
 from lightning_tp.core.comm.axis import even_shard
-from lightning_tp.core.files import write_text
+from lightning_tp.core.files import check_file, write_text
 from lightning_tp.core.tables import has_rich_terminal, print_framed
 from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
@@ -56,25 +47,24 @@ def add_to(commands: Any) -> None:
     command.add_argument("--json", metavar="FILE", help="write the plan as JSON; - for stdout, with nothing else there")
     text = "write `parallelize(model, tp_mesh)` for plain PyTorch, without this package; - for stdout"
     command.add_argument("--emit-python", metavar="FILE", help=text)
-    add_pictures(command, "the plan as a picture of the model's blocks", "that picture and the table with the reasons")
+    options.add(command, "--plot", help=f"write the plan as a picture of the model's blocks; {options.FORMATS}")
+    options.add(command, "--html", help="write that picture and the table with the reasons, as one self-contained HTML file")
 
 
 def add_plan_options(command: Any) -> None:
     """Add the options that `plan` and `verify` share: the mesh, and which plan."""
-    add_mesh(command)
-    add_plan(command, "the declared plan, else the inferred one")
+    options.add(command, "--tp", "--dp")
+    options.add(command, "--plan", help="a plan as JSON (default: the declared plan, else the inferred one)")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--declared", action="store_true", help="use the plan that the model declares (Hugging Face)")
     which.add_argument("--inferred", action="store_true", help="use the plan that is inferred by tracing the model")
-    add_no_sequence_parallel(command)
+    options.add(command, "--no-sequence-parallel")
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "tp", "dp")
-    check_pictures(args)
-    check_output(args.json, "--json")
-    check_output(args.emit_python, "--emit-python")
-    args.plan = read_plan(args.plan)
+    for file, option in ((args.json, "--json"), (args.emit_python, "--emit-python")):
+        if file not in (None, "-"):
+            check_file(file, option)
     target = load(args.target)
     plan = plan_from_options(target, args)
     makers = [(args.json, plan.to_json), (args.emit_python, lambda: python_source(plan, target.model, args.target))]
@@ -163,19 +153,13 @@ def held_line(plan: Plan, model: nn.Module, dp: int) -> str:
 
 
 def collectives_line(plan: Plan, target: Target, dp: int) -> str:
-    """Say how many collectives of each kind a forward and backward pass makes on the tensor-parallel axis."""
+    """Say how many collectives of each kind a forward and backward pass makes on the tensor-parallel axis; nothing is sent."""
     head = "Tensor-parallel collectives of one forward and backward pass"
+    counts: dict[str, int] = {}
     try:
-        counts = count_of_collectives(plan, target)
+        if plan.tp is not None and plan.tp > 1:
+            counts = count_collectives(target.model, lambda m, x: scalar_loss(m, x, target.loss_fn), target.inputs, plan, plan.tp)
     except Exception as error:  # the model runs on random values here: its errors are no reason to hide the plan
         return f"{head}: not counted ({type(error).__name__}: {' '.join(str(error).split())})"
     text = ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "none"
     return f"{head}: {text}" + (" (plus those of FSDP2 on the data-parallel axis)" if dp > 1 else "")
-
-
-def count_of_collectives(plan: Plan, target: Target) -> dict[str, int]:
-    """Count the collectives of a forward and backward pass on the tensor-parallel axis, by name; nothing is sent."""
-    assert plan.tp is not None
-    if plan.tp == 1:
-        return {}
-    return count_collectives(target.model, lambda m, x: scalar_loss(m, x, target.loss_fn), target.inputs, plan, plan.tp)

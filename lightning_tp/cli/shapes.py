@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lightning_tp.cli.options import (
-    activation_checkpointing,
-    add_activation_checkpointing,
-    add_hardware_and_compile,
-    add_plan,
-    add_precision,
-    check_counts,
-    check_names,
-    read_plan,
-)
+from lightning_tp.cli import options
 from lightning_tp.cli.parser import add_command
 from lightning_tp.cli.progress import Progress
 from lightning_tp.cli.targets.load import load
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.measure import measure
 from lightning_tp.estimate.drawn import matmul_plot
 from lightning_tp.estimate.matmul_report import text as report_of
@@ -49,19 +38,14 @@ def add_to(commands: Any) -> None:
     command.add_argument("--gpus", type=int, metavar="N", help=text)
     batch = command.add_mutually_exclusive_group()
     batch.add_argument("--global-batch", type=int, metavar="N", help="samples per step over all devices: a single local batch")
-    text = f"samples per device, separated by commas; below 1, fewer samples than devices (default: {_joined(LOCAL_BATCHES)})"
+    text = f"samples per device, separated by commas; below 1, fewer samples than devices (default: {','.join(f'{b:g}' for b in LOCAL_BATCHES)})"
     batch.add_argument("--local-batch", metavar="LIST", help=text)
-    text = f"sequence length (default: that of the inputs; for a config.json, up to {LONGEST})"
-    command.add_argument("--seq", type=int, metavar="N", help=text)
-    text = f"tensor-parallel sizes, separated by commas (default: those of {_joined(TPS)} that fit)"
+    options.add(command, "--seq", help=f"sequence length (default: that of the inputs; for a config.json, up to {LONGEST})")
+    text = f"tensor-parallel sizes, separated by commas (default: those of {','.join(map(str, TPS))} that fit)"
     command.add_argument("--tp", metavar="LIST", help=text)
-    add_precision(command)
-    add_activation_checkpointing(command)
-    add_hardware_and_compile(command)
-    add_plan(command, "as TPStrategy chooses")
+    options.add(command, "--precision", "--activation-checkpointing", "--compile", "--hardware", "--plan", "--json")
     command.add_argument("--products", action="store_true", help="list each matmul (default: with a single local batch only)")
-    command.add_argument("--json", action="store_true", help="print JSON, with nothing else on stdout")
-    command.add_argument("--plot", metavar="FILE", help="plot FLOP/s and tokens/s against the local batch: .png, .svg or .pdf")
+    options.add(command, "--plot", help="plot FLOP/s and tokens/s against the local batch: .png, .svg or .pdf")
     command.add_argument("--measure", action="store_true", help="time the matmuls on this machine, on a GPU if there is one")
     command.add_argument(
         "--seconds", type=float, default=60.0, metavar="S", help="about how long to measure (default: %(default)g)"
@@ -71,16 +55,12 @@ def add_to(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "gpus", "global_batch", "seq")
     batches: list[float] | None = _numbers("--local-batch", args.local_batch, float)
     tps: list[int] | None = _numbers("--tp", args.tp, int)
-    hw = hardware(args.hardware)  # an error in it comes before the model is built
     if not args.seconds > 0:
         raise TPError(f"`--seconds {args.seconds:g}`: pass a time above 0.")
-    check_names(args.precision, "adamw")
     if args.plot:
         matmul_plot.check(args.plot, "--plot")
-    args.plan = read_plan(args.plan)
     target = load(args.target)
     with Progress() as progress:
         found = shapes(
@@ -90,10 +70,10 @@ def _run(args: argparse.Namespace) -> int:
             global_batch=args.global_batch,
             local_batches=batches,
             tps=tps,
-            hardware=hw,
+            hardware=args.hardware,
             seq=args.seq or _default_length(target.model, args.target),
             precision=args.precision,
-            activation_checkpointing=activation_checkpointing(args),
+            activation_checkpointing=options.activation_checkpointing(args),
             plan=args.plan or target.plan,
             loss_fn=target.loss_fn,
             compile=args.compile,
@@ -134,7 +114,3 @@ def _default_length(model: Any, target: str) -> int | None:
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(text_config, "max_position_embeddings", None)
     return min(length, LONGEST) if isinstance(length, int) and length > 0 else None
-
-
-def _joined(values: Sequence[float]) -> str:
-    return ",".join(f"{v:g}" for v in values)

@@ -6,21 +6,11 @@ import argparse
 import sys
 from typing import Any
 
-from lightning_tp.cli.options import (
-    add_hardware_and_compile,
-    add_optimizer,
-    add_pictures,
-    add_plan,
-    add_precision,
-    check_counts,
-    check_names,
-    check_pictures,
-    read_plan,
-)
+from lightning_tp.cli import options
 from lightning_tp.cli.parser import add_command
 from lightning_tp.cli.progress import Progress
 from lightning_tp.cli.targets.load import load
-from lightning_tp.estimate.cost.hardware import hardware
+from lightning_tp.estimate.trace.rank import PRECISIONS
 from lightning_tp.estimate.tune import tune
 
 EXAMPLES = """\
@@ -37,24 +27,18 @@ def add_to(commands: Any) -> None:
     command.add_argument(
         "--global-batch", type=int, required=True, metavar="N", help="samples per optimizer step, over all devices"
     )
-    command.add_argument("--seq", type=int, metavar="N", help="sequence length (default: that of the inputs)")
+    options.add(command, "--seq")
     command.add_argument(
         "--top", type=int, default=20, metavar="N", help="configurations to show, fastest first (default: %(default)s)"
     )
-    add_precision(command, several=True)
-    add_optimizer(command)
-    add_hardware_and_compile(command)
-    add_plan(command, "as TPStrategy chooses")
-    command.add_argument("--json", action="store_true", help="print JSON, with nothing else on stdout")
-    add_pictures(command, "", "the configurations with their memory, and those that were rejected")
+    text = f"one or more of {', '.join(PRECISIONS)}, separated by commas (default: %(default)s)"
+    options.add(command, "--precision", metavar="NAMES", help=text)
+    options.add(command, "--optimizer", "--compile", "--hardware", "--plan", "--json")
+    text = "write the configurations with their memory, and those that were rejected, as one self-contained HTML file"
+    options.add(command, "--html", help=text)
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_pictures(args)
-    check_counts(args, "gpus", "global_batch", "seq", "top")
-    hardware(args.hardware)  # an error in it comes before the model is built
-    check_names(args.precision, args.optimizer)
-    args.plan = read_plan(args.plan)
     target = load(args.target)
     with Progress() as progress:
         found = tune(

@@ -6,7 +6,6 @@ import argparse
 import sys
 from typing import Any
 
-from lightning_tp.cli.options import check_counts, read_plan
 from lightning_tp.cli.parser import add_command
 from lightning_tp.cli.plan import add_plan_options, plan_from_options, show
 from lightning_tp.cli.targets.load import load
@@ -32,10 +31,8 @@ def add_to(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_counts(args, "tp", "dp", "steps")
     if not args.rtol > 0:
         raise TPError(f"`--rtol {args.rtol:g}`: pass an error above 0, such as 1e-3.")
-    args.plan = read_plan(args.plan)
     target = load(args.target, weights=True)
     plan = plan_from_options(target, args)
     try:

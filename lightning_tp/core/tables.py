@@ -76,14 +76,9 @@ def print_framed(
     right: Collection[int] = (),
     style: Callable[[int, str], str] = lambda column, cell: "",
 ) -> None:
-    """Print a table with a frame and colors, wrapped to the width of the terminal; needs rich.
+    """Print a table as `table` does, but with a title, a frame and colors, wrapped to the width of the terminal; needs rich.
 
-    Args:
-        title: The line above the table.
-        header: The first line of the table.
-        rows: One cell for each column of `header`.
-        right: The indices of columns that are aligned to the right.
-        style: Returns the style of a cell from its column index and its text.
+    `style` returns the style of a cell from its column index and its text.
     """
     from rich.console import Console
     from rich.table import Table

@@ -54,17 +54,17 @@ def assert_trees_close(
           weight   error 1.0e+00   max|got-ref| 2.0e+00   max|ref| 2.0e+00   (2,)   got is 2 x ref
     """
     top = max(map(largest, ref.values()), default=0.0)
-    differences = [difference(key, got[key], ref[key], floor * top) for key in ref if key in got]
-    bad = sorted((d for d in differences if not d.error <= rtol), key=lambda d: -d.error)
+    differences = {key: difference(got[key], ref[key], floor * top) for key in ref if key in got}
+    bad = sorted((key for key, (error, _) in differences.items() if not error <= rtol), key=lambda key: -differences[key][0])
     missing, extra = [key for key in ref if key not in got], [key for key in got if key not in ref]
     if bad or missing or extra:
         lines = [f"{name}: {len(bad)} of {len(differences)} differ by more than rtol={rtol:g}, the worst first"]
-        lines += [f"  {d.name}   {d.detail}" for d in bad[:_SHOWN]]
+        lines += [f"  {key}   {differences[key][1]}" for key in bad[:_SHOWN]]
         lines += [f"  .. and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
         lines += [f"  missing (only in ref): {', '.join(missing)}"] if missing else []
         lines += [f"  extra (only in got): {', '.join(extra)}"] if extra else []
         raise AssertionError("\n".join(lines))
-    return max((d.error for d in differences), default=0.0)
+    return max((error for error, _ in differences.values()), default=0.0)
 
 
 def assert_parity(

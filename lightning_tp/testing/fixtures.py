@@ -27,23 +27,16 @@ import torch.distributed as dist
 # Variables that Lightning, torch and pytest set themselves, in tests that do nothing wrong.
 ALLOWED_ENVIRONMENT = frozenset(
     {
-        "CUBLAS_WORKSPACE_CONFIG",  # deterministic algorithms
-        "CUDA_DEVICE_ORDER",
-        "CUDA_MODULE_LOADING",
-        "LOCAL_RANK",  # a Trainer's environment, as the next five
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "NODE_RANK",
-        "RANK",
-        "WORLD_SIZE",
-        "PL_GLOBAL_SEED",  # seed_everything, as the next
-        "PL_SEED_WORKERS",
-        "KMP_DUPLICATE_LIB_OK",  # OpenMP, when torch.compile loads it, as the next
-        "KMP_INIT_AT_FORK",
+        *("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE"),  # a Trainer's environment
+        *("PL_GLOBAL_SEED", "PL_SEED_WORKERS"),  # seed_everything
+        *(
+            "CUBLAS_WORKSPACE_CONFIG",
+            "CUDA_DEVICE_ORDER",
+            "CUDA_MODULE_LOADING",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        ),  # torch on CUDA
+        *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),  # torch.compile
         "TOKENIZERS_PARALLELISM",  # Hugging Face tokenizers after a fork
-        "TORCHINDUCTOR_CACHE_DIR",  # torch.compile, as the next two
-        "TRITON_CACHE_DIR",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
     }
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,14 +44,6 @@ class Row:
         return self.error <= self.tolerance
 
 
-class Difference(NamedTuple):
-    """How far one tensor is from its reference."""
-
-    name: str
-    error: float
-    detail: str
-
-
 def compare_tensors(
     kind: Kind, got: Mapping[str, Tensor], ref: Mapping[str, Tensor], rtol: float, smallest: Mapping[str, float] | None = None
 ) -> list[Row]:
@@ -72,22 +64,22 @@ def compare_tensors(
     for name in dict.fromkeys([*ref, *got]):
         zeros = torch.zeros_like(ref[name] if name in ref else got[name])
         scale = max(FLOOR * top, (smallest or {}).get(name, 0.0))
-        found = difference(name, got.get(name, zeros), ref.get(name, zeros), scale)
-        rows.append(Row(name, kind, found.error, rtol, found.detail))
+        error, detail = difference(got.get(name, zeros), ref.get(name, zeros), scale)
+        rows.append(Row(name, kind, error, rtol, detail))
     return rows
 
 
-def difference(name: str, got: Tensor, ref: Tensor, floor: float) -> Difference:
-    """Measure how far `got` is from `ref`, relative to the largest value of `ref`, or to `floor` if that is more."""
+def difference(got: Tensor, ref: Tensor, floor: float) -> tuple[float, str]:
+    """Return how far `got` is from `ref`, relative to the largest value of `ref` or to `floor` if that is more, and the numbers in words."""
     if got.shape != ref.shape:
-        return Difference(name, math.inf, f"shape {tuple(got.shape)}, but ref has {tuple(ref.shape)}")
+        return math.inf, f"shape {tuple(got.shape)}, but ref has {tuple(ref.shape)}"
     g, r = _wide(got), _wide(ref)
     delta = torch.where(g == r, 0.0, (g - r).abs()).nan_to_num(nan=math.inf)
     worst = delta.max().item() if delta.numel() else 0.0
     scale = max(largest(ref), floor)
     error = 0.0 if worst == 0 else worst / scale if scale else math.inf
     detail = f"error {error:.1e}   max|got-ref| {worst:.1e}   max|ref| {largest(ref):.1e}   {tuple(ref.shape)}"
-    return Difference(name, error, detail + _factor(g, r))
+    return error, detail + _factor(g, r)
 
 
 def _factor(got: Tensor, ref: Tensor) -> str:

@@ -131,17 +131,14 @@ def _redirect_output(path: Path) -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
-    sys.stdout = sys.__stdout__ = _text_stream(1)  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = _text_stream(2)  # type: ignore[misc]
+    out, err = (os.fdopen(n, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False) for n in (1, 2))
+    sys.stdout = sys.__stdout__ = out  # type: ignore[misc]
+    sys.stderr = sys.__stderr__ = err  # type: ignore[misc]
     # handlers made before the fork hold the parent's stream, which under pytest is neither 1 nor 2
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for handler in (handler for logger in loggers for handler in getattr(logger, "handlers", [])):
         if isinstance(handler, logging.StreamHandler) and any(handler.stream is stream for stream in old):
             handler.setStream(sys.stderr)
-
-
-def _text_stream(descriptor: int) -> io.TextIOWrapper:
-    return os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
 
 
 def _prepare(job: RankJob, rank: int, stack: TextIO) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_tp.core.tables import table
-from lightning_tp.errors import TPError
 from lightning_tp.plan.plan import Plan
 from lightning_tp.verify.compare import Row
 
@@ -49,12 +48,3 @@ class ParityReport:
             lines.append(f"  .. and {len(more)} more, {sum(not row.ok for row in more)} of them out of tolerance")
         lines.append(f"{str(self.plan).splitlines()[0]}; with dp={self.dp}, a rank holds at most {self.held:.1%}")
         return "\n".join(lines)
-
-    def raise_if_bad(self) -> None:
-        """Raise an error unless the sharded model matches a single process.
-
-        Raises:
-            TPError: With the report as its message.
-        """
-        if not self.ok:
-            raise TPError(str(self))

@@ -70,31 +70,11 @@ class RankError(RuntimeError):
 
 
 @overload
-def run_ranks(
-    fn: Callable[..., T],
-    world: int,
-    *args: Any,
-    timeout: float = ...,
-    start_method: Literal["fork", "spawn"] | None = ...,
-    backend: str = ...,
-    init: bool = ...,
-    return_output: Literal[False] = ...,
-    **kwargs: Any,
-) -> list[T]: ...
+def run_ranks(fn: Callable[..., T], world: int, *args: Any, return_output: Literal[False] = ..., **kwargs: Any) -> list[T]: ...
 
 
 @overload
-def run_ranks(
-    fn: Callable[..., T],
-    world: int,
-    *args: Any,
-    timeout: float = ...,
-    start_method: Literal["fork", "spawn"] | None = ...,
-    backend: str = ...,
-    init: bool = ...,
-    return_output: Literal[True],
-    **kwargs: Any,
-) -> list[tuple[T, str]]: ...
+def run_ranks(fn: Callable[..., T], world: int, *args: Any, return_output: Literal[True], **kwargs: Any) -> list[tuple[T, str]]: ...
 
 
 def run_ranks(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ from lightning_tp.verify.report import ParityReport
 from lightning_tp.verify.run_ranks import RankError, run_ranks
 from lightning_tp.verify.task import Inputs, Task
 from lightning_tp.verify.train import Run, perturb_constants, train
+
+T = TypeVar("T")
 
 
 def verify(
@@ -84,24 +87,18 @@ def verify(
         (True, 'inferred')
     """
     task = Task(model_fn, inputs, loss_fn, tp, dp, plan, steps, rtol, lr, sequence_parallel, loss_parallel, seed)
-    reference = _run_in_a_single_process(task, timeout)
-    return _report(task, reference, _run_on_the_mesh(task, reference, timeout))
-
-
-def _run_in_a_single_process(task: Task, timeout: float) -> Run:
     try:
-        (reference,) = run_ranks(_single_process, 1, task, timeout=timeout, init=False)
+        (reference,) = _processes(_single_process, 1, task, timeout=timeout, init=False)
     except RankError as error:
-        if isinstance(error.__cause__, TPError):
-            raise error.__cause__ from None
         failure = error.errors[error.rank]
         raise TPError(f"`verify`: the model does not run in a single process: {failure.type_name}: {failure.message}") from error
-    return reference
+    return _report(task, reference, _processes(_rank_of_the_mesh, dp * tp, task, reference, timeout=timeout))
 
 
-def _run_on_the_mesh(task: Task, reference: Run, timeout: float) -> list[tuple[list[Row], float]]:
+def _processes(function: Callable[..., T], world: int, *args: Any, **options: Any) -> list[T]:
+    """Run a function on ranks; a TPError of a rank is raised as it is."""
     try:
-        return run_ranks(_rank_of_the_mesh, task.dp * task.tp, task, reference, timeout=timeout)
+        return run_ranks(function, world, *args, **options)
     except RankError as error:
         if isinstance(error.__cause__, TPError):
             raise error.__cause__ from None

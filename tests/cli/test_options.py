@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from lightning_tp.cli.main import main
-from lightning_tp.cli.options import activation_checkpointing, check_counts
+from lightning_tp.cli.options import activation_checkpointing, check
 from lightning_tp.errors import TPError
 
 
@@ -44,9 +44,9 @@ def test_mistakes_end_with_status_2(config: str, arguments: list[str], word: str
 
 
 def test_counts_may_be_left_out() -> None:
-    check_counts(Namespace(gpus=None, seq=1), "gpus", "seq")
+    check(Namespace(gpus=None, seq=1, json=False))
     with pytest.raises(TPError, match="`--global-batch 0`"):
-        check_counts(Namespace(global_batch=0), "global_batch")
+        check(Namespace(global_batch=0))
 
 
 def test_activation_checkpointing_as_the_strategy_has_it() -> None:

@@ -65,7 +65,6 @@ class NanoGPT(nn.Module):
 
 def assert_ok(report: ParityReport, of: type[nn.Module]) -> None:
     assert report.ok, str(report)
-    report.raise_if_bad()
     kinds = [row.kind for row in report.rows]
     assert kinds.count("loss") == 3
     names = {name for name, _ in of().named_parameters()}
@@ -120,8 +119,6 @@ def test_a_style_that_forgets_a_sum_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert not report.ok
     assert str(report).startswith("DIFFERS from a single process: ")
     assert "BAD" in str(report) and not report.rows[0].ok
-    with pytest.raises(TPError, match="DIFFERS from a single process"):
-        report.raise_if_bad()
 
 
 def _without_sum(bind: Any, where: str) -> Any:
