@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,14 +66,6 @@ def test_interrupted_and_without_a_reader(
     shell = f"{sys.executable} -m lightning_tp plan {targets('llama')} | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
     assert not done.stderr and done.returncode in (0, 141)
-
-
-def test_the_command(targets: Any, tmp_path: Path) -> None:
-    """In a process of its own, as a shell starts it."""
-    python = [sys.executable, "-m", "lightning_tp"]
-    run = lambda *a: subprocess.run([*python, *a], capture_output=True, text=True, timeout=120)  # noqa: E731
-    done = run("plan", targets("nothing"))
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
