@@ -9,8 +9,8 @@ from typing import Any, Literal
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import hardware, known_hardware
 from lightning_tp.estimate.drawn.drawing import check_page, check_picture
-from lightning_tp.estimate.trace.optimizer import KNOWN
-from lightning_tp.estimate.trace.rank import PRECISIONS
+from lightning_tp.estimate.rank.optimizer import KNOWN
+from lightning_tp.estimate.rank.settings import PRECISIONS
 from lightning_tp.plan.plan import Plan
 
 NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}

@@ -22,10 +22,8 @@ from lightning_tp.estimate.drawn.pages import write_plan
 from lightning_tp.estimate.drawn.plots import picture_of, plot_plan
 from lightning_tp.infer import infer_plan
 from lightning_tp.infer.dry_run import count_collectives
-from lightning_tp.plan.check import any_split, splits_nothing
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.declared import declared_plan
-from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.table import shapes_rows
 from lightning_tp.verify.task import scalar_loss
 from lightning_tp.verify.verify import plan_under_test
 
@@ -85,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _draw(plan: Plan, target: Target, args: argparse.Namespace, held: list[str]) -> list[str]:
+def _draw(plan: CheckedPlan, target: Target, args: argparse.Namespace, held: list[str]) -> list[str]:
     """Write the picture of a plan to the files that the options name, and return these."""
     files = [file for file in (args.plot, args.html) if file is not None]
     if not files:
@@ -98,7 +96,7 @@ def _draw(plan: Plan, target: Target, args: argparse.Namespace, held: list[str])
     return files
 
 
-def plan_from_options(target: Target, args: argparse.Namespace) -> Plan:
+def plan_from_options(target: Target, args: argparse.Namespace) -> CheckedPlan:
     """Return the checked plan that the options ask for.
 
     Raises:
@@ -114,12 +112,12 @@ def plan_from_options(target: Target, args: argparse.Namespace) -> Plan:
     elif plan is None:
         plan = target.plan
     checked = plan_under_test(target.model, target.inputs, args.tp, plan, sequence_parallel=not args.no_sequence_parallel)
-    if args.tp > 1 and not any_split(checked.entries):
-        raise TPError(splits_nothing(checked, target.model, args.tp))
+    if args.tp > 1 and not checked.shards_anything:
+        raise TPError(checked.why_nothing_is_sharded(target.model))
     return checked
 
 
-def show(plan: Plan) -> None:
+def show(plan: CheckedPlan) -> None:
     """Print a plan; with a frame and colors on a terminal."""
     if not has_rich_terminal():
         print(plan)
@@ -130,10 +128,10 @@ def show(plan: Plan) -> None:
         return ("cyan", of_style, "", "dim")[column]
 
     header = ("modules", "style", "full shape -> local shard", "reason")
-    print_framed(str(plan).splitlines()[0], header, shapes_rows(plan), style=style)
+    print_framed(str(plan).splitlines()[0], header, plan.rows, style=style)
 
 
-def held_line(plan: Plan, model: nn.Module, dp: int) -> str:
+def held_line(plan: CheckedPlan, model: nn.Module, dp: int) -> str:
     """Say what the first rank, which holds no less than any other, holds of the parameters, and how many bytes that is."""
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     total = held = num_bytes = 0
@@ -152,7 +150,7 @@ def held_line(plan: Plan, model: nn.Module, dp: int) -> str:
     )
 
 
-def collectives_line(plan: Plan, target: Target, dp: int) -> str:
+def collectives_line(plan: CheckedPlan, target: Target, dp: int) -> str:
     """Say how many collectives of each kind a forward and backward pass makes on the tensor-parallel axis; nothing is sent."""
     head = "Tensor-parallel collectives of one forward and backward pass"
     counts: dict[str, int] = {}

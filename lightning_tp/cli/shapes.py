@@ -13,10 +13,10 @@ from lightning_tp.cli.parser import add_command
 from lightning_tp.cli.progress import Progress
 from lightning_tp.cli.targets.load import load
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.cost.measure import measure
 from lightning_tp.estimate.drawn import matmul_plot
-from lightning_tp.estimate.matmul_report import text as report_of
+from lightning_tp.estimate.matmul_measure import measure
 from lightning_tp.estimate.matmul_study import LOCAL_BATCHES, TPS, shapes
+from lightning_tp.estimate.report.matmul import text as report_of
 
 LONGEST = 4096  # the default sequence length for a config.json that allows more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,12 +12,12 @@ from torch import nn
 
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.errors import TPError
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")  # styles
 
 
-def python_source(plan: Plan, model: nn.Module, target: str) -> str:
+def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
     """Write a Python file with a function `parallelize(model, tp_mesh)` that shards the model by PyTorch's own styles.
 
     Args:
@@ -63,14 +63,17 @@ def python_source(plan: Plan, model: nn.Module, target: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _not_in_torch(plan: Plan, model: nn.Module) -> dict[str, list[str]]:
+def _not_in_torch(plan: CheckedPlan, model: nn.Module) -> dict[str, list[str]]:
     """Return reason -> modules of the rules that torch has no counterpart of; the numbers of blocks are starred."""
     refused: dict[str, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for entry in plan.entries:
+        if entry.where not in modules:
+            continue
         reason = f"`{entry.style.name}`" if entry.style.name in NOT_IN_TORCH else ""
         if not reason:
             try:
-                Plan(plan.rules, plan.source, (entry,), plan.tp, plan.tied).to_torch(model)
+                entry.to_torch(modules[entry.where])
             except TPError as error:  # its advice is for TPStrategy, and none for a file
                 reason = str(error).removeprefix(f"`{entry.where}`: ").partition(" Use ")[0].strip(" .")
         if reason:

@@ -10,7 +10,7 @@ from lightning_tp.cli import options
 from lightning_tp.cli.parser import add_command
 from lightning_tp.cli.progress import Progress
 from lightning_tp.cli.targets.load import load
-from lightning_tp.estimate.trace.rank import PRECISIONS
+from lightning_tp.estimate.rank.settings import PRECISIONS
 from lightning_tp.estimate.tune import tune
 
 EXAMPLES = """\

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_tp.errors import TPError
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards.state_dict import full_gradients, full_state_dict
 from lightning_tp.verify.task import Task, scalar_loss
 
@@ -32,7 +32,7 @@ class Run:
         weights: The state dict after the last step.
     """
 
-    plan: Plan
+    plan: CheckedPlan
     lr: float
     start: dict[str, Tensor]
     losses: list[float]
@@ -40,7 +40,7 @@ class Run:
     weights: dict[str, Tensor]
 
 
-def train(model: nn.Module, task: Task, plan: Plan, lr: float | None, dp_ranks: range) -> Run:
+def train(model: nn.Module, task: Task, plan: CheckedPlan, lr: float | None, dp_ranks: range) -> Run:
     """Train for the steps of the task on the micro-batches of these data-parallel ranks, one after the other.
 
     Args:

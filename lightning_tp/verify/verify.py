@@ -31,7 +31,7 @@ from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.verify.compare import Row, compare_tensors, rounding_of
 from lightning_tp.verify.report import ParityReport
 from lightning_tp.verify.run_ranks import RankError, run_ranks
@@ -119,7 +119,7 @@ def _report(task: Task, reference: Run, results: list[tuple[list[Row], float]]) 
 
 def plan_under_test(
     model: nn.Module, inputs: Inputs, tp: int, plan: PlanLike | None = None, *, sequence_parallel: bool = True
-) -> Plan:
+) -> CheckedPlan:
     """Return the checked plan for a model: the given one, else the one that `default_plan` chooses.
 
     Raises:

@@ -22,7 +22,7 @@ def test_plan_of_a_function(targets: Any, capsys: pytest.CaptureFixture[str]) ->
     out, err = capsys.readouterr()
     assert not err
     first, *_, held, sent = out.splitlines()
-    assert first.startswith("Plan, given, tp=2: ") and "sequence parallel on" in first
+    assert first.startswith("Plan (user-provided), tp=2: ") and "sequence parallelism on" in first
     assert "layers.{0-1}.attention.wq" in out
     assert held.startswith("A rank of 6 (tp=2 x dp=3) holds up to ") and held.endswith("KiB in float32")
     # a block: gather and scatter at attention and MLP, both ways; around them the embedding, the head and the loss
@@ -50,15 +50,15 @@ def test_other_targets(targets: Any, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", targets("Module")]) == 0
     assert "net.layers.{0-1}.attention.wq" in capsys.readouterr().out
     assert main(["plan", targets("llama"), "--inferred", "--no-sequence-parallel"]) == 0
-    assert "Plan, inferred" in capsys.readouterr().out
+    assert "Plan (inferred" in capsys.readouterr().out
     assert main(["plan", targets("fused")]) == 0
-    assert "sequence parallel off" in capsys.readouterr().out
+    assert "sequence parallelism off" in capsys.readouterr().out
 
 
 def test_a_module_by_its_name(targets: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(targets("llama").partition(":")[0]).parent)
     assert main(["plan", "targets_of_test_cli:llama"]) == 0
-    assert "Plan, given" in capsys.readouterr().out
+    assert "Plan (user-provided)" in capsys.readouterr().out
 
 
 def test_a_large_model_at_a_size_that_is_not_here(llama_config: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,8 +67,8 @@ def test_a_large_model_at_a_size_that_is_not_here(llama_config: Any, capsys: pyt
     assert main(["plan", llama_config(), "--tp", "8", "--dp", "256"]) == 0
     assert time.process_time() - began < 20
     out = capsys.readouterr().out
-    assert out.startswith("Plan, inferred: as declared by LlamaForCausalLM, and with sequence parallelism, tp=8: ")
-    assert "6,738,415,616 parameters, a rank holds 842,534,912 (12.5%)" in out
+    assert out.startswith("Plan (inferred: as declared by LlamaForCausalLM, and with sequence parallelism), tp=8: ")
+    assert "6,738,415,616 parameters, up to 842,534,912 per rank (12.5%)" in out
     assert "A rank of 2,048 (tp=8 x dp=256) holds up to 3,458,064 of 6,738,415,616 parameters (0.05%), 6.6 MiB in bfloat16" in out
     assert re.search(r"backward pass: \d+ all-gather, \d+ all-reduce, 128 reduce-scatter", out)  # 2 a block, and 2 back
 
@@ -93,7 +93,7 @@ def test_json_there_and_back(targets: Any, tmp_path: Path, capsys: pytest.Captur
     assert ltp.Plan.from_json(file.read_text()) == plan
     assert f"Wrote {file}" in capsys.readouterr().out
     assert main(["plan", targets("llama"), "--plan", str(file)]) == 0
-    assert "Plan, inferred" in capsys.readouterr().out
+    assert "Plan (inferred" in capsys.readouterr().out
 
 
 def test_colour_on_a_terminal(targets: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,12 +102,12 @@ def test_colour_on_a_terminal(targets: Any, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert main(["plan", targets("llama")]) == 0
     out = capsys.readouterr().out
-    assert "\u2502" in out and "layers.{0-1}.attention.wq" in out and "rowwise(output='sequence')" in out
+    assert "\u2502" in out and "layers.{0-1}.attention.wq" in out and "rowwise(output=S(1))" in out
 
 
 def test_a_model_whose_collectives_cannot_be_counted_still_has_a_plan(targets: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", targets("loss_fails"), "--inferred"]) == 0
     out = capsys.readouterr().out
-    assert "Plan, inferred" in out and "backward pass: not counted (AttributeError: " in out
+    assert "Plan (inferred" in out and "backward pass: not counted (AttributeError: " in out
     assert main(["plan", targets("with_loss"), "--tp", "1"]) == 0
     assert "backward pass: none" in capsys.readouterr().out

@@ -16,7 +16,7 @@ def test_verify(targets: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", targets("llama"), "--tp", "2", "--dp", "2", "--steps", "2"]) == 0
     assert re.search(r"^Matches a single process: .* \(tp=2 x dp=2, 2 SGD steps", capsys.readouterr().out, re.M)
     assert main(["verify", targets("with_loss")]) == 0
-    assert "Plan, inferred" in capsys.readouterr().out
+    assert "Plan (inferred" in capsys.readouterr().out
 
 
 def test_verify_fails(targets: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-from lightning_tp.trainer.strategy import _warn_of_items_counted_twice
 
 CONFIG = LlamaConfig(vocab_size=103, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48, max_seq_len=32)
 
@@ -230,15 +229,3 @@ def test_what_nobody_seeded_trains_all_the_same() -> None:
         assert [s[0] for s in first[name][0]] == [s[0] for s in second[name][0]] and len(first[name][3]) == 1, name
         assert all(torch.equal(t, second[name][1][n]) for n, t in first[name][1].items())
     assert sorted(x for s, _ in first["sampler"][0][:12] for x in s) == sorted(int(TOKENS[i]["tokens"][0]) for i in range(24))
-
-
-def test_items_that_count_twice_are_named() -> None:
-    for items, expected in ((8, 0), (7, 1)):
-        loader = DataLoader(range(items), sampler=DistributedSampler(range(items), 2, 0))
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            _warn_of_items_counted_twice(loader, "validate")
-        assert len(said) == expected
-    assert "do not divide 7 items, so 1 of them count(s) twice" in str(said[0].message) and "Give 6 or 8 items" in str(
-        said[0].message
-    )

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_tp.cli.targets.target import Target, plan_of_module
 from lightning_tp.cli.targets.user_code import call_user_code, import_user_module
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 from lightning_tp.verify.task import as_inputs
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_tp.cli.targets.target import Target
 from lightning_tp.cli.targets.user_code import call_user_code
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 
 SMALL = 20_000_000  # parameters up to which a model is built with weights
 BATCH, LENGTH = 2, 32  # of the random tokens

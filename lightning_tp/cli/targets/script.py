@@ -19,12 +19,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from lightning_tp._compat import loaders_to_run
 from lightning_tp.cli.targets.target import Target, plan_of_module
 from lightning_tp.cli.targets.user_code import call_user_code
 from lightning_tp.core.trees import map_tensors
-from lightning_tp.data.sample_batch import data_of, first_of, silence_logging
+from lightning_tp.data.sample_batch import first_of, silence_logging
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 from lightning_tp.verify.task import as_inputs
 
 LIGHTNINGS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
@@ -160,7 +161,7 @@ def _init_in_one_process(init: Any, lightning: str, weights: bool, plans: list[A
 
         def setup(self, trainer: Any) -> None:
             with torch.random.fork_rng([]):
-                loader = data_of(trainer)
+                loader = loaders_to_run(trainer)
                 example = None if trainer.lightning_module.example_input_array is not None else first_of(loader)
             raise _Fit(trainer.lightning_module, example, getattr(loader, "batch_size", None))
 

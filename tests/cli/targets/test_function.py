@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import lightning_tp as ltp
 from lightning_tp.cli.targets.function import load_function
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 
 
 def test_a_function(targets: Any) -> None:
@@ -42,5 +42,5 @@ def test_the_loss_of_an_output() -> None:
     torch.testing.assert_close(default_loss(logits, (tokens,)), expected)
     torch.testing.assert_close(default_loss({"loss": expected, "logits": logits}, (tokens,)), expected)
     assert default_loss((logits,), (torch.ones(2, 5),)).ndim == 0
-    with pytest.raises(ltp.TPError, match="without a tensor of floats"):
+    with pytest.raises(ltp.TPError, match="without a floating-point tensor"):
         default_loss(tokens, (tokens,))

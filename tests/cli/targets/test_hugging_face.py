@@ -22,7 +22,7 @@ def test_a_small_hugging_face_model(llama_config: Any, capsys: pytest.CaptureFix
     target = llama_config(**TINY)
     assert main(["plan", str(Path(target).parent), "--declared"]) == 0  # its folder will do
     out = capsys.readouterr().out
-    assert "Plan, declared" in out and "all-reduce" in out.splitlines()[-1]
+    assert "Plan (declared" in out and "all-reduce" in out.splitlines()[-1]
     assert main(["verify", target, "--dp", "1"]) == 0
     assert "Matches a single process" in capsys.readouterr().out
 
