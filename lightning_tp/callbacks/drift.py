@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
 from lightning_tp._compat import local_tensor
-from lightning_tp.callbacks.trainer_info import find_mesh
+from lightning_tp.callbacks.shards import find_mesh
 from lightning_tp.core.comm.agree import Peers
 from lightning_tp.errors import TPError, raise_on_rank_zero
 
@@ -37,21 +37,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Replicated:
-    """A value that several ranks hold.
+    """A value that several ranks hold."""
 
-    Args:
-        label: What it is called in messages.
-        kind: What it is, and so where to read it.
-        name: The parameter or buffer; for optimizer state, the parameter.
-        holders: Groups of ranks that hold the same value.
-        tensor: The parameter or buffer.
-    """
-
-    label: str
+    label: str  # in messages
     kind: Literal["random state", "parameter", "optimizer state", "buffer"]
-    name: str
-    holders: tuple[tuple[int, ...], ...]
-    tensor: Tensor | None = None
+    name: str  # of the parameter or buffer; for optimizer state, of the parameter
+    holders: tuple[tuple[int, ...], ...]  # groups of ranks that hold the same value
+    tensor: Tensor | None = None  # the parameter or buffer
 
 
 class DriftWatch(L.Callback):

@@ -12,12 +12,13 @@ from typing import Any
 import lightning as L
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_tp._compat import local_tensor
-from lightning_tp.callbacks.trainer_info import find_mesh, num_global_parameters
 from lightning_tp.core.comm.agree import Peers
-from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
+from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.tables import table
 from lightning_tp.core.units import size
 
@@ -73,18 +74,15 @@ class ShardSummary(L.Callback):
 def shard_of_this_rank(trainer: L.Trainer, module: nn.Module) -> ShardSummaryRow:
     """Count the parameters that this rank holds."""
     mesh = find_mesh(trainer)
+    dp_rank, tp_rank = (trainer.global_rank, 0) if mesh is None else mesh.get_coordinate() or (0, 0)
     shards = [local_tensor(parameter) for parameter in module.parameters()]
     return ShardSummaryRow(
         rank=trainer.global_rank,
-        dp_rank=_coordinate(mesh, DATA_PARALLEL, default=trainer.global_rank),
-        tp_rank=_coordinate(mesh, TENSOR_PARALLEL, default=0),
+        dp_rank=dp_rank,
+        tp_rank=tp_rank,
         num_parameters=sum(shard.numel() for shard in shards),
         num_bytes=sum(shard.nbytes for shard in shards),
     )
-
-
-def _coordinate(mesh: DeviceMesh | None, axis: str, *, default: int) -> int:
-    return mesh.get_local_rank(axis) if mesh is not None and axis in (mesh.mesh_dim_names or ()) else default
 
 
 def num_optimizer_bytes(trainer: L.Trainer) -> int:
@@ -94,13 +92,7 @@ def num_optimizer_bytes(trainer: L.Trainer) -> int:
 
 
 def shard_table(rows: list[ShardSummaryRow], total: int | None, *, name: str = "the model", max_rows: int = 16) -> str:
-    """Format what the ranks hold as a table.
-
-    Args:
-        rows: One for each rank.
-        total: Parameters of the full model, if known.
-        name: The name of the model, for the first line.
-        max_rows: The most ranks to list.
+    """Format what the ranks hold of a model with `total` parameters as a table.
 
     Example:
         >>> print(shard_table([ShardSummaryRow(0, 0, 0, 60, 240), ShardSummaryRow(1, 0, 1, 50, 200)], 100, name="Net"))
@@ -110,17 +102,10 @@ def shard_table(rows: list[ShardSummaryRow], total: int | None, *, name: str = "
              1        0        1          50  50.0%  200 bytes
     """
     header = ["rank", "dp rank", "tp rank", "parameters", "share", "size"]
-    cells = [
-        [
-            f"{row.rank}",
-            f"{row.dp_rank}",
-            f"{row.tp_rank}",
-            f"{row.num_parameters:,}",
-            f"{row.num_parameters / total:.1%}" if total else "-",
-            size(row.num_bytes),
-        ]
-        for row in rows[:max_rows]
-    ]
+    cells = []
+    for row in rows[:max_rows]:
+        share = f"{row.num_parameters / total:.1%}" if total else "-"
+        cells.append([str(row.rank), str(row.dp_rank), str(row.tp_rank), f"{row.num_parameters:,}", share, size(row.num_bytes)])
     in_total = "an unknown number of" if total is None else f"{total:,}"
     lines = [f"Shards of {name}: {in_total} parameters in total, {len(rows)} rank{'s' if len(rows) > 1 else ''}"]
     lines.append(table(header, cells, right=range(len(header))))
@@ -131,12 +116,28 @@ def shard_table(rows: list[ShardSummaryRow], total: int | None, *, name: str = "
 
 
 def optimizer_line(num_bytes: list[int]) -> str:
-    """Format the bytes of optimizer state of all ranks as one line.
-
-    Example:
-        >>> optimizer_line([2048, 2048])
-        'Optimizer state after the first step: 2.0 KiB per rank'
-    """
+    """Format the bytes of optimizer state of all ranks as one line."""
     least, most = min(num_bytes), max(num_bytes)
     per_rank = size(most) if least == most else f"{size(least)} to {size(most)}"
     return f"Optimizer state after the first step: {per_rank} per rank"
+
+
+def find_mesh(trainer: L.Trainer) -> DeviceMesh | None:
+    """Return the strategy's mesh of data-parallel and tensor-parallel axes, if it has one."""
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    return mesh if isinstance(mesh, DeviceMesh) and DATA_PARALLEL in (mesh.mesh_dim_names or ()) else None
+
+
+def num_global_parameters(trainer: L.Trainer, module: nn.Module) -> int | None:
+    """Count the parameters of the full model, or return None where no rank can tell.
+
+    The first of these that holds: the strategy's own `num_global_parameters`; a model that is whole on each rank (one process, DDP);
+    one of DTensors, which know their global size (FSDP2, PyTorch's own tensor parallelism).
+    """
+    known = getattr(trainer.strategy, "num_global_parameters", None)
+    if known is not None:
+        return int(known() if callable(known) else known)
+    is_whole = trainer.world_size == 1 or isinstance(trainer.strategy.model, DistributedDataParallel)
+    if is_whole or any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return sum(parameter.numel() for parameter in module.parameters())  # a DTensor's numel() is global
+    return None

@@ -23,7 +23,8 @@ import torch
 from typing_extensions import override
 
 from lightning_tp.callbacks.predicted import copy_on_meta, held_bytes, kept_batch, predict_run, prediction_line
-from lightning_tp.callbacks.trainer_info import data_parallel_size, num_global_parameters
+from lightning_tp.callbacks.shards import find_mesh, num_global_parameters
+from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.core.units import flop_rate
 from lightning_tp.errors import TPError
@@ -107,7 +108,8 @@ class Throughput(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.speed = None
         self._clock = _Clock(trainer.strategy.root_device)
-        self._dp = data_parallel_size(trainer)
+        mesh = find_mesh(trainer)
+        self._dp = trainer.world_size if mesh is None else mesh[DATA_PARALLEL].size()  # different batches at a time
         self._num_seen = 0  # steps, warmup included
         self._num_tokens = 0  # of all ranks, warmup excluded
         self._window_start = (0, 0.0)  # tokens and seconds when the last window ended
@@ -200,15 +202,7 @@ class Throughput(L.Callback):
 
 
 def count_tokens(batch: Any) -> int:
-    """Count the elements of the first integer tensor with two or more dims in a batch.
-
-    Raises:
-        TPError: If there is none.
-
-    Example:
-        >>> count_tokens({"pixels": torch.rand(2, 3), "tokens": torch.zeros(2, 5, dtype=torch.int64)})
-        10
-    """
+    """Count the elements of the first integer tensor with two or more dims in a batch."""
     for tensor in tensors_in(batch):
         is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
         if is_integer and tensor.dim() >= 2:

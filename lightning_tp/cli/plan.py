@@ -24,7 +24,7 @@ from lightning_tp.infer import infer_plan
 from lightning_tp.infer.dry_run import count_collectives
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.declared import declared_plan
-from lightning_tp.verify.task import scalar_loss
+from lightning_tp.verify.training import scalar_loss
 from lightning_tp.verify.verify import plan_under_test
 
 EXAMPLES = """\

@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tp.verify.compare import difference, largest
-from lightning_tp.verify.report import ParityReport
-from lightning_tp.verify.verify import verify
+from lightning_tp.verify.verify import ParityReport, verify
 
 _SHOWN = 10  # a broken model differs everywhere; the worst few names say enough
 

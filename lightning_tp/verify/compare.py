@@ -47,17 +47,9 @@ class Row:
 def compare_tensors(
     kind: Kind, got: Mapping[str, Tensor], ref: Mapping[str, Tensor], rtol: float, smallest: Mapping[str, float] | None = None
 ) -> list[Row]:
-    """Compare tensors by name; a tensor that one side lacks counts as zeros there (a gradient may be None).
+    """Compare tensors by name, one row for each; a tensor that one side lacks counts as zeros there (a gradient may be None).
 
-    Args:
-        kind: What is compared.
-        got: Name -> tensor to test.
-        ref: Name -> tensor that is right.
-        rtol: The largest error allowed.
-        smallest: Name -> the smallest scale of a tensor, in addition to `FLOOR`.
-
-    Returns:
-        One row for each name of either side.
+    `smallest` has the smallest scale of a tensor, by name, in addition to `FLOOR`.
     """
     top = max(map(largest, ref.values()), default=0.0)
     rows = []
@@ -93,12 +85,7 @@ def _factor(got: Tensor, ref: Tensor) -> str:
 
 
 def largest(tensor: Tensor) -> float:
-    """Return the largest finite absolute value.
-
-    Example:
-        >>> largest(torch.tensor([1.0, -3.0, torch.inf]))
-        3.0
-    """
+    """Return the largest finite absolute value, or 0."""
     wide = _wide(tensor).abs()
     wide = wide[wide.isfinite()]
     return wide.max().item() if wide.numel() else 0.0

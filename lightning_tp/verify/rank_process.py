@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, Literal, NamedTuple, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,16 @@ class RankFailure(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Report:
+    """How one rank ended; `when` is on the monotonic clock, which all processes share, and `exception` is pickled."""
+
+    value: Any = None
+    failure: RankFailure | None = None
+    when: float = 0.0
+    exception: bytes | None = None
+
+
+@dataclass(frozen=True)
 class RankJob:
     """One call of `run_ranks`: its settings, and the files through which ranks report to the parent."""
 
@@ -53,35 +63,18 @@ class RankJob:
     timeout: float
     port: int
 
-    @property
-    def call(self) -> Path:
-        """The function and its arguments, for spawned ranks."""
-        return self.folder / "call.pt"
-
-    def report(self, rank: int) -> Path:
-        """Return the file for the result or the failure of a rank."""
-        return self.folder / f"{rank}.pt"
-
-    def output(self, rank: int) -> Path:
-        """Return the file for what a rank prints."""
-        return self.folder / f"{rank}.out"
-
-    def stack(self, rank: int) -> Path:
-        """Return the file for the stack of a rank that hangs or crashes."""
-        return self.folder / f"{rank}.stack"
+    def file(self, rank: int, kind: Literal["report", "output", "stack"]) -> Path:
+        """Return the file for the report of a rank, for what it prints, or for its stack if it hangs or crashes."""
+        return self.folder / f"{rank}.{kind}"
 
     def environment(self, rank: int) -> dict[str, str]:
         """Return the variables that `torchrun` sets for a rank; without its agent, rank 0 makes the store, as with `env://`."""
         values: dict[str, object] = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": self.world,
-            "LOCAL_WORLD_SIZE": self.world,
+            **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), rank),
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), self.world),
             "GROUP_RANK": 0,
             "GROUP_WORLD_SIZE": 1,
             "ROLE_NAME": "default",
-            "ROLE_RANK": rank,
-            "ROLE_WORLD_SIZE": self.world,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": self.port,
             "TORCHELASTIC_RUN_ID": self.folder.name,
@@ -98,23 +91,20 @@ class RankJob:
 def run_rank(job: RankJob, rank: int, call: Call | None) -> NoReturn:
     """Be a rank: run the function, write a report, and exit by `os._exit`, because a forked rank must not run its parent's exit handlers.
 
-    Args:
-        job: The call of `run_ranks`.
-        rank: Which rank to be.
-        call: The function and its arguments; None reads them from the job's file.
+    Without a `call` (the function and its arguments), it is read from the job's file.
     """
     code = 1
     gc.freeze()  # what a fork inherits is never garbage here, and traversing it would copy its memory
     try:
         if hasattr(os, "setpgrp"):
             os.setpgrp()  # so that whatever this rank starts is killed with it
-        _redirect_output(job.output(rank))
-        with open(job.stack(rank), "w") as stack:
+        _redirect_output(job.file(rank, "output"))
+        with open(job.file(rank, "stack"), "w") as stack:
             _prepare(job, rank, stack)
             report, code = _run_function(job, rank, call)
-            partial = job.report(rank).with_suffix(".partial")
+            partial = job.folder / f"{rank}.partial"
             partial.write_bytes(report)
-            os.replace(partial, job.report(rank))
+            os.replace(partial, job.file(rank, "report"))
     except BaseException:
         traceback.print_exc()  # a bug in this file: the parent sees a rank without a report, and this output
     finally:
@@ -158,7 +148,7 @@ def _prepare(job: RankJob, rank: int, stack: TextIO) -> None:
 def _run_function(job: RankJob, rank: int, call: Call | None) -> tuple[bytes, int]:
     """Run the function in its process group; return the pickled report and the exit code."""
     try:
-        fn, args, kwargs = call or torch.load(job.call, weights_only=False)
+        fn, args, kwargs = call or torch.load(job.folder / "call.pt", weights_only=False)
         if "nccl" in job.backend:
             torch.cuda.set_device(rank)
         if job.init:
@@ -177,7 +167,10 @@ def _run_function(job: RankJob, rank: int, call: Call | None) -> tuple[bytes, in
             if end.code not in (None, 0):
                 raise
             value = None
-        report = _pickled_result(value, rank)
+        try:
+            report = _pickled(Report(value, when=time.monotonic()))
+        except Exception as error:
+            raise TypeError(f"rank {rank} returned a {type(value).__name__} that does not pickle: {error}") from error
         if dist.is_initialized():
             dist.destroy_process_group()
         return report, 0
@@ -186,20 +179,13 @@ def _run_function(job: RankJob, rank: int, call: Call | None) -> tuple[bytes, in
         trace = error.__traceback__ and error.__traceback__.tb_next  # from `fn` on, without the frame of this function
         text = "".join(traceback.format_exception(type(error), error, trace))
         failure = RankFailure(type(error).__name__, str(error), text)
-        return _pickled({"value": None, "failure": failure, "when": when, "exception": _pickled_exception(error)}), 1
+        return _pickled(Report(failure=failure, when=when, exception=_pickled_exception(error))), 1
 
 
-def _pickled(report: dict[str, Any]) -> bytes:
+def _pickled(report: Report) -> bytes:
     buffer = io.BytesIO()
     torch.save(report, buffer, pickle_protocol=pickle.HIGHEST_PROTOCOL)
     return buffer.getvalue()
-
-
-def _pickled_result(value: object, rank: int) -> bytes:
-    try:
-        return _pickled({"value": value, "failure": None, "when": time.monotonic(), "exception": None})
-    except Exception as error:
-        raise TypeError(f"rank {rank} returned a {type(value).__name__} that does not pickle: {error}") from error
 
 
 def _pickled_exception(error: BaseException) -> bytes | None:

@@ -22,18 +22,18 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, overload
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 from lightning_tp.errors import TPError
-from lightning_tp.verify.rank_process import Call, RankFailure, RankJob, run_rank
+from lightning_tp.verify.rank_process import Call, RankFailure, RankJob, Report, run_rank
 
 T = TypeVar("T")
 
@@ -128,34 +128,25 @@ def run_ranks(
         )
     with tempfile.TemporaryDirectory(prefix="run_ranks-", ignore_cleanup_errors=True) as folder:
         job = RankJob(Path(folder), world, backend, init, timeout, _free_port())
-        outcomes = _run(job, method, (fn, args, kwargs))
-    if any(outcome.failure for outcome in outcomes):
-        _raise_first(job, outcomes)
-    return [(o.value, o.output) for o in outcomes] if return_output else [o.value for o in outcomes]
+        reports = _run(job, method, (fn, args, kwargs))
+        outputs = [_read(job.file(rank, "output")) for rank in range(world)]
+    if any(report.failure for report in reports):
+        _raise_first(job, reports, outputs)
+    values = [report.value for report in reports]
+    return list(zip(values, outputs)) if return_output else values
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """The end of one rank, as the parent sees it; `when` is on the monotonic clock, which all processes share."""
-
-    output: str
-    value: Any = None
-    failure: RankFailure | None = None
-    when: float = 0.0
-    exception: BaseException | None = None
-
-
-def _run(job: RankJob, method: str, call: Call) -> list[_Outcome]:
-    """Start the ranks, wait for them, stop those that are late, and read their reports."""
+def _run(job: RankJob, method: str, call: Call) -> list[Report]:
+    """Start the ranks, wait for them, stop those that are late, and read or write their reports."""
     context = multiprocessing.get_context(method)
     if method == "spawn":  # not through Process(args=...), which would put tensors into shared memory
-        torch.save(call, job.call, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+        torch.save(call, job.folder / "call.pt", pickle_protocol=pickle.HIGHEST_PROTOCOL)
     processes: dict[int, BaseProcess] = {}
     try:
         for rank in range(job.world):
             args = (job, rank, call if method == "fork" else None)
             process = context.Process(target=run_rank, args=args, name=f"rank{rank}")  # type: ignore[attr-defined]
-            with _environment(job.environment(rank)), warnings.catch_warnings():
+            with patch.dict(os.environ, job.environment(rank)), warnings.catch_warnings():
                 # Python 3.12 warns of a fork beside threads; torch mends its own state in a child
                 warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
                 process.start()
@@ -165,7 +156,7 @@ def _run(job: RankJob, method: str, call: Call) -> list[_Outcome]:
     finally:
         codes = {rank: _stop(process) for rank, process in processes.items()}
     failed = any(code != 0 for rank, code in codes.items() if rank not in late)
-    return [_outcome(job, rank, codes[rank], ended.get(rank), killed=failed) for rank in range(job.world)]
+    return [_report(job, rank, codes[rank], ended.get(rank), killed=failed) for rank in range(job.world)]
 
 
 def _wait(processes: Mapping[int, BaseProcess], timeout: float) -> tuple[dict[int, float], list[int]]:
@@ -209,33 +200,28 @@ def _stop(process: BaseProcess) -> int | None:
     return code
 
 
-def _outcome(job: RankJob, rank: int, code: int | None, ended: float | None, killed: bool) -> _Outcome:
-    output = _read(job.output(rank))
-    stack = _read(job.stack(rank))
+def _report(job: RankJob, rank: int, code: int | None, ended: float | None, killed: bool) -> Report:
+    """Read the report of a rank, or write that of a rank that could not."""
+    stack = _read(job.file(rank, "stack"))
     if ended is None:
-        if killed:
-            text = "killed because another rank had failed"
-        else:
-            text = f"did not finish within {job.timeout:g} s"
+        text = "killed because another rank had failed" if killed else f"did not finish within {job.timeout:g} s"
         if frame := _innermost(stack):
             text += f"; it was at {frame}"
-        failure = RankFailure("Killed" if killed else "Hang", text, stack)
-        return _Outcome(output, failure=failure, when=float("inf"))
-    if job.report(rank).exists():
-        report = torch.load(job.report(rank), map_location="cpu", weights_only=False)
-        exception = pickle.loads(report["exception"]) if report["exception"] else None
-        return _Outcome(output, report["value"], report["failure"], report["when"], exception)
+        return Report(failure=RankFailure("Killed" if killed else "Hang", text, stack), when=float("inf"))
+    if job.file(rank, "report").exists():
+        report: Report = torch.load(job.file(rank, "report"), map_location="cpu", weights_only=False)
+        return report
     if code is not None and code < 0:
         failure = RankFailure("Signal", f"killed by {signal.Signals(-code).name}", stack)
     else:
         failure = RankFailure("Exit", f"exited with code {code} and without a result", stack)
-    return _Outcome(output, failure=failure, when=ended - _DIED_BEFORE)
+    return Report(failure=failure, when=ended - _DIED_BEFORE)
 
 
-def _raise_first(job: RankJob, outcomes: list[_Outcome]) -> NoReturn:
+def _raise_first(job: RankJob, reports: list[Report], outputs: list[str]) -> NoReturn:
     """Raise the first failure in time, with its traceback, its last output, and a line for each other rank that failed."""
-    failures = {rank: outcome.failure for rank, outcome in enumerate(outcomes) if outcome.failure}
-    rank = min(failures, key=lambda r: (outcomes[r].when, r))
+    failures = {rank: report.failure for rank, report in enumerate(reports) if report.failure}
+    rank = min(failures, key=lambda r: (reports[r].when, r))
     first = failures[rank]
     lines = [f"rank {rank} of {job.world} failed: {first.type_name}: {first.message}"]
     hanging = [r for r, failure in failures.items() if failure.type_name == "Hang"]
@@ -244,10 +230,11 @@ def _raise_first(job: RankJob, outcomes: list[_Outcome]) -> NoReturn:
     lines += [f"  rank {r}: {f.type_name}: {f.message}" for r, f in failures.items() if r != rank or r in hanging]
     if first.traceback:
         lines += [f"--- rank {rank}, traceback ---", first.traceback.rstrip()]
-    if tail := outcomes[rank].output.rstrip().splitlines()[-10:]:
+    if tail := outputs[rank].rstrip().splitlines()[-10:]:
         lines += [f"--- rank {rank}, last output ---", *tail]
-    output = {r: outcome.output for r, outcome in enumerate(outcomes)}
-    raise RankError("\n".join(lines), rank=rank, errors=failures, output=output) from outcomes[rank].exception
+    exception = reports[rank].exception
+    cause = pickle.loads(exception) if exception else None
+    raise RankError("\n".join(lines), rank=rank, errors=failures, output=dict(enumerate(outputs))) from cause
 
 
 def _innermost(stack: str) -> str:
@@ -276,18 +263,3 @@ def _free_port() -> int:
                 continue
             return port
     raise TPError("`run_ranks` found no free port among 100 between 10000 and 32000 on 127.0.0.1. Close some connections.")
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started inside, and restore them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,17 +29,57 @@ from torch import Tensor, nn
 from lightning_tp._compat import local_tensor
 from lightning_tp.apply.parallelize import PlanLike, parallelize, resolve_plan
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
+from lightning_tp.core.tables import table
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.verify.compare import Row, compare_tensors, rounding_of
-from lightning_tp.verify.report import ParityReport
 from lightning_tp.verify.run_ranks import RankError, run_ranks
-from lightning_tp.verify.task import Inputs, Task
-from lightning_tp.verify.train import Run, perturb_constants, train
+from lightning_tp.verify.training import Inputs, Run, Task, perturb_constants, train
+
+SHOWN = 12  # rows of a report that are printed
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The comparison of a sharded model with a single process; `str()` of it is a table with the verdict in its first line.
+
+    Args:
+        ok: Whether every row is within its tolerance.
+        rows: What was compared, the worst first.
+        plan: The plan that was applied.
+        held: The largest share of all parameters that a rank held (after sharding by FSDP2 over `dp`).
+        tp: The tensor-parallel size.
+        dp: The data-parallel size.
+        lr: The learning rate of the steps.
+    """
+
+    ok: bool
+    rows: tuple[Row, ...]
+    plan: CheckedPlan
+    held: float
+    tp: int
+    dp: int
+    lr: float
+
+    def __str__(self) -> str:
+        bad = [row for row in self.rows if not row.ok]
+        worst, steps = self.rows[0], sum(row.kind == "loss" for row in self.rows)
+        settings = f"tp={self.tp} x dp={self.dp}, {steps} SGD steps, lr={self.lr:.2g}"
+        if bad:
+            verdict = f"DIFFERS from a single process: {len(bad)} of {len(self.rows)} tensors, the worst is the {worst.kind} of `{worst.name}`"
+        else:
+            verdict = f"Matches a single process: {len(self.rows)} tensors compared, largest relative error {worst.error:.1e}"
+        cells = [("ok" if r.ok else "BAD", r.kind, r.name, f"{r.tolerance:g}", r.detail) for r in self.rows[:SHOWN]]
+        lines = [f"{verdict} ({settings})", table(("", "kind", "name", "tolerance", "difference"), cells)]
+        if len(self.rows) > SHOWN:
+            more = self.rows[SHOWN:]
+            lines.append(f"  .. and {len(more)} more, {sum(not row.ok for row in more)} of them out of tolerance")
+        lines.append(f"{str(self.plan).splitlines()[0]}; with dp={self.dp}, a rank holds at most {self.held:.1%}")
+        return "\n".join(lines)
 
 
 def verify(
@@ -120,11 +161,7 @@ def _report(task: Task, reference: Run, results: list[tuple[list[Row], float]]) 
 def plan_under_test(
     model: nn.Module, inputs: Inputs, tp: int, plan: PlanLike | None = None, *, sequence_parallel: bool = True
 ) -> CheckedPlan:
-    """Return the checked plan for a model: the given one, else the one that `default_plan` chooses.
-
-    Raises:
-        TPError: If none fits.
-    """
+    """Return the checked plan for a model: the given one, else the one that `default_plan` chooses."""
     if plan is None and tp > 1:
         plan = default_plan(model, call_with, inputs, tp)
     return resolve_plan(model, plan, tp, sequence_parallel=sequence_parallel)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
-from lightning_tp.callbacks.shards import ShardSummary, ShardSummaryRow, optimizer_line, shard_table
+from lightning_tp.callbacks.shards import (
+    ShardSummary,
+    ShardSummaryRow,
+    find_mesh,
+    num_global_parameters,
+    optimizer_line,
+    shard_table,
+)
 from lightning_tp.callbacks.throughput import Throughput
 from lightning_tp.data.random_tokens import RandomTokens
-from lightning_tp.testing import run_ranks
+from lightning_tp.testing import fake_world, run_ranks
 
 SPLIT = 8 * 32 + 32 + 32 * 8  # up.weight, up.bias, down.weight
 WHOLE = SPLIT + 16 * 8 + 8  # embedding, down.bias
@@ -139,3 +148,29 @@ def test_bytes_are_readable(num_bytes: int, text: str) -> None:
 
 def test_uneven_optimizer_state_shows_both_ends() -> None:
     assert optimizer_line([2048, 0, 1024]).endswith(": 0 bytes to 2.0 KiB per rank")
+
+
+def test_mesh_counts_the_data_axis_once() -> None:
+    with fake_world(8):
+        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        # hybrid FSDP: every rank has its own data
+        other = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
+        trainers = [
+            SimpleNamespace(world_size=8, strategy=strategy)
+            for strategy in (SimpleNamespace(device_mesh=mesh), SimpleNamespace(device_mesh=other), SimpleNamespace())
+        ]
+        assert [find_mesh(trainer) for trainer in trainers] == [mesh, None, None]  # type: ignore[arg-type]
+
+
+def test_strategy_knows_the_whole() -> None:
+    """What the strategy says goes first, as a value or a method; a model of plain shards tells nothing by itself."""
+    net = nn.Linear(3, 3)
+
+    def asked(world_size: int = 2, **known: object) -> int | None:
+        trainer = SimpleNamespace(world_size=world_size, strategy=SimpleNamespace(model=net, **known))
+        return num_global_parameters(trainer, net)  # type: ignore[arg-type]
+
+    assert asked(num_global_parameters=24) == 24
+    assert asked(num_global_parameters=lambda: 24) == 24
+    assert asked() is None
+    assert asked(world_size=1) == 12

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import UserDict
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 
 from lightning_tp.callbacks import throughput
 from lightning_tp.callbacks.throughput import Throughput, count_tokens
 from lightning_tp.data.random_tokens import RandomTokens
 from lightning_tp.errors import TPError
+from lightning_tp.testing import fake_world
 
 BATCH, LENGTH = 4, 8
 NUM_PARAMETERS = 16 * 4 + 4 * 16 + 16
@@ -180,3 +183,17 @@ def test_finds_the_tokens() -> None:
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(TPError, match=next(iter(wrong))):
         Throughput(**wrong)
+
+
+def test_the_batches_of_a_step_are_counted_once_per_tensor_parallel_group() -> None:
+    with fake_world(8):
+        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        # hybrid FSDP: every rank has its own data
+        other = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
+        found = []
+        for known in ({"device_mesh": mesh}, {"device_mesh": other}, {}):
+            trainer = SimpleNamespace(world_size=8, strategy=SimpleNamespace(root_device=torch.device("cpu"), **known))
+            callback = Throughput()
+            callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+            found.append(callback._dp)
+        assert found == [2, 8, 8]

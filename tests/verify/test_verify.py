@@ -17,6 +17,8 @@ from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp import ParityReport, Plan, TPError, verify
 from lightning_tp.styles import Rowwise
 from lightning_tp.testing import RankError
+from lightning_tp.verify.compare import Row
+from lightning_tp.verify.verify import SHOWN
 
 CONFIG = LlamaConfig(vocab_size=130, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=54)
 TOKENS = torch.randint(0, 130, (4, 11), generator=torch.Generator().manual_seed(0))
@@ -220,3 +222,28 @@ def test_nothing_of_this_process_changes() -> None:
     state = torch.get_rng_state()
     verify(llama, (TOKENS,), next_token, plan=PLAN, steps=1)
     assert torch.equal(state, torch.get_rng_state()) and not dist.is_initialized()
+
+
+def report_of(*errors: float) -> ParityReport:
+    rows = [Row("step 0", "loss", 1e-7, 1e-3, "detail of the loss")]
+    rows += [Row(f"w{i}", "grad", error, 1e-3, f"error {error}") for i, error in enumerate(errors)]
+    rows.sort(key=lambda row: -row.severity)
+    return ParityReport(all(row.ok for row in rows), tuple(rows), Plan({"*": "replicate"}), 0.271, 2, 4, 0.0123)
+
+
+def test_the_report_of_a_match() -> None:
+    lines = str(report_of(3.5e-5, 1e-6)).splitlines()
+    assert lines[0] == (
+        "Matches a single process: 3 tensors compared, largest relative error 3.5e-05 (tp=2 x dp=4, 1 SGD steps, lr=0.012)"
+    )
+    assert lines[1].split() == ["kind", "name", "tolerance", "difference"]
+    assert lines[2].split() == ["ok", "grad", "w0", "0.001", "error", "3.5e-05"]
+    assert lines[-1].endswith("; with dp=4, a rank holds at most 27.1%") and len(lines) == 6
+
+
+def test_the_report_of_a_difference() -> None:
+    bad = report_of(*[0.5] * (SHOWN + 2))
+    lines = str(bad).splitlines()
+    assert lines[0].startswith("DIFFERS from a single process: 14 of 15 tensors, the worst is the grad of `w0` (tp=2 x dp=4")
+    assert [line.split()[0] for line in lines[2 : 2 + SHOWN]] == ["BAD"] * SHOWN
+    assert lines[2 + SHOWN] == "  .. and 3 more, 2 of them out of tolerance"

@@ -12,7 +12,7 @@ from lightning_tp.cli.targets.target import Target, plan_of_module
 from lightning_tp.cli.targets.user_code import call_user_code, import_user_module
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.rank.inputs import default_loss
-from lightning_tp.verify.task import as_inputs
+from lightning_tp.verify.training import as_inputs
 
 
 def load_function(text: str) -> Target:

@@ -26,7 +26,7 @@ from lightning_tp.core.trees import map_tensors
 from lightning_tp.data.sample_batch import first_of, silence_logging
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.rank.inputs import default_loss
-from lightning_tp.verify.task import as_inputs
+from lightning_tp.verify.training import as_inputs
 
 LIGHTNINGS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 

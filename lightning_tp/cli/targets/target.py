@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tp.plan.plan import Plan
-from lightning_tp.verify.task import Inputs
+from lightning_tp.verify.training import Inputs
 
 
 @dataclass(frozen=True)
