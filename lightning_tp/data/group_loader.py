@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tp.core.ops.rng import local_state
-from lightning_tp.data.reader import Message, Reader, seeded_alike
+from lightning_tp.data.reader import LoaderProxy, Message, Reader, has_state, seeded_alike
 from lightning_tp.data.same_batch import fingerprint
 from lightning_tp.data.transfer import Ranks as Ranks
 from lightning_tp.data.transfer import broadcast_message
@@ -58,27 +58,19 @@ def share_loader(
         return loader
     by_index = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
     kind: type[GroupLoader] = GroupMapLoader if by_index else GroupStreamLoader
-    if _has_state(loader):
+    if has_state(loader):
         kind = type(kind.__name__, (_Stateful, kind), {})
     return kind(loader, ranks, dummy_step, limit, where)
 
 
-class GroupLoader:
+class GroupLoader(LoaderProxy):
     """A loader that passes for the one it wraps; subclasses say who reads. Arguments as those of `share_loader`."""
 
     def __init__(self, loader: Any, ranks: Ranks, dummy_step: DummyStep | None, limit: int | float, where: str) -> None:
-        self.loader, self.ranks, self.dummy_step, self.limit, self.where = loader, ranks, dummy_step, limit, where
+        super().__init__(loader)
+        self.ranks, self.dummy_step, self.limit, self.where = ranks, dummy_step, limit, where
         self.warned: set[str] = set()
         self.size: int | None = None  # batches of a pass on each rank, where that is known
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # while it is unpickled or copied
-            raise AttributeError(name)
-        return getattr(self.loader, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self.loader)
 
     def __len__(self) -> int:
         if self.size is None:
@@ -101,11 +93,6 @@ class GroupLoader:
             warnings.warn(f"{self.where}: {message}", stacklevel=2)
         self.warned.add(message)
 
-    def run_dummy_step(self, batch: Any, index: int) -> None:
-        """Take part in a step of the other ranks, and discard the result."""
-        assert self.dummy_step is not None
-        self.dummy_step(self, batch, index)
-
 
 class _Stateful:
     """The methods by which Lightning recognises a loader that can resume in the middle of a pass."""
@@ -117,10 +104,6 @@ class _Stateful:
 
     def load_state_dict(self, state: Any) -> None:
         self.loader.load_state_dict(state)
-
-
-def _has_state(loader: Any) -> bool:
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def _length(loader: Any) -> int:
@@ -166,15 +149,15 @@ class GroupMapLoader(GroupLoader):
             yield batch
             index += 1
         if self.dummy_step is not None and self.size is not None:
-            self._catch_up(batch, index)
+            self._catch_up(self.dummy_step, batch, index)
 
-    def _catch_up(self, batch: Any, index: int) -> None:
+    def _catch_up(self, dummy_step: DummyStep, batch: Any, index: int) -> None:
         """Run dummy steps up to the number of steps of the longest data-parallel rank."""
         steps = self.max_steps or 0
         if batch is None and index < steps:  # this rank has no item at all
             batch = self.loader.collate_fn([self.loader.dataset[0]])
         for i in range(index, steps):
-            self.run_dummy_step(batch, i)
+            dummy_step(self, batch, i)
 
     def _next(self, reader: Reader | None, index: int) -> Message:
         if self.first_rank_reads:
@@ -192,11 +175,7 @@ class GroupMapLoader(GroupLoader):
         return broadcast_message(message._replace(rng=local_state()) if self.ranks.tp_rank == 0 else None, self.ranks)
 
     def _agree(self, message: Message, index: int) -> bool:
-        """Compare what the ranks of the group have read. A collective.
-
-        Raises:
-            Exception: On every rank, if reading failed on one of them.
-        """
+        """Compare what the ranks of the group have read, and raise on all of them if reading failed on one. A collective."""
         if message.kind == "batch":
             mine = fingerprint(message.batch, whole=index < COMPARED_WHOLE)
         else:
@@ -235,11 +214,11 @@ class GroupStreamLoader(GroupLoader):
 
     def _first_batch(self) -> tuple[Iterator[Any], list[Any]]:
         """Read the first batch (at most one) under equal seeds; a loader with a state is put back to its beginning."""
-        state = copy.deepcopy(self.loader.state_dict()) if _has_state(self.loader) else None
+        state = copy.deepcopy(self.loader.state_dict()) if has_state(self.loader) else None
         with seeded_alike():
             iterator = iter(self.loader)
             first = list(islice(iterator, 1))
-        if _has_state(self.loader) and iterator is not self.loader:
+        if has_state(self.loader) and iterator is not self.loader:
             self.loader.load_state_dict(state)
         return iterator, first
 
@@ -269,7 +248,8 @@ class GroupStreamLoader(GroupLoader):
             if message.kind in ("dropped", "end"):
                 return
             if message.kind == "dummy":
-                self.run_dummy_step(message.batch, index)
+                assert self.dummy_step is not None
+                self.dummy_step(self, message.batch, index)
             else:
                 last_batch = message.batch
                 yield last_batch
@@ -316,11 +296,9 @@ class GroupStreamLoader(GroupLoader):
 
 
 def complete_step(messages: list[Message], *, pad: bool) -> list[Message]:
-    """Decide what each data-parallel rank does in a step, from what was read for them: an error ends all, and so does the end of the data.
+    """Decide what each data-parallel rank does in a step, from what was read for it: an error ends all, and so does the end of the data.
 
-    Args:
-        messages: One for each data-parallel rank, in the order in which they were read.
-        pad: Let ranks without a batch run a dummy step where others have one; otherwise these batches are dropped.
+    Where some ranks have a batch and others have none, `pad` lets the latter run a dummy step; otherwise these batches are dropped.
 
     Example:
         >>> one, end = Message("batch", 1), Message("end")

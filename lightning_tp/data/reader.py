@@ -1,4 +1,4 @@
-"""Read a loader on behalf of other ranks: each batch becomes a message that also carries the random numbers drawn for it.
+"""Stand in for a loader, and read it on behalf of other ranks: each batch becomes a message with the random numbers drawn for it.
 
 Ranks of a tensor-parallel group share one random stream. Where the first of them reads for all, a dataset that draws random numbers would move
 on the stream of that rank alone; so a message holds the random states that reading has changed, and those who receive it take them over.
@@ -19,31 +19,42 @@ from lightning_tp.core.ops.rng import local_state, set_local_state
 from lightning_tp.errors import SecondaryError
 
 
+def has_state(loader: Any) -> bool:
+    """Return whether a loader knows its position in a pass, as torchdata's `StatefulDataLoader` does."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+class LoaderProxy:
+    """An object that passes for the loader it wraps, by its attributes and its class."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # while it is unpickled or copied
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        found: type = self.loader.__class__
+        return found
+
+
 class Message(NamedTuple):
     """What the rank that reads tells the ranks that do not.
 
-    Args:
-        kind: "batch"; "end" of the data; "dropped", the end because some data-parallel ranks have no batch; "dummy", a batch to run a
-            step on whose result is discarded; or "error".
-        batch: The batch; the text of an error.
-        last: Nothing follows, and nobody asks for more.
-        rng: The random states that reading has changed, as `local_state` names them.
-        error: What reading raised; it stays on the rank that raised it.
+    "dropped" is the end because some data-parallel ranks have no batch; "dummy" is a batch to run a step on whose result is discarded.
     """
 
     kind: Literal["batch", "end", "dropped", "dummy", "error"]
-    batch: Any = None
-    last: bool = False
-    rng: dict[str, Any] | None = None
-    error: Exception | None = None
+    batch: Any = None  # the batch; the text of an error
+    last: bool = False  # nothing follows, and nobody asks for more
+    rng: dict[str, Any] | None = None  # the random states that reading has changed, as `local_state` names them
+    error: Exception | None = None  # what reading raised; it stays on the rank that raised it
 
     def or_raise(self) -> Message:
-        """Return the message, or raise the error that it reports.
-
-        Raises:
-            Exception: On the rank that reads, what reading raised.
-            SecondaryError: On the others.
-        """
+        """Return the message, or raise the error that it reports: a `SecondaryError` on the ranks that do not read."""
         if self.kind == "error":
             raise self.error or SecondaryError(
                 f"Reading data failed on the first rank of this tensor-parallel group: {self.batch}."
@@ -52,12 +63,9 @@ class Message(NamedTuple):
 
 
 class Reader:
-    """Draw batches from a loader, and keep track of the random numbers that this takes.
+    """Draw batches from a loader, and if asked to, keep track of the random numbers that this takes.
 
-    Args:
-        loader: Any iterable. Its iterator is made at once.
-        track: Whether messages carry random states.
-        started: An iterator of the loader and what was drawn from it already, for a stream that can be read only once.
+    `started` is an iterator of the loader and what was drawn from it already, for a stream that can be read only once.
     """
 
     def __init__(self, loader: Any, *, track: bool, started: tuple[Iterator[Any], list[Any]] | None = None) -> None:

@@ -19,11 +19,12 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_tp.core.ops.rng import local_state, set_local_state
+from lightning_tp.data.reader import LoaderProxy, has_state
 
 Position = dict[str, Any]
 
 
-class ResumableLoader:
+class ResumableLoader(LoaderProxy):
     """A loader that passes for the one it wraps, and counts how far that was read.
 
     Args:
@@ -50,12 +51,12 @@ class ResumableLoader:
         finished: bool = False,
         then: Callable[[], None] | None = None,
     ) -> None:
-        self.wrapped = loader
+        super().__init__(loader)
         self._resume, self._then = (None if finished else resume), then
         self._begun: dict[str, Any] | None = None  # random states when the pass began
         self._first: dict[str, Any] | None = None  # random states when its first batch was asked for
         self._read = 0  # batches of this pass
-        self._has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._has_state = has_state(loader)
         if resume is None:
             return
         for sampler, seed in zip(_seeded_samplers(loader), resume.get("seeds", [])):
@@ -65,29 +66,19 @@ class ResumableLoader:
         if "loader" in resume and self._has_state:
             loader.load_state_dict(resume["loader"])
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "wrapped":  # while it is unpickled or copied
-            raise AttributeError(name)
-        return getattr(self.wrapped, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        found: type = self.wrapped.__class__
-        return found
-
     def __len__(self) -> int:
-        return len(self.wrapped)
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         resume, self._resume = self._resume, None
         rewinds = resume is not None and "begun" in resume and not self._has_state
         before = local_state() if rewinds else None
         if resume is not None and rewinds:
-            _set_generator_states(self.wrapped, resume["begun"]["generators"])
+            _set_generator_states(self.loader, resume["begun"]["generators"])
             set_local_state(resume["begun"])
-        self._begun, self._first = {**local_state(), "generators": _generator_states(self.wrapped)}, None
+        self._begun, self._first = {**local_state(), "generators": _generator_states(self.loader)}, None
         self._read = 0
-        iterator = iter(self.wrapped)
+        iterator = iter(self.loader)
         if before is not None:
             set_local_state(before)
         return self._pass(iterator, resume, rewinds)
@@ -117,10 +108,10 @@ class ResumableLoader:
         Args:
             prefetched: Batches that were read and not yet used.
         """
-        found: Position = {"read": self._read - prefetched, "generators": _generator_states(self.wrapped)}
-        found["seeds"] = [sampler.seed for sampler in _seeded_samplers(self.wrapped)]
+        found: Position = {"read": self._read - prefetched, "generators": _generator_states(self.loader)}
+        found["seeds"] = [sampler.seed for sampler in _seeded_samplers(self.loader)]
         if self._has_state:
-            found["loader"] = self.wrapped.state_dict()
+            found["loader"] = self.loader.state_dict()
         elif self._begun is not None:
             found.update(begun=self._begun, first=self._first)
         return found
@@ -129,12 +120,12 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the wrapped loader, if it has one."""
-        return self.wrapped.state_dict() if self._has_state else {}
+        return self.loader.state_dict() if self._has_state else {}
 
     def load_state_dict(self, state: Any) -> None:
         """Load a state into the wrapped loader, if it has one."""
         if self._has_state and state:
-            self.wrapped.load_state_dict(state)
+            self.loader.load_state_dict(state)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -58,11 +58,7 @@ def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device,
 def fingerprint(batch: Any, *, whole: bool = False) -> int:
     """Return a number below 2**32 that is the same for equal batches, and hardly ever for different ones.
 
-    It is a CRC of shapes, dtypes, and values at even distances, fast enough to run for every batch.
-
-    Args:
-        batch: Any nesting of tensors; other leaves are not looked at.
-        whole: Read all values instead of some thousand of each tensor.
+    It is a CRC of shapes, dtypes, and values: all of them, or (fast enough for every batch) some thousand of each tensor.
 
     Example:
         >>> fingerprint({"x": torch.zeros(3)}) == fingerprint({"x": torch.zeros(3)}) != fingerprint({"x": torch.ones(3)})

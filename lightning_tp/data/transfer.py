@@ -19,11 +19,7 @@ from lightning_tp.errors import TPError
 
 
 class Ranks:
-    """The position of this rank in the mesh, and the groups over which batches travel. Made by all ranks together.
-
-    Args:
-        mesh: Data-parallel x tensor-parallel.
-    """
+    """The position of this rank in the (data-parallel, tensor-parallel) mesh, and the groups over which batches travel. A collective."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -67,15 +63,7 @@ _CANNOT_PICKLE = (
 
 
 def broadcast_message(message: Message | None, ranks: Ranks) -> Message:
-    """Send a message from the first rank of a tensor-parallel group to all of them; batches keep their devices. A collective.
-
-    Args:
-        message: On the first rank of the group; ignored on the others.
-        ranks: The position of this rank.
-
-    Raises:
-        Exception: If the message reports an error, as `Message.or_raise`.
-    """
+    """Send a message of the first rank of a tensor-parallel group to all of them, and raise the error it reports. A collective."""
     if ranks.tp_rank == 0:
         assert message is not None
         return (message if ranks.tp == 1 else _send(message, ranks)).or_raise()
