@@ -10,6 +10,6 @@ from lightning_tp.core.comm.fake_world import single_rank_mesh as single_rank_me
 from lightning_tp.testing.compare import assert_parity as assert_parity
 from lightning_tp.testing.compare import assert_trees_close as assert_trees_close
 from lightning_tp.testing.randomize import randomize_ as randomize_
-from lightning_tp.testing.ranks import RankError as RankError
-from lightning_tp.testing.ranks import RankFailure as RankFailure
-from lightning_tp.testing.ranks import run_ranks as run_ranks
+from lightning_tp.verify.rank_process import RankFailure as RankFailure
+from lightning_tp.verify.run_ranks import RankError as RankError
+from lightning_tp.verify.run_ranks import run_ranks as run_ranks

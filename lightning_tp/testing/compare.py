@@ -1,9 +1,4 @@
-"""Assertions that compare a sharded run with a single process.
-
-The error of a tensor is the largest difference relative to the tensor's own largest value. Some gradients are zero in exact
-arithmetic (a key bias under softmax), so they consist of rounding noise and have no scale of their own: a floor, relative to the
-largest value of all tensors, takes its place.
-"""
+"""Assertions that compare a sharded run with a single process."""
 
 from __future__ import annotations
 
@@ -29,7 +24,8 @@ def assert_trees_close(
     """Raise an `AssertionError` with the worst names first unless every tensor of `got` is close to that of `ref`.
 
     The error is `max|got - ref| / max(max|ref|, floor * max over all of |ref|)`, computed in float64 on the CPU, so
-    dtypes may differ. Infinities match equal infinities; NaN matches nothing.
+    dtypes may differ. (A gradient that is zero in exact arithmetic is rounding noise, and has no scale of its own.)
+    Infinities match equal infinities; NaN matches nothing.
 
     Args:
         got: Name -> full tensor (no `DTensor`) to test.
@@ -70,20 +66,12 @@ def assert_parity(
     model_fn: Callable[[], nn.Module],
     inputs: Any,
     loss_fn: Callable[..., Tensor],
-    *,
-    tp: int = 2,
-    rtol: float = 1e-3,
     **options: Any,
 ) -> ParityReport:
     """Raise an `AssertionError` unless the model trains the same on `tp` processes as in a single one: loss, gradients, weights.
 
     Args:
-        model_fn: Builds the model on the CPU.
-        inputs: What forward is called with: keyword arguments, a tuple, or a function that returns them.
-        loss_fn: `loss_fn(output)` or `loss_fn(output, inputs)`; returns a scalar.
-        tp: The tensor-parallel size.
-        rtol: The largest error allowed, relative to the largest value of a tensor.
-        **options: Those of `lightning_tp.verify`: `dp`, `plan`, `steps`, `timeout`, ..
+        model_fn, inputs, loss_fn, **options: As for `lightning_tp.verify`: `tp`, `dp`, `plan`, `rtol`, `steps`, `timeout`, ..
 
     Returns:
         The report, which is also the message of the error, with the worst parameter first.
@@ -94,7 +82,7 @@ def assert_parity(
         >>> assert_parity(model, (torch.ones(2, 4, 8),), lambda y: y.square().mean(), tp=2, steps=1).ok
         True
     """
-    report = verify(model_fn, inputs, loss_fn, tp=tp, rtol=rtol, **options)
+    report = verify(model_fn, inputs, loss_fn, **options)
     if not report.ok:
         raise AssertionError(str(report))
     return report

@@ -17,27 +17,32 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-# Variables that Lightning, torch and pytest set themselves, in tests that do nothing wrong.
-ALLOWED_ENVIRONMENT = frozenset(
-    {
-        *("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE"),  # a Trainer's environment
-        *("PL_GLOBAL_SEED", "PL_SEED_WORKERS"),  # seed_everything
-        *(
-            "CUBLAS_WORKSPACE_CONFIG",
-            "CUDA_DEVICE_ORDER",
-            "CUDA_MODULE_LOADING",
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-        ),  # torch on CUDA
-        *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),  # torch.compile
-        "TOKENIZERS_PARALLELISM",  # Hugging Face tokenizers after a fork
-    }
+# Variables that libraries set themselves, in tests that do nothing wrong.
+ALLOWED_ENVIRONMENT = {
+    *("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE"),  # a Trainer's environment
+    *("PL_GLOBAL_SEED", "PL_SEED_WORKERS"),  # seed_everything
+    *("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),  # torch
+    *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),  # torch.compile
+    "TOKENIZERS_PARALLELISM",  # Hugging Face tokenizers after a fork
+}
+
+HELPERS = (b"resource_tracker", b"forkserver", b"compile_worker")  # processes that Python and torch.compile keep until the end
+
+# What a test may change freely: random states, default dtype, gradients, precision of matmuls.
+GLOBAL_STATE: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_rng_state, torch.set_rng_state),
+    (random.getstate, random.setstate),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
 )
 
 
@@ -57,16 +62,11 @@ def environment_restored() -> Iterator[None]:
     """Restore environment variables, and fail the test if it changed one outside `ALLOWED_ENVIRONMENT`."""
     before = dict(os.environ)
     yield
-    after = dict(os.environ)
-    changed = {
-        name
-        for name in before.keys() | after.keys()
-        if before.get(name) != after.get(name) and not name.startswith("PYTEST_")  # pytest's own change with the phase of the test
-    }
+    changed = {name for name, _ in before.items() ^ os.environ.items()}
+    changed = {name for name in changed if not name.startswith("PYTEST_")}  # which change with the phase of the test
     for name in changed:
         os.environ.pop(name, None)
-        if name in before:
-            os.environ[name] = before[name]
+    os.environ.update({name: before[name] for name in changed & before.keys()})
     if leaked := sorted(changed - ALLOWED_ENVIRONMENT):
         pytest.fail(f"the test changed environment variables: {', '.join(leaked)}; use `monkeypatch.setenv`")
 
@@ -104,22 +104,15 @@ def _children() -> dict[int, str]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             head, _, rest = stat.read_text().rpartition(")")
-        except OSError:
+            state, parent = rest.split()[:2]
+            if int(parent) != os.getpid() or state in "ZX":
+                continue
+            command = (stat.parent / "cmdline").read_bytes()
+            if not any(helper in command for helper in HELPERS):
+                found[int(stat.parent.name)] = head.partition("(")[2]
+        except OSError:  # it has ended meanwhile
             continue
-        state, parent = rest.split()[:2]
-        name = head.partition("(")[2]
-        if int(parent) == os.getpid() and state not in "ZX" and not _is_a_helper(stat.parent):
-            found[int(stat.parent.name)] = name
     return found
-
-
-def _is_a_helper(process: Path) -> bool:
-    """Return whether a process is kept until Python exits: the resource tracker, the fork server, workers of torch.compile."""
-    try:
-        command = (process / "cmdline").read_bytes()
-    except OSError:
-        return True
-    return any(word in command for word in (b"resource_tracker", b"forkserver", b"compile_worker"))
 
 
 @pytest.fixture(autouse=True)
@@ -135,33 +128,24 @@ def no_files_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def torch_state_restored() -> Iterator[None]:
-    """Restore what a test may change freely: random states, default dtype, number of threads, determinism, precision."""
-    rng, python_rng = torch.get_rng_state(), random.getstate()
-    dtype, grad, threads = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()
+    """Restore what a test may change freely: `GLOBAL_STATE`, the number of threads, and determinism."""
+    before = [(set_state, get_state()) for get_state, set_state in GLOBAL_STATE]
+    threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    precision = torch.get_float32_matmul_precision()
     yield
-    torch.set_rng_state(rng)
-    random.setstate(python_rng)
-    torch.set_default_dtype(dtype)
-    torch.set_grad_enabled(grad)
+    for set_state, state in before:
+        set_state(state)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture
 def gloo() -> Iterator[dist.ProcessGroup]:
-    """Open a gloo process group of this process alone, and close it after the test.
-
-    Example:
-        def test_mesh(gloo):
-            mesh = init_device_mesh("cpu", (1, 1))
-    """
+    """Open a gloo process group of this process alone, and close it after the test."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert dist.group.WORLD is not None

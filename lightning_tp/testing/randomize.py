@@ -12,12 +12,14 @@ from lightning_tp.errors import TPError
 
 M = TypeVar("M", bound=nn.Module)
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def randomize_(model: M, seed: int = 0) -> M:
     """Give every parameter random values, in place, and return the model.
 
     Biases are N(0, 0.1), norm weights and other vectors 1 + N(0, 0.1), embeddings N(0, 0.3), and all other weights
-    N(0, 1 / fan_in), which preserves the scale of activations (standard deviations 0.1, 0.1, 0.3, fan_in ** -0.5). Values
+    N(0, 1 / fan_in), which preserves the scale of activations (0.1, 0.3: standard deviations). Values
     depend on the seed and the parameter's name alone, so the same model has the same weights on every rank, device and
     dtype. Tied parameters are drawn once; buffers stay as they are.
 
@@ -39,8 +41,7 @@ def randomize_(model: M, seed: int = 0) -> M:
         mean, std = _moments(parameter, owners[parameter])
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * std + mean
-        with torch.no_grad():
-            parameter.copy_(values)
+        parameter.detach().copy_(values)
     return model
 
 
@@ -55,7 +56,7 @@ def _moments(parameter: nn.Parameter, owners: list[tuple[nn.Module, str]]) -> tu
         return 1.0, 0.1
     if "Conv1D" in kinds:  # Hugging Face's linear with a transposed weight: (in, out)
         fan_in = parameter.shape[0]
-    elif any(isinstance(module, nn.modules.conv._ConvNd) for module, _ in owners):
+    elif any(isinstance(module, CONVOLUTIONS) for module, _ in owners):
         fan_in = parameter[0].numel()  # (out, in / groups, *kernel)
     else:
         fan_in = parameter.shape[-1]  # (out, in), and stacked experts (expert, out, in)

@@ -1,5 +1,0 @@
-"""`run_ranks` and its errors, where tests look for them."""
-
-from lightning_tp.verify.rank_process import RankFailure as RankFailure
-from lightning_tp.verify.run_ranks import RankError as RankError
-from lightning_tp.verify.run_ranks import run_ranks as run_ranks
