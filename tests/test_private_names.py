@@ -30,10 +30,8 @@ STILL = {
     "apply/bind.py",
     "apply/fsdp.py",
     "apply/materialize.py",
-    "callbacks/predicted.py",
     "checkpoint/weights/hugging_face.py",
     "checkpoint/weights/pretrained.py",
-    "cli/parser.py",
     "core/comm/axis.py",
     "core/comm/collectives.py",
     "core/modules/call_site.py",
@@ -59,8 +57,6 @@ STILL = {
     "shards/state_dict.py",
     "styles/calls/local_ops.py",
     "styles/linear.py",
-    "testing/compare.py",
-    "testing/fixtures.py",
 }
 
 

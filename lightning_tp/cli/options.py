@@ -44,13 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def add(command: Any, *names: str, **changes: Any) -> None:
-    """Add options that several commands share.
-
-    Args:
-        command: The parser of the command.
-        names: Of `OPTIONS`.
-        **changes: What is different in this command, such as `help`.
-    """
+    """Add options of `OPTIONS` to a command; `changes` is what is different in this command, such as `help`."""
     for name in names:
         command.add_argument(name, **OPTIONS[name] | changes)
 
@@ -62,11 +56,7 @@ def activation_checkpointing(args: argparse.Namespace) -> Literal["block", "sele
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse values of options before any work begins, and replace the file of `--plan` by the plan in it.
-
-    Raises:
-        TPError: For a number below 1, a file that cannot be written, an unknown device, precision or optimizer, or a file without a plan.
-    """
+    """Refuse values of options before any work begins, and replace the file of `--plan` by the plan in it."""
     given = vars(args)
     for name, value in given.items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, unknown: list[str]) -> NoReturn:
         """Exit with an error for unknown options, which names the nearest option that exists."""
-        known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
+        known = re.findall(r"--[a-z-]+", self.format_usage())
         near = get_close_matches(unknown[0].partition("=")[0], known, 1)
         self.error(f"unrecognized arguments: `{' '.join(unknown)}`{f', did you mean `{near[0]}`?' if near else ''}")
 
@@ -45,19 +46,7 @@ class Parser(argparse.ArgumentParser):
 def add_command(
     commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], int], examples: str, *, target: bool = True
 ) -> Any:
-    """Add a command to the parser.
-
-    Args:
-        commands: The subparsers of the main parser.
-        name: The name of the command.
-        summary: What it does, in one line.
-        run: Runs it and returns the exit status.
-        examples: Example command lines, each with what it does.
-        target: Whether its first argument is a TARGET.
-
-    Returns:
-        The parser of the command, to add options to.
-    """
+    """Add a command to the parser, and return its own parser, to add options to; `run` returns the exit status."""
     description = f"{summary}\n\n{TARGET}" if target else summary
     command = commands.add_parser(name, help=summary, description=description, epilog=epilog(examples))
     command.set_defaults(run=run, parser=command)

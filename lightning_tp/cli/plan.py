@@ -97,11 +97,7 @@ def _draw(plan: CheckedPlan, target: Target, args: argparse.Namespace, held: lis
 
 
 def plan_from_options(target: Target, args: argparse.Namespace) -> CheckedPlan:
-    """Return the checked plan that the options ask for.
-
-    Raises:
-        TPError: If there is none, it does not fit, or it would replicate everything.
-    """
+    """Return the checked plan that the options ask for, which shards something."""
     plan: Any = args.plan
     if plan is None and args.declared:
         plan = declared_plan(target.model, args.tp)

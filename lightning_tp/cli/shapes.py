@@ -10,8 +10,8 @@ import torch
 
 from lightning_tp.cli import options
 from lightning_tp.cli.parser import add_command
-from lightning_tp.cli.progress import Progress
 from lightning_tp.cli.targets.load import load
+from lightning_tp.cli.tune import Progress
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.drawn import matmul_plot
 from lightning_tp.estimate.matmul_measure import measure

@@ -20,11 +20,6 @@ NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")  # styles
 def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
     """Write a Python file with a function `parallelize(model, tp_mesh)` that shards the model by PyTorch's own styles.
 
-    Args:
-        plan: A checked plan.
-        model: The model that it was checked for.
-        target: The TARGET of the command line, for the file's docstring.
-
     Raises:
         TPError: With the modules of all rules that torch has no counterpart of.
     """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from lightning_tp.cli.main import main
-from lightning_tp.cli.progress import Progress
+from lightning_tp.cli.tune import Progress
 
 
 def test_tune(config: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,3 +34,21 @@ def test_the_fastest_few(config: str, capsys: pytest.CaptureFixture[str]) -> Non
     arguments = ["tune", config, "--gpus", "2", "--global-batch", "2", "--seq", "32", "--json"]
     assert main([*arguments, "--top", "1"]) == 0
     assert len(json.loads(capsys.readouterr().out)["fits"]) == 1
+
+
+def test_progress_is_quiet_at_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress() as progress:
+        progress("a")
+        progress.start -= Progress.QUIET_S + 1
+        progress("b")
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines() == ["  4 s: b"]
+
+
+def test_progress_is_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress() as progress:
+        progress.start -= 100
+        progress("a")
+        progress("b")
+    assert capsys.readouterr().err == "\r\033[K100 s: a\r\033[K100 s: b\r\033[K"

@@ -18,11 +18,7 @@ BATCH, LENGTH = 2, 32  # of the random tokens
 
 
 def load_config(path: Path, *, weights: bool) -> Target:
-    """Load the model of a `config.json`; with `weights`, on the CPU whatever its size.
-
-    Raises:
-        TPError: If there is no such file, transformers is not installed, or the model does not read tokens.
-    """
+    """Load the model of a `config.json`; with `weights`, on the CPU whatever its size."""
     if not path.is_file():
         raise TPError(f"`{path}`: there is no such file.")
     try:

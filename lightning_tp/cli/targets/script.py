@@ -17,7 +17,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from lightning_tp._compat import loaders_to_run
 from lightning_tp.cli.targets.target import Target, plan_of_module
@@ -54,12 +53,7 @@ def _words(text: str) -> list[str]:
 def load_script(text: str, *, weights: bool) -> Target:
     """Run a script as `python script.py ..` does, in a single process on the CPU, until it trains.
 
-    Args:
-        text: Its path, and its arguments as in a shell.
-        weights: Build the model with weights even if the script asks for none (`trainer.init_module(empty_init=True)`).
-
-    Raises:
-        TPError: If there is no such file, it ends without `Trainer.fit`, or its step cannot be run alone.
+    `weights` builds the model with weights even if the script asks for none (`trainer.init_module(empty_init=True)`).
     """
     path, *arguments = _words(text)
     if not Path(path).is_file():
@@ -120,10 +114,9 @@ class _TrainingStep:
         return out
 
 
-def _step_loss(out: Any) -> Tensor:
+def _step_loss(out: Any) -> Any:
     """Return the loss from what a `training_step` returns."""
-    loss: Tensor = out["loss"] if isinstance(out, dict) else out
-    return loss
+    return out["loss"] if isinstance(out, dict) else out
 
 
 @contextmanager

@@ -15,23 +15,14 @@ from lightning_tp.verify.training import Inputs
 
 @dataclass(frozen=True)
 class Target:
-    """A model to plan, estimate or verify.
+    """A model to plan, estimate or verify."""
 
-    Args:
-        build: Builds the model anew.
-        model: One such model, possibly on the meta device.
-        inputs: What its forward is called with.
-        loss_fn: A scalar from its output, or from (output, inputs).
-        plan: The plan of the script's strategy or of the model, if there is one.
-        batch: The batch size of the script's loader, if it is known.
-    """
-
-    build: Callable[[], nn.Module]
-    model: nn.Module
-    inputs: Inputs
-    loss_fn: Callable[..., Tensor]
-    plan: Any = None
-    batch: int | None = None
+    build: Callable[[], nn.Module]  # builds the model anew
+    model: nn.Module  # one such model, possibly on the meta device
+    inputs: Inputs  # what its forward is called with
+    loss_fn: Callable[..., Tensor]  # a scalar from its output, or from (output, inputs)
+    plan: Any = None  # of the script's strategy or of the model, if there is one
+    batch: int | None = None  # the batch size of the script's loader, if it is known
 
 
 def plan_of_module(model: nn.Module) -> Any:

@@ -15,15 +15,7 @@ NOT_OF_THE_USER = ("lightning_tp", "importlib", "site-packages")  # parts of pat
 
 
 def call_user_code(function: Callable[[], Any], target: str) -> Any:
-    """Call a function of the user.
-
-    Args:
-        function: It is called without arguments.
-        target: The TARGET that named it, for errors.
-
-    Raises:
-        TPError: For any error in it, and for `sys.exit`.
-    """
+    """Call a function of the user, named by a TARGET; any error in it, and `sys.exit`, is a TPError."""
     try:
         return function()
     except TPError:
@@ -41,11 +33,7 @@ def call_user_code(function: Callable[[], Any], target: str) -> Any:
 
 
 def import_user_module(name: str, target: str) -> ModuleType:
-    """Import `package.module` or `path/to/file.py`, with the folders on `sys.path` that `python` would have.
-
-    Raises:
-        TPError: If there is no such file, or for an error in it.
-    """
+    """Import `package.module` or `path/to/file.py`, with the folders on `sys.path` that `python` would have."""
     if not name.endswith(".py"):
         if "" not in sys.path and str(Path.cwd()) not in sys.path:  # as with `python -m`; not so for a console script
             sys.path.insert(0, str(Path.cwd()))
