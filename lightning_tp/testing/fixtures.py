@@ -163,9 +163,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """With `LTP_RUN_STANDALONE_TESTS=1`, keep only the tests marked `run_if(standalone=True)`."""
     if os.environ.get(STANDALONE) != "1":
         return
-    kept = [item for item in items if any(mark.kwargs.get("standalone") for mark in item.iter_markers("skipif"))]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    standalone = [item for item in items if any(mark.kwargs.get("standalone") for mark in item.iter_markers("skipif"))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in standalone])
+    items[:] = standalone
 
 
 def run_if(

@@ -241,8 +241,8 @@ def _innermost(stack: str) -> str:
     """Return the innermost frame outside of torch of the main thread in a faulthandler dump, or an empty string."""
     main = stack.rpartition("Current thread")[2] or stack
     frames = re.findall(r'File "(.+)", line (\d+) in (.+)', main)
-    own = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame[0]] or frames
-    return f"{own[0][0]}:{own[0][1]} in {own[0][2]}" if own else ""
+    outside = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame[0]] or frames
+    return f"{outside[0][0]}:{outside[0][1]} in {outside[0][2]}" if outside else ""
 
 
 def _read(path: Path) -> str:

@@ -47,8 +47,10 @@ def load_function(text: str) -> Target:
     module = import_user_module(where, text)
     found = getattr(module, name, None)
     if found is None:
-        own = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
-        names = ", ".join(n for n in own if not n.startswith("_"))
+        defined = [
+            n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
+        names = ", ".join(n for n in defined if not n.startswith("_"))
         raise TPError(f"`{text}`: {where} has no `{name}`." + (f" It has {names}." if names else ""))
     if inspect.isclass(found) and issubclass(found, nn.Module):
         return _from_class(found, text)
