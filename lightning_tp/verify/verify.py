@@ -192,13 +192,12 @@ def _rank_of_the_mesh(task: Task, reference: Run) -> tuple[list[Row], float]:
     dist.all_reduce(losses, group=mesh.get_group(DATA_PARALLEL))
     run.losses = (losses / task.dp).tolist()
     held = sum(local_tensor(p).numel() for p in model.parameters()) / max(1, total)
-    names = set(model.state_dict()) ^ set(reference.start)
-    return _compare(run, reference, names, task.rtol), held
+    return _compare(run, reference, task.rtol), held
 
 
-def _compare(run: Run, reference: Run, names: set[str], rtol: float) -> list[Row]:
-    """Compare two runs; `names` are those that only one of their state dicts has."""
-    rows = [Row(name, "weight", math.inf, rtol, "only one of the two state dicts has this name") for name in sorted(names)]
+def _compare(run: Run, reference: Run, rtol: float) -> list[Row]:
+    names = sorted(run.start.keys() ^ reference.start.keys())
+    rows = [Row(name, "weight", math.inf, rtol, "only one of the two state dicts has this name") for name in names]
     got, ref = (_by_step(r.losses) for r in (run, reference))
     rows += compare_tensors("loss", got, ref, rtol)
     rows += compare_tensors("grad", run.gradients, reference.gradients, rtol)

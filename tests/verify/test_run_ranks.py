@@ -174,6 +174,7 @@ def test_others_are_killed_after_a_failure() -> None:
     with pytest.raises(RankError, match="boom") as info:
         run_ranks(fn, 2)
     assert 4 < time.monotonic() - start < 15
+    assert info.value.rank == 0
     assert info.value.errors[1].type_name == "Killed"
     assert "in stand_still" in info.value.errors[1].message
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from lightning_tp import ParityReport, Plan, TPError, verify
 from lightning_tp.styles import Rowwise
 from lightning_tp.testing import RankError
 from lightning_tp.verify.compare import Row
-from lightning_tp.verify.verify import SHOWN
+from lightning_tp.verify.training import Run
+from lightning_tp.verify.verify import SHOWN, _compare, _report
 
 CONFIG = LlamaConfig(vocab_size=130, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=54)
 TOKENS = torch.randint(0, 130, (4, 11), generator=torch.Generator().manual_seed(0))
@@ -183,6 +185,31 @@ def test_names_of_the_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     report = verify(llama, (TOKENS,), next_token, plan=PLAN)
     assert [row.name for row in report.rows if not row.ok] == ["extra"]
     assert math.isinf(report.rows[0].error)
+
+
+def run_of(start: dict[str, float], weights: dict[str, float], *losses: float) -> Run:
+    tensors = [{name: torch.tensor([value]) for name, value in values.items()} for values in (start, weights)]
+    return Run(Plan({}), 0.1, tensors[0], list(losses), {}, tensors[1])  # type: ignore[arg-type]
+
+
+def test_runs_are_compared_by_names_losses_and_how_far_weights_moved() -> None:
+    reference = run_of({"w": 1.0, "missing": 0.0}, {"w": 1.5, "missing": 0.0}, 2.0, 1.0)
+    run = run_of({"w": 1.0, "extra": 0.0}, {"w": 1.6, "extra": 0.0}, 2.0, 1.1)
+    errors = {(row.kind, row.name): row.error for row in _compare(run, reference, 1e-3)}
+    assert errors["loss", "step 0"] == 0 and errors["loss", "step 1"] == pytest.approx(0.1)
+    assert errors["weight", "w"] == pytest.approx(0.2, rel=1e-5)  # 0.6 and not 0.5
+    names = [row.name for row in _compare(run, reference, 1e-3) if math.isinf(row.error)]
+    assert sorted(names) == ["extra", "missing"]
+
+
+def test_the_worst_of_all_ranks_is_reported() -> None:
+    task: Any = SimpleNamespace(tp=2, dp=1)
+    of_ranks = [
+        ([Row("w", "grad", error, 1e-3, f"{error}"), Row("b", "grad", 0.0, 1e-3)], held)
+        for error, held in ((0, 0.4), (0.5, 0.6), (0, 0.5))
+    ]
+    report = _report(task, run_of({}, {}, 1.0), of_ranks)
+    assert [(row.name, row.error) for row in report.rows] == [("w", 0.5), ("b", 0)] and not report.ok and report.held == 0.6
 
 
 # ------------------------------------------------------------------------------------------------------------ what users get wrong
