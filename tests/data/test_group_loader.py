@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from lightning_tp import TPError
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.ops.rng import seed_mesh
-from lightning_tp.data.group_loader import complete_step, share_loader
+from lightning_tp.data.group_loader import GroupLoader, complete_step, share_loader
 from lightning_tp.data.reader import Message
 from lightning_tp.data.transfer import Ranks
 from lightning_tp.testing import run_ranks
@@ -351,3 +351,13 @@ def test_a_rank_without_any_batch_is_an_error_in_predict() -> None:
 
     first, second = run_ranks(body, 2)
     assert first.startswith("`predict`: data-parallel rank 0 has no batch at all") and not second
+
+
+@pytest.mark.parametrize(
+    ("limit", "size", "steps"), [(3, None, 3), (3, 10, 3), (10, 3, 3), (0, 3, 0), (1.0, None, None), (1.0, 7, 7), (0.5, 7, 3)]
+)
+def test_steps_are_limited_by_a_number_or_a_share_of_the_batches(limit: float, size: int | None, steps: int | None) -> None:
+    ranks: Any = None
+    loader = GroupLoader([], ranks, None, limit, "the loader")
+    loader.size = size
+    assert loader.max_steps == steps
