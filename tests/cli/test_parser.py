@@ -14,6 +14,7 @@ from lightning_tp.cli.main import main, make_parser
         (["plann", "x"], "invalid choice: 'plann'"),
         (["plan", "x", "--tp", "two"], "argument --tp: invalid int value: 'two'"),
         (["estimate", "x", "--precison", "fp4"], "unrecognized arguments: `--precison fp4`, did you mean `--precision`?"),
+        (["plan", "x", "--emit-pyton", "-"], "unrecognized arguments: `--emit-pyton -`, did you mean `--emit-python`?"),
         (["estimate", "x", "--activation-checkpointing", "full"], "invalid choice: 'full'"),
         (["tune", "x", "--gpus", "8"], "required: --global-batch. See `lightning-tp tune --help`"),
     ],
