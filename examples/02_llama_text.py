@@ -1,18 +1,18 @@
-"""Train a Llama split over two processes on the source of Python's standard library, byte by byte.
+"""Train a Llama sharded across two processes on the source of Python's standard library, byte by byte.
 
     python examples/02_llama_text.py
 
     On 1,211,865 validation bytes     nats/byte  bits/byte
-    counting pairs of bytes               2.477      3.573
+    bigram model                          2.477      3.573
     Llama after 614,400 bytes             1.932      2.787
 
-It has to beat the model that counts which byte follows which (`bigram_loss`): it stops when its loss on part of the
-validation bytes is below 0.8 of that model's, then both are scored on all of them. Exit status 1 if it fails.
+A convergence check: the Llama has to beat a bigram model of bytes (`bigram_loss`). It stops when its loss on part of the
+validation bytes is below 0.8 of the bigram model's; then both are evaluated on all of them. Exit status 1 if it fails.
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread a rank; torch reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread per rank; torch reads it on import
 
 import argparse
 import math
@@ -22,14 +22,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from llama import PLAN, LlamaConfig, LlamaModule
+from text import StdlibText, bigram_loss
 from torch.utils.data import DataLoader, Subset
 
 import lightning_tp as ltp
-from lightning_tp.data import StdlibText, bigram_loss
 
 
 class TextModule(LlamaModule):
-    """With a warm-up and a decay of the learning rate."""
+    """The Llama with a warmup and a decay of the learning rate."""
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(0.9, 0.95))
@@ -41,14 +41,14 @@ class TextModule(LlamaModule):
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a Llama on text, against a bigram model.")
     parser.add_argument("--max-steps", type=int, default=500)
-    parser.add_argument("--fast", action="store_true", help="20 steps on 200 kB, to see that it runs; it need not win")
+    parser.add_argument("--fast", action="store_true", help="run 20 steps on 200 kB only, as a smoke test; it need not win")
     args = parser.parse_args()
     steps = 20 if args.fast else args.max_steps
 
     L.seed_everything(1)
     train, val = (StdlibText(128, split, max_bytes=200_000 if args.fast else None) for split in ("train", "val"))
     bigram = bigram_loss(train.bytes, val.bytes)
-    some = Subset(val, range(0, len(val), math.ceil(len(val) / 256)))  # 256 windows, from all over the validation bytes
+    some = Subset(val, range(0, len(val), math.ceil(len(val) / 256)))  # 256 windows, spread over the validation bytes
 
     trainer = L.Trainer(
         accelerator="cuda" if torch.cuda.device_count() >= 2 else "cpu",
@@ -69,7 +69,7 @@ def main() -> int:
     loss = trainer.validate(module, DataLoader(val, batch_size=32), verbose=False)[0]["val_loss"]
 
     trainer.print(f"\n{f'On {len(val.bytes):,} validation bytes':32}  nats/byte  bits/byte")
-    for name, nats in (("counting pairs of bytes", bigram), (f"Llama after {seen:,} bytes", loss)):
+    for name, nats in (("bigram model", bigram), (f"Llama after {seen:,} bytes", loss)):
         trainer.print(f"{name:32}  {nats:9.3f}  {nats / math.log(2):9.3f}")
     return 0 if args.fast or loss < bigram else 1
 

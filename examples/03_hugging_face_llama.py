@@ -1,20 +1,20 @@
-"""Train a Hugging Face Llama split over two processes. No plan is given: one is derived, and compared with
+"""Train a Hugging Face Llama sharded across two processes. No plan is given: one is inferred, and compared with
 the one that the model declares.
 
     python examples/03_hugging_face_llama.py
 
     Plan, inferred: as declared by LlamaForCausalLM, and with sequence parallelism, tp=2: 857,216 parameters, a rank holds 429,184 (50.1%); ..
     ..
-    Loaded into the plain model: logits differ by 7.6e-06 at most
+    Loaded into the plain model: largest difference of the logits 7.6e-06
     Loss 0.008 after 200 steps
 
-The LightningModule is an ordinary one that knows nothing of ranks. At the end the weights are put together again, loaded
-into the plain model, and both give the same logits.
+The LightningModule is an ordinary one that does not know about ranks. At the end the full weights are loaded into the
+plain model, which gives the same logits.
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread a rank; torch reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread per rank; torch reads it on import
 
 import argparse
 
@@ -51,24 +51,26 @@ class HuggingFaceModule(L.LightningModule):
 
 
 class Export(L.Callback):
-    """Put the weights together and load them into the plain model: it has to say the same."""
+    """Load the full weights into the plain model, and compare its logits."""
 
     def on_fit_end(self, trainer, module):
         tokens = torch.arange(64, device=module.device)[None]
         with torch.no_grad():
-            logits = module.model.eval()(input_ids=tokens).logits.full_tensor().cpu()  # every rank takes part,
-        weights = ltp.full_state_dict(module.model)  # and in this too
+            logits = (
+                module.model.eval()(input_ids=tokens).logits.full_tensor().cpu()
+            )  # a collective, as is the next line: all ranks run it
+        weights = ltp.full_state_dict(module.model)
         plain = LlamaForCausalLM(CONFIG).eval()
         plain.load_state_dict(weights)
         with torch.no_grad():
             difference = (plain(input_ids=tokens.cpu()).logits - logits).abs().max()
-        trainer.print(f"Loaded into the plain model: logits differ by {difference:.1e} at most")
+        trainer.print(f"Loaded into the plain model: largest difference of the logits {difference:.1e}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a Hugging Face Llama without a plan.")
     parser.add_argument("--max-steps", type=int, default=200)
-    parser.add_argument("--fast", action="store_true", help="8 steps, to see that it runs")
+    parser.add_argument("--fast", action="store_true", help="run 8 steps only, as a smoke test")
     args = parser.parse_args()
     steps = 8 if args.fast else args.max_steps
 

@@ -1,12 +1,12 @@
-"""Train a Llama through Lightning's own command line; needs the extra `cli` (`pip install -e ".[cli]"`).
+"""Train a Llama with Lightning's own command line; needs the extra `cli` (`pip install -e ".[cli]"`).
 
     python examples/04_lightning_cli.py fit --trainer.devices=2 --trainer.strategy=tp
     python examples/04_lightning_cli.py fit --trainer.devices=4 --trainer.strategy=TPStrategy --trainer.strategy.tp=2
     python examples/04_lightning_cli.py fit --config config.yaml --model.config.dim=256
     python examples/04_lightning_cli.py fit --trainer.strategy.help=TPStrategy
 
-`strategy=tp` is `TPStrategy` as it comes: one model over all devices. So for `validate`, `test` and `predict`, which take a `--ckpt_path`.
-With options, in a file such as this config.yaml:
+`strategy=tp` is `TPStrategy` with its defaults: the model is sharded across all devices. The same works for `validate`, `test` and `predict`,
+which take a `--ckpt_path`. With options, in a file such as this config.yaml:
 
     trainer:
       devices: 2
@@ -25,7 +25,7 @@ With options, in a file such as this config.yaml:
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread a rank; torch reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on the CPU, one thread per rank; torch reads it on import
 
 import sys
 
@@ -35,11 +35,11 @@ from lightning.pytorch.cli import LightningCLI
 from llama import PLAN, LlamaModule
 from torch.utils.data import DataLoader
 
-import lightning_tp as ltp  # makes strategy="tp" known, too
+import lightning_tp as ltp  # also registers strategy="tp"
 
 
 class SplitLlama(ltp.TensorParallel, LlamaModule):
-    """The Llama of examples/llama.py, which brings its own plan: the command line need not name one."""
+    """The Llama of examples/llama.py with its plan, so that the command line need not name one."""
 
     plan = PLAN
 
@@ -47,7 +47,7 @@ class SplitLlama(ltp.TensorParallel, LlamaModule):
         self.log("test_loss", self.loss(batch), sync_dist=True)
 
     def predict_step(self, batch, batch_idx):
-        return self.model(batch["tokens"]).argmax(-1)  # (B, T) the likeliest next tokens
+        return self.model(batch["tokens"]).argmax(-1)  # (B, T), the most likely next tokens
 
 
 class RandomTokensData(L.LightningDataModule):
@@ -72,7 +72,7 @@ class CLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> CLI:
-    if sys.argv[1:] == ["--fast"]:  # 8 steps, to see that it runs
+    if sys.argv[1:] == ["--fast"]:  # run 8 steps only, as a smoke test
         sys.argv[1:] = ["fit", "--trainer.devices=2", "--trainer.strategy=tp", "--trainer.max_steps=8"]
     return CLI(
         SplitLlama,

@@ -1,6 +1,6 @@
-"""A Llama, written by hand: RMSNorm, rotary positions, grouped queries, SwiGLU. Plain PyTorch; it knows nothing of ranks.
+"""A Llama in plain PyTorch that does not know about ranks: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
 
-The only thing to take care of: heads are counted by `-1`, so that the code is right on a rank that holds some of them.
+The only requirement: heads are counted by `-1`, so that the code is also right on a rank that holds only some of them.
 
 Shapes in the margin: B batch, T tokens, D width, H heads, K key/value heads, F width of a head, V vocabulary.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# How it is split, for people who like to say it themselves. Everything that is not named here would be an error.
+# How it is sharded, for those who prefer to write it down. A weight that no rule covers is an error.
 PLAN = {
     "tok_embeddings": "vocab_embedding",
     "layers.*.attention_norm": "sequence",

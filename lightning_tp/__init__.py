@@ -27,5 +27,5 @@ from lightning_tp.shards.state_dict import full_state_dict as full_state_dict
 from lightning_tp.trainer.fabric import FabricTPStrategy as FabricTPStrategy
 from lightning_tp.trainer.mixin import TensorParallel as TensorParallel
 from lightning_tp.trainer.strategy import TPStrategy as TPStrategy
-from lightning_tp.verify.report import ParityReport as ParityReport
+from lightning_tp.verify.verify import ParityReport as ParityReport
 from lightning_tp.verify.verify import verify as verify

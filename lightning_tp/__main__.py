@@ -1,4 +1,4 @@
-"""`python -m lightning_tp` is `lightning-tp`."""
+"""`python -m lightning_tp`: the command line `lightning-tp`."""
 
 import sys
 

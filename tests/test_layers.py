@@ -40,6 +40,7 @@ SUBFOLDERS: dict[str, list[str]] = {
     "infer": ["follow", "calls", "sequence"],
     "estimate": ["trace", "rank", "cost", "report", "drawn"],
     "trainer": ["patches", "launch", "adapt"],
+    "cli": ["targets"],
 }
 KNOWS_LIGHTNING = {"trainer", "callbacks", "cli", "pytorch_lightning", "__init__"}
 IMPORTED_LATE = {

@@ -26,10 +26,8 @@ OUR_PREFIX = "_tp_"  # of attributes that this package sets on parameters and mo
 
 # Files that still name some; the list only gets shorter.
 STILL = {
-    "callbacks/predicted.py",
     "checkpoint/weights/hugging_face.py",
     "checkpoint/weights/pretrained.py",
-    "cli/parser.py",
     "core/comm/axis.py",
     "core/comm/collectives.py",
     "core/modules/call_site.py",
@@ -51,8 +49,6 @@ STILL = {
     "infer/repeats.py",
     "infer/sequence/tokens.py",
     "styles/calls/local_ops.py",
-    "testing/compare.py",
-    "testing/fixtures.py",
 }
 
 

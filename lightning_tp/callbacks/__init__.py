@@ -1,7 +1,5 @@
-"""Callbacks that say how fast a run is, what each rank holds, and whether ranks still hold the same."""
+"""Callbacks that report how fast a run is, what each rank holds, and whether replicated values are still equal."""
 
-from lightning_tp.callbacks.drift import DriftWatch
-from lightning_tp.callbacks.shards import ShardSummary
-from lightning_tp.callbacks.throughput import Throughput
-
-__all__ = ["DriftWatch", "ShardSummary", "Throughput"]
+from lightning_tp.callbacks.drift import DriftWatch as DriftWatch
+from lightning_tp.callbacks.shards import ShardSummary as ShardSummary
+from lightning_tp.callbacks.throughput import Throughput as Throughput

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
@@ -38,20 +39,10 @@ def copy_on_meta(module: L.LightningModule) -> L.LightningModule:
 def predict_run(
     twin: L.LightningModule, batch: Any, trainer: L.Trainer, plan: Any, *, optimizer: torch.optim.Optimizer | None
 ) -> tuple[Estimate, bool]:
-    """Estimate a step of this run.
-
-    Args:
-        twin: the module, by `copy_on_meta`.
-        batch: of the run.
-        trainer: that has run it.
-        plan: that was applied.
-        optimizer: of the run.
+    """Estimate a step of a run of the module that `copy_on_meta` copied.
 
     Returns:
         The estimate, and whether its times mean something: not on a CPU, nor on an unknown GPU.
-
-    Raises:
-        TPError: if the step can't be traced on the meta device.
     """
     mesh = find_mesh(trainer)
     if mesh is None:
@@ -61,9 +52,8 @@ def predict_run(
     known = guess(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     hw = known or hardware("cpu" if device.type == "cpu" else "h100")
 
-    def loss_of(model: nn.Module, inputs: Any) -> Tensor:
-        step: Any = model
-        loss = step.training_step(inputs, 0)
+    def loss_of(model: Any, inputs: Any) -> Tensor:
+        loss = model.training_step(inputs, 0)
         loss = loss["loss"] if isinstance(loss, dict) else loss
         if not isinstance(loss, Tensor):
             raise TPError("`training_step` returned no loss.")
@@ -88,17 +78,10 @@ def predict_run(
 
 def _maker(optimizer: torch.optim.Optimizer) -> Any:
     """Return a function that makes an optimizer of the same class and settings for other parameters."""
-    optimizer = getattr(optimizer, "_optimizer", optimizer)
     cls: Any = type(optimizer)
     taken = inspect.signature(cls.__init__).parameters
     settings = {k: v for k, v in optimizer.defaults.items() if k in taken}
-
-    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        made: torch.optim.Optimizer = cls(parameters, **settings)
-        return made
-
-    make.__name__ = cls.__name__
-    return make
+    return functools.update_wrapper(functools.partial(cls, **settings), cls)
 
 
 def held_bytes(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -112,15 +95,7 @@ def held_bytes(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> in
 
 
 def prediction_line(found: Estimate, timed: bool, tokens_per_s: float | None, held: int, peak: int | None) -> str:
-    """Format what was predicted beside what was measured.
-
-    Args:
-        found: the estimate.
-        timed: whether its times mean something.
-        tokens_per_s: as measured; None if it was not.
-        held: bytes of parameters and optimizer states, as measured.
-        peak: bytes at the peak, as measured; None on a CPU.
-    """
+    """Format what was predicted beside what was measured: tokens, and bytes held by parameters and optimizer and at the peak."""
     m = found.memory
     parts = []
     if timed:

@@ -1,11 +1,11 @@
-"""How fast a run trains: tokens per second of the whole run, milliseconds per step, model FLOP/s, MFU.
+"""How fast a run trains: tokens per second of all ranks together, milliseconds per step, model FLOP/s, MFU.
 
-Tensor-parallel ranks of one group see the same batch, so it is counted once over the data-parallel axis: tokens of this
-rank's batch * data-parallel size. (All data-parallel ranks are taken to have batches of the same size.)
+The ranks of a tensor-parallel group see the same batch, so tokens are counted once per group: tokens of this rank's batch *
+data-parallel size. (All data-parallel ranks are assumed to have batches of the same size.)
 
-The time covers all that happens between the counted steps, waiting for data and the other callbacks included; the first
-`warmup` steps and validation are left out. A step is one call of `training_step`; where gradients are accumulated, an
-optimizer step is several of them. On CUDA the clock waits for the device only when it starts, stops or is read.
+The time includes everything between the counted steps, such as waiting for data and other callbacks; the first `warmup`
+steps and validation are excluded. A step is one call of `training_step`; with gradient accumulation, an optimizer step is
+several of them. On CUDA the clock synchronizes with the device only when it starts, stops or is read.
 
 Model FLOP/s are those of a forward and a backward pass, 6 per parameter and token (Kaplan et al. 2020; attention scores
 and recomputed activations are not counted), unless the module has an attribute `num_flops_per_token`.
@@ -13,25 +13,27 @@ and recomputed activations are not counted), unless the module has an attribute 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_tp.callbacks.predicted import copy_on_meta, held_bytes, kept_batch, predict_run, prediction_line
 from lightning_tp.callbacks.shards import find_mesh, num_global_parameters
+from lightning_tp.core.comm.mesh import DATA_PARALLEL
+from lightning_tp.core.trees import tensors_in
+from lightning_tp.core.units import flop_rate
 from lightning_tp.errors import TPError
 from lightning_tp.estimate import Estimate
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What was counted over a run, all ranks together; times in seconds."""
+    """Tokens, steps and seconds of a run, over all ranks together."""
 
     num_tokens: int
     num_steps: int
@@ -47,18 +49,21 @@ class Speed:
 
 
 class Throughput(L.Callback):
-    """Log `tokens_per_s` (and `mfu`, from 0 to 1) of the last `window` steps to the progress bar; print one line for the whole run.
+    """Log `tokens_per_s` (and `mfu`, from 0 to 1) of the last `window` steps to the progress bar, and print one line at the end of `fit`.
 
-    After `fit`, `.speed` holds the numbers of that line (None where no step came after the warmup).
+    After `fit`, `.speed` holds the numbers of that line (None if the run ended within the warmup), and `.predicted` the `Estimate`.
 
     Args:
-        tokens_fn: counts the tokens of this rank's batch; if None, they are the elements of the first integer tensor of
-            two or more dims in the batch, (batch, sequence) as a rule.
-        window: steps from one reading of the clock to the next.
-        warmup: steps at the start that do not count (compilation, memory allocation, first data).
-        peak_flops: FLOP/s that one device can do at best (H100 SXM, dense bfloat16: 989e12); if given, MFU is shown.
-        predict: under `TPStrategy`, print at the end also what `estimate` predicts for this run, beside what was measured; times only where the
-            device is known. It takes some seconds after the training.
+        tokens_fn: Counts the tokens of this rank's batch. Default: the elements of the first integer tensor with two or more
+            dims in the batch, usually (batch, sequence).
+        window: Steps between two readings of the clock.
+        warmup: Steps at the start that are not counted (compilation, memory allocation, first data).
+        peak_flops: Peak FLOP/s of one device (H100 SXM, dense bfloat16: 989e12); if given, MFU is shown.
+        predict: Under `TPStrategy`, also print what `estimate` predicts for this run, next to what was measured; step times only if
+            the device is known. This takes some seconds after training.
+
+    Raises:
+        TPError: For an argument out of range; if the tokens of a batch cannot be counted.
 
     Example:
         >>> import lightning as L
@@ -77,9 +82,9 @@ class Throughput(L.Callback):
         predict: bool = True,
     ) -> None:
         if window < 1 or warmup < 0:
-            raise TPError(f"Throughput: `window={window}` must be at least 1 and `warmup={warmup}` at least 0.")
+            raise TPError(f"`Throughput`: `window={window}` must be at least 1 and `warmup={warmup}` at least 0.")
         if peak_flops is not None and peak_flops <= 0:
-            raise TPError(f"Throughput: `peak_flops={peak_flops}` is not above 0. Give FLOP/s of one device, or None.")
+            raise TPError(f"`Throughput`: `peak_flops={peak_flops}` must be above 0. Pass the FLOP/s of one device, or None.")
         self.tokens_fn = tokens_fn or count_tokens
         self.window = window
         self.warmup = warmup
@@ -92,21 +97,22 @@ class Throughput(L.Callback):
         self._batch: Any = None
 
     def before_split(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Called by `TPStrategy` on the first rank, while the module is whole."""
+        """Keep a copy of the module without weights, to predict from; `TPStrategy` calls this on rank 0, before it shards the module."""
         if self.predict:
             try:
                 self._twin = copy_on_meta(pl_module)
-            except Exception:  # something in it can't be copied; `estimate` has other ways in
+            except Exception:  # something in it cannot be copied: the run itself does not depend on it
                 self._twin = None
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.speed = None
         self._clock = _Clock(trainer.strategy.root_device)
-        self._dp = data_parallel_size(trainer)
+        mesh = find_mesh(trainer)
+        self._dp = trainer.world_size if mesh is None else mesh[DATA_PARALLEL].size()  # different batches at a time
         self._num_seen = 0  # steps, warmup included
         self._num_tokens = 0  # of all ranks, warmup excluded
-        self._border = (0, 0.0)  # tokens and seconds when the last window closed
+        self._window_start = (0, 0.0)  # tokens and seconds when the last window ended
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -121,13 +127,13 @@ class Throughput(L.Callback):
             self._batch = kept_batch(batch)
         self._num_seen += 1
         if self._num_seen <= self.warmup:
-            self._start_clock()  # runs from the end of the last warmup step
+            self._start_clock()  # it runs from the end of the last warmup step
             return
         self._num_tokens += self.tokens_fn(batch) * self._dp
         if (self._num_seen - self.warmup) % self.window == 0:
             tokens, seconds = self._num_tokens, self._clock.read()
-            rate = (tokens - self._border[0]) / (seconds - self._border[1])
-            self._border = (tokens, seconds)
+            rate = (tokens - self._window_start[0]) / (seconds - self._window_start[1])
+            self._window_start = (tokens, seconds)
             pl_module.log("tokens_per_s", rate, prog_bar=True, on_step=True, on_epoch=False)
             if self.peak_flops is not None and (flops_per_token := num_flops_per_token(trainer, pl_module)) is not None:
                 mfu = rate * flops_per_token / (self.peak_flops * trainer.world_size)
@@ -167,8 +173,8 @@ class Throughput(L.Callback):
             self.predicted, timed = predict_run(
                 self._twin, self._batch, trainer, plan, optimizer=optimizers[0] if len(optimizers) == 1 else None
             )
-        except Exception as error:  # the run itself is done, and well
-            return f"Throughput, predicted: nothing, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # the run itself has succeeded
+            return f"Throughput, predicted: not available ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         device = trainer.strategy.root_device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         rate = self.speed.tokens_per_s if self.speed is not None else None
@@ -184,53 +190,41 @@ class Throughput(L.Callback):
 
     def _summary(self, flops_per_token: float | None, *, num_devices: int) -> str:
         if self.speed is None:
-            return f"Throughput: none of the {self._num_seen} steps came after the warmup of {self.warmup}"
+            return f"Throughput: not measured, all {self._num_seen} steps were warmup (warmup={self.warmup})"
         speed = self.speed
-        line = f"Throughput: {speed.tokens_per_s:,.0f} tokens/s, {speed.ms_per_step:.1f} ms/step"
-        line += f" over {speed.num_steps:,} steps"
+        line = f"Throughput: {speed.tokens_per_s:,.0f} tokens/s, {speed.ms_per_step:.1f} ms/step over {speed.num_steps:,} steps"
         if flops_per_token is not None:
             flops = speed.tokens_per_s * flops_per_token
-            line += f", {_flops(flops)}"
+            line += f", {flop_rate(flops)}"
             if self.peak_flops is not None:
                 line += f", MFU {100 * flops / (self.peak_flops * num_devices):.1f}%"
         return line
 
 
 def count_tokens(batch: Any) -> int:
-    """Count the elements of the first integer tensor of two or more dims, looking into dicts, lists and tuples.
-
-    Example:
-        >>> count_tokens({"pixels": torch.rand(2, 3), "tokens": torch.zeros(2, 5, dtype=torch.int64)})
-        10
-    """
-    for tensor in _tensors(batch):
+    """Count the elements of the first integer tensor with two or more dims in a batch."""
+    for tensor in tensors_in(batch):
         is_integer = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
         if is_integer and tensor.dim() >= 2:
             return tensor.numel()
-    found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in _tensors(batch)) or "no tensors"
+    found = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors_in(batch)) or "no tensors"
     raise TPError(
-        f"Throughput: no integer tensor of 2 or more dims in the batch (a {type(batch).__name__} with {found}), so its "
-        "tokens cannot be counted. Use Throughput(tokens_fn=lambda batch: ...)."
+        f"`Throughput`: the batch has no integer tensor with 2 or more dims (a {type(batch).__name__} with {found}), so its "
+        "tokens cannot be counted. Pass `Throughput(tokens_fn=lambda batch: ..)`."
     )
 
 
-def data_parallel_size(trainer: L.Trainer) -> int:
-    """How many different batches the ranks work on at a time."""
-    mesh = find_mesh(trainer)
-    return trainer.world_size if mesh is None else mesh["data_parallel"].size()
-
-
 def num_flops_per_token(trainer: L.Trainer, module: L.LightningModule) -> float | None:
-    """FLOPs of a training step per token: the module's own `num_flops_per_token`, else 6 per parameter of the model."""
-    told = getattr(module, "num_flops_per_token", None)
-    if told is not None:
-        return float(told() if callable(told) else told)
+    """Return the FLOPs of a training step per token: the module's own `num_flops_per_token`, else 6 per parameter of the model."""
+    known = getattr(module, "num_flops_per_token", None)
+    if known is not None:
+        return float(known() if callable(known) else known)
     num_parameters = num_global_parameters(trainer, module)
     return None if num_parameters is None else 6.0 * num_parameters
 
 
 class _Clock:
-    """Adds up seconds while it runs; waits for the device's queue whenever it is touched."""
+    """A stopwatch that synchronizes with the device whenever it is started, stopped or read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -253,22 +247,3 @@ class _Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return perf_counter()
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, in order."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, (list, tuple)):
-        for value in batch:
-            yield from _tensors(value)
-
-
-def _flops(flops: float) -> str:
-    for unit, size in {"PFLOP/s": 1e15, "TFLOP/s": 1e12, "GFLOP/s": 1e9}.items():
-        if flops >= size:
-            return f"{flops / size:.1f} {unit}"
-    return f"{flops / 1e6:.1f} MFLOP/s"

@@ -1,7 +1,4 @@
-"""`lightning-tp export | consolidate | inspect`: checkpoints from the command line. No devices, no process group, no model code.
-
-Exit status: 0 it is well, 1 `inspect` found that the checkpoint is not complete, 2 a mistake of the user.
-"""
+"""The commands `lightning-tp export | consolidate | inspect`: no devices, no process group, no model code."""
 
 from __future__ import annotations
 
@@ -10,57 +7,55 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_tp.cli.parser import STATUS
+from lightning_tp.cli.parser import add_command
+from lightning_tp.core.units import size
 
-EXAMPLES = """\
-examples:
-  lightning-tp inspect last.ckpt                                what it is, and whether it is complete
-  lightning-tp inspect last.ckpt --verify --json                with checksums, for scripts
-  lightning-tp export last.ckpt llama-out --format hf           for AutoModelForCausalLM.from_pretrained("llama-out")
-  lightning-tp export last.ckpt out --dtype bf16                safetensors with the model's own names
-  lightning-tp export last.ckpt out.ckpt --format torch         for MyModule.load_from_checkpoint, torch.load
-  lightning-tp consolidate last.ckpt whole.ckpt                 optimizer and all, for a Trainer without this package
+INSPECT = """\
+  lightning-tp inspect last.ckpt                                    what it holds, and whether it is complete
+  lightning-tp inspect last.ckpt --verify --json                    with checksums, for scripts
 """
+EXPORT = """\
+  lightning-tp export last.ckpt llama-out --format hf               for AutoModelForCausalLM.from_pretrained("llama-out")
+  lightning-tp export last.ckpt out --dtype bf16                    safetensors with the model's own names
+  lightning-tp export last.ckpt out.ckpt --format torch             for MyModule.load_from_checkpoint, torch.load
+"""
+CONSOLIDATE = """\
+  lightning-tp consolidate last.ckpt one.ckpt                       with the optimizer, for a Trainer without this package
+"""
+EXAMPLES = INSPECT + EXPORT + CONSOLIDATE
 
 
-FORMATS = "safetensors with the model's own names, a Hugging Face model, or one file for torch.load"
-
-
-def _command(commands: Any, name: str, text: str) -> Any:
-    return commands.add_parser(name, help=text, description=text, epilog=f"{EXAMPLES}\n{STATUS}")
-
-
-def add_commands(commands: Any) -> None:
-    """Add the three commands to the parser of `lightning-tp`."""
-    out = _command(commands, "export", "weights of a checkpoint for others")
-    out.set_defaults(run=_export)
-    out.add_argument("checkpoint", metavar="CKPT", help="a folder or a file")
-    out.add_argument("out", metavar="OUT", help="the folder that is made; for `torch` a file")
-    out.add_argument(
-        "--format",
-        choices=("safetensors", "hf", "torch"),
-        default="safetensors",
-        help=f"what is written: {FORMATS} (default: %(default)s)",
+def add_to(commands: Any) -> None:
+    """Add the three commands to the parser."""
+    export = add_command(
+        commands, "export", "export weights (safetensors, Hugging Face, torch.save)", _export, EXPORT, target=False
     )
-    out.add_argument("--dtype", metavar="TYPE", help="bf16, fp16, fp32 (default: as stored)")
-    out.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="the most that one file of safetensors holds (default: %(default)s)"
+    export.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder or file")
+    export.add_argument("out", metavar="OUT", help="the folder to write; for `torch` a file")
+    text = "safetensors with the model's own names, a Hugging Face model, or one file for torch.load (default: %(default)s)"
+    export.add_argument("--format", choices=("safetensors", "hf", "torch"), default="safetensors", help=text)
+    export.add_argument("--dtype", metavar="TYPE", help="bf16, fp16, fp32 (default: as stored)")
+    text = "the largest size of one safetensors file (default: %(default)s)"
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help=text)
+    export.add_argument("--config", metavar="PATH", help="for --format hf: a config.json (default: the one in the checkpoint)")
+    export.add_argument("--prefix", metavar="NAME", help="for --format hf: the attribute that holds the model (default: detected)")
+
+    consolidate = add_command(
+        commands, "consolidate", "merge a sharded checkpoint into one file", _consolidate, CONSOLIDATE, target=False
     )
-    out.add_argument("--config", metavar="PATH", help="with --format hf: a config.json (default: the one in the checkpoint)")
-    out.add_argument("--prefix", metavar="NAME", help="with --format hf: the attribute that holds the model (default: found)")
-    one = _command(commands, "consolidate", "a checkpoint folder as one file")
-    one.set_defaults(run=_consolidate)
-    one.add_argument("checkpoint", metavar="CKPT", help="a folder that many ranks have written")
-    one.add_argument("out", metavar="OUT.ckpt", help="the file that is made")
-    for command in (out, one):
-        command.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
-    look = _command(commands, "inspect", "what a checkpoint is, and whether it is complete")
-    look.set_defaults(run=_inspect)
-    look.add_argument("checkpoint", metavar="CKPT", help="a folder or a file of any kind")
-    look.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    look.add_argument("--verify", action="store_true", help="read all files, and compare checksums")
-    for command in (out, one, look):
-        command.add_argument("--trust", action="store_true", help="load classes that the checkpoint names (it may run any code)")
+    consolidate.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder, written by many ranks")
+    consolidate.add_argument("out", metavar="OUT.ckpt", help="the file to write")
+    for command in (export, consolidate):
+        command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+    inspect = add_command(
+        commands, "inspect", "show what a checkpoint holds, and whether it is complete", _inspect, INSPECT, target=False
+    )
+    inspect.add_argument("checkpoint", metavar="CKPT", help="a checkpoint folder or file of any kind")
+    inspect.add_argument("--json", action="store_true", help="print JSON, with nothing else on stdout")
+    inspect.add_argument("--verify", action="store_true", help="read all files and compare checksums")
+    for command in (export, consolidate, inspect):
+        command.add_argument("--trust", action="store_true", help="unpickle any class that the checkpoint names (it may run code)")
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -78,7 +73,7 @@ def _export(args: argparse.Namespace) -> int:
         weights_only=not args.trust,
     )
     total = sum(f.stat().st_size for f in files)
-    print(f"Wrote {args.out}: {len(files)} file{'s' if len(files) > 1 else ''}, {total / 1e6:,.1f} MB")
+    print(f"Wrote {args.out}: {len(files)} file{'s' if len(files) > 1 else ''}, {size(total)}")
     return 0
 
 
@@ -86,7 +81,7 @@ def _consolidate(args: argparse.Namespace) -> int:
     from lightning_tp.checkpoint.weights.export import consolidate
 
     file = consolidate(args.checkpoint, args.out, overwrite=args.overwrite, weights_only=not args.trust)
-    print(f"Wrote {file}: {Path(file).stat().st_size / 1e6:,.1f} MB")
+    print(f"Wrote {file}: {size(Path(file).stat().st_size)}")
     return 0
 
 

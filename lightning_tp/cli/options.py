@@ -1,92 +1,87 @@
-"""Options, help texts and progress that several commands share."""
+"""The options that several commands share, and the checks of their values before any work begins."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.cost.hardware import known_hardware
+from lightning_tp.estimate.cost.hardware import hardware, known_hardware
 from lightning_tp.estimate.drawn.drawing import check_page, check_picture
 from lightning_tp.estimate.rank.optimizer import KNOWN
 from lightning_tp.estimate.rank.settings import PRECISIONS
+from lightning_tp.plan.plan import Plan
 
-CHECKPOINTING = ("none", "block", "selective")
-
-
-CHECKPOINTING_HELP = "what is run again in the backward: nothing, each block, or of each block what is cheap (default: %(default)s)"
-
-
-def add_hardware(command: Any) -> None:
-    """The option `--hardware`."""
-    known = ", ".join(known_hardware())
-    text = f"{known}, or file.json or file.json:name with your own (default: %(default)s)"
-    command.add_argument("--hardware", default="h100", metavar="NAME", help=text)
-
-
-def add_pictures(command: Any, plots: str, page: str) -> None:
-    """The options `--plot` (where there are plots) and `--html`."""
-    if plots:
-        text = f"write {plots}; the ending is the format: .svg, or .png and .pdf (with matplotlib)"
-        command.add_argument("--plot", metavar="FILE", help=text)
-    command.add_argument("--html", metavar="FILE", help=f"write {page}, as one HTML file that needs nothing else")
-
-
-def check_pictures(args: argparse.Namespace) -> None:
-    """Refuse files that could not be written, before the work begins.
-
-    Raises:
-        TPError: as `check_picture` and `check_page`.
-    """
-    if getattr(args, "plot", None) is not None:
-        check_picture(args.plot, "--plot")
-    if args.html is not None:
-        check_page(args.html, "--html")
+NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
+SWITCH: dict[str, Any] = {"action": "store_true"}
+FILE: dict[str, Any] = {"metavar": "FILE"}
+FORMATS = "the suffix is the format: .svg, or .png and .pdf (with matplotlib)"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--tp": NUMBER | {"default": 2, "help": "tensor-parallel size (default: %(default)s)"},
+    "--dp": NUMBER | {"default": 1, "help": "data-parallel size (FSDP2) (default: %(default)s)"},
+    "--seq": NUMBER | {"help": "sequence length (default: that of the inputs)"},
+    "--plan": FILE | {"help": "a plan as JSON (default: as TPStrategy chooses)"},
+    "--no-sequence-parallel": SWITCH
+    | {"help": "keep activations between the sharded modules replicated instead of sharded along the sequence dimension"},
+    "--precision": {"default": "bf16-mixed", "metavar": "NAME", "help": f"{', '.join(PRECISIONS)} (default: %(default)s)"},
+    "--optimizer": {"default": "adamw", "metavar": "NAME", "help": f"{', '.join(KNOWN)} (default: %(default)s)"},
+    "--activation-checkpointing": {
+        "choices": ("none", "block", "selective"),
+        "default": "none",
+        "help": "what the backward pass recomputes: nothing, each block, or the cheap part of each block (default: %(default)s)",
+    },
+    "--compile": SWITCH | {"help": "as TPStrategy(compile=True): fuse the kernels between matmuls"},
+    "--hardware": {
+        "default": "h100",
+        "metavar": "NAME",
+        "help": f"{', '.join(known_hardware())}, or file.json or file.json:name for your own (default: %(default)s)",
+    },
+    "--json": SWITCH | {"help": "print JSON, with nothing else on stdout"},
+    "--plot": FILE | {"help": f"write plots; {FORMATS}"},
+    "--html": FILE | {"help": "write a report, as one self-contained HTML file"},
+}
 
 
-def check_names(precisions: str, optimizer: str) -> None:
-    """Refuse precisions (with commas) and an optimizer that are not known, with the nearest.
-
-    Raises:
-        TPError: it lists those that there are.
-    """
-    for option, names, known in (
-        ("precision", precisions.split(","), list(PRECISIONS)),
-        ("optimizer", [optimizer.lower()], list(KNOWN)),
-    ):
-        for name in names:
-            if name not in known:
-                near = get_close_matches(name, known, 2) or [k for k in known if name and k.startswith(name)]
-                meant = f"did you mean {' or '.join(near)}? There" if near else "there"
-                raise TPError(f"`--{option} {name}`: {meant} are {', '.join(known)}.")
+def add(command: Any, *names: str, **changes: Any) -> None:
+    """Add options of `OPTIONS` to a command; `changes` is what is different in this command, such as `help`."""
+    for name in names:
+        command.add_argument(name, **OPTIONS[name] | changes)
 
 
-class Progress:
-    """Says on stderr what is looked at, once it has taken a few seconds; on a terminal in one line, which goes at the end."""
+def activation_checkpointing(args: argparse.Namespace) -> Literal["block", "selective"] | None:
+    """Return the value of `--activation-checkpointing` as TPStrategy takes it."""
+    value: Literal["none", "block", "selective"] = args.activation_checkpointing
+    return None if value == "none" else value
 
-    QUIET_S = 3.0
 
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.shown = False
+def check(args: argparse.Namespace) -> None:
+    """Refuse values of options before any work begins, and replace the file of `--plan` by the plan in it."""
+    given = vars(args)
+    for name, value in given.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise TPError(f"`--{name.replace('_', '-')} {value}`: pass a number, 1 or more.")
+    for name, check_path in (("plot", check_picture), ("html", check_page)):
+        if given.get(name) is not None:
+            check_path(given[name], f"--{name}")
+    if "hardware" in given:
+        hardware(args.hardware)
+    for value in given.get("precision", "32-true").split(","):
+        _check_name("precision", value, list(PRECISIONS))
+    _check_name("optimizer", given.get("optimizer", "sgd").lower(), list(KNOWN))
+    if given.get("plan") is not None:
+        args.plan = _read_plan(args.plan)
 
-    def __call__(self, text: str) -> None:
-        """What comes now."""
-        if time.monotonic() - self.start < self.QUIET_S:
-            return
-        self.shown = True
-        line = f"{time.monotonic() - self.start:3.0f} s: {text}"
-        if sys.stderr.isatty():
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Progress:
-        return self
+def _check_name(option: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = get_close_matches(name, known, 2) or [k for k in known if name and k.startswith(name)]
+        meant = f", did you mean {' or '.join(near)}?" if near else "."
+        raise TPError(f"`--{option} {name}`: unknown {option}{meant} Valid values: {', '.join(known)}.")
 
-    def __exit__(self, *error: object) -> None:
-        if self.shown and sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+def _read_plan(path: str) -> Plan:
+    try:
+        return Plan.of(path)
+    except TPError as error:
+        raise TPError(f"`--plan {path}`: {str(error).removeprefix(f'`plan={path!r}`: ')}") from None

@@ -14,36 +14,16 @@ from lightning_tp.core.modules.blocks import starred
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 
-USE_LOCAL = "Use `backend='local'`."  # the advice of `to_torch`, which is none for a file
-
-
-NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")
+NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")  # styles
 
 
 def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
-    """A Python file with a function `parallelize(model, tp_mesh)` that splits the model by PyTorch's own styles.
+    """Write a Python file with a function `parallelize(model, tp_mesh)` that shards the model by PyTorch's own styles.
 
     Raises:
-        TPError: if torch has no counterpart of some rules; it lists their modules.
+        TPError: With the modules of all rules that torch has no counterpart of.
     """
-    refused: dict[str, list[str]] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for entry in plan.entries:
-        if entry.where not in modules:
-            continue
-        why = ""
-        if entry.style.name in NOT_IN_TORCH:
-            why = f"`{entry.style.name}`"
-        else:
-            try:
-                entry.to_torch(modules[entry.where])
-            except TPError as error:
-                why = str(error).removeprefix(f"`{entry.where}`: ").replace(USE_LOCAL, "").strip(" .")
-        if why:
-            refused.setdefault(why, []).append(starred(entry.where))
-    tied = [name for name in sorted(plan.tied) if name in plan.splits and plan.splits[name].dim is not None]
-    if tied:
-        refused["tied weights, which torch's styles untie without a word"] = tied
+    refused = _not_in_torch(plan, model)
     if refused:
         what = "; ".join(f"{', '.join(f'`{n}`' for n in dict.fromkeys(names))} ({why})" for why, names in refused.items())
         raise TPError(
@@ -51,26 +31,25 @@ def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
         )
     styles = {name: _style_source(style) for name, style in plan.to_torch(model).items()}
     folded = _folded(styles, [name for name, _ in model.named_modules(remove_duplicate=False)])
-    words = sorted(
-        {word for source in folded.values() for word in re.findall(r"\b[A-Z]\w+(?=\()", source)} - {"Partial", "Replicate", "Shard"}
-    )
-    placements = sorted({word for source in folded.values() for word in re.findall(r"\b(?:Partial|Replicate|Shard)(?=\()", source)})
+    used = {word for source in folded.values() for word in re.findall(r"\b[A-Z]\w+(?=\()", source)}
+    placements = sorted(used & {"Partial", "Replicate", "Shard"})
+    shards_sequence = any("Shard(1)" in source for source in folded.values())
     lines = [
-        f'"""How {type(model).__name__} is split over a tensor-parallel axis, in plain PyTorch.',
+        f'"""How {type(model).__name__} is sharded over a tensor-parallel mesh dimension, in plain PyTorch.',
         "",
         f"Written by `lightning-tp plan {target} --tp {plan.tp} --emit-python`, from a plan that was {plan.source}. The model's",
-        f"code has to count its heads by -1: on a rank there are 1/{plan.tp} of them.",
-        *([f"Sequences have to be as long as a multiple of {plan.tp}."] if any("Shard(1)" in x for x in folded.values()) else []),
+        f"code has to count its heads by -1: a rank holds 1/{plan.tp} of them.",
+        *([f"The sequence length has to be a multiple of {plan.tp}."] if shards_sequence else []),
         '"""',
         "",
         "from torch import nn",
         "from torch.distributed.device_mesh import DeviceMesh",
         *([f"from torch.distributed.tensor import {', '.join(placements)}"] if placements else []),
-        f"from torch.distributed.tensor.parallel import {', '.join([*words, 'parallelize_module'])}",
+        f"from torch.distributed.tensor.parallel import {', '.join([*sorted(used - set(placements)), 'parallelize_module'])}",
         "",
         "",
         "def parallelize(model: nn.Module, tp_mesh: DeviceMesh) -> nn.Module:",
-        f'    """Split the model over the {plan.tp} ranks of `tp_mesh`, in place."""',
+        f'    """Shard the model over the {plan.tp} ranks of `tp_mesh`, in place."""',
         "    plan = {",
         *(f"        {json.dumps(name)}: {source}," for name, source in folded.items()),
         "    }",
@@ -79,8 +58,29 @@ def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _not_in_torch(plan: CheckedPlan, model: nn.Module) -> dict[str, list[str]]:
+    """Return reason -> modules of the rules that torch has no counterpart of; the numbers of blocks are starred."""
+    refused: dict[str, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for entry in plan.entries:
+        if entry.where not in modules:
+            continue
+        reason = f"`{entry.style.name}`" if entry.style.name in NOT_IN_TORCH else ""
+        if not reason:
+            try:
+                entry.to_torch(modules[entry.where])
+            except TPError as error:  # its advice is for TPStrategy, and none for a file
+                reason = str(error).removeprefix(f"`{entry.where}`: ").partition(" Use ")[0].strip(" .")
+        if reason:
+            refused.setdefault(reason, []).append(starred(entry.where))
+    tied = [name for name in sorted(plan.tied) if name in plan.splits and plan.splits[name].dim is not None]
+    if tied:
+        refused["tied weights, which torch's styles untie silently"] = tied
+    return refused
+
+
 def _folded(styles: Mapping[str, str], everything: Iterable[str]) -> dict[str, str]:
-    """One pattern for the modules of all blocks, where it stands for these and no others."""
+    """Fold the modules of all blocks into one pattern, where it matches these and no others."""
     groups: dict[str, list[str]] = {}
     for name in styles:
         groups.setdefault(starred(name), []).append(name)
@@ -95,13 +95,13 @@ def _folded(styles: Mapping[str, str], everything: Iterable[str]) -> dict[str, s
 
 
 def _style_source(style: Any) -> str:
-    """The expression that makes one of torch's styles."""
+    """Return the expression that makes one of torch's styles."""
     from torch.distributed.tensor import parallel as torch_tp
 
     if isinstance(style, (torch_tp.ColwiseParallel, torch_tp.RowwiseParallel)):
-        arrives, leaves = _placements([style.input_layouts[0], style.output_layouts[0]])
-        whole = "" if style.use_local_output else ", use_local_output=False"
-        return f"{type(style).__name__}(input_layouts={arrives}, output_layouts={leaves}{whole})"
+        inputs, outputs = _placements([style.input_layouts[0], style.output_layouts[0]])
+        as_dtensor = "" if style.use_local_output else ", use_local_output=False"
+        return f"{type(style).__name__}(input_layouts={inputs}, output_layouts={outputs}{as_dtensor})"
     if isinstance(style, torch_tp.SequenceParallel):
         return "SequenceParallel()"
     if isinstance(style, torch_tp.PrepareModuleInput):
@@ -120,9 +120,9 @@ def _style_source(style: Any) -> str:
             options.append("use_local_output=True")
         return f"PrepareModuleInput({', '.join(options)})"
     if isinstance(style, torch_tp.PrepareModuleOutput):
-        left, read = _tuple(style.output_layouts), _tuple(style.desired_output_layouts)
-        return f"PrepareModuleOutput(output_layouts={left}, desired_output_layouts={read})"
-    raise AssertionError(f"a style of torch that `to_torch` never makes: {type(style).__name__}")
+        given, wanted = _tuple(style.output_layouts), _tuple(style.desired_output_layouts)
+        return f"PrepareModuleOutput(output_layouts={given}, desired_output_layouts={wanted})"
+    raise AssertionError(f"`to_torch` never makes a {type(style).__name__}")
 
 
 def _tuple(placements: Any) -> str:

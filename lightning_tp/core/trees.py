@@ -1,26 +1,28 @@
-"""The one walk over trees of tensors: batches, inputs, outputs of models.
+"""The one walk over trees of tensors: batches, inputs and outputs of models.
 
 torch's pytrees know lists, tuples, dicts and registered classes. Batches have more in them: mappings of any class (Hugging Face's
-`BatchEncoding`), dataclasses, objects with attributes. These are looked into here.
+`BatchEncoding`), dataclasses, objects with attributes. `tensors_in` and `named_tensors_in` look into these as well; `map_tensors`, which has
+to build the tree anew, does not.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
-_PLAIN = (str, bytes, int, float, complex, type(None))
+_NO_ATTRIBUTES = (str, bytes, int, float, complex, type(None))  # the usual leaves beside tensors: skip them at once
 
 
 def tensors_in(tree: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Yield the tensors of a tree, in order. Fast enough for every batch.
+    """Yield the tensors of a tree, in order. Fast enough to run for every batch.
 
     Args:
-        tree: tensors in containers, in mappings of any class, and in attributes of objects.
-        depth: how many objects inside each other are looked into.
+        tree: Tensors in containers, in mappings of any class, and in attributes of objects.
+        depth: How many objects (or mappings that are no dict) inside each other to look into.
 
     Example:
         >>> import torch
@@ -29,16 +31,16 @@ def tensors_in(tree: Any, depth: int = 3) -> Iterator[Tensor]:
     """
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, (dict, list, tuple)):
+    elif isinstance(tree, (dict, list, tuple, deque)):
         for item in tree.values() if isinstance(tree, dict) else tree:
             yield from tensors_in(item, depth)
-    elif depth and (inside := _inside(tree)):
-        for item in inside.values():
+    elif depth and (attributes := _attributes(tree)):
+        for item in attributes.values():
             yield from tensors_in(item, depth - 1)
 
 
 def named_tensors_in(tree: Any, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path, tensor) of the tensors that `tensors_in` finds.
+    """Yield (path, tensor) of the tensors that `tensors_in` finds; the path of a tree that is a tensor itself is empty.
 
     Example:
         >>> import torch
@@ -49,13 +51,13 @@ def named_tensors_in(tree: Any, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
     for path, leaf in leaves:
         if isinstance(leaf, Tensor):
             yield "".join(map(str, path)), leaf
-        elif depth and (inside := _inside(leaf)):
-            for below, t in named_tensors_in(inside, depth - 1):
-                yield "".join(map(str, path)) + below, t
+        elif depth and (attributes := _attributes(leaf)):
+            for below, tensor in named_tensors_in(attributes, depth - 1):
+                yield "".join(map(str, path)) + below, tensor
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Return the same tree with `function(t)` instead of each tensor `t`; leaves of other kinds stay as they are.
+    """Return the same pytree with `function(t)` in place of each tensor `t`; other leaves stay as they are.
 
     Example:
         >>> import torch
@@ -65,7 +67,8 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree_map_only(Tensor, function, tree)
 
 
-def _inside(leaf: Any) -> dict[str, Any] | None:
-    if isinstance(leaf, _PLAIN) or callable(leaf) or isinstance(leaf, Iterator):
+def _attributes(leaf: Any) -> dict[str, Any] | None:
+    """Return what a leaf of torch's pytrees holds by name: the items of a mapping, the attributes of an object."""
+    if isinstance(leaf, _NO_ATTRIBUTES) or callable(leaf) or isinstance(leaf, Iterator):
         return None
     return dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)

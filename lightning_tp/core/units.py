@@ -1,24 +1,24 @@
-"""Format bytes, seconds, shares and counts for reading."""
+"""Format bytes, seconds, shares, parameter counts and FLOP rates for reading."""
 
 from __future__ import annotations
 
 
-def size(n: float) -> str:
-    """Bytes, for reading.
+def size(num_bytes: float) -> str:
+    """Format a number of bytes, in powers of 1024.
 
     Example:
-        >>> size(3 * 2**30)
-        '3.00 GiB'
+        >>> size(240), size(3 * 2**30)
+        ('240 bytes', '3.00 GiB')
     """
-    for unit in ("bytes", "KiB", "MiB"):
-        if abs(n) < 1024:
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
+    power = 0
+    while abs(num_bytes) >= 1024 and power < 4:
+        num_bytes /= 1024
+        power += 1
+    return f"{num_bytes:.{(0, 1, 1, 2, 2)[power]}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def seconds(s: float) -> str:
-    """A time, for reading.
+    """Format a duration given in seconds.
 
     Example:
         >>> seconds(0.0123)
@@ -27,13 +27,18 @@ def seconds(s: float) -> str:
     return f"{s:.2f} s" if s >= 1 else f"{1e3 * s:.1f} ms" if s >= 1e-3 else f"{1e6 * s:.1f} us"
 
 
-def share(n: float, total: float) -> str:
-    """A part, for reading."""
-    return f"{n / max(1, total):.0%}"
+def share(part: float, total: float) -> str:
+    """Format a part of a total as a percentage.
+
+    Example:
+        >>> share(3, 4)
+        '75%'
+    """
+    return f"{part / max(1, total):.0%}"
 
 
 def count(n: float) -> str:
-    """A number of parameters, for reading.
+    """Format a number of parameters or tokens, in powers of 1000.
 
     Example:
         >>> count(68.98e9)
@@ -43,3 +48,16 @@ def count(n: float) -> str:
         if n >= scale:
             return f"{n / scale:.1f}{unit}"
     return f"{n:.0f}"
+
+
+def flop_rate(flops_per_s: float) -> str:
+    """Format a rate in FLOP/s, in powers of 1000; the smallest unit is MFLOP/s.
+
+    Example:
+        >>> flop_rate(28e9)
+        '28.0 GFLOP/s'
+    """
+    for unit, scale in (("PFLOP/s", 1e15), ("TFLOP/s", 1e12), ("GFLOP/s", 1e9)):
+        if flops_per_s >= scale:
+            return f"{flops_per_s / scale:.1f} {unit}"
+    return f"{flops_per_s / 1e6:.1f} MFLOP/s"

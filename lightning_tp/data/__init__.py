@@ -1,6 +1,3 @@
-"""Data that needs no download: random tokens for speed, bytes of source files for learning."""
+"""Data of the ranks: loaders on a mesh, batches that are compared, positions to resume from; and random tokens, which need no download."""
 
-from lightning_tp.data.random_tokens import RandomTokens
-from lightning_tp.data.text import ByteText, StdlibText, bigram_loss
-
-__all__ = ["ByteText", "RandomTokens", "StdlibText", "bigram_loss"]
+from lightning_tp.data.random_tokens import RandomTokens as RandomTokens

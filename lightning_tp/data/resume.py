@@ -1,42 +1,45 @@
-"""Where a training loader stands in its pass, so that a run goes on with the batch after the last one, in the same order.
+"""The position of a training loader in its pass, so that a run resumes with the next batch, in the same order.
 
-A loader that has `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`) says it itself. Of any other one the position is: the
-random states and seeds with which the pass began (its order, and its workers' seeds, were drawn from them), and how many batches were
-read. Going on, the pass begins again from these states, that many batches are read and left out, and the random states of the
-checkpoint are put back: the next batch is what it would have been.
+A loader that has `state_dict` and `load_state_dict` (torchdata's `StatefulDataLoader`) knows its position. That of any other loader is: the
+random states and seeds with which the pass began (its order and its workers' seeds were drawn from them), and how many batches were read. To
+resume, the pass begins again from these states, that many batches are read and skipped, and the random states are put back: the next batch is
+what it would have been.
 
-Not covered: random numbers of workers that outlive a pass (`persistent_workers=True`), and a stream that is another one each time it is read.
+Not covered: random numbers of workers that outlive a pass (`persistent_workers=True`), and a stream that is a different one each time it is
+read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_tp.core.ops.rng import local_state, set_local_state
+from lightning_tp.data.reader import LoaderProxy, has_state
 
 Position = dict[str, Any]
 
 
-class ResumableLoader:
-    """A loader that is seen through, and knows how far it was read.
+class ResumableLoader(LoaderProxy):
+    """A loader that passes for the one it wraps, and counts how far that was read.
 
     Args:
-        loader: any iterable; on a mesh, one that `share_loader` made.
-        resume: the position to go on from in the first pass.
-        finished: the position is of a pass that was over: only the loader's own generators go on from it.
-        then: called once the position is reached, before the next batch is read.
+        loader: Any iterable; on a mesh, one that `share_loader` made.
+        resume: The position at which the first pass begins.
+        finished: The position is the end of a pass: only the loader's own generators and seeds are restored.
+        then: Called once the position is reached, before the next batch is read.
 
     Example:
         >>> from torch.utils.data import DataLoader
         >>> loader = ResumableLoader(DataLoader(range(100), shuffle=True))
         >>> batches = iter(loader)
         >>> _ = next(batches), next(batches)
-        >>> again = iter(ResumableLoader(DataLoader(range(100), shuffle=True), resume=loader.position()))
-        >>> next(again) == next(batches)
+        >>> resumed = iter(ResumableLoader(DataLoader(range(100), shuffle=True), resume=loader.position()))
+        >>> next(resumed) == next(batches)
         tensor([True])
     """
 
@@ -48,57 +51,47 @@ class ResumableLoader:
         finished: bool = False,
         then: Callable[[], None] | None = None,
     ) -> None:
-        self.positioned = loader
+        super().__init__(loader)
         self._resume, self._then = (None if finished else resume), then
         self._begun: dict[str, Any] | None = None  # random states when the pass began
-        self._first: dict[str, Any] | None = None  # and when its first batch was asked for
-        self._read = 0
-        self._has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._first: dict[str, Any] | None = None  # random states when its first batch was asked for
+        self._read = 0  # batches of this pass
+        self._has_state = has_state(loader)
         if resume is None:
             return
-        for sampler, seed in zip(_seeded(loader), resume.get("seeds", [])):
+        for sampler, seed in zip(_seeded_samplers(loader), resume.get("seeds", [])):
             sampler.seed = seed
         if finished:
-            _set_generators(loader, resume.get("generators", []))
+            _set_generator_states(loader, resume.get("generators", []))
         if "loader" in resume and self._has_state:
             loader.load_state_dict(resume["loader"])
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "positioned":
-            raise AttributeError(name)
-        return getattr(self.positioned, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        found: type = self.positioned.__class__
-        return found
-
     def __len__(self) -> int:
-        return len(self.positioned)
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         resume, self._resume = self._resume, None
-        again = resume is not None and "begun" in resume and not self._has_state
-        before = local_state() if again else None
-        if resume is not None and again:
-            _set_generators(self.positioned, resume["begun"]["generators"])
+        rewinds = resume is not None and "begun" in resume and not self._has_state
+        before = local_state() if rewinds else None
+        if resume is not None and rewinds:
+            _set_generator_states(self.loader, resume["begun"]["generators"])
             set_local_state(resume["begun"])
-        self._begun, self._first = {**local_state(), "generators": _generators(self.positioned)}, None
+        self._begun, self._first = {**local_state(), "generators": _generator_states(self.loader)}, None
         self._read = 0
-        iterator = iter(self.positioned)
+        iterator = iter(self.loader)
         if before is not None:
             set_local_state(before)
-        return self._pass(iterator, resume, again)
+        return self._pass(iterator, resume, rewinds)
 
-    def _pass(self, iterator: Iterator[Any], resume: Mapping[str, Any] | None, again: bool) -> Iterator[Any]:
+    def _pass(self, iterator: Iterator[Any], resume: Mapping[str, Any] | None, rewinds: bool) -> Iterator[Any]:
         if resume is not None and self._has_state:
             self._read = resume.get("read", 0)
         elif resume is not None:
             before = local_state()
-            if again:
+            if rewinds:
                 set_local_state(resume.get("first") or resume["begun"])
             self._first = local_state()
-            while self._read < resume["read"] and next(iterator, _END) is not _END:
+            for _ in islice(iterator, resume["read"]):
                 self._read += 1
             set_local_state(before)
         if resume is not None and self._then is not None:
@@ -110,55 +103,51 @@ class ResumableLoader:
             yield batch
 
     def position(self, prefetched: int = 0) -> Position:
-        """Of this rank: plain data and tensors.
+        """Return the position of this rank, as plain data and tensors.
 
         Args:
-            prefetched: batches that were read, and are not used yet.
+            prefetched: Batches that were read and not yet used.
         """
-        found: Position = {"read": self._read - prefetched, "generators": _generators(self.positioned)}
-        found["seeds"] = [sampler.seed for sampler in _seeded(self.positioned)]
+        found: Position = {"read": self._read - prefetched, "generators": _generator_states(self.loader)}
+        found["seeds"] = [sampler.seed for sampler in _seeded_samplers(self.loader)]
         if self._has_state:
-            found["loader"] = self.positioned.state_dict()
+            found["loader"] = self.loader.state_dict()
         elif self._begun is not None:
             found.update(begun=self._begun, first=self._first)
         return found
 
-    # what Lightning takes for a loader whose place can be saved, and a reason not to warn
+    # By these two methods Lightning recognises a loader that can resume in the middle of a pass, and does not warn.
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's own state, if it has one."""
-        return self.positioned.state_dict() if self._has_state else {}
+        """Return the state of the wrapped loader, if it has one."""
+        return self.loader.state_dict() if self._has_state else {}
 
     def load_state_dict(self, state: Any) -> None:
-        """Into the loader."""
+        """Load a state into the wrapped loader, if it has one."""
         if self._has_state and state:
-            self.positioned.load_state_dict(state)
+            self.loader.load_state_dict(state)
 
 
-_END = object()
-
-
-def _sources(loader: Any) -> list[torch.Generator]:
-    """The generators of a loader's own, each once."""
-    sampler = getattr(loader, "sampler", None)
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Return the generators that a loader and its parts hold, each once."""
     batches = getattr(loader, "batch_sampler", None)
-    of: list[Any] = [loader, sampler, batches, getattr(batches, "sampler", None), getattr(loader, "dataset", None)]
-    found = [getattr(x, "generator", None) for x in of if x is not None]
+    parts = [loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None), getattr(loader, "dataset", None)]
+    found = [getattr(part, "generator", None) for part in parts if part is not None]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def _seeded(loader: Any) -> list[Any]:
-    """Samplers that draw an epoch's order from a seed and its number (`DistributedSampler`): Lightning makes the seed of the environment's."""
+def _generator_states(loader: Any) -> list[torch.Tensor]:
+    return [g.get_state() for g in _generators(loader)]
+
+
+def _set_generator_states(loader: Any, states: list[torch.Tensor]) -> None:
+    generators = _generators(loader)
+    if len(generators) == len(states):
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
+
+
+def _seeded_samplers(loader: Any) -> list[Any]:
+    """Return the samplers that shuffle by a seed and the epoch's number; Lightning seeds them from `PL_GLOBAL_SEED`."""
     sampler = getattr(loader, "sampler", None)
     return [sampler] if isinstance(sampler, DistributedSampler) else []
-
-
-def _generators(loader: Any) -> list[torch.Tensor]:
-    return [g.get_state() for g in _sources(loader)]
-
-
-def _set_generators(loader: Any, states: list[torch.Tensor]) -> None:
-    sources = _sources(loader)
-    if len(sources) == len(states):
-        for generator, state in zip(sources, states):
-            generator.set_state(state)

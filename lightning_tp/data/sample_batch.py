@@ -15,10 +15,7 @@ LOGGING = ("log", "log_dict", "print")
 
 
 def first_of(loader: Any) -> Any:
-    """Take a small first batch from a loader, or from each of several.
-
-    Args:
-        loader: A DataLoader or another iterable; a dict or list of them.
+    """Take a small first batch from a loader, or from each of several in a dict or list.
 
     Raises:
         TPError: For data that can be read only once.

@@ -70,7 +70,7 @@ class FirstBatchCheck:
         rtol = max(RTOL.get(dtype, 1e-3), 0.0 if autocast is None else RTOL.get(autocast, 0.0))
         rows = compare_tensors("loss", {"first batch": loss}, {"first batch": self.loss}, rtol)
         rows += compare_tensors("grad", gradients, self.gradients, rtol)
-        rows.sort(key=lambda row: -row.badness)
+        rows.sort(key=lambda row: -row.severity)
         bad = [row for row in rows if not row.ok]
         if bad:
             raise TPError(

@@ -46,7 +46,7 @@ def loader_of_rank(loader: Any, trainer: pl.Trainer, ranks: Ranks, resume: Resum
     shared = share_loader(
         loader,
         ranks,
-        shadow=partial(private.predict_once_more, trainer) if predicts else None,  # FSDP2's collectives need every rank
+        dummy_step=partial(private.predict_once_more, trainer) if predicts else None,  # FSDP2's collectives need every rank
         limit=trainer.limit_predict_batches if predicts else 1.0,
         where=f"a loader of `trainer.{trainer.state.fn.value}`" if trainer.state.fn is not None else "a loader",
     )

@@ -1,1 +1,1 @@
-"""Compare a split model with the same model in one process."""
+"""Compare a sharded model with the same model in a single process."""

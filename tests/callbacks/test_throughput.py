@@ -10,12 +10,14 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 
 from lightning_tp.callbacks import throughput
 from lightning_tp.callbacks.throughput import Throughput, count_tokens
 from lightning_tp.data.random_tokens import RandomTokens
 from lightning_tp.errors import TPError
+from lightning_tp.testing import fake_world
 
 BATCH, LENGTH = 4, 8
 NUM_PARAMETERS = 16 * 4 + 4 * 16 + 16
@@ -130,7 +132,7 @@ def test_short_run_says_so(time: FakeTime, capsys: pytest.CaptureFixture[str]) -
     callback = Throughput(warmup=3)
     fit(Net(time), callback, max_steps=3)
     assert callback.speed is None
-    assert "none of the 3 steps came after the warmup of 3" in capsys.readouterr().out
+    assert "not measured, all 3 steps were warmup (warmup=3)" in capsys.readouterr().out
 
 
 def test_cuda_waits_at_borders_only(time: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,25 +179,21 @@ def test_finds_the_tokens() -> None:
         count_tokens([image, lengths])
 
 
-def test_mesh_counts_the_data_axis_once() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data_parallel", "tensor_parallel"))
-        # hybrid FSDP: every rank has its own data
-        other = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
-        sizes = [
-            throughput.data_parallel_size(SimpleNamespace(world_size=8, strategy=strategy))  # type: ignore[arg-type]
-            for strategy in (SimpleNamespace(device_mesh=mesh), SimpleNamespace(device_mesh=other), SimpleNamespace())
-        ]
-    finally:
-        torch.distributed.destroy_process_group()
-    assert sizes == [2, 8, 8]
-
-
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"warmup": -1}, {"peak_flops": 0.0}])
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(TPError, match=next(iter(wrong))):
         Throughput(**wrong)
+
+
+def test_the_batches_of_a_step_are_counted_once_per_tensor_parallel_group() -> None:
+    with fake_world(8):
+        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        # hybrid FSDP: every rank has its own data
+        other = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
+        found = []
+        for known in ({"device_mesh": mesh}, {"device_mesh": other}, {}):
+            trainer = SimpleNamespace(world_size=8, strategy=SimpleNamespace(root_device=torch.device("cpu"), **known))
+            callback = Throughput()
+            callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+            found.append(callback._dp)
+        assert found == [2, 8, 8]

@@ -1,4 +1,4 @@
-"""A loader that goes on from where another one stood gives what that one would have given."""
+"""A loader that resumes at the position of another one yields what that one would have yielded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(batches: Any) -> list[Any]:
 
 
 def interrupted(make: Any, taken: int, passes: int = 0) -> tuple[list[Any], list[Any]]:
-    """What is left after `taken` batches of a pass, and what another loader gives that goes on from there; with the pass after it."""
+    """What is left after `taken` batches of a pass, and what another loader yields that resumes there; with the pass after it."""
     torch.manual_seed(0)
     loader = ResumableLoader(make())
     for _ in range(passes):
@@ -94,3 +94,25 @@ def test_the_seed_of_a_sampler_goes_on() -> None:
 def test_it_is_seen_through() -> None:
     loader = ResumableLoader(DataLoader(range(12), batch_size=2))
     assert isinstance(loader, DataLoader) and len(loader) == 6 and loader.batch_size == 2 and loader.state_dict() == {}
+
+
+def test_batches_that_were_prefetched_are_not_read_yet() -> None:
+    loader = ResumableLoader(DataLoader(range(12), batch_size=2))
+    batches = iter(loader)
+    _ = next(batches), next(batches), next(batches)
+    assert [loader.position(prefetched)["read"] for prefetched in (0, 2)] == [3, 1]
+    left = rows(ResumableLoader(DataLoader(range(12), batch_size=2), resume=loader.position(prefetched=2)))
+    assert left == rows(DataLoader(range(12), batch_size=2))[1:]
+
+
+def test_batches_that_are_skipped_leave_the_random_states_alone() -> None:
+    loader = ResumableLoader(DataLoader(Noisy(), batch_size=2))
+    batches = iter(loader)
+    _ = next(batches), next(batches), next(batches)
+    position = loader.position()
+    states: list[dict[str, Any]] = []
+    torch.manual_seed(5)
+    before = local_state()
+    again = ResumableLoader(DataLoader(Noisy(), batch_size=2), resume=position, then=lambda: states.append(local_state()))
+    next(iter(again))
+    assert len(states) == 1 and torch.equal(states[0]["cpu"], before["cpu"]) and states[0]["python"] == before["python"]

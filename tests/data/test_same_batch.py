@@ -54,14 +54,14 @@ DIFFERENT: dict[str, tuple[Callable[[int], Any], str]] = {
     "values": (lambda rank: {"x": torch.zeros(3), "y": torch.full((2, 2), rank)}, r"`\['y'\]` \(2, 2\) differs"),
     "order": (lambda rank: [torch.tensor([1, 2, 3, 4]), torch.arange(4).roll(2 * rank)], r"`\[1\]` \(4,\) differs"),
     "bool": (lambda rank: torch.tensor([rank == 0, rank == 1]), r"`batch` \(2,\) differs"),
-    "shape": (lambda rank: (torch.zeros(2 + rank),), r"`\[0\]` \(.,\) differs .* other shape"),
-    "view": (lambda rank: torch.arange(6).view(2 + rank, 3 - rank), "other shape"),
+    "shape": (lambda rank: (torch.zeros(2 + rank),), r"`\[0\]` \(.,\) differs .* the shape or dtype on"),
+    "view": (lambda rank: torch.arange(6).view(2 + rank, 3 - rank), "the shape or dtype on"),
     "dtype": (lambda rank: Pair(torch.zeros(2, dtype=torch.int32 if rank else torch.float32), None), r"`\.image` \(2,\) differs"),
-    "sign of zero": (lambda rank: torch.tensor([-0.0 if rank else 0.0]), "other values"),
+    "sign of zero": (lambda rank: torch.tensor([-0.0 if rank else 0.0]), "the values on"),
     "other mapping": (lambda rank: UserDict(x=torch.tensor(rank)), r"\['x'\]` \(\) differs"),
     "object": (lambda rank: [SimpleNamespace(a="b", inner=UserDict(x=torch.tensor(rank)))], r"\['inner'\]\['x'\]` \(\) differs"),
-    "number": (lambda rank: [torch.zeros(1)] * (1 + rank), r"have \[1, 2\] tensors in their batch"),
-    "some and none": (lambda rank: torch.zeros(1) if rank else None, r"have \[0, 1\] tensors in their batch"),
+    "number": (lambda rank: [torch.zeros(1)] * (1 + rank), r"have \[1, 2\] tensors in their batches"),
+    "some and none": (lambda rank: torch.zeros(1) if rank else None, r"have \[0, 1\] tensors in their batches"),
 }
 
 
@@ -77,4 +77,4 @@ def test_different_batches_are_named_on_every_rank(kind: str) -> None:
 
 def test_says_which_ranks() -> None:
     for said in check(lambda rank: torch.tensor([float(rank == 2)]), 4):
-        assert said is not None and "ranks [2] of 4 have other values than rank 0" in said
+        assert said is not None and "the values on ranks [2] of 4 differ from those on rank 0" in said

@@ -92,7 +92,7 @@ def local_state(*, cuda: bool = False) -> dict[str, Any]:
         mine["cuda"] = torch.cuda.get_rng_state()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        mine["numpy"] = (kind, torch.tensor(keys.tolist()), *rest)
+        mine["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
     return mine
 
 

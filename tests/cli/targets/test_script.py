@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_tp.cli.main import main
-from lightning_tp.cli.target import load
+from lightning_tp.cli.targets.load import load
 
 SCRIPT = """
 import argparse
@@ -82,7 +82,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_script_is_stopped_where_it_would_train(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", script, "--tp", "4", "--dp", "256"]) == 0
     found = capsys.readouterr()
-    assert "Plan (inferred), tp=4" in found.out and "1024 (tp=4 x dp=256)" in found.out and "all-reduce" in found.out
+    assert "Plan (inferred), tp=4" in found.out and "1,024 (tp=4 x dp=256)" in found.out and "all-reduce" in found.out
     assert "on 1" in found.err and [p.name for p in tmp_path.iterdir()] == ["train.py"]
     assert main(["plan", script, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)  # what the script prints is not among it
@@ -110,7 +110,7 @@ def test_a_module_without_weights_stays_so_except_for_verify(script: str) -> Non
 
 def test_verify_trains_the_step_of_a_script(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", script, "--steps", "2"]) == 0
-    assert "As in one process" in capsys.readouterr().out
+    assert "Matches a single process" in capsys.readouterr().out
 
 
 def test_an_example_comes_before_the_first_batch(script: str, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_mistakes(old: str, new: str, words: str, script: str, tmp_path: Path, c
 
 
 def test_lightnings_own_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    example = Path(__file__).parents[2] / "examples" / "04_lightning_cli.py"
+    example = Path(__file__).parents[3] / "examples" / "04_lightning_cli.py"
     monkeypatch.chdir(tmp_path)
     assert main(["plan", f"{example} fit --trainer.devices=2 --trainer.strategy=tp --model.config.dim=64"]) == 0
     assert "(512, 64) -> (256, 64)" in capsys.readouterr().out

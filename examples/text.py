@@ -1,10 +1,10 @@
-"""Bytes of text files as language data, and the bigram model that a trained model has to beat.
+"""Bytes of text files as language data that needs no download, and the bigram model that a trained model has to beat.
 
 `ByteText` reads any files or folders; `StdlibText` reads the source of Python's own standard library, which is on every
-machine: about 12 MB of code in Python 3.11, other versions differ a little. A token is a byte (vocabulary of 256).
+machine: about 12 MB of code in Python 3.11, a little more or less in other versions. A token is a byte (vocabulary of 256).
 
-The files are put end to end and cut once: the first nine tenths are for training, the last tenth for validation. No
-window crosses the cut. Left out: tokenizers, downloads, shuffling (the DataLoader's), files larger than memory.
+The files are concatenated and split once: the first nine tenths are for training, the last tenth for validation. No
+window crosses the border. Not covered: tokenizers, shuffling (see DataLoader), files larger than memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_tp.errors import TPError
+from lightning_tp import TPError
 
 VOCAB_SIZE = 256
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -30,16 +30,16 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 class ByteText(Dataset[dict[str, Tensor]]):
     """Windows of the bytes of text files: `{"tokens": (seq_len,), "targets": (seq_len,)}`, int64 in 0 .. 255.
 
-    `targets` is `tokens` moved by one; window i starts at byte i * stride of the split. `.bytes` is the whole split as
+    `targets` is `tokens` shifted by one; window i starts at byte i * stride of the split. `.bytes` is the whole split as
     a uint8 tensor of shape (num_bytes,).
 
     Args:
-        paths: a file, a folder, or a list of them, read in this order. A folder is read with all that lies below it,
-            sorted by path; names that start with a dot are left out.
+        paths: a file, a folder, or a list of them, read in this order. A folder is read with everything below it,
+            sorted by path; names that start with a dot are skipped.
         seq_len: tokens in a window.
         split: "train" is the first nine tenths of the bytes, "val" the rest.
         pattern: which files of a folder to read.
-        max_bytes: read no more than this many bytes, before the split is made. None reads all.
+        max_bytes: read at most this many bytes, before the split. None reads all.
         stride: bytes from the start of a window to the start of the next; `seq_len` unless given.
 
     Example:
@@ -90,7 +90,7 @@ class ByteText(Dataset[dict[str, Tensor]]):
 
 
 class StdlibText(ByteText):
-    """`ByteText` over the `*.py` files of Python's standard library, its tests and installed packages left out.
+    """`ByteText` over the `*.py` files of Python's standard library, without its tests and installed packages.
 
     The same on every rank and in every run of one Python version; arguments as in `ByteText`.
 
@@ -121,14 +121,14 @@ def bigram_loss(
     *,
     smoothing: Sequence[float] = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0),
 ) -> float:
-    """Validation loss of counting pairs of bytes: the mean of -ln p(next | byte), in nats per byte.
+    """Return the validation loss of a bigram model of bytes: the mean of -ln p(next | byte), in nats per byte.
 
     p(next | byte) = (count(byte, next) + k) / (count(byte) + 256 k), with the k of `smoothing` that is best on the
-    validation bytes themselves: the baseline gets the benefit of the doubt.
+    validation bytes themselves, in favour of the baseline.
 
     Args:
-        train_bytes: uint8 of shape (num_bytes,), or bytes; what is counted.
-        val_bytes: likewise; what is predicted, all but its first byte.
+        train_bytes: uint8 of shape (num_bytes,), or bytes; the pairs to count.
+        val_bytes: likewise; the bytes to predict, all but the first.
         smoothing: the values of k to try, all above 0.
 
     Example:
@@ -144,7 +144,7 @@ def bigram_loss(
 
 
 def _count_pairs(name: str, data: Tensor | bytes) -> Tensor:
-    """How often each byte follows each: (num_bytes,) -> (256, 256), float64."""
+    """Count how often each byte follows each: (num_bytes,) -> (256, 256), float64."""
     if len(data) < 2:
         raise TPError(f"bigram_loss: `{name}` has {len(data)} bytes, which make no pair. Give 2 or more.")
     flat = (data if isinstance(data, Tensor) else torch.frombuffer(bytearray(data), dtype=torch.uint8)).long()
@@ -153,7 +153,7 @@ def _count_pairs(name: str, data: Tensor | bytes) -> Tensor:
 
 
 def _files(paths: str | Path | Sequence[str | Path], pattern: str) -> list[Path]:
-    """Every file of `paths`, folders opened up."""
+    """All files of `paths`, and those below its folders."""
     files: list[Path] = []
     for path in [Path(paths)] if isinstance(paths, (str, Path)) else [Path(p) for p in paths]:
         if not path.exists():
@@ -166,7 +166,7 @@ def _files(paths: str | Path | Sequence[str | Path], pattern: str) -> list[Path]
 
 
 def _walk(folder: Path, pattern: str, skip: Collection[str] = ()) -> list[Path]:
-    """The files below `folder` whose names match, sorted by path; hidden ones and folders in `skip` are left out."""
+    """The files below `folder` whose names match, sorted by path, without hidden ones and the folders in `skip`."""
     found: list[Path] = []
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
@@ -175,7 +175,7 @@ def _walk(folder: Path, pattern: str, skip: Collection[str] = ()) -> list[Path]:
 
 
 def _read(files: list[Path], max_bytes: int | None) -> Tensor:
-    """The files end to end, at most `max_bytes` of them: (num_bytes,), uint8."""
+    """Concatenate the files, at most `max_bytes` of them: (num_bytes,), uint8."""
     data = bytearray()
     for file in files:
         data += file.read_bytes()

@@ -1,14 +1,16 @@
-"""ByteText, StdlibText: windows, no leak over the split, a fixed order of files. bigram_loss: against hand counts."""
+"""The text of the examples. ByteText, StdlibText: windows, no leak over the split, a fixed order of files. bigram_loss: against hand counts."""
 
 from __future__ import annotations
 
+import doctest
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_tp.data.text import ByteText, StdlibText, bigram_loss
+from examples import text as examples_text
+from examples.text import ByteText, StdlibText, bigram_loss
 from lightning_tp.errors import TPError
 
 
@@ -107,3 +109,8 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         bigram_loss(b"abc", b"a")
     with pytest.raises(TPError, match="smoothing"):
         bigram_loss(b"abc", b"abc", smoothing=[0.0])
+
+
+def test_the_examples_of_the_docstrings() -> None:
+    found = doctest.testmod(examples_text)
+    assert found.attempted and not found.failed

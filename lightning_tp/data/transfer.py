@@ -1,0 +1,124 @@
+"""Send batches between the ranks of a mesh: always over gloo on the CPU, whatever backend the model's own collectives use."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_tp._compat import gather_rows
+from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
+from lightning_tp.core.trees import map_tensors
+from lightning_tp.data.reader import Message, adopt_random_states
+from lightning_tp.errors import TPError
+
+
+class Ranks:
+    """The position of this rank in the (data-parallel, tensor-parallel) mesh, and the groups over which batches travel. A collective."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        rows = mesh.mesh.tolist()
+        self.dp, self.tp = len(rows), len(rows[0])
+        self.dp_rank, self.tp_rank = mesh.get_local_rank(DATA_PARALLEL), mesh.get_local_rank(TENSOR_PARALLEL)
+        self.zero = rows[0][0]  # the global rank of the first rank of the mesh,
+        self.first = rows[self.dp_rank][0]  # and of the first rank of this tensor-parallel group
+        self.dp_group, self.tp_group = mesh.get_group(DATA_PARALLEL), mesh.get_group(TENSOR_PARALLEL)
+        if dist.get_backend(self.tp_group) != "gloo":
+            self.tp_group, _ = dist.new_subgroups_by_enumeration(rows, backend="gloo")
+            self.dp_group, _ = dist.new_subgroups_by_enumeration([list(column) for column in zip(*rows)], backend="gloo")
+
+    def over_tp(self, value: int) -> list[int]:
+        """Gather a number from each rank of this tensor-parallel group. A collective."""
+        return _gather(value, self.tp_group, self.tp)
+
+    def over_dp(self, value: int) -> list[int]:
+        """Gather a number from each data-parallel rank with the same tensor-parallel rank. A collective."""
+        return _gather(value, self.dp_group, self.dp)
+
+
+def _gather(value: int, group: dist.ProcessGroup, size: int) -> list[int]:
+    return [value] if size == 1 else gather_rows(torch.tensor([value]), group).flatten().tolist()
+
+
+class _Slot(NamedTuple):
+    """What stands in a batch for a tensor whose bytes are sent apart from it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    pinned: bool
+    num_bytes: int
+
+
+_CANNOT_PICKLE = (
+    "A batch has to be sent to the other ranks of its tensor-parallel group, but it cannot be pickled ({}). Let the loader yield tensors, "
+    "numbers, strings, and containers or objects of these."
+)
+
+
+def broadcast_message(message: Message | None, ranks: Ranks) -> Message:
+    """Send a message of the first rank of a tensor-parallel group to all of them, and raise the error it reports. A collective."""
+    if ranks.tp_rank == 0:
+        assert message is not None
+        return (message if ranks.tp == 1 else _send(message, ranks)).or_raise()
+    return _receive(ranks).or_raise()
+
+
+def _send(message: Message, ranks: Ranks) -> Message:
+    tensors: list[Tensor] = []
+    header = [message._replace(batch=map_tensors(lambda t: _taken_out(t, tensors), message.batch), error=None)]
+    try:
+        dist.broadcast_object_list(header, src=ranks.first, group=ranks.tp_group)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:  # nothing was sent yet
+        message = Message("error", f"a batch cannot be pickled: {error}", error=TPError(_CANNOT_PICKLE.format(error)))
+        tensors = []
+        dist.broadcast_object_list([message._replace(error=None)], src=ranks.first, group=ranks.tp_group)
+    if tensors:
+        dist.broadcast(torch.cat(tensors), src=ranks.first, group=ranks.tp_group)
+    return message
+
+
+def _receive(ranks: Ranks) -> Message:
+    received: list[Any] = [None]
+    dist.broadcast_object_list(received, src=ranks.first, group=ranks.tp_group)
+    message: Message = received[0]
+    adopt_random_states(message.rng)
+    sizes = [slot.num_bytes for slot in tree_leaves(message.batch, is_leaf=_is_slot) if _is_slot(slot)]
+    raw = torch.empty(sum(sizes), dtype=torch.uint8)
+    if len(raw):
+        dist.broadcast(raw, src=ranks.first, group=ranks.tp_group)
+    pieces = iter(raw.split(sizes))
+    return message._replace(
+        batch=tree_map(lambda x: _filled(x, next(pieces)) if _is_slot(x) else x, message.batch, is_leaf=_is_slot)
+    )
+
+
+def _taken_out(t: Tensor, tensors: list[Tensor]) -> Any:
+    """Append a tensor's bytes to `tensors`, and return its slot; tensors of other kinds (sparse, subclasses) are pickled with the batch."""
+    if type(t) is not Tensor or t.layout != torch.strided or t.is_quantized:
+        return t
+    raw = t.detach().cpu().contiguous().reshape(-1)
+    raw = raw.view(torch.uint8) if raw.numel() else raw.to(torch.uint8)
+    if raw.numel():
+        tensors.append(raw)
+    return _Slot(tuple(t.shape), t.dtype, t.device, t.is_pinned() if torch.cuda.is_available() else False, raw.numel())
+
+
+def _is_slot(x: Any) -> bool:
+    return isinstance(x, _Slot)
+
+
+def _filled(slot: _Slot, raw: Tensor) -> Tensor:
+    """Make the tensor of a slot from its bytes."""
+    if not slot.num_bytes:
+        return torch.empty(slot.shape, dtype=slot.dtype, device=slot.device.type)
+    t = raw.clone().view(slot.dtype).view(slot.shape)  # its own memory, aligned
+    if slot.pinned:
+        return t.pin_memory()
+    return t if slot.device.type == "cpu" else t.to(slot.device.type)
