@@ -23,7 +23,7 @@ from lightning_tp.apply.bind import ParamRegistry, bind_styles, split_parameters
 from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, unwrap_compiled
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
-from lightning_tp.checkpoint.weights.pretrained import read_shards, waiting
+from lightning_tp.checkpoint.weights.pretrained import read_shards, take_pending
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import check_mesh
 from lightning_tp.core.modules.blocks import find_blocks
@@ -103,7 +103,7 @@ def parallelize(
         warnings.warn(splits_nothing(plan, model, tp_mesh.size()), stacklevel=2)
     blocks = [block for _, block in find_blocks(model)]
     again = modules_to_checkpoint(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
-    stored = waiting(model)
+    stored = take_pending(model)
     whole_values = materialize.source_of(model, stored)
     if whole_values is not None and backend == "dtensor":
         raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")

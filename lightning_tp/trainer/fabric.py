@@ -46,7 +46,7 @@ from lightning_tp.apply.bind import tag_parameters
 from lightning_tp.apply.compile import Compile
 from lightning_tp.apply.parallelize import PlanLike, check_options, parallelize
 from lightning_tp.checkpoint import Background, HostCopy, Manifest, Peers, SaveContent, StoragePath, group_for_saving
-from lightning_tp.checkpoint.single_file import save_whole
+from lightning_tp.checkpoint.single_file import save_single_file
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.core.ops.random_numbers import Dropout, policy_of
 from lightning_tp.core.ops.rng import seed_mesh
@@ -334,7 +334,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self.finish_saving()
         if not self._save_distributed_checkpoint:
             with raise_on_rank_zero(self.global_rank):
-                save_whole({**whole, **rest}, place)
+                save_single_file({**whole, **rest}, place)
             return
         step, epoch = (next((v for k, v in rest.items() if k in names and type(v) is int), 0) for names in (_STEPS, _EPOCHS))
         sizes = dict(zip((DATA_PARALLEL, TENSOR_PARALLEL), self.sizes))
@@ -344,7 +344,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         if not self.async_checkpoint:
             checkpoint.save_folder(place, SaveContent(whole, rest=data, about=about), Peers())
             return
-        content, world = SaveContent(self._host_copy.of(whole), rest=data, about=about), Peers(group_for_saving())
+        content, world = SaveContent(self._host_copy.copy(whole), rest=data, about=about), Peers(group_for_saving())
         self._background.start(f"Saving `{place}`", lambda: checkpoint.save_folder(place, content, world))
 
     def finish_saving(self) -> None:

@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_tp._compat import backend_of_context
+from lightning_tp.checkpoint.storage.layout import METADATA
 from lightning_tp.checkpoint.weights.pretrained import load_from_checkpoint
-from lightning_tp.checkpoint.weights.stored import METADATA
 from lightning_tp.errors import TPError, raise_on_rank_zero
 
 

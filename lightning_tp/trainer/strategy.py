@@ -48,7 +48,7 @@ from lightning_tp.checkpoint import (
     SaveContent,
     StoragePath,
     group_for_saving,
-    put_aside,
+    recoverable,
     remove,
     save_file,
     save_folder,
@@ -56,7 +56,7 @@ from lightning_tp.checkpoint import (
     versions,
     without_dtensors,
 )
-from lightning_tp.checkpoint.single_file import save_whole
+from lightning_tp.checkpoint.single_file import save_single_file
 from lightning_tp.checkpoint.weights.dcp_folder import model_key
 from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, config_in
 from lightning_tp.checkpoint.weights.pretrained import load_pretrained
@@ -764,7 +764,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         if self.lightning_module is not None and (configs := config_in(self.lightning_module)):
             checkpoint[HF_CONFIG] = configs
         if not self._save_distributed_checkpoint and self._streams:
-            self._save(place, lambda: save_whole(checkpoint, place))
+            self._save(place, lambda: save_single_file(checkpoint, place))
             return
         if not self._save_distributed_checkpoint:
             if self.async_checkpoint:
@@ -777,7 +777,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             return
         content = self._content_of(checkpoint)
         if self.async_checkpoint:
-            content.sharded, content.apart = self._host_copy.of((content.sharded, content.apart))
+            content.sharded, content.apart = self._host_copy.copy((content.sharded, content.apart))
         world = Peers(self._group_for_saving())
         self._save(place, lambda: save_folder(place, content, world))
 
@@ -882,7 +882,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
         folders = [StoragePath(c._ModelCheckpoint__resolve_ckpt_dir(trainer)) for c in callbacks]  # type: ignore[attr-defined]
         for folder in folders:
-            for name in put_aside(folder):
+            for name in recoverable(folder):
                 if name.startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST):
                     return (folder / name).url
         if found is not None:

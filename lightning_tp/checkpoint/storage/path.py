@@ -1,35 +1,38 @@
-"""Where a checkpoint lies: a local path, or a URL of any file system that fsspec knows; and the few things that are done there.
+"""A path where a checkpoint is: on this machine, or in any file system that fsspec knows; and what is done there.
 
-Renames and `fsync` are for local file systems only; object stores have neither.
+Renames and `fsync` (see `core/staging.py`) are for local file systems only; object stores have neither.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_tp.core import files
 from lightning_tp.errors import TPError
 
 
 class StoragePath:
-    """One name in a file system.
+    """A file or a folder in a file system; it need not be there.
 
     Args:
         url: a local path, or one with a protocol (`s3://..`, `memory://..`).
         options: of the file system, as fsspec takes them.
 
     Raises:
-        TPError: if nobody here knows the protocol.
+        TPError: if no installed package knows the protocol.
 
     Example:
-        >>> place = StoragePath("memory://runs/last.ckpt")
-        >>> place.is_local, place.exists(), StoragePath("file:///tmp/last.ckpt").path
+        >>> path = StoragePath("memory://runs/last.ckpt")
+        >>> path.is_local, path.exists(), StoragePath("file:///tmp/last.ckpt").path
         (False, False, '/tmp/last.ckpt')
     """
 
@@ -39,7 +42,7 @@ class StoragePath:
             self.fs, path = url_to_fs(self.url, **(options or {}))
         except (ValueError, ImportError) as error:
             raise TPError(
-                f"`{self.url}`: the file system of this URL is not known here ({error}). Install its package for fsspec, or give a local path."
+                f"`{self.url}`: unknown file system ({error}). Install the fsspec package for this protocol, or give a local path."
             ) from None
         self.path = path.rstrip("/") or "/"
         self.is_local = type(self.fs) is LocalFileSystem  # a subclass may be anything
@@ -49,12 +52,17 @@ class StoragePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the path."""
         return self.path.rpartition("/")[2]
 
     @property
+    def local(self) -> Path:
+        """The same on this machine, which `is_local` says it is; absolute, wherever the process goes."""
+        return Path(self.path)
+
+    @property
     def parent(self) -> StoragePath:
-        """What this is in."""
+        """The folder around it."""
         if self.is_local:  # wherever the process may have gone since
             return StoragePath(os.path.dirname(self.path), self.options)
         return StoragePath(self.url.rstrip("/").rpartition("/")[0] if "/" in self.url.rstrip("/") else ".", self.options)
@@ -63,34 +71,34 @@ class StoragePath:
         return StoragePath(f"{self.path if self.is_local else self.url.rstrip('/')}/{name}", self.options)
 
     def exists(self) -> bool:
-        """Whether something of this name is there."""
+        """Return whether there is a file or a folder of this name."""
         return os.path.exists(self.path) if self.is_local else bool(self._fresh().exists(self.path))
 
     def is_dir(self) -> bool:
-        """Whether it is a folder."""
+        """Return whether it is a folder."""
         return os.path.isdir(self.path) if self.is_local else bool(self._fresh().isdir(self.path))
 
     def is_file(self) -> bool:
-        """Whether it is a file."""
+        """Return whether it is a file."""
         return os.path.isfile(self.path) if self.is_local else bool(self._fresh().isfile(self.path))
 
     def has(self, *names: str) -> bool:
-        """Whether all these files are in the folder."""
+        """Return whether all these files are in the folder."""
         return all((self / name).is_file() for name in names)
 
     def size(self) -> int:
-        """Bytes of the file."""
+        """Return the number of bytes of the file."""
         return os.path.getsize(self.path) if self.is_local else int(self._fresh().size(self.path))
 
-    def changed(self) -> float:
-        """When it was written, in seconds; 0 where the file system does not say."""
+    def modified(self) -> float:
+        """Return when it was last written, in seconds; 0 where the file system does not say."""
         try:
             return os.path.getmtime(self.path) if self.is_local else self.fs.modified(self.path).timestamp()
         except (NotImplementedError, OSError):
             return 0.0
 
     def names(self) -> list[str]:
-        """What is in the folder; nothing if it is none."""
+        """List what is in the folder; nothing if it is none."""
         if self.is_local:
             with suppress(OSError):
                 return sorted(os.listdir(self.path))
@@ -100,44 +108,65 @@ class StoragePath:
         return sorted(entry.rstrip("/").rpartition("/")[2] for entry in self.fs.ls(self.path, detail=False))
 
     def make(self) -> None:
-        """The folder, and those that it is in."""
-        os.makedirs(self.path, exist_ok=True) if self.is_local else self.fs.makedirs(self.path, exist_ok=True)
+        """Create the folder, and those around it."""
+        self.fs.makedirs(self.path, exist_ok=True)
 
     @contextmanager
     def open(self, mode: str) -> Iterator[Any]:
-        """The file, in binary."""
+        """Open the file; `mode` is a binary one."""
         with open(self.path, mode) if self.is_local else self.fs.open(self.path, mode) as stream:
             yield stream
 
     def read(self) -> bytes:
-        """What the file has in it."""
+        """Return the contents of the file."""
         with self.open("rb") as stream:
             data: bytes = stream.read()
         return data
 
     def remove(self) -> None:
-        """Away with it, whatever it is; nothing happens if it is not there."""
-        if not self.is_local:
-            with suppress(FileNotFoundError):
-                self.fs.rm(self.path, recursive=True)
-        elif os.path.isdir(self.path) and not os.path.islink(self.path):
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the file, or the folder with all that is in it; do nothing if it is not there."""
+        if self.is_local:
+            files.remove(self.path)
         else:
             with suppress(FileNotFoundError):
-                os.unlink(self.path)
-
-    def sync(self) -> None:
-        """Have a local folder's entries on the disk."""
-        if not self.is_local:
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:  # file systems that can't
-            pass
-        finally:
-            os.close(descriptor)
+                self.fs.rm(self.path, recursive=True)
 
     def _fresh(self) -> Any:
         self.fs.invalidate_cache()  # another process may have written there
         return self.fs
+
+
+def local_path(path: str | Path) -> Path:
+    """Check that this is a path on this machine, of a file or folder that need not be there.
+
+    Raises:
+        TPError: if it can't be one.
+
+    Example:
+        >>> local_path("s3://runs/last.ckpt")
+        Traceback (most recent call last):
+        ...
+        lightning_tp.errors.TPError: `s3://runs/last.ckpt` is a URL; this takes local files only. Copy it to a local path first.
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][\w+.-]*:/", text):  # `Path` makes one stroke of two
+        raise TPError(f"`{text}` is a URL; this takes local files only. Copy it to a local path first.")
+    if not text or "\0" in text:
+        raise TPError(f"{text!r} is not a valid path.")
+    try:
+        os.lstat(text)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+            raise TPError(f"`{text[:200]}{'..' if len(text) > 200 else ''}` can't be opened: {error.strerror}.") from None
+    if os.path.isdir(text) and not os.access(text, os.R_OK | os.X_OK):
+        raise TPError(f"`{text}` can't be opened: permission denied.")
+    return Path(path)
+
+
+@contextmanager
+def permission_errors(path: Path) -> Iterator[None]:
+    """Raise `TPError` for what may not be read, naming the file, or else `path`."""
+    try:
+        yield
+    except PermissionError as error:
+        raise TPError(f"`{error.filename or path}` can't be read: {error.strerror}.") from None
