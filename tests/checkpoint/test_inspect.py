@@ -64,7 +64,7 @@ def test_a_folder(saved: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureF
         "sharded checkpoint, written by lightning_tp",
         "step          2\n",
         "data_parallel 2 x tensor_parallel 2",
-        "given",
+        "user-provided",
         "complete      yes",
     ):
         assert part in out

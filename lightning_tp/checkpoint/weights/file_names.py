@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp._compat import storage_key
 from lightning_tp.checkpoint.weights.matching import full_shape, persistent_tensors
 from lightning_tp.checkpoint.weights.stored import StoredTensor
 from lightning_tp.core.boxes import Box, assemble, box_of_view, full_box, narrow
@@ -72,11 +73,11 @@ def slices_in_files(model: nn.Module) -> dict[str, TensorSlice]:
 
 def _as_slices(full: Mapping[str, Tensor], written: Mapping[str, Any]) -> dict[str, TensorSlice] | None:
     """Say of which tensor and box each written one is a view; None if one is not, or if they don't cover all tensors."""
-    names = {t.untyped_storage()._cdata: name for name, t in full.items()}
+    names = {storage_key(t): name for name, t in full.items()}
     covered = dict.fromkeys(full, 0)
     slices: dict[str, TensorSlice] = {}
     for name, t in written.items():
-        source = names.get(t.untyped_storage()._cdata) if isinstance(t, Tensor) else None
+        source = names.get(storage_key(t)) if isinstance(t, Tensor) else None
         box = box_of_view(t, full[source]) if source is not None else None
         if source is None or box is None:
             return None
