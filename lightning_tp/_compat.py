@@ -437,9 +437,15 @@ class LateTensor:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         untyped: Any = torch.UntypedStorage(torch.Size(self.shape).numel() * self.dtype.itemsize, device="meta")
-        untyped.cpu = lambda: self.read().untyped_storage()
+        untyped.cpu = self._storage
         rebuild, (storage, offset, _, _, *rest) = torch.empty(0, dtype=self.dtype).__reduce_ex__(protocol)
         if not isinstance(storage, torch.UntypedStorage):
             untyped = torch.storage.TypedStorage(wrap_storage=untyped, dtype=self.dtype, _internal=True)
         untyped._fake_device = "cpu"  # where it is loaded to
         return rebuild, (untyped, offset, tuple(self.shape), _strides(self.shape), *rest)
+
+    def _storage(self) -> torch.UntypedStorage:
+        value = self.read()
+        if value.untyped_storage().nbytes() != value.nbytes:  # a view: what is around it in memory is not written
+            value = value.clone()
+        return value.untyped_storage()

@@ -106,6 +106,16 @@ def test_what_is_written_is_what_torch_writes(tmp_path: Path) -> None:
     }
 
 
+def test_views_are_written_without_what_is_around_them(tmp_path: Path) -> None:
+    base = torch.arange(1000.0)
+    torch.save({"rows": base[2:5], "end": base[990:].view(2, 5)}, tmp_path / "a.pt")
+    with (tmp_path / "b.pt").open("wb") as file:
+        write_torch(load_file(tmp_path / "a.pt"), file)
+    got = torch.load(tmp_path / "b.pt")
+    assert torch.equal(got["rows"], base[2:5]) and torch.equal(got["end"], base[990:].view(2, 5))
+    assert (tmp_path / "b.pt").stat().st_size < 3000
+
+
 def test_one_tensor_at_a_time(tmp_path: Path) -> None:
     """Of a folder in shards no two full tensors live at once."""
     reads = CountedReads(20)
