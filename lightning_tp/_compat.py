@@ -420,6 +420,12 @@ def without_torch_function() -> Any:
 flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+def ignored_by_transformers(model: torch.nn.Module) -> list[str]:
+    """Return the patterns of names that transformers passes over in a checkpoint, for the models of it that are inside `model`."""
+    patterns = (getattr(m, "_keys_to_ignore_on_load_unexpected", None) or () for m in model.modules())
+    return [*(pattern for each in patterns for pattern in each), r"rotary_emb\.inv_freq"]
+
+
 class LateTensor:
     """Pickled by `torch.save` as a contiguous tensor on the CPU, whose bytes are read when they are written.
 

@@ -13,16 +13,7 @@ from lightning_tp.errors import TPError
 
 
 class Box(NamedTuple):
-    """A box of a tensor.
-
-    Args:
-        offset: where it begins, by dim.
-        size: how far it reaches, by dim.
-
-    Example:
-        >>> narrow(torch.arange(12).view(3, 4), Box((1, 2), (2, 1))).tolist()
-        [[6], [10]]
-    """
+    """A box of a tensor: where it begins, and how far it reaches, by dim."""
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
@@ -38,21 +29,15 @@ def full_box(shape: tuple[int, ...]) -> Box:
     return Box((0,) * len(shape), tuple(shape))
 
 
-def narrow(t: Tensor, box: Box | None) -> Tensor:
-    """Return the view of a box of a tensor; with None the tensor itself."""
-    if box is not None:
-        for dim, (offset, size) in enumerate(zip(*box, strict=True)):
-            t = t.narrow(dim, offset, size)
+def narrow(t: Tensor, box: Box) -> Tensor:
+    """Return the view of a box of a tensor."""
+    for dim, (offset, size) in enumerate(zip(*box, strict=True)):
+        t = t.narrow(dim, offset, size)
     return t
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """Return the box that two boxes of a tensor have in common; None if they have none.
-
-    Example:
-        >>> overlap(Box((0, 0), (4, 4)), Box((2, 3), (4, 4)))
-        Box(offset=(2, 3), size=(2, 1))
-    """
+    """Return the box that two boxes of a tensor have in common; None if they have none."""
     low = tuple(max(i, j) for i, j in zip(a.offset, b.offset, strict=True))
     high = tuple(min(i + n, j + m) for i, n, j, m in zip(*a, *b, strict=True))
     if any(i >= j for i, j in zip(low, high, strict=True)):
@@ -61,7 +46,7 @@ def overlap(a: Box, b: Box) -> Box | None:
 
 
 def relative(box: Box, outer: Box) -> Box:
-    """Return the same box, with its offset counted from the beginning of another one that it is in."""
+    """Return the same box, with its offset counted from the beginning of `outer`."""
     return Box(tuple(i - j for i, j in zip(box.offset, outer.offset, strict=True)), box.size)
 
 

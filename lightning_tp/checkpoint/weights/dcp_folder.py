@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,21 @@ from lightning_tp.checkpoint.storage.references import replace_references
 from lightning_tp.checkpoint.storage.unpickle import first_line, read_metadata
 from lightning_tp.checkpoint.weights.stored import StoredCheckpoint, StoredTensor
 from lightning_tp.checkpoint.weights.torch_file import load_file
-from lightning_tp.core.boxes import Box, assemble, full_box, narrow
+from lightning_tp.core.boxes import Box, assemble, narrow
 from lightning_tp.errors import TPError
 
 
 def model_key(names: Iterable[str]) -> str | None:
-    """Return under what name the model's state dict was saved: "state_dict" by Trainers, "model" by FSDPStrategy and Fabric; None: at the top.
-
-    Args:
-        names: the keys of a folder's metadata.
-
-    Example:
-        >>> model_key(["state_dict.layer.weight", "optimizer_0.state.layer.weight.exp_avg"])
-        'state_dict'
-    """
+    """Return under what name the model's state dict was saved: "state_dict" by Trainers, "model" by FSDPStrategy and Fabric; None: at the top."""
     names = list(names)
     return next((k for k in ("state_dict", "model") if any(name.startswith(f"{k}.") for name in names)), None)
 
 
 class DcpFolder:
-    """A folder of torch's distributed checkpoint.
+    """A folder of torch's distributed checkpoint."""
 
-    Example:
-        >>> DcpFolder("no/such/folder")
-        Traceback (most recent call last):
-        ...
-        lightning_tp.errors.TPError: `no/such/folder` is no distributed checkpoint: there is no `.metadata` in it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.metadata = read_metadata(StoragePath(path))
 
     @cached_property
@@ -90,10 +75,10 @@ class DcpFolder:
             return self._load_piece(key, None)
         shape = tuple(entry.size)
 
-        def load(box: Box | None, dtype: torch.dtype) -> Tensor:
-            pieces = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
-            readers = ((piece, lambda inner, piece=piece: self._load_box(key, piece, inner)) for piece in pieces)
-            return assemble(full_box(shape) if box is None else Box(*box), readers, dtype, f"`{self.path}`, `{key}`")
+        def load(box: Box, dtype: torch.dtype) -> Tensor:
+            pieces = (Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks)
+            readers = ((piece, partial(self._load_box, key, piece)) for piece in pieces)
+            return assemble(box, readers, dtype, f"`{self.path}`, `{key}`")
 
         return StoredTensor(shape, entry.properties.dtype, load, (str(self.path), key))
 
@@ -165,26 +150,15 @@ def open_folder(path: Path, *, weights_only: bool = True) -> StoredCheckpoint:
     optimizers = [{"state": {}, "param_groups": [], **folder.tree(top)} for top in in_order]
     rest: dict[str, Any] = {}
     if (path / META).is_file():
-        rest = _with_tensors(load_file(path / META, weights_only=weights_only), path)
+        apart = cache(partial(DcpFolder, path / SHARDED))  # with the DTensors of callbacks, if there are any
+        loaded = load_file(path / META, weights_only=weights_only)
+        rest = replace_references(loaded, lambda where, _: apart().value(where))
     return StoredCheckpoint("folder", path, model, optimizers, rest, _writer(path, key, rest))
 
 
 def _writer(path: Path, key: str | None, rest: Mapping[str, Any]) -> str:
-    """Return who wrote a folder, as far as that can be seen."""
     if (path / PLAN).is_file() or (path / MANIFEST).is_file():
         return "lightning_tp"
     if key == "model":
         return "Lightning's FSDPStrategy" if "loops" in rest else "Fabric"
     return "Lightning's ModelParallelStrategy" if key == "state_dict" else "torch's distributed checkpoint"
-
-
-def _with_tensors(tree: Any, path: Path) -> Any:
-    """Return the same nesting with stored tensors in place of references to the DTensors of callbacks."""
-    folders: list[DcpFolder] = []
-
-    def read(where: str, name: str) -> Any:
-        if not folders:
-            folders.append(DcpFolder(path / SHARDED))
-        return folders[0].value(where)
-
-    return replace_references(tree, read)

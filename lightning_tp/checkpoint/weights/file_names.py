@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +18,11 @@ from torch.overrides import TorchFunctionMode
 from lightning_tp._compat import storage_key
 from lightning_tp.checkpoint.weights.matching import full_shape, persistent_tensors
 from lightning_tp.checkpoint.weights.stored import StoredTensor
-from lightning_tp.core.boxes import Box, assemble, box_of_view, full_box, narrow
+from lightning_tp.core.boxes import Box, assemble, box_of_view, narrow
 
 
 class TensorSlice(NamedTuple):
-    """What has a name of its own in a file: a box of a tensor in memory, in another shape.
-
-    Args:
-        source: the name of the tensor in memory.
-        box: of that tensor.
-        shape: in the file; the box's size, perhaps without dims of size 1.
-    """
+    """What has a name of its own in a file: a box of the tensor `source` in memory; `shape` may lack the box's dims of size 1."""
 
     source: str
     box: Box
@@ -44,11 +39,7 @@ class _Views(TorchFunctionMode):
 
 
 def slices_in_files(model: nn.Module) -> dict[str, TensorSlice]:
-    """Return what each name is that `save_pretrained` writes for a model; {} if these are the model's own names, or nobody knows.
-
-    Args:
-        model: a model of transformers, or what holds one; on the meta device or not.
-    """
+    """Return what each name is that `save_pretrained` writes for a model inside; {} if these are the model's own names, or nobody knows."""
     start, inner = next(
         ((f"{n}." if n else "", m) for n, m in model.named_modules() if hasattr(m, "save_pretrained") and hasattr(m, "config")),
         ("", None),
@@ -101,7 +92,7 @@ def split_for_files(tensors: Mapping[str, StoredTensor], slices: Mapping[str, Te
 
 
 def _slice_of(source: str, stored: StoredTensor, s: TensorSlice, last: dict[str, Tensor]) -> StoredTensor:
-    def load(box: Box | None, dtype: torch.dtype) -> Tensor:
+    def load(box: Box, dtype: torch.dtype) -> Tensor:
         if source not in last:
             last.clear()
             last[source] = stored.read()
@@ -126,9 +117,9 @@ def merge_from_files(stored: Mapping[str, StoredTensor], slices: Mapping[str, Te
 def _merged(source: str, pieces: list[tuple[Box, StoredTensor]]) -> StoredTensor:
     shape = tuple(max(offset + size for offset, size in dims) for dims in zip(*(zip(*box) for box, _ in pieces)))
 
-    def load(box: Box | None, dtype: torch.dtype) -> Tensor:
-        readers = ((piece, lambda inner, piece=piece, stored=stored: _read_inner(stored, piece, inner)) for piece, stored in pieces)
-        return assemble(full_box(shape) if box is None else Box(*box), readers, dtype, f"`{source}`")
+    def load(box: Box, dtype: torch.dtype) -> Tensor:
+        readers = ((piece, partial(_read_inner, stored, piece)) for piece, stored in pieces)
+        return assemble(box, readers, dtype, f"`{source}`")
 
     return StoredTensor(shape, pieces[0][1].dtype, load)
 

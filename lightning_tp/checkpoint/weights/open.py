@@ -23,8 +23,7 @@ def open_checkpoint(path: str | Path, *, weights_only: bool = True) -> StoredChe
 
     Args:
         path: a folder or a file.
-        weights_only: False lets `torch.load` run what `meta.pt` or a single file has pickled (classes of your own in hyperparameters). Only for
-            checkpoints that you trust.
+        weights_only: False runs what `meta.pt` or a single file has pickled (classes of your own in hyperparameters): if you trust it.
 
     Raises:
         TPError: if it is none, or is broken.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_tp._compat import local_tensor, patched
+from lightning_tp._compat import ignored_by_transformers, local_tensor, patched
 from lightning_tp.checkpoint.storage.layout import METADATA
 from lightning_tp.checkpoint.weights.dcp_folder import open_folder
 from lightning_tp.checkpoint.weights.file_names import merge_from_files, slices_in_files
@@ -31,7 +31,6 @@ from lightning_tp.checkpoint.weights.matching import (
     rename_prefix,
 )
 from lightning_tp.checkpoint.weights.open import open_checkpoint
-from lightning_tp.checkpoint.weights.safetensors_file import is_safetensors, open_safetensors
 from lightning_tp.checkpoint.weights.stored import StoredCheckpoint, StoredTensor
 from lightning_tp.checkpoint.weights.torch_file import write_torch
 from lightning_tp.core.boxes import Box, narrow
@@ -39,24 +38,6 @@ from lightning_tp.errors import TPError
 from lightning_tp.shards.state_dict import reshard
 
 PENDING = "_tp_pretrained"  # attribute of a module on the meta device: name in it -> what is to be read once it is sharded
-
-
-class BytesRead:
-    """How many bytes of safetensors `load_pretrained` has read in this process.
-
-    Example:
-        >>> BytesRead().total
-        0
-    """
-
-    def __init__(self) -> None:
-        self.total = 0
-
-    def __call__(self, n: int) -> None:
-        self.total += n
-
-
-bytes_read = BytesRead()
 
 
 def load_pretrained(model: nn.Module, path: str | Path, *, strict: bool = True) -> nn.Module:
@@ -80,8 +61,7 @@ def load_pretrained(model: nn.Module, path: str | Path, *, strict: bool = True) 
     """
     path = Path(path)
     reshard(model)
-    stored = open_safetensors(path, bytes_read) if is_safetensors(path) else open_checkpoint(path).model
-    found = find_weights(model, stored, path, strict=strict)
+    found = find_weights(model, open_checkpoint(path).model, path, strict=strict)
     tensors = model_tensors(model)
     meta = {name for name in found if tensors[name].is_meta}
     if any(hasattr(p, "_tp_shard") for p in model.parameters()) and meta:
@@ -110,19 +90,18 @@ def read_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
         return
     reshard(model)
     tensors = model_tensors(model)
-    done: set[int] = set()
-    for name, source in stored.items():
-        t = tensors[name]
-        if id(t) in done:  # tied
-            continue
-        done.add(id(t))
+    names: dict[int, str] = {}
+    for name in stored:
+        names.setdefault(id(tensors[name]), name)  # tied ones once
+    for name in names.values():
+        t, source = tensors[name], stored[name]
         local = local_tensor(t.data if isinstance(t, nn.Parameter) else t)
         shard = getattr(t, "_tp_shard", None)
         if shard is None:
             local.copy_(source.read())
             continue
         for box, here in shard.boxes():
-            narrow(local, Box(*here)).copy_(source.read(Box(*box) if box[1] != source.shape else None))
+            narrow(local, Box(*here)).copy_(source.read(Box(*box)))
 
 
 def find_weights(model: nn.Module, stored: Mapping[str, StoredTensor], path: Path, *, strict: bool) -> dict[str, StoredTensor]:
@@ -138,7 +117,8 @@ def find_weights(model: nn.Module, stored: Mapping[str, StoredTensor], path: Pat
     match = match_tensors(wanted, merge_from_files(renamed, slices))
     inside = [n for n in match.missing if n.startswith(add)]
     outside = [n for n in match.missing if not n.startswith(add)]
-    unexpected = _without_ignored(model, not_renamed + [n for n in match.unexpected if n not in model_tensors(model)])
+    unexpected = not_renamed + [n for n in match.unexpected if n not in model_tensors(model)]
+    unexpected = [n for n in unexpected if not any(re.search(pattern, n) for pattern in ignored_by_transformers(model))]
     problems = Match(match.found, inside, unexpected, match.misshapen).problems(strict=strict)
     if not match.found and not match.misshapen:
         names = f"`{next(iter(stored), None)}` in the checkpoint, `{next(iter(wanted), None)}` in the model"
@@ -152,13 +132,6 @@ def find_weights(model: nn.Module, stored: Mapping[str, StoredTensor], path: Pat
             stacklevel=3,
         )
     return match.found
-
-
-def _without_ignored(model: nn.Module, names: list[str]) -> list[str]:
-    """Leave out the names that transformers passes over, too."""
-    patterns = [p for m in model.modules() for p in getattr(m, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    patterns.append(r"rotary_emb\.inv_freq")
-    return [n for n in names if not any(re.search(p, n) for p in patterns)]
 
 
 # -------------------------------------------------------------------------------------------------- a folder in one process

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +91,18 @@ def _bytes_of(t: Tensor) -> memoryview:
 
 def is_safetensors(path: Path) -> bool:
     """Return whether it is a file of safetensors, or a folder with such (as Hugging Face writes them)."""
-    return (
-        (path.suffix == ".safetensors" and path.is_file()) or path.name.endswith(".safetensors.index.json") or bool(_files_of(path))
-    )
+    return bool(_files_of(path))
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.name.endswith(".safetensors.index.json") and path.is_file():
-        return _files_of_index(path)
-    if path.suffix == ".safetensors" and not path.is_dir():
-        return [path]
+    if path.is_file():
+        is_index = path.name.endswith(".safetensors.index.json")
+        return _files_of_index(path) if is_index else [path] if path.suffix == ".safetensors" else []
     if (path / INDEX).is_file():
         return _files_of_index(path / INDEX)
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return sorted(path.glob("*.safetensors"))
 
 
 def _files_of_index(index: Path) -> list[Path]:
@@ -118,19 +115,15 @@ def _files_of_index(index: Path) -> list[Path]:
     return [index.parent / name for name in files]
 
 
-def open_safetensors(path: str | Path, count: Callable[[int], None] | None = None) -> dict[str, StoredTensor]:
-    """Open a file of safetensors, or a folder with such; a box of a tensor is read without the rest of it.
-
-    Args:
-        path: the file, the folder, or the index.
-        count: told how many bytes each read takes.
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Open a file of safetensors, the index of several, or a folder; a box of a tensor is read without the rest of it.
 
     Raises:
         TPError: if a file is missing or broken, or a tensor is in two.
     """
     found: dict[str, StoredTensor] = {}
-    for file in _files_of(Path(path)):
-        for name, stored in _open_file(file, count or (lambda n: None)).items():
+    for file in _files_of(path):
+        for name, stored in _open_file(file).items():
             if name in found:
                 raise TPError(f"`{path}` has `{name}` in two files.")
             found[name] = stored
@@ -141,7 +134,7 @@ def open_safetensors(path: str | Path, count: Callable[[int], None] | None = Non
     return found
 
 
-def _open_file(path: Path, count: Callable[[int], None]) -> dict[str, StoredTensor]:
+def _open_file(path: Path) -> dict[str, StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
@@ -154,21 +147,17 @@ def _open_file(path: Path, count: Callable[[int], None]) -> dict[str, StoredTens
         raise TPError(f"`{path}` is missing, and the folder's index names it.") from None
     except SafetensorError as error:
         raise TPError(f"`{path}` is no safetensors file, or it is cut off ({error}; it has {path.stat().st_size} bytes).") from None
-    names: list[str] = file.keys()
-    return {name: _stored(file, path, name, count) for name in names}
+    return {name: _stored(file, path, name) for name in file.keys()}  # noqa: SIM118
 
 
-def _stored(file: Any, path: Path, name: str, count: Callable[[int], None]) -> StoredTensor:
-    """Return a tensor of an open file."""
+def _stored(file: Any, path: Path, name: str) -> StoredTensor:
     entry = file.get_slice(name)
     shape = tuple(entry.get_shape())
     if entry.get_dtype() not in DTYPES:
         raise TPError(f"`{path}`: `{name}` has dtype {entry.get_dtype()}, which torch does not have.")
     dtype = DTYPES[entry.get_dtype()]
 
-    def load(box: Box | None, to: torch.dtype) -> Tensor:
-        box = Box(*box) if box is not None else Box((0,) * len(shape), shape)
-        count(box.numel * dtype.itemsize)
+    def load(box: Box, to: torch.dtype) -> Tensor:
         out = torch.empty(box.size, dtype=to)
         if box.numel:
             slices = tuple(slice(offset, offset + size) for offset, size in zip(*box, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_tp.core.boxes import Box, narrow
+from lightning_tp.core.boxes import Box, full_box, narrow
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class StoredTensor:
 
     Args:
         shape: of the full tensor.
-        dtype: it is read in this dtype, unless `read` is told another one.
-        load: reads a box of it, or all of it with None, as a contiguous tensor on the CPU in a dtype that it is told.
+        dtype: of the full tensor.
+        load: reads a box of it, as a contiguous tensor on the CPU in the dtype that it is told.
         key: tensors with the same key share their memory (tied weights); None: it shares it with none.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[Box | None, torch.dtype], Tensor] = field(repr=False, compare=False)
+    load: Callable[[Box, torch.dtype], Tensor] = field(repr=False, compare=False)
     key: Any = field(default=None, repr=False)
 
     @property
@@ -40,9 +40,9 @@ class StoredTensor:
         """The number of bytes."""
         return self.numel * self.dtype.itemsize
 
-    def read(self, box: Box | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, box: Box | None = None) -> Tensor:
         """Read all of it or a box, with one copy in memory, and a part more while it is read. Don't write into the result."""
-        return self.load(box, dtype or self.dtype)
+        return self.load(full_box(self.shape) if box is None else box, self.dtype)
 
     def cast(self, dtype: torch.dtype | None) -> StoredTensor:
         """Return the same in another dtype if it has floating-point numbers."""
@@ -82,11 +82,7 @@ class StoredCheckpoint:
 
 def unique(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Leave out the later names of tied tensors."""
-    seen: set[Any] = set()
-    first: dict[str, StoredTensor] = {}
+    first: dict[Any, str] = {}
     for name, stored in tensors.items():
-        if stored.key is None or stored.key not in seen:
-            first[name] = stored
-        if stored.key is not None:
-            seen.add(stored.key)
-    return first
+        first.setdefault((stored.key,) if stored.key is not None else name, name)
+    return {name: tensors[name] for name in first.values()}

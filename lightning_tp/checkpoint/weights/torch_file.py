@@ -34,7 +34,7 @@ def write_torch(tree: Any, raw: Any) -> None:
         TPError: if something in it does not pickle, or can't be read.
         OSError: if the file can't be written.
     """
-    tied: dict[Any, LateTensor] = {}  # tensors with the same key are one object in the pickle
+    tied: dict[Any, LateTensor] = {}
 
     def late(node: Any, _: Any) -> Any:
         if not isinstance(node, StoredTensor):
@@ -62,15 +62,11 @@ def load_file(path: Path, *, weights_only: bool = True) -> Any:
         if not isinstance(node, Tensor):
             return node
         if type(node) not in (Tensor, torch.nn.Parameter) or node.layout != torch.strided or node.is_meta or node.is_quantized:
-            raise TPError(f"`{path}` contains a {_kind(node)}, which can't be read here: only plain tensors can.")
+            kind = "quantized" if node.is_quantized else "meta" if node.is_meta else str(node.layout).removeprefix("torch.")
+            raise TPError(f"`{path}` contains a {type(node).__name__} ({kind}), which can't be read here: only plain tensors can.")
         return in_memory(node)
 
     return map_nested(stored, load(StoragePath(path), weights_only=weights_only, mmap=True))
-
-
-def _kind(t: Tensor) -> str:
-    words = [str(t.layout).removeprefix("torch."), "meta" if t.is_meta else "", "quantized" if t.is_quantized else ""]
-    return f"{type(t).__name__} ({', '.join(word for word in words if word)})"
 
 
 def open_file(path: Path, *, weights_only: bool = True) -> StoredCheckpoint:

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from lightning_tp.checkpoint.weights import safetensors_file
 from lightning_tp.checkpoint.weights.stored import StoredTensor
+
+
+@contextmanager
+def bytes_read() -> Iterator[list[int]]:
+    """How many bytes each read of files of safetensors that are opened in here takes."""
+    counts: list[int] = []
+    own = safetensors_file._stored
+
+    def counted(*args: Any) -> StoredTensor:
+        stored = own(*args)
+
+        def load(box: Any, dtype: torch.dtype) -> Tensor:
+            counts.append(box.numel * stored.dtype.itemsize)
+            return stored.load(box, dtype)
+
+        return replace(stored, load=load)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors_file, "_stored", counted)
+        yield counts
 
 
 class CountedReads:

@@ -24,7 +24,7 @@ def stored(**tensors: torch.Tensor) -> dict[str, StoredTensor]:
 
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
-    """A box is read alone, and counted."""
+    """A box is read alone, into memory of its own."""
     tensors = {
         "a": torch.randn(7, 5),
         "b": torch.ones((), dtype=torch.bfloat16),
@@ -32,14 +32,12 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
         "e": torch.empty(0, 3),
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    count: list[int] = []
-    found = open_safetensors(tmp_path, count.append)
+    found = open_safetensors(tmp_path)
     assert all(torch.equal(s.read(), tensors[n]) for n, s in found.items()) and set(found) == set(tensors)
-    count.clear()
     part = found["a"].read(Box((2, 1), (3, 2)))
-    assert torch.equal(part, tensors["a"][2:5, 1:3]) and count == [3 * 2 * 4]
+    assert torch.equal(part, tensors["a"][2:5, 1:3])
     assert part.untyped_storage().nbytes() == 3 * 2 * 4, "memory of its own"
-    assert found["a"].read(dtype=torch.float16).dtype == torch.float16
+    assert found["a"].cast(torch.float16).read().dtype == torch.float16
     assert found["a"].read(Box((2, 1), (0, 2))).shape == (0, 2)
 
 

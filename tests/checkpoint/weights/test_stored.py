@@ -14,7 +14,7 @@ def test_a_tensor_in_memory_as_a_stored_one() -> None:
     assert (stored.shape, stored.dtype, stored.numel, stored.nbytes) == ((4, 3), torch.float32, 12, 48)
     assert torch.equal(stored.read(), t.t()) and stored.read().is_contiguous()
     assert torch.equal(stored.read(Box((1, 0), (2, 3))), t.t()[1:3])
-    assert stored.read(dtype=torch.float64).dtype == torch.float64
+    assert stored.cast(torch.float64).read().dtype == torch.float64
     assert not in_memory(torch.ones(2, requires_grad=True)).read().requires_grad
 
 
