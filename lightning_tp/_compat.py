@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401
 from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401
 from torch.amp.grad_scaler import OptState
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem as FsspecFiles  # noqa: F401
 from torch.distributed.checkpoint.utils import _create_file_view as view_of_file  # noqa: F401
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor

@@ -6,8 +6,8 @@ from lightning_tp.checkpoint.find import candidates, newer, select_intact
 from lightning_tp.checkpoint.manifest import Manifest, versions
 from lightning_tp.checkpoint.sharded import load_model, load_optimizer, with_dtensors
 from lightning_tp.checkpoint.storage.dcp import dcp_load
+from lightning_tp.checkpoint.storage.nested import without_dtensors
 from lightning_tp.checkpoint.storage.path import StoragePath
-from lightning_tp.checkpoint.storage.references import without_dtensors
 from lightning_tp.checkpoint.storage.unpickle import load, read_metadata
 from lightning_tp.core.comm.agree import Peers
 

@@ -22,8 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_tp.checkpoint.manifest import Manifest
 from lightning_tp.checkpoint.storage.dcp import Entries, FolderFiles, dcp_save
-from lightning_tp.checkpoint.storage.layout import MANIFEST, META, NAMES, PLAN, SHARDED, UNFINISHED
-from lightning_tp.checkpoint.storage.path import StoragePath
+from lightning_tp.checkpoint.storage.path import MANIFEST, META, NAMES, PLAN, SHARDED, UNFINISHED, StoragePath
 from lightning_tp.checkpoint.storage.streams import CountedStream
 from lightning_tp.core import staging
 from lightning_tp.core.comm.agree import Peers

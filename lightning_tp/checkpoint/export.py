@@ -15,10 +15,9 @@ from typing import Any, Literal
 import torch
 
 from lightning_tp.checkpoint.find import select_intact
-from lightning_tp.checkpoint.storage.layout import MANIFEST, METADATA
-from lightning_tp.checkpoint.storage.path import StoragePath, local_path
+from lightning_tp.checkpoint.storage.path import MANIFEST, METADATA, StoragePath, local_path
 from lightning_tp.checkpoint.storage.unpickle import SafeGlobals
-from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, as_hugging_face
+from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, as_hugging_face, save_config
 from lightning_tp.checkpoint.weights.open import open_checkpoint
 from lightning_tp.checkpoint.weights.safetensors_file import is_safetensors, write_safetensors
 from lightning_tp.checkpoint.weights.stored import unique
@@ -30,14 +29,7 @@ from lightning_tp.errors import TPError
 Format = Literal["safetensors", "hf", "torch"]
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16,
           "float16": torch.float16, "fp64": torch.float64, "float64": torch.float64}  # fmt: skip
-_KEPT_WITH_WEIGHTS = (
-    "epoch",
-    "global_step",
-    "pytorch-lightning_version",
-    "hyper_parameters",
-    "datamodule_hyper_parameters",
-    HF_CONFIG,
-)
+_KEPT = {"epoch", "global_step", "pytorch-lightning_version", "hyper_parameters", "datamodule_hyper_parameters", HF_CONFIG}
 
 
 def export(
@@ -73,7 +65,9 @@ def export(
     Raises:
         TPError: if it is no checkpoint or a broken one, `out` exists, or the names and shapes are not those of the Hugging Face model.
     """
-    to = _as_dtype(dtype)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise TPError(f"`dtype={dtype!r}`: valid names are {', '.join(DTYPES)}.")
+    to = DTYPES[dtype] if isinstance(dtype, str) else dtype
     limit = parse_size(max_shard_size)
     if format not in ("safetensors", "hf", "torch"):
         raise TPError(f"`format={format!r}`: valid formats are 'safetensors', 'hf' and 'torch'.")
@@ -84,17 +78,17 @@ def export(
         raise TPError(f"`{checkpoint}` contains no weights of a model.")
     target = _check_output(out, contents.path, overwrite=overwrite)
     if format == "torch":
-        kept = {k: v for k, v in contents.rest.items() if k in _KEPT_WITH_WEIGHTS or k.startswith("hparams")}
+        kept = {k: v for k, v in contents.rest.items() if k in _KEPT or k.startswith("hparams")}
         _write_torch(target, {**kept, "state_dict": {name: stored.cast(to) for name, stored in contents.model.items()}})
         return [target]
     if format == "hf":
-        model = as_hugging_face(contents, config, prefix, to)
-        with _replacing(target, folder=True) as folder:
-            model.save_config(folder)
-            write_safetensors(folder, model.tensors, limit)
+        model, tensors = as_hugging_face(contents, config, prefix, to)
     else:
-        with _replacing(target, folder=True) as folder:
-            write_safetensors(folder, {name: s.cast(to) for name, s in unique(contents.model).items()}, limit)
+        model, tensors = None, {name: s.cast(to) for name, s in unique(contents.model).items()}
+    with _replacing(target, folder=True) as folder:
+        if model is not None:
+            save_config(model, tensors, folder)
+        write_safetensors(folder, tensors, limit)
     return sorted(target.iterdir())
 
 
@@ -148,11 +142,7 @@ def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_output(out: str | Path, source: Path, *, overwrite: bool) -> Path:
-    """Check that `out` may be written, before anything is.
-
-    Raises:
-        TPError: if it exists and is not to be overwritten, is no checkpoint, or is (in) what is read.
-    """
+    """Check that `out` may be written, before anything is: that it is not (in) what is read, nor anything that has to be kept."""
     target = local_path(out)
     try:
         resolved, read = target.resolve(), source.resolve()
@@ -190,19 +180,8 @@ def _write_torch(target: Path, tree: Any) -> None:
         write_torch(tree, file)
 
 
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise TPError(f"`dtype={dtype!r}`: valid names are {', '.join(DTYPES)}.")
-        return DTYPES[dtype]
-    return dtype
-
-
 def parse_size(size: int | str) -> int:
     """Return the number of bytes that a size in words means.
-
-    Raises:
-        TPError: if it is no size.
 
     Example:
         >>> parse_size("5GB"), parse_size("100 MiB"), parse_size(7)

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from lightning_tp.checkpoint.commit import is_unfinished, recover, recoverable
 from lightning_tp.checkpoint.manifest import LATER, Manifest, damage_of_archive, damage_of_file, read
-from lightning_tp.checkpoint.storage.layout import MANIFEST, META
-from lightning_tp.checkpoint.storage.path import StoragePath
+from lightning_tp.checkpoint.storage.path import MANIFEST, META, StoragePath
 from lightning_tp.core.comm.agree import Peers
 from lightning_tp.errors import TPError
 

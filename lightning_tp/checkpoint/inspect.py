@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_tp.checkpoint.manifest import Manifest, damage_of_file, read
-from lightning_tp.checkpoint.storage.layout import MANIFEST, METADATA, PLAN
 from lightning_tp.checkpoint.storage.nested import leaves
-from lightning_tp.checkpoint.storage.path import StoragePath, local_path, permission_errors
+from lightning_tp.checkpoint.storage.path import MANIFEST, METADATA, PLAN, StoragePath, local_path, permission_errors
 from lightning_tp.checkpoint.weights.dcp_folder import DcpFolder
 from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG
 from lightning_tp.checkpoint.weights.open import open_checkpoint

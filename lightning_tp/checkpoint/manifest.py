@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from lightning_tp._compat import version_of
-from lightning_tp.checkpoint.storage.layout import MANIFEST
-from lightning_tp.checkpoint.storage.path import StoragePath
+from lightning_tp.checkpoint.storage.path import MANIFEST, StoragePath
 from lightning_tp.errors import TPError
 
 FORMAT = 1

@@ -14,9 +14,8 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_tp.checkpoint.storage.dcp import dcp_load
-from lightning_tp.checkpoint.storage.layout import SHARDED
-from lightning_tp.checkpoint.storage.path import StoragePath
-from lightning_tp.checkpoint.storage.references import replace_references
+from lightning_tp.checkpoint.storage.nested import replace_references
+from lightning_tp.checkpoint.storage.path import SHARDED, StoragePath
 from lightning_tp.checkpoint.storage.unpickle import SafeGlobals, read_metadata
 from lightning_tp.errors import TPError
 from lightning_tp.shards.optimizer_state import check_kind, load_optimizer_state

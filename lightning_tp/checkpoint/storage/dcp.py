@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.metadata import Metadata
 
+from lightning_tp._compat import FsspecFiles
 from lightning_tp.checkpoint.storage.path import StoragePath
 from lightning_tp.checkpoint.storage.streams import ChecksumStream
 from lightning_tp.checkpoint.storage.unpickle import SafeGlobals, first_line, read_metadata
@@ -26,8 +27,8 @@ from lightning_tp.errors import TPError
 Entries = dict[str, dict[str, Any]]  # a file's path in the folder -> its "bytes" and "crc32"
 
 
-class FolderFiles(FileSystemBase):
-    """The files of one folder, as torch's reader and writer ask for them.
+class FolderFiles(FsspecFiles):
+    """The files of one folder of any file system, as torch's reader and writer ask for them.
 
     Attributes:
         entries: length and checksum of each file that was written.
@@ -36,7 +37,7 @@ class FolderFiles(FileSystemBase):
     """
 
     def __init__(self, folder: StoragePath) -> None:
-        self.folder = folder
+        self.folder, self.fs = folder, folder.fs
         self.entries: Entries = {}
         self.failed: OSError | None = None
         self.num_bytes = 0
@@ -44,16 +45,12 @@ class FolderFiles(FileSystemBase):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
         """Open a file for reading or writing."""
-        name = os.path.relpath(os.fspath(path), self.folder.path)
-        if "w" not in mode:
-            with (self.folder / name).open(mode) as stream:
-                yield stream
-            return
+        name = os.path.relpath(path, self.folder.path)
         summed: ChecksumStream | None = None
         try:
             with (self.folder / name).open(mode) as raw:
-                summed = ChecksumStream(raw)
-                yield summed
+                summed = ChecksumStream(raw) if "w" in mode else None
+                yield raw if summed is None else summed
         except OSError as error:
             self.failed = self.failed or error
             raise
@@ -61,7 +58,8 @@ class FolderFiles(FileSystemBase):
             if summed is not None:
                 self.num_bytes += summed.num_bytes
                 self.failed = self.failed or summed.failed
-        self.entries[name] = summed.entry
+        if summed is not None:
+            self.entries[name] = summed.entry
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file, and flush it to the disk."""
@@ -71,48 +69,19 @@ class FolderFiles(FileSystemBase):
                 stream.flush()
                 os.fsync(stream.fileno())
 
-    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
-        """Return the path of a name in a folder."""
-        return f"{os.fspath(path)}/{suffix}"
-
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Rename a file; its checksum goes with it."""
-        names = [os.path.relpath(os.fspath(p), self.folder.path) for p in (path, new_path)]
-        if self.folder.is_local:
-            os.replace(path, new_path)
-        else:
-            self.folder.fs.mv(os.fspath(path), os.fspath(new_path))
-        if names[0] in self.entries:
-            self.entries[names[1]] = self.entries.pop(names[0])
-
-    def init_path(self, path: str | os.PathLike[str]) -> str:
-        """Return the path as torch's reader and writer keep it."""
-        return os.fspath(path)
-
-    def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Create a folder if it is not there yet."""
-        self.folder.fs.makedirs(os.fspath(path), exist_ok=True)
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return True; torch asks only where it chooses a file system itself."""
-        return True
-
-    def exists(self, path: str | os.PathLike[str]) -> bool:
-        """Return whether there is a file or folder."""
-        return bool(self.folder.fs.exists(os.fspath(path)))
-
-    def rm_file(self, path: str | os.PathLike[str]) -> None:
-        """Remove a file."""
-        self.folder.fs.rm_file(os.fspath(path))
+        super().rename(path, new_path)
+        old, new = (os.path.relpath(p, self.folder.path) for p in (path, new_path))
+        if old in self.entries:
+            self.entries[new] = self.entries.pop(old)
 
 
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, files: FolderFiles, inside: str) -> None:
         path = f"{files.folder.path}/{inside}" if inside else files.folder.path
         super().__init__(path, sync_files=files.folder.is_local)
-        self.fs = files  # type: ignore[assignment]
-        self.path = path
+        self.fs, self.path = files, path  # type: ignore[assignment]
 
 
 class _Reader(dcp.FileSystemReader):
@@ -120,15 +89,11 @@ class _Reader(dcp.FileSystemReader):
 
     def __init__(self, folder: StoragePath) -> None:
         super().__init__(folder.path)
-        self.folder = folder
-        self.fs = FolderFiles(folder)  # type: ignore[assignment]
-        self.path = folder.path
-        self._metadata: Metadata | None = None
+        self.fs, self.path = FolderFiles(folder), folder.path  # type: ignore[assignment]
+        self._metadata = cache(partial(read_metadata, folder))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = read_metadata(self.folder)
-        return self._metadata
+        return self._metadata()
 
 
 class _Planner(DefaultLoadPlanner):

@@ -1,12 +1,17 @@
-"""Walk over nestings of dicts, lists and tuples, as state dicts and checkpoints are; anything else is a leaf.
+"""Walk over nestings of dicts, lists and tuples, as checkpoints are, and refer to the DTensors that callbacks and hooks put there.
 
-torch's pytrees take dicts of a user's own class for leaves; in a checkpoint (hyperparameters, states of callbacks) their values count.
+torch's pytrees take dicts of a user's own class for leaves; in a checkpoint (hyperparameters, states of callbacks) their values count. DTensors
+go to a folder of their own: rank 0, which writes `meta.pt`, has but its shards of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from lightning_tp.checkpoint.storage.path import SHARDED
 
 Path = tuple[Any, ...]  # keys and indices
 
@@ -17,13 +22,9 @@ def map_nested(function: Callable[[Any, Path], Any], tree: Any, *, path: Path = 
     Args:
         function: called with each container before what is in it, and with each leaf. What it returns for a container is taken as it is;
             if it returns the container itself, what is in it comes next.
-        tree: dicts, lists and tuples inside each other.
+        tree: dicts, lists and tuples inside each other; anything else is a leaf.
         path: of `tree`.
         copy: whether containers in which nothing changes are copied; else they are the same objects.
-
-    Example:
-        >>> map_nested(lambda node, path: node * 2 if isinstance(node, int) else node, {"a": [1, (2, "x")]})
-        {'a': [2, (4, 'x')]}
     """
     mapped = function(tree, path)
     if mapped is not tree:
@@ -38,12 +39,7 @@ def map_nested(function: Callable[[Any, Path], Any], tree: Any, *, path: Path = 
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield (path, leaf) of everything that is no dict, list or tuple, in order.
-
-    Example:
-        >>> list(leaves({"a": [1, (2,)]}))
-        [(('a', 0), 1), (('a', 1, 0), 2)]
-    """
+    """Yield (path, leaf) of everything that is no dict, list or tuple, in order."""
     if isinstance(tree, dict):
         for k, v in tree.items():
             yield from leaves(v, (*path, k))
@@ -52,3 +48,32 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from leaves(v, (*path, i))
     else:
         yield path, tree
+
+
+def without_dtensors(tree: Any, found: dict[str, DTensor], where: str = "") -> Any:
+    """Return the same nesting with a reference in place of each DTensor; what holds none is the same object.
+
+    Args:
+        tree: dicts, lists and tuples inside each other.
+        found: gets the DTensors, by the paths that the references name.
+        where: the path of `tree`.
+    """
+
+    def take_out(node: Any, path: tuple[Any, ...]) -> Any:
+        if not isinstance(node, DTensor):
+            return node
+        name = "/".join(map(str, path))
+        found[name] = node
+        return {SHARDED: name, "name": str(path[-1])}
+
+    return map_nested(take_out, tree, path=(where,), copy=False)
+
+
+def replace_references(tree: Any, read: Callable[[str, str], Any]) -> Any:
+    """Return the same nesting with `read(path, name)` in place of each reference, where `name` is the last part of the path."""
+
+    def fill(node: Any, _: tuple[Any, ...]) -> Any:
+        is_reference = isinstance(node, dict) and isinstance(node.get(SHARDED), str)
+        return read(node[SHARDED], str(node["name"])) if is_reference else node
+
+    return map_nested(fill, tree, copy=False)

@@ -1,4 +1,4 @@
-"""A path where a checkpoint is: on this machine, or in any file system that fsspec knows; and what is done there.
+"""A path where a checkpoint is: on this machine, or in any file system that fsspec knows; and the names of the files in a checkpoint folder.
 
 Renames and `fsync` (see `core/staging.py`) are for local file systems only; object stores have neither.
 """
@@ -18,6 +18,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lightning_tp.core import files
 from lightning_tp.errors import TPError
+
+# torch and Lightning give the first two names
+METADATA = ".metadata"  # of torch's distributed checkpoint: which file has which box of which tensor
+META = "meta.pt"  # of Lightning: everything but the tensors of the model and of the optimizers
+PLAN = "plan.json"  # how the model was split, for people
+MANIFEST = "manifest.json"  # the length and the checksum of each file; written last
+SHARDED = "lightning_tp_sharded"  # a folder with the DTensors of callbacks and hooks: see `references.py`
+UNFINISHED = ".lightning_tp_unfinished"  # in a store without renames: this folder was begun, and has no manifest yet
+NAMES = {METADATA, META, PLAN, MANIFEST, SHARDED, UNFINISHED}
 
 
 class StoragePath:

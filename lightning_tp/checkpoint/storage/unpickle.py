@@ -18,8 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from lightning_tp._compat import METADATA_CLASSES
-from lightning_tp.checkpoint.storage.layout import METADATA
-from lightning_tp.checkpoint.storage.path import StoragePath
+from lightning_tp.checkpoint.storage.path import METADATA, StoragePath
 from lightning_tp.errors import TPError
 
 SafeGlobals = Sequence[Callable[..., Any]]

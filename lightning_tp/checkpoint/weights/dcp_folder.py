@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightning_tp._compat import view_of_file
-from lightning_tp.checkpoint.storage.layout import MANIFEST, META, METADATA, PLAN, SHARDED
-from lightning_tp.checkpoint.storage.path import StoragePath
-from lightning_tp.checkpoint.storage.references import replace_references
+from lightning_tp.checkpoint.storage.nested import replace_references
+from lightning_tp.checkpoint.storage.path import MANIFEST, META, METADATA, PLAN, SHARDED, StoragePath
 from lightning_tp.checkpoint.storage.unpickle import first_line, read_metadata
 from lightning_tp.checkpoint.weights.stored import StoredCheckpoint, StoredTensor
 from lightning_tp.checkpoint.weights.torch_file import load_file

@@ -9,7 +9,6 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +39,10 @@ def config_in(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class HuggingFaceExport:
-    """What is written for a Hugging Face model.
-
-    Args:
-        model: of transformers, on the meta device.
-        tensors: by the names that it writes into files.
-    """
-
-    model: Any
-    tensors: dict[str, StoredTensor]
-
-    def save_config(self, folder: Path) -> None:
-        """Write `config.json`, and `generation_config.json` if the class generates."""
-        common = Counter(s.dtype for s in self.tensors.values() if s.dtype.is_floating_point).most_common(1)
-        config = self.model.config
-        if common:
-            config.dtype = common[0][0]
-        config.architectures = [type(self.model).__name__]
-        config.save_pretrained(folder)
-        if getattr(self.model, "generation_config", None) is not None and self.model.can_generate():
-            self.model.generation_config.save_pretrained(folder)
-
-
 def as_hugging_face(
     contents: StoredCheckpoint, config: str | Path | None, prefix: str | None, dtype: torch.dtype | None
-) -> HuggingFaceExport:
-    """Find a checkpoint's tensors under the names of its Hugging Face model; nothing is read.
+) -> tuple[Any, dict[str, StoredTensor]]:
+    """Return a checkpoint's Hugging Face model, on the meta device, and the tensors by the names that it has in files; nothing is read.
 
     Args:
         contents: the checkpoint.
@@ -81,7 +56,18 @@ def as_hugging_face(
     data, prefix = find_config(contents, config, prefix)
     model = _build_on_meta(data)
     tensors = {name: stored.cast(dtype) for name, stored in select_tensors(model, contents, prefix).items()}
-    return HuggingFaceExport(model, split_for_files(tensors, slices_in_files(model)))
+    return model, split_for_files(tensors, slices_in_files(model))
+
+
+def save_config(model: Any, tensors: Mapping[str, StoredTensor], folder: Path) -> None:
+    """Write `config.json` with the dtype of most tensors, and `generation_config.json` if the class generates."""
+    dtypes = Counter(s.dtype for s in tensors.values() if s.dtype.is_floating_point)
+    if dtypes:
+        model.config.dtype = dtypes.most_common(1)[0][0]
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
 
 
 def find_config(contents: StoredCheckpoint, config: str | Path | None, prefix: str | None) -> tuple[dict[str, Any], str | None]:
@@ -150,12 +136,7 @@ def _build_on_meta(config: Mapping[str, Any]) -> Any:
 
 
 def select_tensors(model: nn.Module, contents: StoredCheckpoint, prefix: str | None) -> dict[str, StoredTensor]:
-    """Return a checkpoint's tensors by the names of a model, tied ones once; warn of those that are outside of it.
-
-    Args:
-        model: on the meta device.
-        contents: the checkpoint.
-        prefix: where the model is in it. Default: where most names fit.
+    """Return a checkpoint's tensors by the names of a model at `prefix` (default: where most names fit), tied ones once; warn of others.
 
     Raises:
         TPError: if names or shapes differ.

@@ -66,19 +66,11 @@ def match_tensors(wanted: Mapping[str, Tensor], stored: Mapping[str, StoredTenso
     Args:
         wanted: the model's tensors by name; only their shapes and identities (ties) count.
         stored: the checkpoint's, by the model's names: see `rename_prefix`.
-
-    Example:
-        >>> match_tensors(nn.Linear(2, 3).state_dict(), {}).missing
-        ['weight', 'bias']
     """
     has_source = {id(t) for name, t in wanted.items() if name in stored}
-    found: dict[str, StoredTensor] = {}
-    misshapen: dict[str, tuple[Shape, Shape]] = {}
-    for name in (name for name in wanted if name in stored):
-        if stored[name].shape == full_shape(wanted[name]):
-            found[name] = stored[name]
-        else:
-            misshapen[name] = stored[name].shape, full_shape(wanted[name])
+    shapes = {name: (stored[name].shape, full_shape(t)) for name, t in wanted.items() if name in stored}
+    found = {name: stored[name] for name, (shape, full) in shapes.items() if shape == full}
+    misshapen = {name: both for name, both in shapes.items() if name not in found}
     missing = [name for name, t in wanted.items() if id(t) not in has_source]
     return Match(found, missing, [name for name in stored if name not in wanted], misshapen)
 
@@ -111,22 +103,12 @@ def find_prefixes(stored: Iterable[str], wanted: Iterable[str]) -> tuple[str, st
 
 
 def rename_prefix(stored: Mapping[str, Any], strip: str, add: str) -> tuple[dict[str, Any], list[str]]:
-    """Return what has the prefix `strip` with `add` in its place, and the names of what has not.
-
-    Example:
-        >>> rename_prefix({"net.weight": 1, "scale": 2}, "net.", "")
-        ({'weight': 1}, ['scale'])
-    """
+    """Return what has the prefix `strip`, with `add` in its place, and the names of what has not."""
     renamed = {add + name[len(strip) :]: value for name, value in stored.items() if name.startswith(strip)}
     return renamed, [name for name in stored if not name.startswith(strip)]
 
 
 def listing(items: list[str], most: int, separator: str = "; ") -> str:
-    """Join items for a message, the first `most` of them.
-
-    Example:
-        >>> listing(["a", "b", "c"], 2)
-        'a; b; and 1 more'
-    """
+    """Join the first `most` items for a message, and say how many more there are."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return separator.join([*items[:most], *more])

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_tp.checkpoint.storage.layout import METADATA
-from lightning_tp.checkpoint.storage.path import local_path, permission_errors
+from lightning_tp.checkpoint.storage.path import METADATA, local_path, permission_errors
 from lightning_tp.checkpoint.weights.dcp_folder import open_folder
 from lightning_tp.checkpoint.weights.safetensors_file import is_safetensors, open_safetensors
 from lightning_tp.checkpoint.weights.stored import StoredCheckpoint

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lightning_tp._compat import ignored_by_transformers, local_tensor, patched
-from lightning_tp.checkpoint.storage.layout import METADATA
+from lightning_tp.checkpoint.storage.path import METADATA
 from lightning_tp.checkpoint.weights.dcp_folder import open_folder
 from lightning_tp.checkpoint.weights.file_names import merge_from_files, slices_in_files
 from lightning_tp.checkpoint.weights.matching import (

@@ -6,8 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.fabric.strategies.fsdp import _METADATA_FILENAME
+from torch.distributed.checkpoint.filesystem import _metadata_fn
 
 import lightning_tp as ltp
+from lightning_tp.checkpoint.storage import path
 from lightning_tp.checkpoint.storage.path import StoragePath, local_path, permission_errors
 from tests.checkpoint.store import OPTIONS
 from tests.checkpoint.store import stores as stores
@@ -67,3 +70,12 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
             raise PermissionError(13, "no", named)
     with pytest.raises(OSError, match="other"), permission_errors(tmp_path):
         raise OSError(5, "other")
+
+
+def test_names_of_torch_and_lightning() -> None:
+    assert _metadata_fn == path.METADATA and path.META == _METADATA_FILENAME
+
+
+def test_all_names_are_ours_to_replace() -> None:
+    """`commit.py` refuses to replace a folder with other names in it."""
+    assert {value for name, value in vars(path).items() if name.isupper() and isinstance(value, str)} == path.NAMES

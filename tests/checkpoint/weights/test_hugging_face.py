@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 import lightning_tp as ltp
-from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, as_hugging_face, config_in, find_config, select_tensors
+from lightning_tp.checkpoint.weights.hugging_face import (
+    HF_CONFIG,
+    as_hugging_face,
+    config_in,
+    find_config,
+    save_config,
+    select_tensors,
+)
 from lightning_tp.checkpoint.weights.stored import StoredCheckpoint, in_memory
 
 transformers = pytest.importorskip("transformers")
@@ -69,10 +76,10 @@ def test_tensors_are_those_of_the_class(tied: bool) -> None:
     outer = nn.ModuleDict({"net": (model := llama(tie_word_embeddings=tied)), "scale": nn.Linear(1, 1)})
     contents = checkpoint(outer, **{HF_CONFIG: config_in(outer)})
     with pytest.warns(UserWarning, match=r"2 tensors are outside of the LlamaForCausalLM in `net` and are left out: scale\.weight"):
-        found = as_hugging_face(contents, None, None, torch.bfloat16)
+        _, tensors = as_hugging_face(contents, None, None, torch.bfloat16)
     expected = {n for n in model.state_dict() if not (tied and n == "lm_head.weight")}
-    assert set(found.tensors) == expected and all(s.dtype == torch.bfloat16 for s in found.tensors.values())
-    assert torch.equal(found.tensors["model.norm.weight"].read(), model.model.norm.weight.detach().bfloat16())
+    assert set(tensors) == expected and all(s.dtype == torch.bfloat16 for s in tensors.values())
+    assert torch.equal(tensors["model.norm.weight"].read(), model.model.norm.weight.detach().bfloat16())
     if tied:
         del contents.model["net.model.embed_tokens.weight"]
         with pytest.warns(UserWarning, match="left out"):
@@ -96,8 +103,7 @@ def test_a_class_that_can_not_be_built() -> None:
 
 def test_the_config_names_the_dtype_of_most_tensors(tmp_path: Path) -> None:
     model = llama()
-    found = as_hugging_face(checkpoint(model, **{HF_CONFIG: config_in(model)}), None, None, torch.float16)
-    found.save_config(tmp_path)
+    save_config(*as_hugging_face(checkpoint(model, **{HF_CONFIG: config_in(model)}), None, None, torch.float16), tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["dtype"] == "float16" and written["architectures"] == ["LlamaForCausalLM"]
     assert (tmp_path / "generation_config.json").exists()
