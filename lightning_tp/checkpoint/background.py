@@ -37,14 +37,7 @@ def group_for_saving() -> dist.ProcessGroup | None:
 
 
 class HostCopy:
-    """Copies of tensors in host memory, in the same memory every time (pinned, where they come from a GPU).
-
-    Example:
-        >>> weight = torch.ones(2)
-        >>> copied = HostCopy().copy({"weight": weight})
-        >>> weight.zero_(), copied
-        (tensor([0., 0.]), {'weight': tensor([1., 1.])})
-    """
+    """Copies of tensors in host memory, in the same memory every time (pinned, where they come from a GPU)."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
@@ -73,16 +66,7 @@ class HostCopy:
 
 
 class Background:
-    """One piece of work at a time, in a thread that Python waits for before it ends.
-
-    Example:
-        >>> background, done = Background(), []
-        >>> background.start("Saving", lambda: done.append(1))
-        >>> background.after(lambda: done.append(2))
-        >>> background.wait()
-        >>> done
-        [1, 2]
-    """
+    """One piece of work at a time, in a thread that Python waits for before it ends."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -92,12 +76,9 @@ class Background:
         self._is_done = False
         self._name = ""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> Any:
         """Pickle nothing of work that is under way: a spawned process begins with none."""
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        return Background, ()
 
     @property
     def busy(self) -> bool:

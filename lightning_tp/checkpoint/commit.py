@@ -50,12 +50,7 @@ class SaveContent:
 
 
 def save_folder(target: StoragePath, content: SaveContent, peers: Peers) -> None:
-    """Write and commit a checkpoint folder. A collective.
-
-    Args:
-        target: the folder, which is created or replaced.
-        content: what this rank writes.
-        peers: the ranks that write it together.
+    """Write and commit a checkpoint folder, which is created or replaced. A collective.
 
     Raises:
         TPError: on all ranks, if one of them could not write. What was there before is untouched then.
@@ -89,11 +84,7 @@ def save_folder(target: StoragePath, content: SaveContent, peers: Peers) -> None
 
 
 def save_file(target: StoragePath, write: Callable[[Any], None]) -> None:
-    """Write and commit a checkpoint in one file. Called by one rank.
-
-    Args:
-        target: the file, which is created or replaced.
-        write: writes to the stream that it gets.
+    """Write and commit a checkpoint in one file, which is created or replaced, by `write(stream)`. Called by one rank.
 
     Raises:
         TPError: if it can't be written. What was there before is untouched then.
@@ -115,11 +106,7 @@ def save_file(target: StoragePath, write: Callable[[Any], None]) -> None:
 
 
 def remove(target: StoragePath) -> None:
-    """Remove a checkpoint: its name is free at once, however long its files take. Do nothing if it is not there.
-
-    Raises:
-        TPError: if it can't be removed.
-    """
+    """Remove a checkpoint: its name is free at once, however long its files take. Do nothing if it is not there."""
     if not target.is_local or os.path.islink(target.path) or not os.path.isdir(target.path):
         target.remove()
         return
@@ -188,10 +175,9 @@ def _refuse_other_things(target: StoragePath) -> None:
 
 
 def _write(files: FolderFiles, content: SaveContent, peers: Peers) -> None:
-    alone = peers.size == 1
-    dcp_save(content.sharded, files, group=peers.group, no_dist=alone)
+    dcp_save(content.sharded, files, peers)
     if content.apart:
-        dcp_save(dict(content.apart), files, inside=SHARDED, group=peers.group, no_dist=alone)
+        dcp_save(dict(content.apart), files, peers, inside=SHARDED)
     if peers.rank == 0:
         if content.rest is not None:
             files.write(META, content.rest)
@@ -224,14 +210,11 @@ def _reason(error: BaseException, target: StoragePath, files: FolderFiles | None
     if isinstance(error, TPError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = "none"
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(os.path.dirname(target.path)).free:,} bytes" if target.is_local else "none"
         return (
-            f"`{target}` could not be written: no space left on the disk (a rank had written {num_bytes:,} bytes; {_free(target)} are free). "
+            f"`{target}` could not be written: no space left on the disk (a rank had written {num_bytes:,} bytes; {free} are free). "
             "Earlier checkpoints are untouched. Free some space, or keep fewer checkpoints (`ModelCheckpoint(save_top_k=..)`)."
         )
     return f"`{target}` could not be written: {type(error).__name__}: {error}. Earlier checkpoints are untouched."
-
-
-def _free(target: StoragePath) -> str:
-    with suppress(OSError):
-        return f"{shutil.disk_usage(os.path.dirname(target.path)).free:,} bytes" if target.is_local else "none"
-    return "none"

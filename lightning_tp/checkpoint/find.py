@@ -6,7 +6,7 @@ Each rank checks a share of the files against the manifest; what one rank finds,
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lightning_tp.checkpoint.commit import is_unfinished, recover, recoverable
 from lightning_tp.checkpoint.manifest import LATER, Manifest, damage_of_archive, damage_of_file, read
@@ -55,7 +55,7 @@ def _first_look(path: StoragePath) -> tuple[str | None, Manifest | None, bool]:
         return str(error), None, False
     except OSError as error:
         return f"{_CLOSED}: {error.strerror or error} ({error.filename})", None, False
-    if manifest is None and not path.has(META):
+    if manifest is None and not (path / META).is_file():
         return f"{_NONE}: neither a file nor a folder with `{META}` in it", None, False
     return None, manifest, False
 
@@ -68,16 +68,15 @@ def candidates(folder: StoragePath) -> list[StoragePath]:
     return [path for _, path in sorted(found, key=lambda pair: -pair[0])]
 
 
-def newest_intact(folder: StoragePath, peers: Peers, *, skip: Iterable[str] = ()) -> StoragePath | None:
+def newest_intact(folder: StoragePath, peers: Peers, skip: str) -> StoragePath | None:
     """Return the newest intact checkpoint of a folder, the same on all ranks; None if there is none. A collective.
 
     Args:
         folder: where to look.
         peers: the ranks that look.
-        skip: paths that are known to be damaged.
+        skip: the path of one that is known to be damaged.
     """
-    skipped = set(skip)
-    urls = peers.from_first(lambda: [path.url for path in candidates(folder) if path.path not in skipped])
+    urls = peers.from_first(lambda: [path.url for path in candidates(folder) if path.path != skip])
     for url in urls:
         path = StoragePath(url, folder.options)
         peers.from_first(lambda path=path: recover(path))  # type: ignore[misc]
@@ -139,12 +138,11 @@ def select_intact(path: StoragePath, peers: Peers, *, instead: Sequence[str] | N
         message = f"The checkpoint `{path}` is damaged: {problem}."
     preferred = (StoragePath(other, path.options) for other in instead or ())
     other = next((p for p in preferred if p.path != path.path and damage(p, peers) is None), None)
-    other = other or newest_intact(path.parent, peers, skip=[path.path])
-    if instead is None or other is None:
-        found = (
-            "There is no intact checkpoint beside it" if other is None else f"The newest intact checkpoint beside it is `{other}`"
-        )
-        raise TPError(f"{message} Nothing was loaded. {found}.")
+    other = other or newest_intact(path.parent, peers, path.path)
+    if other is None:
+        raise TPError(f"{message} Nothing was loaded. There is no intact checkpoint beside it.")
+    if instead is None:
+        raise TPError(f"{message} Nothing was loaded. The newest intact checkpoint beside it is `{other}`.")
     return other, f"{message} `{other}` is loaded instead."
 
 

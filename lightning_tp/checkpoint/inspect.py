@@ -115,8 +115,9 @@ def inspect_checkpoint(path: str | Path, *, verify: bool = False, weights_only: 
             found.problems.append(str(error).removesuffix("."))
         if contents is not None:
             _describe(contents, found)
-        if manifest is not None:
-            _describe_run(manifest, found)
+        if manifest is not None:  # of the run that wrote it
+            found.mesh, found.step, found.epoch = manifest.mesh or found.mesh, manifest.step, manifest.epoch
+            found.versions, found.weights_only = manifest.versions or found.versions, manifest.weights_only
         _check(path, manifest, contents, found, verify)
         return found
 
@@ -125,18 +126,14 @@ def _files(path: Path) -> dict[str, int]:
     """Return name -> bytes of a file, or of all files in a folder."""
     if path.is_file():
         return {path.name: path.stat().st_size}
-    return (
-        {f.relative_to(path).as_posix(): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()} if path.is_dir() else {}
-    )
+    return {f.relative_to(path).as_posix(): f.stat().st_size for f in sorted(path.rglob("*")) if f.is_file()}
 
 
 def _is_meant_as_one(path: Path) -> bool:
     """Return whether somebody meant it to be a checkpoint."""
-    if path.is_dir():
-        return (
-            (path / METADATA).is_file() or (path / MANIFEST).is_file() or bool(list(path.glob("*.distcp"))) or is_safetensors(path)
-        )
-    return path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+    if path.is_file():
+        return path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+    return (path / METADATA).is_file() or (path / MANIFEST).is_file() or any(path.glob("*.distcp")) or is_safetensors(path)
 
 
 def _describe(contents: StoredCheckpoint, found: Summary) -> None:
@@ -168,13 +165,6 @@ def _from_json(file: Path, take: Callable[[Any], Any]) -> Any:
         return take(json.loads(file.read_text()))
     except (OSError, ValueError, AttributeError, LookupError, TypeError):
         return None
-
-
-def _describe_run(manifest: Manifest, found: Summary) -> None:
-    """Note what the manifest says of the run that wrote it."""
-    found.mesh = manifest.mesh or found.mesh
-    found.versions = {name: str(version) for name, version in manifest.versions.items()} or found.versions
-    found.step, found.epoch, found.weights_only = manifest.step, manifest.epoch, manifest.weights_only
 
 
 def _check(path: Path, manifest: Manifest | None, contents: StoredCheckpoint | None, found: Summary, verify: bool) -> None:

@@ -34,11 +34,6 @@ class Manifest:
         versions: of torch, lightning and this package.
         weights_only: whether there is no optimizer state, so that training can't be resumed.
         files: for each file's path in the folder its "bytes" and "crc32".
-
-    Example:
-        >>> manifest = Manifest(step=3, epoch=0, files={"meta.pt": {"bytes": 5, "crc32": "0f3a91c2"}})
-        >>> Manifest.from_json(manifest.to_json(), "here") == manifest
-        True
     """
 
     step: int = 0
@@ -75,10 +70,8 @@ class Manifest:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that write here."""
-    found = {"torch": str(torch.__version__)}
-    for name, package in (("lightning", "lightning"), ("lightning_tp", "lightning-tp")):
-        found[name] = version_of(package) or "unknown"
-    return found
+    lightning, ours = (version_of(package) or "unknown" for package in ("lightning", "lightning-tp"))
+    return {"torch": str(torch.__version__), "lightning": lightning, "lightning_tp": ours}
 
 
 def read(folder: StoragePath) -> Manifest | None:
@@ -92,30 +85,23 @@ def read(folder: StoragePath) -> Manifest | None:
 
 
 def damage_of_file(folder: StoragePath, name: str, entry: Mapping[str, Any], *, checksums: bool = True) -> str | None:
-    """Return what is wrong with a file that the manifest names; None if nothing is.
-
-    Args:
-        folder: the checkpoint.
-        name: the file's path in it.
-        entry: the file's "bytes" and "crc32" in the manifest.
-        checksums: whether the file is read and its checksum compared, or its length only.
-    """
+    """Return what is wrong with a file that the manifest names; None if nothing is. Without `checksums` only its length is compared."""
     file = folder / name
     if not file.is_file():
         return f"`{name}` is missing ({entry['bytes']} bytes)"
     if (size := file.size()) != entry["bytes"]:
         return f"`{name}` has {size} bytes, but its manifest says {entry['bytes']}"
-    if checksums and (found := _crc32(file)) != entry["crc32"]:
-        return f"`{name}` has checksum {found}, but its manifest says {entry['crc32']} (CRC-32)"
-    return None
-
-
-def _crc32(file: StoragePath) -> str:
+    if not checksums:
+        return None
     crc = 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
+    return (
+        None
+        if f"{crc:08x}" == entry["crc32"]
+        else f"`{name}` has checksum {crc:08x}, but its manifest says {entry['crc32']} (CRC-32)"
+    )
 
 
 def damage_of_archive(file: StoragePath, rank: int, num_ranks: int) -> str | None:

@@ -34,11 +34,12 @@ def load_model(model: nn.Module, folder: StoragePath, *, strict: bool = True, ke
     Raises:
         TPError: if the checkpoint lacks one, has another shape for it, or has one that the model lacks.
     """
-    stored = read_metadata(folder).state_dict_metadata
+    metadata = read_metadata(folder).state_dict_metadata
+    stored = {name.removeprefix(f"{key}."): entry for name, entry in metadata.items() if name.startswith(f"{key}.")}
     state = model.state_dict()
-    extra = [k.removeprefix(f"{key}.") for k in stored if k.startswith(f"{key}.") and k.removeprefix(f"{key}.") not in state]
+    extra = [name for name in stored if name not in state]
     for name, value in list(state.items()):
-        entry = stored.get(f"{key}.{name}")
+        entry = stored.get(name)
         if entry is None:
             if strict:
                 raise TPError(f"`{folder}` has no `{name}`. Load with `strict_loading = False`, or use the model that wrote it.")
@@ -121,7 +122,7 @@ def _memory_for(entry: Any, shard: ParamShard | None, device: torch.device) -> A
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-def with_dtensors(tree: Any, folder: StoragePath, model: nn.Module, *, no_dist: bool = False) -> Any:
+def with_dtensors(tree: Any, folder: StoragePath, model: nn.Module) -> Any:
     """Undo `without_dtensors`: read what the references in a tree name. A collective.
 
     What has a parameter's name and shape becomes a DTensor of this mesh, anything else a full tensor.
@@ -137,5 +138,5 @@ def with_dtensors(tree: Any, folder: StoragePath, model: nn.Module, *, no_dist: 
         p = parameters.get(name)
         shard, device = (p._tp_shard, p.device) if p is not None else (None, torch.device("cpu"))
         values[path] = _memory_for(stored[path], shard, device)
-    dcp_load(values, folder / SHARDED, no_dist=no_dist)
+    dcp_load(values, folder / SHARDED)
     return replace_references(tree, lambda path, _: values[path])

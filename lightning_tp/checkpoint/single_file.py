@@ -38,27 +38,38 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
     dist.broadcast_object_list(from_first, src=0)
     order: list[Path] = from_first[0]
     boxes_of_ranks: list[list[list[Box] | None]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(boxes_of_ranks, [_boxes(dtensors[path]) if path in dtensors else None for path in order])
+    dist.all_gather_object(boxes_of_ranks, [list(_shards(dtensors[path])) if path in dtensors else None for path in order])
     for other, boxes in enumerate(boxes_of_ranks):
         if lacking := [path for path, b in zip(order, boxes, strict=True) if b is None]:
             raise TPError(
                 f"`{'.'.join(map(str, lacking[0]))}` is in the checkpoint of rank 0, but not in that of rank {other}. Change the checkpoint on "
                 "all ranks alike."
             )
-    senders = {path: _senders([boxes[i] or [] for boxes in boxes_of_ranks]) for i, path in enumerate(order)}
+    senders: dict[Path, dict[Box, int]] = {path: {} for path in order}  # of each box the first rank that holds it
+    for other, boxes in enumerate(boxes_of_ranks):
+        for path, held in zip(order, boxes, strict=True):
+            for box in held or ():
+                senders[path].setdefault(box, other)
     failed: list[Any] = [None]
     if rank == 0:
-        receiver = _Receiver(dtensors, senders)
+
+        def stored(node: Any, path: Path) -> Any:
+            """Replace a DTensor by one that is received when it is read; tied ones have the same key, and are read once."""
+            if not isinstance(node, DTensor):
+                return node
+            return StoredTensor(tuple(node.shape), node.dtype, lambda *_: _receive(node, senders.pop(path)), _memory(node))
+
         try:
-            full = map_nested(receiver.replace, tree)
+            full = map_nested(stored, tree)
             save_file(target, lambda stream: write_torch(full, stream))
         except Exception as error:  # whatever it is, the others wait for it
             failed = [str(error) if isinstance(error, TPError) else f"`{target}` can't be written: {type(error).__name__}: {error}"]
-        receiver.drain()
+        for path, ranks in senders.items():  # what was not written because of an error: the others send it all the same
+            _receive(dtensors[path], ranks)
     else:
-        for path, of_boxes in senders.items():
+        for path, ranks in senders.items():
             shards = _shards(dtensors[path])
-            for box, sender in of_boxes.items():
+            for box, sender in ranks.items():
                 if sender == rank:
                     dist.send(shards[box].detach().contiguous(), dst=0)
     dist.broadcast_object_list(failed, src=0)
@@ -66,41 +77,19 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
         raise TPError(failed[0])
 
 
-class _Receiver:
-    """Rank 0's side: full tensors, each of which is received when it is read.
-
-    Args:
-        dtensors: those of the tree, by path.
-        senders: in the order in which the others send, for each one's boxes the rank that sends it.
-    """
-
-    def __init__(self, dtensors: dict[Path, DTensor], senders: dict[Path, dict[Box, int]]) -> None:
-        self.dtensors, self.senders = dtensors, dict(senders)
-
-    def replace(self, node: Any, path: Path) -> Any:
-        """Return a tensor to be read in place of a DTensor; tied ones have the same key, and are read once."""
-        if not isinstance(node, DTensor):
-            return node
-        return StoredTensor(tuple(node.shape), node.dtype, lambda box, dtype: self._receive(path).to(dtype), _memory(node))
-
-    def _receive(self, path: Path) -> Tensor:
-        dtensor = self.dtensors[path]
-        shards = _shards(dtensor)
-        full = torch.empty(dtensor.shape, dtype=dtensor.dtype)
-        for box, rank in self.senders.pop(path).items():
-            if rank == 0:
-                narrow(full, box).copy_(shards[box])
-            else:
-                shard = torch.empty(box.size, dtype=dtensor.dtype, device=dtensor.device)
-                dist.recv(shard, src=rank)
-                narrow(full, box).copy_(shard)
-                del shard
-        return full
-
-    def drain(self) -> None:
-        """Receive what was not written because of an error: the others send it all the same."""
-        for path in list(self.senders):
-            self._receive(path)
+def _receive(dtensor: DTensor, ranks: dict[Box, int]) -> Tensor:
+    """Put a full tensor together on rank 0, of its own shards and those that the others send."""
+    shards = _shards(dtensor)
+    full = torch.empty(dtensor.shape, dtype=dtensor.dtype)
+    for box, rank in ranks.items():
+        if rank == 0:
+            narrow(full, box).copy_(shards[box])
+        else:
+            shard = torch.empty(box.size, dtype=dtensor.dtype, device=dtensor.device)
+            dist.recv(shard, src=rank)
+            narrow(full, box).copy_(shard)
+            del shard
+    return full
 
 
 def _in_order(dtensors: dict[Path, DTensor]) -> list[Path]:
@@ -124,16 +113,3 @@ def _memory(dtensor: DTensor) -> Any:
 def _shards(dtensor: DTensor) -> dict[Box, Tensor]:
     """Return what this rank holds of a DTensor, by the boxes of the full tensor."""
     return {Box(tuple(at), tuple(piece.shape)): piece for at, piece in pieces_of_dtensor(dtensor) if piece.numel()}
-
-
-def _boxes(dtensor: DTensor) -> list[Box]:
-    return list(_shards(dtensor))
-
-
-def _senders(boxes_of_ranks: list[list[Box]]) -> dict[Box, int]:
-    """Return which rank sends each box: the first that holds it."""
-    senders: dict[Box, int] = {}
-    for rank, boxes in enumerate(boxes_of_ranks):
-        for box in boxes:
-            senders.setdefault(box, rank)
-    return senders

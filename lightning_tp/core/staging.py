@@ -14,12 +14,12 @@ import os
 import re
 import secrets
 import socket
-import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lightning_tp._compat import rename_exchange
 from lightning_tp.core import files
@@ -29,26 +29,18 @@ ASIDE = ".lightning_tp"  # hidden: Lightning's search for checkpoints does not l
 
 @dataclass(frozen=True)
 class Staging:
-    """A path to write to, and the target whose name it takes.
-
-    Args:
-        target: the file or folder that is written, or replaced.
-        path: where it is written first.
-    """
+    """The path to write to first, and the target whose name it takes."""
 
     target: Path
     path: Path
 
     def commit(self) -> None:
-        """Give the target's name to what was written, and remove what had it. Its files have to be on the disk: see `flush_files`.
-
-        Raises:
-            OSError: if a folder can't be flushed, or renamed.
-        """
+        """Give the target's name to what was written, and remove what had it. Its files have to be on the disk: see `flush_files`."""
         for folder, _, _ in os.walk(self.path, topdown=False):
             files.fsync(folder)
         files.fsync(self.path.parent)
-        if not os.path.lexists(self.target) or not (_is_folder(self.target) or _is_folder(self.path)):
+        folders = [p for p in (self.path, self.target) if p.is_dir() and not p.is_symlink()]
+        if not os.path.lexists(self.target) or not folders:
             os.replace(self.path, self.target)
             files.fsync(self.target.parent)
         elif rename_exchange(str(self.path), str(self.target)):
@@ -80,9 +72,6 @@ def begin(target: Path, *, folder: bool, shared: bool = False) -> Staging:
         folder: whether it is a folder, which is created.
         shared: whether other processes may be writing to the same target now. Then only what is known to be left is removed: what
             processes of this machine wrote that have ended.
-
-    Raises:
-        OSError: if no folder can be created there.
     """
     recover(target, shared=shared)
     for entry in _entries(target.parent):
@@ -95,24 +84,7 @@ def begin(target: Path, *, folder: bool, shared: bool = False) -> Staging:
 
 @contextmanager
 def staged(target: Path, *, folder: bool, shared: bool = False) -> Iterator[Path]:
-    """Yield a path to write to, flush it at the end, and give it the target's name; after an error nothing of it is left.
-
-    Args:
-        target: the file or folder that is written.
-        folder: whether it is a folder; it is created empty.
-        shared: see `begin`.
-
-    Raises:
-        OSError: if it can't be written. What had the name still has it.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as place:
-        ...     with staged(Path(place, "text"), folder=False) as path:
-        ...         _ = path.write_text("all of it")
-        ...     os.listdir(place), Path(place, "text").read_text()
-        (['text'], 'all of it')
-    """
+    """Yield a path to write to, flush it at the end, and give it the target's name; after an error nothing is left of it. See `begin`."""
     staging = begin(target, folder=folder, shared=shared)
     try:
         yield staging.path
@@ -130,13 +102,7 @@ def flush_files(path: Path) -> None:
 
 
 def recover(target: Path, is_complete: Callable[[Path], bool] | None = None, *, shared: bool = False) -> None:
-    """Give a target its name back if a crash came between two renames (on a file system that can't exchange names).
-
-    Args:
-        target: a name that may be missing.
-        is_complete: whether what was to replace it is complete, and gets the name in its place. Default: it never is.
-        shared: see `begin`.
-    """
+    """Give a target its name back if a crash came between two renames: or to what was to replace it, if that `is_complete`."""
     if os.path.lexists(target):
         return
     for entry in _entries(target.parent):
@@ -153,11 +119,7 @@ def recoverable(folder: Path) -> list[str]:
 
 
 def remove_at_once(folder: Path) -> None:
-    """Remove a folder; its name is free at once, however long it takes to remove its files. Do nothing if it is not there.
-
-    Raises:
-        OSError: if it can't be renamed.
-    """
+    """Remove a folder; its name is free at once, however long it takes to remove its files. Do nothing if it is not there."""
     removed = _aside(folder, "removed", secrets.token_hex(4))
     os.makedirs(removed.parent, exist_ok=True)
     with suppress(FileNotFoundError):
@@ -169,25 +131,14 @@ def remove_at_once(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------- names in the folder aside
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A file or folder in the folder aside.
-
-    Args:
-        path: where it is.
-        name: of the target.
-        kind: "saving", "replaced" or "removed".
-        token: tells apart what several writers leave: the machine, the process, and a random number.
-    """
-
+class _Entry(NamedTuple):
     path: Path
-    name: str
-    kind: str
-    token: str
+    name: str  # of the target
+    kind: str  # "saving", "replaced" or "removed"
+    token: str  # of who wrote it: the machine, the process, and a random number
 
 
 def _entries(folder: Path) -> list[_Entry]:
-    """What is aside of the targets in a folder; nothing if there is no such folder."""
     names: list[str] = []
     with suppress(OSError):
         names = sorted(os.listdir(folder / ASIDE))
@@ -218,11 +169,6 @@ def _may_be_in_use(token: str) -> bool:
 
 def _machine() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether it is a folder itself, and no link to one."""
-    return stat.S_ISDIR(os.lstat(path).st_mode)
 
 
 def _remove_if_empty(folder: Path) -> None:

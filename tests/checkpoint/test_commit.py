@@ -25,13 +25,13 @@ from lightning_tp.checkpoint import (
     candidates,
     commit,
     load,
-    recover,
     remove,
     save_file,
     save_folder,
     select_intact,
     to_bytes,
 )
+from lightning_tp.checkpoint.commit import recover
 from lightning_tp.checkpoint.storage.dcp import FolderFiles
 from lightning_tp.core import staging
 from lightning_tp.testing import run_ranks

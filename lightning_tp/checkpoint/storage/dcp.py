@@ -12,7 +12,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -22,6 +21,7 @@ from lightning_tp._compat import FsspecFiles
 from lightning_tp.checkpoint.storage.path import StoragePath
 from lightning_tp.checkpoint.storage.streams import ChecksumStream
 from lightning_tp.checkpoint.storage.unpickle import SafeGlobals, first_line, read_metadata
+from lightning_tp.core.comm.agree import Peers
 from lightning_tp.errors import TPError
 
 Entries = dict[str, dict[str, Any]]  # a file's path in the folder -> its "bytes" and "crc32"
@@ -123,32 +123,24 @@ def _without_torchs_hint() -> Generator[None, None, None]:
         yield
 
 
-def dcp_save(
-    state: dict[str, Any], files: FolderFiles, *, inside: str = "", group: dist.ProcessGroup | None = None, no_dist: bool = False
-) -> None:
+def dcp_save(state: dict[str, Any], files: FolderFiles, peers: Peers, *, inside: str = "") -> None:
     """Write a state dict as a distributed checkpoint. A collective.
 
     Args:
         state: DTensors, and plain data that is equal on all ranks.
         files: of the folder that is written to.
-        inside: a folder in it.
-        group: the ranks that write; default: all.
-        no_dist: this process alone.
+        peers: the ranks that write.
+        inside: a folder in that folder.
 
     Raises:
         CheckpointException: with the errors of the ranks that could not write.
     """
     with _without_torchs_hint():
-        dcp.save(state, storage_writer=_Writer(files, inside), process_group=group, no_dist=no_dist)
+        dcp.save(state, storage_writer=_Writer(files, inside), process_group=peers.group, no_dist=peers.size == 1)
 
 
 def dcp_load(
-    state: dict[str, Any],
-    folder: StoragePath,
-    *,
-    safe_globals: SafeGlobals = (),
-    weights_only: bool | None = None,
-    no_dist: bool = False,
+    state: dict[str, Any], folder: StoragePath, *, safe_globals: SafeGlobals = (), weights_only: bool | None = None
 ) -> None:
     """Fill a state dict from the folder of a distributed checkpoint, on every rank with what it asks for. A collective.
 
@@ -157,14 +149,13 @@ def dcp_load(
         folder: the checkpoint.
         safe_globals: see `unpickle.load`.
         weights_only: see `unpickle.load`.
-        no_dist: this process alone.
 
     Raises:
         TPError: on every rank, if one of them can't.
     """
     with _without_torchs_hint():
         try:
-            dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(safe_globals, weights_only), no_dist=no_dist)
+            dcp.load(state, storage_reader=_Reader(folder), planner=_Planner(safe_globals, weights_only))
         except CheckpointException as error:
             rank, (first, _) = next(iter(error.failures.items()))
             message = str(first) if isinstance(first, TPError) else f"`{folder}` can't be read: {type(first).__name__}: {first}"

@@ -39,10 +39,6 @@ class StoragePath:
     Raises:
         TPError: if no installed package knows the protocol.
 
-    Example:
-        >>> path = StoragePath("memory://runs/last.ckpt")
-        >>> path.is_local, path.exists(), StoragePath("file:///tmp/last.ckpt").path
-        (False, False, '/tmp/last.ckpt')
     """
 
     def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
@@ -72,16 +68,10 @@ class StoragePath:
     @property
     def parent(self) -> StoragePath:
         """The folder around it."""
-        if self.is_local:  # wherever the process may have gone since
-            return StoragePath(os.path.dirname(self.path), self.options)
-        return StoragePath(self.url.rstrip("/").rpartition("/")[0] if "/" in self.url.rstrip("/") else ".", self.options)
+        return StoragePath((self.path if self.is_local else self.url.rstrip("/")).rpartition("/")[0] or "/", self.options)
 
     def __truediv__(self, name: str) -> StoragePath:
         return StoragePath(f"{self.path if self.is_local else self.url.rstrip('/')}/{name}", self.options)
-
-    def exists(self) -> bool:
-        """Return whether there is a file or a folder of this name."""
-        return os.path.exists(self.path) if self.is_local else bool(self._fresh().exists(self.path))
 
     def is_dir(self) -> bool:
         """Return whether it is a folder."""
@@ -90,10 +80,6 @@ class StoragePath:
     def is_file(self) -> bool:
         """Return whether it is a file."""
         return os.path.isfile(self.path) if self.is_local else bool(self._fresh().isfile(self.path))
-
-    def has(self, *names: str) -> bool:
-        """Return whether all these files are in the folder."""
-        return all((self / name).is_file() for name in names)
 
     def size(self) -> int:
         """Return the number of bytes of the file."""
@@ -150,12 +136,6 @@ def local_path(path: str | Path) -> Path:
 
     Raises:
         TPError: if it can't be one.
-
-    Example:
-        >>> local_path("s3://runs/last.ckpt")
-        Traceback (most recent call last):
-        ...
-        lightning_tp.errors.TPError: `s3://runs/last.ckpt` is a URL; this takes local files only. Copy it to a local path first.
     """
     text = os.fspath(path)
     if re.match(r"[A-Za-z][\w+.-]*:/", text):  # `Path` makes one stroke of two

@@ -7,17 +7,7 @@ from typing import Any
 
 
 class CountedStream:
-    """A stream that counts its bytes, and remembers why the disk refused one: torch's writer raises a RuntimeError without the reason.
-
-    Args:
-        raw: the file to write to, in binary. It stays open.
-
-    Example:
-        >>> import io
-        >>> stream = CountedStream(io.BytesIO())
-        >>> stream.write(b"abc"), stream.num_bytes, stream.failed
-        (3, 3, None)
-    """
+    """A binary stream that counts its bytes, and remembers why the disk refused one: torch's writer raises a RuntimeError without the reason."""
 
     def __init__(self, raw: Any) -> None:
         self.raw, self.num_bytes = raw, 0

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import lightning_tp as ltp
 from lightning_tp.checkpoint.storage.dcp import FolderFiles, dcp_load, dcp_save
 from lightning_tp.checkpoint.storage.path import StoragePath
+from lightning_tp.core.comm.agree import Peers
 from tests.checkpoint.runs import MyConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # of `dcp.save` in one process
@@ -64,8 +65,8 @@ def test_each_file_is_summed_while_it_is_written(url: str, tmp_path: Path) -> No
     folder = StoragePath(url.format(tmp=tmp_path))
     files = FolderFiles(folder)
     folder.make()
-    dcp_save({"w": torch.rand(50)}, files, no_dist=True)
-    dcp_save({"more": torch.rand(5)}, files, inside="inner", no_dist=True)
+    dcp_save({"w": torch.rand(50)}, files, Peers())
+    dcp_save({"more": torch.rand(5)}, files, Peers(), inside="inner")
     files.write("note", b"abc")
     names = {".metadata", "__0_0.distcp", "inner/.metadata", "inner/__0_0.distcp", "note"}
     assert set(files.entries) == names
@@ -74,7 +75,7 @@ def test_each_file_is_summed_while_it_is_written(url: str, tmp_path: Path) -> No
         assert files.entries[name] == {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
     assert files.num_bytes == sum(entry["bytes"] for entry in files.entries.values()) and files.failed is None
     state = {"w": torch.zeros(50)}
-    dcp_load(state, folder, no_dist=True)
+    dcp_load(state, folder)
     assert state["w"].abs().sum() > 0
 
 

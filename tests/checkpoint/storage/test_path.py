@@ -32,7 +32,7 @@ def test_the_same_on_any_file_system(url: str, tmp_path: Path) -> None:
     options = OPTIONS if url.startswith("store") else None
     folder = StoragePath(url.format(tmp=tmp_path), options)
     file = folder / "inside" / "a.ckpt"
-    assert folder.is_local == url.startswith(("{", "file")) and not folder.exists() and folder.names() == []
+    assert folder.is_local == url.startswith(("{", "file")) and not folder.is_dir() and folder.names() == []
     (folder / "inside").make()
     with file.open("wb") as stream:
         stream.write(b"12345")
@@ -40,10 +40,10 @@ def test_the_same_on_any_file_system(url: str, tmp_path: Path) -> None:
     assert file.is_file() and not file.is_dir() and folder.is_dir() and not folder.is_file()
     assert file.read() == b"12345" and file.size() == 5 and abs(file.modified() - time.time()) < 60
     assert folder.names() == ["inside"] and file.names() == []
-    assert file.parent.has("a.ckpt") and not file.parent.has("a.ckpt", "b.ckpt")
+    assert (file.parent / "a.ckpt").is_file() and not (file.parent / "b.ckpt").is_file()
     folder.remove()
     folder.remove()
-    assert not folder.exists()
+    assert not folder.is_dir()
 
 
 def test_what_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
