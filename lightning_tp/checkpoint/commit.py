@@ -139,9 +139,6 @@ def to_bytes(value: Any) -> bytes:
     return stream.getvalue()
 
 
-# ----------------------------------------------------------------------------------------------------------------- steps
-
-
 def _is_complete(path: Path) -> bool:
     return path.is_file() or (path / MANIFEST).is_file()
 

@@ -138,9 +138,6 @@ def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": dict(sorted(values.items())), "param_groups": groups}
 
 
-# ---------------------------------------------------------------------------------------------------------- the output
-
-
 def _check_output(out: str | Path, source: Path, *, overwrite: bool) -> Path:
     """Check that `out` may be written, before anything is: that it is not (in) what is read, nor anything that has to be kept."""
     target = local_path(out)

@@ -19,6 +19,7 @@ from lightning_tp.checkpoint.storage.path import StoragePath
 from lightning_tp.checkpoint.weights.stored import StoredTensor
 from lightning_tp.checkpoint.weights.torch_file import write_torch
 from lightning_tp.core.boxes import Box, narrow
+from lightning_tp.core.comm.agree import Peers
 from lightning_tp.errors import TPError
 
 
@@ -33,25 +34,21 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
         TPError: on all ranks: rank 0 can't write, or another rank lacks a DTensor that rank 0 has.
     """
     dtensors: dict[Path, DTensor] = {path: leaf for path, leaf in leaves(tree) if isinstance(leaf, DTensor)}
-    rank = dist.get_rank()
-    from_first: list[Any] = [_in_order(dtensors) if rank == 0 else None]
-    dist.broadcast_object_list(from_first, src=0)
-    order: list[Path] = from_first[0]
-    boxes_of_ranks: list[list[list[Box] | None]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(boxes_of_ranks, [list(_shards(dtensors[path])) if path in dtensors else None for path in order])
-    for other, boxes in enumerate(boxes_of_ranks):
-        if lacking := [path for path, b in zip(order, boxes, strict=True) if b is None]:
-            raise TPError(
-                f"`{'.'.join(map(str, lacking[0]))}` is in the checkpoint of rank 0, but not in that of rank {other}. Change the checkpoint on "
-                "all ranks alike."
-            )
+    peers = Peers()
+    order: list[Path] = peers.from_first(lambda: _in_order(dtensors))
+    boxes_of_ranks = peers.gather({path: list(_shards(dtensors[path])) for path in order if path in dtensors})
     senders: dict[Path, dict[Box, int]] = {path: {} for path in order}  # of each box the first rank that holds it
-    for other, boxes in enumerate(boxes_of_ranks):
-        for path, held in zip(order, boxes, strict=True):
-            for box in held or ():
-                senders[path].setdefault(box, other)
-    failed: list[Any] = [None]
-    if rank == 0:
+    for rank, boxes in enumerate(boxes_of_ranks):
+        for path in order:
+            if path not in boxes:
+                raise TPError(
+                    f"`{'.'.join(map(str, path))}` is in the checkpoint of rank 0, but not in that of rank {rank}. Change the checkpoint on "
+                    "all ranks alike."
+                )
+            for box in boxes[path]:
+                senders[path].setdefault(box, rank)
+    problem: str | None = None
+    if peers.rank == 0:
 
         def stored(node: Any, path: Path) -> Any:
             """Replace a DTensor by one that is received when it is read; tied ones have the same key, and are read once."""
@@ -63,18 +60,21 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
             full = map_nested(stored, tree)
             save_file(target, lambda stream: write_torch(full, stream))
         except Exception as error:  # whatever it is, the others wait for it
-            failed = [str(error) if isinstance(error, TPError) else f"`{target}` can't be written: {type(error).__name__}: {error}"]
+            problem = str(error) if isinstance(error, TPError) else f"`{target}` can't be written: {type(error).__name__}: {error}"
         for path, ranks in senders.items():  # what was not written because of an error: the others send it all the same
             _receive(dtensors[path], ranks)
     else:
         for path, ranks in senders.items():
             shards = _shards(dtensors[path])
             for box, sender in ranks.items():
-                if sender == rank:
+                if sender == peers.rank:
                     dist.send(shards[box].detach().contiguous(), dst=0)
-    dist.broadcast_object_list(failed, src=0)
-    if failed[0] is not None:
-        raise TPError(failed[0])
+
+    def report() -> None:
+        if problem is not None:
+            raise TPError(problem)
+
+    peers.from_first(report)
 
 
 def _receive(dtensor: DTensor, ranks: dict[Box, int]) -> Tensor:

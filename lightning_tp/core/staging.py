@@ -128,9 +128,6 @@ def remove_at_once(folder: Path) -> None:
     _remove_if_empty(removed.parent)
 
 
-# -------------------------------------------------------------------------------------------- names in the folder aside
-
-
 class _Entry(NamedTuple):
     path: Path
     name: str  # of the target

@@ -134,9 +134,6 @@ def find_weights(model: nn.Module, stored: Mapping[str, StoredTensor], path: Pat
     return match.found
 
 
-# -------------------------------------------------------------------------------------------------- a folder in one process
-
-
 def load_from_checkpoint(cls: Any, path: str | Path, **kwargs: Any) -> Any:
     """Load a checkpoint that is a folder as `cls.load_from_checkpoint(path)` loads a file: a module in one process, read tensor by tensor.
 
