@@ -31,8 +31,6 @@ STILL = {
     "apply/fsdp.py",
     "apply/materialize.py",
     "callbacks/predicted.py",
-    "checkpoint/weights/hugging_face.py",
-    "checkpoint/weights/pretrained.py",
     "cli/parser.py",
     "core/comm/axis.py",
     "core/comm/collectives.py",

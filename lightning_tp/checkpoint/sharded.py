@@ -27,9 +27,8 @@ def load_model(model: nn.Module, folder: StoragePath, *, strict: bool = True, ke
 
     Args:
         model: the sharded model, or the module around it.
-        folder: the checkpoint.
+        folder: the checkpoint, in which the model's name is `key`.
         strict: False leaves what the checkpoint lacks as it is, and passes over what the model lacks.
-        key: the model's name in the checkpoint.
 
     Raises:
         TPError: if the checkpoint lacks one, has another shape for it, or has one that the model lacks.
@@ -67,10 +66,8 @@ def load_optimizer(
 
     Args:
         optimizer: of a sharded model.
-        folder: the checkpoint.
-        key: the optimizer's name in it ("optimizer_0").
-        safe_globals: classes besides torch's own that values which are no tensors may have.
-        weights_only: False loads values of any class.
+        folder: the checkpoint, in which its name is `key` ("optimizer_0").
+        safe_globals: see `unpickle.load`, as `weights_only`.
 
     Raises:
         TPError: if it is not there, or of another optimizer.

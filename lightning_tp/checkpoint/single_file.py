@@ -26,10 +26,6 @@ from lightning_tp.errors import TPError
 def save_single_file(tree: Any, target: StoragePath) -> None:
     """Write a nesting in which there are DTensors as `torch.save` writes full tensors. A collective; what is no DTensor is rank 0's.
 
-    Args:
-        tree: dicts, lists and tuples inside each other, with the same DTensors on all ranks.
-        target: the file, which is committed as `commit.save_file` does it.
-
     Raises:
         TPError: on all ranks: rank 0 can't write, or another rank lacks a DTensor that rank 0 has.
     """

@@ -128,9 +128,8 @@ def dcp_save(state: dict[str, Any], files: FolderFiles, peers: Peers, *, inside:
 
     Args:
         state: DTensors, and plain data that is equal on all ranks.
-        files: of the folder that is written to.
+        files: of the folder that is written to, or of one around it where the checkpoint is `inside`.
         peers: the ranks that write.
-        inside: a folder in that folder.
 
     Raises:
         CheckpointException: with the errors of the ranks that could not write.
@@ -147,8 +146,7 @@ def dcp_load(
     Args:
         state: what to read, with memory for it; see `torch.distributed.checkpoint.load`.
         folder: the checkpoint.
-        safe_globals: see `unpickle.load`.
-        weights_only: see `unpickle.load`.
+        safe_globals: see `unpickle.load`, as `weights_only`.
 
     Raises:
         TPError: on every rank, if one of them can't.

@@ -51,13 +51,7 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def without_dtensors(tree: Any, found: dict[str, DTensor], where: str = "") -> Any:
-    """Return the same nesting with a reference in place of each DTensor; what holds none is the same object.
-
-    Args:
-        tree: dicts, lists and tuples inside each other.
-        found: gets the DTensors, by the paths that the references name.
-        where: the path of `tree`.
-    """
+    """Return the same nesting with a reference in place of each DTensor, which goes to `found`; what holds none is the same object."""
 
     def take_out(node: Any, path: tuple[Any, ...]) -> Any:
         if not isinstance(node, DTensor):

@@ -26,10 +26,6 @@ from lightning_tp.errors import TPError
 def write_torch(tree: Any, raw: Any) -> None:
     """Write a nesting in which tensors may be stored ones as `torch.save` writes it: they are read and written one after the other.
 
-    Args:
-        tree: dicts, lists and tuples inside each other.
-        raw: the file to write to, in binary.
-
     Raises:
         TPError: if something in it does not pickle, or can't be read.
         OSError: if the file can't be written.
