@@ -52,7 +52,7 @@ def test_the_protocol_of_files(tmp_path: Path) -> None:
         return again.global_step
 
     assert run_ranks(body, 2, init=False)[0] == 4
-    assert StoragePath(tmp_path / "a.ckpt").has("manifest.json")
+    assert (tmp_path / "a.ckpt" / "manifest.json").is_file()
 
 
 def test_options_of_the_storage(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def test_mapped_tensors_are_those_of_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    [MakesFolder(Path("/tmp/should-not-be-there")), eval, {"a": os.system}, torch.nn.Linear],
-    ids=["call", "builtin", "function", "class"],
+    [MakesFolder(Path("/tmp/should-not-be-there")), eval, {"a": os.system}, torch.nn.Linear, torch.load, Counter, torch.compile],
+    ids=["call", "builtin", "function", "class", "beside _get_layout", "beside OrderedDict", "beside Size"],
 )
 def test_metadata_names_nothing_else(what: Any, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(what))
