@@ -52,7 +52,9 @@ def test_what_is_written_the_library_reads(name: str, tmp_path: Path) -> None:
     again = open_safetensors(tmp_path)["t"]
     assert again.dtype == t.dtype and torch.equal(again.read().view(torch.uint8), t.view(torch.uint8))
     with (tmp_path / "model.safetensors").open("rb") as file:
-        assert struct.unpack("<Q", file.read(8))[0] % 8 == 0, "the tensors begin at a multiple of 8 bytes"
+        length = struct.unpack("<Q", file.read(8))[0]
+        assert length % 8 == 0, "the tensors begin at a multiple of 8 bytes"
+        assert json.loads(file.read(length))["t"]["data_offsets"][0] % t.itemsize == 0, "and each at a multiple of its size"
 
 
 def test_one_tensor_at_a_time_into_several_files(tmp_path: Path) -> None:
