@@ -210,6 +210,22 @@ def test_a_rank_that_can_not_write(tmp_path: Path) -> None:
     run_ranks(body, 2)
 
 
+def test_a_file_that_arrived_in_part_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length that its writer counted is compared with what is there before the commit."""
+    own = FolderFiles.write
+
+    def cut_off(self: FolderFiles, name: str, data: bytes) -> None:
+        own(self, name, data)
+        os.truncate(os.path.join(self.folder.path, name), len(data) - 1)
+
+    target = StoragePath(tmp_path / "last.ckpt")
+    save_folder(target, content(1), Peers())
+    monkeypatch.setattr(FolderFiles, "write", cut_off)
+    with pytest.raises(ltp.TPError, match=r"another rank wrote `meta\.pt`, which rank 0 does not see"):
+        save_folder(target, content(2), Peers())
+    assert step_of(target) == 1
+
+
 def test_only_its_own_leftovers_are_removed(tmp_path: Path) -> None:
     aside = tmp_path / ".lightning_tp"
     for name in ("last.ckpt.saving-0badcafe", "other.ckpt.saving-0badcafe", "last.ckpt.mine"):
