@@ -7,8 +7,8 @@ from lightning_tp.apply.materialize import init_on_meta as init_on_meta
 from lightning_tp.apply.parallelize import parallelize as parallelize
 from lightning_tp.callbacks.drift import DriftWatch as DriftWatch
 from lightning_tp.callbacks.throughput import Throughput as Throughput
-from lightning_tp.checkpoint.weights.export import consolidate as consolidate
-from lightning_tp.checkpoint.weights.export import export as export
+from lightning_tp.checkpoint.export import consolidate as consolidate
+from lightning_tp.checkpoint.export import export as export
 from lightning_tp.checkpoint.weights.pretrained import load_from_checkpoint as load_from_checkpoint
 from lightning_tp.checkpoint.weights.pretrained import load_pretrained as load_pretrained
 from lightning_tp.data.random_tokens import RandomTokens as RandomTokens

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401
 from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401
 from torch.amp.grad_scaler import OptState
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem as FsspecFiles  # noqa: F401
+from torch.distributed.checkpoint.utils import _create_file_view as view_of_file  # noqa: F401
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -332,36 +334,6 @@ def patched(owner: Any, name: str, value: Any) -> Callable[[], None]:
     return undo
 
 
-def fake_tensors() -> Any:
-    """A context in which new tensors have no memory; `torch.load` then says of each where in the file it lies."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def offset_in_file(fake: Tensor) -> int | None:
-    """At what byte of a file that was loaded under `fake_tensors` the storage of this tensor begins."""
-    offset: int | None = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
-    return offset
-
-
-@functools.cache
-def _fakes() -> Any:
-    return fake_tensors()
-
-
-def fake_like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU without memory, for `saved_without_data`."""
-    with _fakes():
-        return torch.empty(shape, dtype=dtype)
-
-
-def saved_without_data(tree: Any, path: Any) -> None:
-    """`torch.save` of tensors without memory: a file with room for their bytes."""
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(tree, path)
-
-
 def sequence_number() -> int:
     """The number that the next node of autograd's graph gets."""
     return torch._C._autograd._get_sequence_nr()
@@ -471,3 +443,40 @@ foreach_copy_ = torch._foreach_copy_
 call_module = torch.nn.Module._call_impl
 # replace all tensors of a module and of those in it by what a function returns for each
 apply_to_tensors = torch.nn.Module._apply
+
+
+def ignored_by_transformers(model: torch.nn.Module) -> list[str]:
+    """Return the patterns of names that transformers passes over in a checkpoint, for the models of it that are inside `model`."""
+    patterns = (getattr(m, "_keys_to_ignore_on_load_unexpected", None) or () for m in model.modules())
+    return [*(pattern for each in patterns for pattern in each), r"rotary_emb\.inv_freq"]
+
+
+class LateTensor:
+    """Pickled by `torch.save` as a contiguous tensor on the CPU, whose bytes are read when they are written.
+
+    `torch.save` writes the storages one after the other, and calls `cpu()` of those that are on another device; this one's is on the meta device,
+    and its `cpu` reads.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: returns the tensor; called once a save.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], Tensor]) -> None:
+        self.shape, self.dtype, self.read = shape, dtype, read
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        untyped: Any = torch.UntypedStorage(torch.Size(self.shape).numel() * self.dtype.itemsize, device="meta")
+        untyped.cpu = self._storage
+        rebuild, (storage, offset, _, _, *rest) = torch.empty(0, dtype=self.dtype).__reduce_ex__(protocol)
+        if not isinstance(storage, torch.UntypedStorage):
+            untyped = torch.storage.TypedStorage(wrap_storage=untyped, dtype=self.dtype, _internal=True)
+        untyped._fake_device = "cpu"  # where it is loaded to
+        return rebuild, (untyped, offset, tuple(self.shape), _strides(self.shape), *rest)
+
+    def _storage(self) -> torch.UntypedStorage:
+        value = self.read()
+        if value.untyped_storage().nbytes() != value.nbytes:  # a view: what is around it in memory is not written
+            value = value.clone()
+        return value.untyped_storage()

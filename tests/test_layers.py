@@ -36,7 +36,7 @@ FLOORS: list[set[str]] = [
 SUBFOLDERS: dict[str, list[str]] = {
     "core": ["comm", "modules", "ops"],
     "styles": ["calls"],
-    "checkpoint": ["weights"],
+    "checkpoint": ["storage", "weights"],
     "infer": ["follow", "calls", "sequence"],
     "estimate": ["trace", "rank", "cost", "report", "drawn"],
     "trainer": ["patches", "launch", "adapt"],

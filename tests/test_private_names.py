@@ -26,8 +26,6 @@ OUR_PREFIX = "_tp_"  # of attributes that this package sets on parameters and mo
 
 # Files that still name some; the list only gets shorter.
 STILL = {
-    "checkpoint/weights/hugging_face.py",
-    "checkpoint/weights/pretrained.py",
     "core/comm/axis.py",
     "core/comm/collectives.py",
     "core/modules/call_site.py",

@@ -24,7 +24,7 @@ from lightning_tp.apply.bind import ParamRegistry, bind_styles, split_parameters
 from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, unwrap_compiled
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
-from lightning_tp.checkpoint.weights.pretrained import read_shards, waiting
+from lightning_tp.checkpoint.weights.pretrained import read_shards, take_pending
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import check_mesh
 from lightning_tp.core.modules.blocks import find_blocks
@@ -116,7 +116,7 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     blocks = [block for _, block in find_blocks(model)]
     how = options.activation_checkpointing
     recomputed = modules_to_checkpoint(model, blocks, how) if how is not None else []
-    stored = waiting(model)
+    stored = take_pending(model)
     full_values = materialize.source_of(model, stored)
     same_weights_everywhere(model, mesh)
     model._tp_applied_plan = plan  # type: ignore[assignment]
@@ -198,7 +198,7 @@ def _by_torchs_styles(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, opt
     from torch.distributed.tensor.parallel import parallelize_module
 
     dp_mesh, tp_mesh = check_mesh(mesh)
-    if materialize.source_of(model, waiting(model)) is not None:
+    if materialize.source_of(model, take_pending(model)) is not None:
         raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
     tied = sorted(plan.tied)
     if tied and any(plan.splits[n].dim is not None for n in tied if n in plan.splits):

@@ -1,7 +1,7 @@
-"""Saving beside training: the step waits for a copy in host memory only, and a thread writes that.
+"""Save while training goes on: a step waits for a copy in host memory only, and a thread writes that.
 
-The thread of every rank talks to those of the others over a process group of its own, so that its collectives never mix with those of
-training. There is one save at a time: the next one waits for it, and so does the end of the run, and of Python.
+The threads of the ranks talk over a process group of their own, so that their collectives never mix with those of training. There is one save
+at a time: the next one waits for it, and so does the end of the run, and of Python.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_tp._compat import copy_dtensor, wait_for_gloo_at_exit
+from lightning_tp.checkpoint.storage.nested import map_nested
 from lightning_tp.errors import TPError
 
 _group: tuple[Any, Any] = (None, None)  # a reference to the default group, the group made for it
 
 
 def group_for_saving() -> dist.ProcessGroup | None:
-    """A gloo group of all ranks for the threads alone, made once; None where there is no process group. A collective."""
+    """Return the gloo group of all ranks for the saving threads, created once; None where there is no process group. A collective."""
     global _group
     if not dist.is_initialized():
         return None
-    world = dist.group.WORLD
-    if _group[0] is None or _group[0]() is not world:
-        _group = (weakref.ref(world), dist.new_group(backend="gloo"))
+    default = dist.group.WORLD
+    if _group[0] is None or _group[0]() is not default:
+        _group = (weakref.ref(default), dist.new_group(backend="gloo"))
         wait_for_gloo_at_exit()
-    made: dist.ProcessGroup = _group[1]
-    return made
+    group: dist.ProcessGroup = _group[1]
+    return group
 
 
 class HostCopy:
@@ -41,25 +42,20 @@ class HostCopy:
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
-    def of(self, tree: Any) -> Any:
-        """The same nesting of dicts and lists, of copies; valid until this is asked for the next."""
-        copied = self._copy(tree, "")
+    def copy(self, tree: Any) -> Any:
+        """Return the same nesting of dicts, lists and tuples with copies of all tensors; valid until the next call."""
+        copied = map_nested(self._copy, tree)
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def _copy(self, value: Any, where: str) -> Any:
-        if isinstance(value, DTensor):
-            return copy_dtensor(value.detach(), lambda t, name: self._tensor(t, f"{where}#{name}"))  # type: ignore[arg-type]
-        if isinstance(value, Tensor):
-            return self._tensor(value, where)
-        if isinstance(value, dict):
-            return {k: self._copy(v, f"{where}/{k}") for k, v in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self._copy(v, f"{where}/{i}") for i, v in enumerate(value))
-        return value
+    def _copy(self, node: Any, path: tuple[Any, ...]) -> Any:
+        where = "/".join(map(str, path))
+        if isinstance(node, DTensor):
+            return copy_dtensor(node.detach(), lambda t, name: self._copy_tensor(t, f"{where}#{name}"))  # type: ignore[arg-type]
+        return self._copy_tensor(node, where) if isinstance(node, Tensor) else node
 
-    def _tensor(self, tensor: Tensor, where: str) -> Tensor:
+    def _copy_tensor(self, tensor: Tensor, where: str) -> Tensor:
         tensor = tensor.detach()
         buffer = self.buffers.get(where)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
@@ -70,74 +66,56 @@ class HostCopy:
 
 
 class Background:
-    """One piece of work at a time, in a thread that Python waits for before it ends.
-
-    Example:
-        >>> background, done = Background(), []
-        >>> background.start("a save", lambda: done.append(1))
-        >>> background.after(lambda: done.append(2))
-        >>> background.wait()
-        >>> done
-        [1, 2]
-    """
+    """One piece of work at a time, in a thread that Python waits for before it ends."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._after: list[Callable[[], None]] = []
         self._lock = threading.Lock()
-        self._what = ""
+        self._is_done = False
+        self._name = ""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of nothing that is under way: a spawned process begins anew."""
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        """Pickle nothing of work that is under way: a spawned process begins with none."""
+        return Background, ()
 
     @property
     def busy(self) -> bool:
-        """Whether something was begun whose end nobody has waited for."""
+        """Whether work was started for whose end nobody has waited yet."""
         return self._thread is not None
 
-    def start(self, what: str, work: Callable[[], None]) -> None:
-        """Begin; what came before has to be waited for."""
+    def start(self, name: str, work: Callable[[], None]) -> None:
+        """Start work; what came before has to be waited for. `name` is how errors call it: "Saving `last.ckpt`"."""
         assert self._thread is None
-        self._what, self._error, self._after = what, None, []
+        self._name, self._error, self._after, self._is_done = name, None, [], False
+        self._thread = threading.Thread(target=self._run, args=(work,), name="lightning_tp-checkpoint", daemon=False)
+        self._thread.start()
 
-        def run() -> None:
-            try:
-                work()
-            except Exception as error:
-                self._error = error
-                return
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
             while True:
                 with self._lock:
                     if not self._after:
-                        self._done = True
+                        self._is_done = True
                         return
                     then = self._after.pop(0)
-                try:
-                    then()
-                except Exception as error:
-                    self._error = error
-                    return
-
-        self._done = False
-        self._thread = threading.Thread(target=run, name="lightning_tp-checkpoint", daemon=False)
-        self._thread.start()
+                then()
+        except Exception as error:
+            self._error = error
 
     def after(self, then: Callable[[], None]) -> None:
-        """Do this once what is under way has gone well; not at all if it fails. At once if nothing is under way."""
+        """Call `then` once the work that is under way has succeeded, and not at all if it fails; at once if there is none."""
         with self._lock:
-            if self._thread is not None and not self._done:
+            if self._thread is not None and not self._is_done:
                 self._after.append(then)
                 return
         if self._thread is None or self._error is None:
             then()
 
     def wait(self) -> None:
-        """Until nothing is under way.
+        """Wait until no work is under way.
 
         Raises:
             TPError: if it failed, once.
@@ -150,4 +128,4 @@ class Background:
         if isinstance(error, TPError):
             raise TPError(f"{error} (It was saved in the background.)") from error
         if error is not None:
-            raise TPError(f"{self._what} failed in the background: {type(error).__name__}: {error}") from error
+            raise TPError(f"{self._name} failed in the background: {type(error).__name__}: {error}") from error

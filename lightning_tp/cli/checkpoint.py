@@ -59,7 +59,7 @@ def add_to(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from lightning_tp.checkpoint.weights.export import export
+    from lightning_tp.checkpoint.export import export
 
     files = export(
         args.checkpoint,
@@ -78,7 +78,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _consolidate(args: argparse.Namespace) -> int:
-    from lightning_tp.checkpoint.weights.export import consolidate
+    from lightning_tp.checkpoint.export import consolidate
 
     file = consolidate(args.checkpoint, args.out, overwrite=args.overwrite, weights_only=not args.trust)
     print(f"Wrote {file}: {size(Path(file).stat().st_size)}")
@@ -86,7 +86,7 @@ def _consolidate(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from lightning_tp.checkpoint.weights.inspect import inspect_checkpoint
+    from lightning_tp.checkpoint.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(args.checkpoint, verify=args.verify, weights_only=not args.trust)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_tp import checkpoint as checkpoints
 from lightning_tp.checkpoint import Background, HostCopy, Manifest, Peers, SaveContent, StoragePath
-from lightning_tp.checkpoint.single_file import save_whole
+from lightning_tp.checkpoint.single_file import save_single_file
 from lightning_tp.checkpoint.weights.dcp_folder import model_key
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
@@ -64,7 +64,7 @@ class CheckpointWriter:
 
     def snapshot(self, tree: Any) -> Any:
         """Copy tensors to host memory if they are written in the background, where training would change them."""
-        return self._host_copy.of(tree) if self.background else tree
+        return self._host_copy.copy(tree) if self.background else tree
 
     def write(self, place: StoragePath, work: Callable[[], None], *, wait: bool = False) -> None:
         """Write a checkpoint by calling `work`; with `wait`, return only once it is written, also in the background.
@@ -170,7 +170,7 @@ def save_trainer_checkpoint(
         content.sharded, content.apart = writer.snapshot((content.sharded, content.apart))
         work = partial(checkpoints.save_folder, place, content, writer.peers())
     elif saving == "streamed":
-        work = partial(save_whole, checkpoint, place)
+        work = partial(save_single_file, checkpoint, place)
     else:
         if writer.background:  # weights and states of optimizers are copies already
             fresh = {k: checkpoint.pop(k) for k in ("state_dict", "optimizer_states") if k in checkpoint}
@@ -216,7 +216,7 @@ class RequestedCheckpoint:
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
         folders = [StoragePath(private.checkpoint_folder(c, trainer)) for c in callbacks]
         for folder in folders:
-            for name in checkpoints.put_aside(folder):
+            for name in checkpoints.recoverable(folder):
                 if name.startswith(ModelCheckpoint.CHECKPOINT_NAME_LAST):
                     return (folder / name).url
         if found is not None:

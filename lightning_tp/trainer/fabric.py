@@ -36,7 +36,7 @@ from lightning_tp.apply.bind import tag_parameters
 from lightning_tp.apply.compile import Compile
 from lightning_tp.apply.parallelize import PlanLike, parallelize
 from lightning_tp.checkpoint import Peers, SaveContent, StoragePath, save_folder
-from lightning_tp.checkpoint.single_file import save_whole
+from lightning_tp.checkpoint.single_file import save_single_file
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.core.ops.random_numbers import Dropout, policy_of
 from lightning_tp.core.ops.rng import seed_mesh
@@ -279,7 +279,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self.finish_saving()
         if not self.save_distributed_checkpoint:
             with raise_on_rank_zero(self.global_rank):
-                save_whole({**sharded, **rest}, place)
+                save_single_file({**sharded, **rest}, place)
             return
         step, epoch = (next((v for k, v in rest.items() if k in names and type(v) is int), 0) for names in (STEPS, EPOCHS))
         trains = any(isinstance(value, Optimizer) for value in state.values())

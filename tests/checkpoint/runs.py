@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from lightning_tp.testing import randomize_
 
 PLAN = {"*up": "colwise", "*down": "rowwise", "**": "replicate"}
 QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+
+
+@dataclass
+class MyConfig:
+    """A class of the user's, in hyperparameters."""
+
+    width: int = 16
 
 
 class Mlp(nn.Module):

@@ -46,10 +46,10 @@ def test_one_at_a_time_and_errors_are_seen_once() -> None:
 
 def test_copies_have_memory_of_their_own() -> None:
     copies, t = HostCopy(), torch.ones(3)
-    first = copies.of({"a": [t, (t, 1)]})
+    first = copies.copy({"a": [t, (t, 1)]})
     t.zero_()
     assert first["a"][0].tolist() == first["a"][1][0].tolist() == [1, 1, 1] and first["a"][1][1] == 1
-    again = copies.of({"a": [t, (t, 1)]})
+    again = copies.copy({"a": [t, (t, 1)]})
     assert again["a"][0].data_ptr() == first["a"][0].data_ptr()
 
 
@@ -131,9 +131,9 @@ def test_an_error_is_raised_at_the_next_save_or_at_the_end(tmp_path: Path) -> No
                 if mode == "warn":
                     run.fit(Net(), data())
                 else:
-                    with pytest.raises(ltp.TPError, match=r"no space is left.*in the background"):
+                    with pytest.raises(ltp.TPError, match=r"no space left.*in the background"):
                         run.fit(Net(), data())
-            said = [str(w.message) for w in caught if "no space is left" in str(w.message)]
+            said = [str(w.message) for w in caught if "no space left" in str(w.message)]
             assert run.global_step == {"next": 3, "end": 6, "warn": 6}[mode]
             assert len(said) == (1 if mode == "warn" and dist.get_rank() == 0 else 0), said
             dist.barrier()  # rank 0 may still be removing

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 import lightning_tp as ltp
 from lightning_tp import _compat
-from lightning_tp import _compat as _compat_module
 from lightning_tp.checkpoint import (
     Manifest,
     Peers,
@@ -25,15 +24,19 @@ from lightning_tp.checkpoint import (
     StoragePath,
     candidates,
     commit,
-    files,
     load,
-    recover,
     remove,
     save_file,
     save_folder,
     select_intact,
+    to_bytes,
 )
+from lightning_tp.checkpoint.commit import recover
+from lightning_tp.checkpoint.storage.dcp import FolderFiles
+from lightning_tp.core import staging
 from lightning_tp.testing import run_ranks
+from tests.checkpoint.store import OPTIONS
+from tests.checkpoint.store import stores as stores
 
 SIZE = 3000
 
@@ -41,7 +44,7 @@ SIZE = 3000
 def content(step: int, size: int = SIZE) -> SaveContent:
     rank = Peers().rank
     whole = {"state_dict": {f"w{rank}": torch.full((size,), float(step))}, "optimizer_0": {"lr": 0.1}}
-    return SaveContent(whole, rest=commit.to_bytes({"step": step}) if rank == 0 else None, plan="{}", about=Manifest(step=step))
+    return SaveContent(whole, rest=to_bytes({"step": step}) if rank == 0 else None, plan="{}", about=Manifest(step=step))
 
 
 def step_of(place: StoragePath) -> int:
@@ -78,8 +81,8 @@ def killed_at(event: int, work: Callable[[], None]) -> bool:
 
         for name in KILLED_AT:
             setattr(os, name, guard(getattr(os, name)))
-        if _compat_module.rename_exchange is _compat.rename_exchange:
-            _compat_module.rename_exchange = guard(_compat.rename_exchange)
+        if staging.rename_exchange is _compat.rename_exchange:
+            staging.rename_exchange = guard(_compat.rename_exchange)
         try:
             work()
         except BaseException:
@@ -93,7 +96,7 @@ def killed_at(event: int, work: Callable[[], None]) -> bool:
 @pytest.fixture(params=["exchange", "two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "two renames":  # a file system that can't exchange two names
-        monkeypatch.setattr(commit, "rename_exchange", lambda a, b: False)
+        monkeypatch.setattr(staging, "rename_exchange", lambda a, b: False)
     return request.param
 
 
@@ -133,6 +136,39 @@ def test_killed_at_any_instant(way: str, kinds: tuple[bool, bool], fast_path: Pa
     assert event > 5 and seen == {1, 2}
 
 
+@pytest.mark.parametrize("way", ["exchange"], indirect=True)
+def test_a_commit_is_on_the_disk(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file and each folder of it is flushed before the name changes hands, and the folder with the name after that."""
+    calls: list[str] = []
+    for name, shown in (
+        ("fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}")),
+        ("rename_exchange", lambda new, old: f"{new} {old}"),
+    ):
+        owner = os if name == "fsync" else staging
+        own = getattr(owner, name)
+
+        def watched(*args: Any, name: str = name, shown: Any = shown, own: Any = own) -> Any:
+            calls.append(f"{name} {shown(*args)}")
+            return own(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+    target = tmp_path / "last.ckpt"
+    save(target, 1)
+    calls.clear()
+    with_apart = content(2)
+    with_apart.apart["mine"] = torch.ones(3)  # in a folder inside
+    save_folder(StoragePath(target), with_apart, Peers())
+    (renamed,) = [call for call in calls if call.startswith("rename_exchange")]
+    new = renamed.split()[1]
+    before, after = calls[: calls.index(renamed)], calls[calls.index(renamed) + 1 :]
+    files = [p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()]
+    assert {"meta.pt", "manifest.json", ".metadata", "__0_0.distcp", "lightning_tp_sharded/__0_0.distcp"} < set(files)
+    of_torch = {call.replace(".metadata.tmp", ".metadata") for call in before}  # renamed by torch once it is flushed
+    assert {f"fsync {new}/{file}" for file in files} <= of_torch
+    assert before[-3:] == [f"fsync {new}/lightning_tp_sharded", f"fsync {new}", f"fsync {os.path.dirname(new)}"]
+    assert after == [f"fsync {tmp_path}"]
+
+
 def test_killed_during_a_removal(tmp_path: Path) -> None:
     path, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     for event in range(20):
@@ -155,21 +191,39 @@ def test_a_rank_that_can_not_write(tmp_path: Path) -> None:
         target = StoragePath(tmp_path / "last.ckpt")
         save_folder(target, content(1), Peers())
         if dist.get_rank() == 1:
-            own = files.Files.create_stream
+            own = FolderFiles.create_stream
 
             def fails(self: Any, path: Any, mode: str) -> Any:
                 if "w" in mode:
                     raise PermissionError(13, "Permission denied", str(path))
                 return own(self, path, mode)
 
-            files.Files.create_stream = fails
-        with pytest.raises(ltp.TPError, match=r"last\.ckpt` could not be written: PermissionError.*before it are untouched"):
+            FolderFiles.create_stream = fails
+        with pytest.raises(
+            ltp.TPError, match=r"last\.ckpt` could not be written: PermissionError.*Earlier checkpoints are untouched"
+        ):
             save_folder(target, content(2), Peers())
         dist.barrier()
         assert step_of(target) == 1
         assert os.listdir(tmp_path) == ["last.ckpt"]
 
     run_ranks(body, 2)
+
+
+def test_a_file_that_arrived_in_part_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length that its writer counted is compared with what is there before the commit."""
+    own = FolderFiles.write
+
+    def cut_off(self: FolderFiles, name: str, data: bytes) -> None:
+        own(self, name, data)
+        os.truncate(os.path.join(self.folder.path, name), len(data) - 1)
+
+    target = StoragePath(tmp_path / "last.ckpt")
+    save_folder(target, content(1), Peers())
+    monkeypatch.setattr(FolderFiles, "write", cut_off)
+    with pytest.raises(ltp.TPError, match=r"another rank wrote `meta\.pt`, which rank 0 does not see"):
+        save_folder(target, content(2), Peers())
+    assert step_of(target) == 1
 
 
 def test_only_its_own_leftovers_are_removed(tmp_path: Path) -> None:
@@ -224,15 +278,60 @@ def test_a_full_disk(small_disk: Path) -> None:
         with pytest.raises(ltp.TPError) as info:
             save_folder(target, content(2, 60_000), Peers())  # 240 kB each
         assert re.search(
-            r"last\.ckpt` could not be written: no space is left on its disk \(a rank had written [\d,]+ bytes", str(info.value)
+            r"last\.ckpt` could not be written: no space left on the disk \(a rank had written [\d,]+ bytes", str(info.value)
         )
         assert step_of(target) == 1
         dist.barrier()
         save_folder(target, content(3), Peers())  # there is room again
         assert step_of(target) == 3
         if dist.get_rank() == 0:
-            with pytest.raises(ltp.TPError, match="no space is left"):
+            with pytest.raises(ltp.TPError, match="no space left"):
                 save_file(StoragePath(small_disk / "one.ckpt"), lambda stream: torch.save(torch.ones(200_000), stream))
             assert os.listdir(small_disk) == ["last.ckpt"]
+
+    run_ranks(body, 2)
+
+
+# ----------------------------------------------------------------------------------------------------- other file systems
+
+
+def store_content(step: int) -> SaveContent:
+    rest = to_bytes({"step": step}) if Peers().rank == 0 else None
+    return SaveContent({f"w{Peers().rank}": torch.full((50,), float(step))}, rest=rest)
+
+
+def test_a_store_without_renames(tmp_path: Path) -> None:
+    """The manifest comes last; until then the folder is refused."""
+
+    def body() -> None:
+        place = StoragePath(f"store://{tmp_path}/a.ckpt", OPTIONS)
+        save_folder(place, store_content(1), Peers())
+        assert load(select_intact(place, Peers())[0] / "meta.pt") == {"step": 1}
+        assert sorted(place.names()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"]
+        dist.barrier()
+        own = commit._commit_folder
+        if dist.get_rank() == 0:
+
+            def stops(*args: Any) -> None:
+                raise OSError("the connection broke")
+
+            commit._commit_folder = stops
+        with pytest.raises(ltp.TPError, match=r"store://.*a\.ckpt` could not be written: OSError: the connection broke"):
+            save_folder(place, store_content(2), Peers())
+        with pytest.raises(ltp.TPError, match="its save was never completed: there is no manifest"):
+            select_intact(place, Peers())
+        commit._commit_folder = own
+        save_folder(place, store_content(3), Peers())
+        assert load(select_intact(place, Peers())[0] / "meta.pt") == {"step": 3}
+
+    run_ranks(body, 2)
+
+
+def test_a_disk_that_is_not_shared() -> None:
+    """Each rank has a memory of its own: seen before anything is committed."""
+
+    def body() -> None:
+        with pytest.raises(ltp.TPError, match=r"another rank wrote `__1_0\.distcp`, which rank 0 does not see"):
+            save_folder(StoragePath("memory://a.ckpt"), store_content(1), Peers())
 
     run_ranks(body, 2)

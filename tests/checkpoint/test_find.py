@@ -16,15 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tp as ltp
 from lightning_tp import errors
-from lightning_tp.checkpoint import Peers, SaveContent, StoragePath, commit, save_file, save_folder, select_intact
+from lightning_tp.checkpoint import Peers, SaveContent, StoragePath, save_file, save_folder, select_intact, to_bytes
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, flip, trainer
 
 
 def save(path: Path, step: int) -> None:
-    save_folder(
-        StoragePath(path), SaveContent({"w": torch.full((500,), float(step))}, rest=commit.to_bytes({"step": step})), Peers()
-    )
+    save_folder(StoragePath(path), SaveContent({"w": torch.full((500,), float(step))}, rest=to_bytes({"step": step})), Peers())
 
 
 def truncate(file: Path) -> None:
@@ -34,9 +32,9 @@ def truncate(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "said"),
     [
-        ("__0_0.distcp", truncate, r"`__0_0\.distcp` has \d+ bytes, and its manifest says \d+"),
-        ("__0_0.distcp", flip, r"`__0_0\.distcp` has the checksum \w{8}, and its manifest says \w{8} \(crc32\)"),
-        ("meta.pt", flip, r"`meta\.pt` has the checksum"),
+        ("__0_0.distcp", truncate, r"`__0_0\.distcp` has \d+ bytes, but its manifest says \d+"),
+        ("__0_0.distcp", flip, r"`__0_0\.distcp` has checksum \w{8}, but its manifest says \w{8} \(CRC-32\)"),
+        ("meta.pt", flip, r"`meta\.pt` has checksum"),
         (".metadata", Path.unlink, r"`\.metadata` is missing \(\d+ bytes\)"),
         ("manifest.json", truncate, r"manifest\.json` is damaged: it is no manifest"),
     ],
@@ -47,7 +45,8 @@ def test_what_is_damaged_is_named(name: str, spoil: Any, said: str, tmp_path: Pa
         os.utime(tmp_path / f"step={step}.ckpt" / "manifest.json", (step, step))
     spoil(tmp_path / "step=3.ckpt" / name)
     with pytest.raises(
-        ltp.TPError, match=rf"step=3\.ckpt` is damaged: .*{said}.*Nothing of it was loaded.*whole is `.*step=2\.ckpt`"
+        ltp.TPError,
+        match=rf"step=3\.ckpt` is damaged: .*{said}.*Nothing was loaded.*intact checkpoint beside it is `.*step=2\.ckpt`",
     ):
         select_intact(StoragePath(tmp_path / "step=3.ckpt"), Peers())
     found, line = select_intact(StoragePath(tmp_path / "step=3.ckpt"), Peers(), instead=[])
@@ -56,7 +55,7 @@ def test_what_is_damaged_is_named(name: str, spoil: Any, said: str, tmp_path: Pa
     assert found.name == "step=1.ckpt"
     shutil.rmtree(tmp_path / "step=1.ckpt")
     shutil.rmtree(tmp_path / "step=2.ckpt")
-    with pytest.raises(ltp.TPError, match="no other one there that is whole"):
+    with pytest.raises(ltp.TPError, match="no intact checkpoint beside it"):
         select_intact(StoragePath(tmp_path / "step=3.ckpt"), Peers(), instead=[])
 
 
@@ -72,7 +71,7 @@ def test_one_file_has_checksums_too(spoil: Any, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_manifest_is_read_unchecked(tmp_path: Path) -> None:
-    """Lightning's, or of an older version."""
+    """Lightning's own."""
     save(tmp_path / "a.ckpt", 1)
     (tmp_path / "a.ckpt" / "manifest.json").unlink()
     flip(tmp_path / "a.ckpt" / "__0_0.distcp")
@@ -85,11 +84,9 @@ def test_each_rank_checks_a_share(tmp_path: Path) -> None:
 
         looked: list[str] = []
         own = find.damage_of_file
-        find.damage_of_file = lambda folder, name, said: looked.append(name) or own(folder, name, said)
+        find.damage_of_file = lambda folder, name, entry: looked.append(name) or own(folder, name, entry)
         w = {f"w{dist.get_rank()}": torch.ones(99)}
-        save_folder(
-            StoragePath(tmp_path / "a.ckpt"), SaveContent(w, rest=commit.to_bytes({}) if dist.get_rank() == 0 else None), Peers()
-        )
+        save_folder(StoragePath(tmp_path / "a.ckpt"), SaveContent(w, rest=to_bytes({}) if dist.get_rank() == 0 else None), Peers())
         assert select_intact(StoragePath(tmp_path / "a.ckpt"), Peers())[1] is None
         whole = list(looked)
         if dist.get_rank() == 0:
@@ -152,7 +149,7 @@ def test_the_last_and_the_best_of_a_trainer(tmp_path: Path) -> None:
         with pytest.raises((ltp.TPError, SystemExit)) as info:
             trainer().validate(module, data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
         if rank == 0:
-            assert "`__1_0.distcp` has the checksum" in str(info.value) and "whole is `" in str(info.value)
+            assert "`__1_0.distcp` has checksum" in str(info.value) and "beside it is `" in str(info.value)
             assert "step=4.ckpt`" in str(info.value)
         before, now = Net(seed=1).state_dict(), ltp.full_state_dict(module)
         assert all(torch.equal(t, now[n]) for n, t in before.items())
@@ -167,7 +164,7 @@ def test_the_last_and_the_best_of_a_trainer(tmp_path: Path) -> None:
             warnings.simplefilter("always")
             first.validate(Net(), data(), ckpt_path="best", verbose=False)
         said = [str(w.message) for w in caught if "ckpt_path='best'" in str(w.message)]
-        assert (len(said) == 1 and f"`{ranking[1]}` is loaded in its place" in said[0]) == (rank == 0)
+        assert (len(said) == 1 and f"`{ranking[1]}` is loaded instead" in said[0]) == (rank == 0)
 
         # as the last
         if rank == 0:

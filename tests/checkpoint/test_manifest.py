@@ -11,7 +11,7 @@ import torch
 
 import lightning_tp as ltp
 from lightning_tp.checkpoint import StoragePath
-from lightning_tp.checkpoint.manifest import Manifest, checksum, damage_of_file, read
+from lightning_tp.checkpoint.manifest import Manifest, damage_of_archive, damage_of_file, read
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
 
@@ -37,12 +37,37 @@ def test_what_a_run_writes(tmp_path: Path) -> None:
     assert read(StoragePath(tmp_path / "weights.ckpt")).weights_only
 
 
-def test_sha256_is_read_too(tmp_path: Path) -> None:
+def test_a_file_is_held_against_its_entry(tmp_path: Path) -> None:
+    """Its length at once, its checksum if that is asked for."""
+    folder, entry = StoragePath(tmp_path), {"bytes": 3, "crc32": f"{zlib.crc32(b'abc'):08x}"}
+    assert damage_of_file(folder, "a", entry) == "`a` is missing (3 bytes)"
     (tmp_path / "a").write_bytes(b"abc")
-    said = {"bytes": 3, "sha256": checksum(StoragePath(tmp_path / "a"), "sha256")}
-    assert damage_of_file(StoragePath(tmp_path), "a", said) is None
+    assert damage_of_file(folder, "a", entry) is None
     (tmp_path / "a").write_bytes(b"abd")
-    assert "sha256" in damage_of_file(StoragePath(tmp_path), "a", said)
+    assert damage_of_file(folder, "a", entry, checksums=False) is None
+    assert (
+        damage_of_file(folder, "a", entry) == f"`a` has checksum {zlib.crc32(b'abd'):08x}, but its manifest says 352441c2 (CRC-32)"
+    )
+    (tmp_path / "a").write_bytes(b"abcd")
+    assert damage_of_file(folder, "a", entry, checksums=False) == "`a` has 4 bytes, but its manifest says 3"
+
+
+def test_an_archive_is_checked_in_shares(tmp_path: Path) -> None:
+    """Each rank reads some of its records; together they read all."""
+    file = tmp_path / "a.ckpt"
+    torch.save({"w": torch.rand(2000)}, file)
+    whole = file.read_bytes()
+    assert [damage_of_archive(StoragePath(file), rank, 3) for rank in range(3)] == [None] * 3
+    file.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    found = [damage_of_archive(StoragePath(file), rank, 3) for rank in range(3)]
+    assert sum(problem is not None and "Bad CRC-32" in problem for problem in found) == 1
+    file.write_bytes(whole[:-50])
+    assert (
+        damage_of_archive(StoragePath(file), 0, 1)
+        == f"it has {len(whole) - 50} bytes, and is no archive of `torch.save`, or one that is cut off"
+    )
+    torch.save({"w": torch.rand(20)}, file, _use_new_zipfile_serialization=False)
+    assert damage_of_archive(StoragePath(file), 0, 1) is None, "as torch wrote before 1.6: nothing to check it by"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 1, "files": {"a": {}}}'])
@@ -52,5 +77,5 @@ def test_what_is_no_manifest(text: str) -> None:
 
 
 def test_a_later_format() -> None:
-    with pytest.raises(ltp.TPError, match="`here` has the format 2, and this version of lightning_tp reads 1"):
+    with pytest.raises(ltp.TPError, match="`here` has format 2, but this version of lightning_tp reads format 1"):
         Manifest.from_json('{"format": 2}', "here")

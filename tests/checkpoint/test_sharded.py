@@ -78,9 +78,9 @@ def test_a_run_goes_on(source: tuple[int, int], target: tuple[int, int], tmp_pat
         end = ltp.full_state_dict(model)
 
         again = split(mesh, seed=1)
-        load_model(again, tmp_path)
+        load_model(again, StoragePath(tmp_path))
         other = adamw(again, lr=1.0)
-        load_optimizer(other, tmp_path, "optimizer_0")
+        load_optimizer(other, StoragePath(tmp_path), "optimizer_0")
         assert other.param_groups[0]["lr"] == 1e-2 and other.param_groups[0]["eps"] == 1e-3
         step(again, other, mesh, 2)
         assert_equal(ltp.full_state_dict(again), end)
@@ -91,10 +91,10 @@ def test_a_run_goes_on(source: tuple[int, int], target: tuple[int, int], tmp_pat
     def second() -> None:
         mesh = make_mesh("cpu", *target)
         model = split(mesh, seed=1)
-        load_model(model, tmp_path)
+        load_model(model, StoragePath(tmp_path))
         assert_equal(ltp.full_state_dict(model), weights)
         optimizer = adamw(model, lr=1.0)
-        load_optimizer(optimizer, tmp_path, "optimizer_0")
+        load_optimizer(optimizer, StoragePath(tmp_path), "optimizer_0")
         loaded = optimizer_state.full_optimizer_state(optimizer)["state"]
         assert set(loaded) == set(states)
         for name, of in states.items():
@@ -111,23 +111,23 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         save(model, adamw(model), tmp_path)
 
         with pytest.raises(ltp.TPError, match=r"has no `optimizer_1`.*saved with weights only, or with fewer optimizers"):
-            load_optimizer(adamw(model), tmp_path, "optimizer_1")
+            load_optimizer(adamw(model), StoragePath(tmp_path), "optimizer_1")
 
         deeper = split(mesh, seed=1, num_layers=3)
         with pytest.raises(ltp.TPError, match=r"has no `layers\.2\.attention_norm\.weight`.*strict_loading = False"):
-            load_model(deeper, tmp_path)
+            load_model(deeper, StoragePath(tmp_path))
         before = ltp.full_state_dict(deeper)["layers.2.attention.wq.weight"]
-        load_model(deeper, tmp_path, strict=False)
+        load_model(deeper, StoragePath(tmp_path), strict=False)
         whole, ref = ltp.full_state_dict(deeper), ltp.full_state_dict(model)
         assert_equal({n: t for n, t in whole.items() if "layers.2" not in n}, ref)
         assert torch.equal(whole["layers.2.attention.wq.weight"], before)
 
         shallower = split(mesh, num_layers=1)
-        with pytest.raises(ltp.TPError, match=r"has `layers\.1\.attention\.wq\.weight`.*the model has not"):
-            load_model(shallower, tmp_path)
-        load_model(shallower, tmp_path, strict=False)
-        with pytest.raises(ltp.TPError, match=r"`layers\.0\.feed_forward\.w1\.weight`.*shape \(90, 64\), the model \(92, 64\)"):
-            load_model(split(mesh, hidden_dim=92), tmp_path)
+        with pytest.raises(ltp.TPError, match=r"has `layers\.1\.attention\.wq\.weight`.*the model lacks"):
+            load_model(shallower, StoragePath(tmp_path))
+        load_model(shallower, StoragePath(tmp_path), strict=False)
+        with pytest.raises(ltp.TPError, match=r"`layers\.0\.feed_forward\.w1\.weight`.*has shape \(90, 64\), the model \(92, 64\)"):
+            load_model(split(mesh, hidden_dim=92), StoragePath(tmp_path))
 
     run_ranks(body, 2)
 
@@ -140,7 +140,7 @@ def test_an_optimizer_without_state_yet(tmp_path: Path) -> None:
         model = split(mesh)
         save(model, adamw(model), tmp_path)
         optimizer = adamw(model, lr=1.0)
-        load_optimizer(optimizer, tmp_path, "optimizer_0")
+        load_optimizer(optimizer, StoragePath(tmp_path), "optimizer_0")
         assert not optimizer.state and optimizer.param_groups[0]["lr"] == 1e-2
         step(model, optimizer, mesh, 0)
 
@@ -156,7 +156,7 @@ def test_a_scheduler_may_have_come_since(tmp_path: Path) -> None:
         save(model, adamw(model), tmp_path)
         optimizer = adamw(model, lr=1.0)
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5)
-        load_optimizer(optimizer, tmp_path, "optimizer_0")
+        load_optimizer(optimizer, StoragePath(tmp_path), "optimizer_0")
         assert optimizer.param_groups[0]["lr"] == 1e-2
 
     run_ranks(body, 2)
@@ -185,7 +185,7 @@ def test_dtensors_of_callbacks(tmp_path: Path) -> None:
     def read() -> None:
         mesh = make_mesh("cpu", 1, 2)
         model = split(mesh, seed=1)
-        tree = with_dtensors(torch.load(tmp_path / "meta.pt"), tmp_path, model)
+        tree = with_dtensors(torch.load(tmp_path / "meta.pt"), StoragePath(tmp_path), model)
         assert tree["plain"]["a"][0] == 1
         model.load_state_dict(tree["mine"]["state"])
         assert_equal(ltp.full_state_dict(model), ends)

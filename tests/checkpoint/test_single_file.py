@@ -14,9 +14,9 @@ from torch import nn
 import lightning_tp as ltp
 from benchmarks.checkpoint_memory import Peak
 from examples.llama import PLAN, Llama, LlamaConfig
-from lightning_tp.checkpoint.single_file import save_whole
-from lightning_tp.checkpoint.storage import StoragePath
-from lightning_tp.checkpoint.weights.torch_file import TorchFile
+from lightning_tp.checkpoint.single_file import save_single_file
+from lightning_tp.checkpoint.storage.path import StoragePath
+from lightning_tp.checkpoint.weights.stored import StoredTensor
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.shards import state_dict
 from lightning_tp.testing import randomize_, run_ranks
@@ -34,7 +34,7 @@ def test_what_is_written_is_whole(mesh: tuple[int, int], tmp_path: Path) -> None
     def body() -> dict[str, torch.Tensor]:
         model = split(*mesh)
         state = dict(model.state_dict())
-        save_whole(
+        save_single_file(
             {"a": [(state, {"rank": dist.get_rank()})], "t": torch.arange(3) + dist.get_rank()}, StoragePath(tmp_path / "a.ckpt")
         )
         return ltp.full_state_dict(model)
@@ -56,23 +56,23 @@ def test_errors_are_those_of_all_ranks(tmp_path: Path) -> None:
     def body() -> None:
         state: dict[str, Any] = dict(split(1, 2).state_dict())
         with pytest.raises(ltp.TPError, match="other things in it than a checkpoint"):
-            save_whole(state, StoragePath(tmp_path / "folder"))
-        own, done = TorchFile.fill, []
+            save_single_file(state, StoragePath(tmp_path / "folder"))
+        own, done = StoredTensor.read, []
 
-        def full(self: Any, number: int, stored: Any) -> None:
-            done.append(number)
+        def full(self: Any) -> Any:
+            done.append(self)
             if len(done) > 3:
                 raise OSError(28, "No space left on device")
-            own(self, number, stored)
+            return own(self)
 
-        TorchFile.fill = full  # type: ignore[method-assign]
-        with pytest.raises(ltp.TPError, match=r"old\.ckpt` could not be written: no space is left"):
-            save_whole(state, StoragePath(tmp_path / "old.ckpt"))
-        TorchFile.fill = own  # type: ignore[method-assign]
+        StoredTensor.read = full  # type: ignore[assignment]
+        with pytest.raises(ltp.TPError, match=r"old\.ckpt` could not be written: no space left"):
+            save_single_file(state, StoragePath(tmp_path / "old.ckpt"))
+        StoredTensor.read = own  # type: ignore[method-assign]
         if dist.get_rank() == 1:
             del state["norm.weight"]
-        with pytest.raises(ltp.TPError, match=r"`norm\.weight` is in the checkpoint of rank 0, and not in that of rank 1"):
-            save_whole(state, StoragePath(tmp_path / "old.ckpt"))
+        with pytest.raises(ltp.TPError, match=r"`norm\.weight` is in the checkpoint of rank 0, but not in that of rank 1"):
+            save_single_file(state, StoragePath(tmp_path / "old.ckpt"))
 
     run_ranks(body, 2)
     assert (
@@ -93,7 +93,7 @@ def test_memory(tmp_path: Path) -> None:
         ltp.parallelize(model, mesh, {str(i): "colwise" if i % 2 == 0 else "rowwise" for i in range(6)})
         state = dict(model.state_dict())
         with Peak() as writing:
-            save_whole(state, StoragePath(tmp_path / "a.ckpt"))
+            save_single_file(state, StoragePath(tmp_path / "a.ckpt"))
         dist.barrier()
         assert writing.extra < (2 * one if dist.get_rank() == 0 else one), writing.extra / one
         with Peak() as reading:

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_tp as ltp
 from lightning_tp.checkpoint import Peers, StoragePath, candidates, select_intact
-from lightning_tp.checkpoint.weights import export as module
-from lightning_tp.checkpoint.weights import stored as stored_module
 from lightning_tp.checkpoint.weights.open import open_checkpoint
+from lightning_tp.checkpoint.weights.stored import StoredTensor
+from lightning_tp.core import staging
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, trainer
 from tests.checkpoint.test_commit import fast_path as fast_path
@@ -39,12 +39,12 @@ WAYS: dict[str, Callable[[Path, Path], Any]] = {
 def test_killed_during_an_export(kind: str, exchange: bool, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before any call that changes the disk: `out` is the old one or the new one, and the next export tidies up."""
     if not exchange:
-        monkeypatch.setattr(module, "rename_exchange", lambda a, b: False)
+        monkeypatch.setattr(staging, "rename_exchange", lambda a, b: False)
     for step in (1, 2):
         save(fast_path / f"{step}.ckpt", step)
     out, seen, lost = fast_path / "out", set(), 0
-    own = stored_module.bytes_of
-    monkeypatch.setattr(module, "bytes_of", lambda t: (_tick(), own(t))[1])  # while tensors are written
+    own = StoredTensor.read
+    monkeypatch.setattr(StoredTensor, "read", lambda *args: (_tick(), own(*args))[1])  # while tensors are written
     for event in range(60):
         WAYS[kind](fast_path / "1.ckpt", out)
         killed = killed_at(event, lambda: WAYS[kind](fast_path / "2.ckpt", out))
@@ -53,7 +53,7 @@ def test_killed_during_an_export(kind: str, exchange: bool, fast_path: Path, mon
             assert len(values(out)) == 1
         else:
             lost += 1
-            with pytest.raises(ltp.TPError, match="is there already"):  # the next one brings it back
+            with pytest.raises(ltp.TPError, match="already exists"):  # the next one brings it back
                 ltp.export(fast_path / "2.ckpt", out)
             assert values(out) == {1.0}
         WAYS[kind](fast_path / "2.ckpt", out)

@@ -39,3 +39,21 @@ def test_boxes_and_rows_add_up_for_any_sizes() -> None:
                         elements += whole[there].numel()
                     assert elements == local.numel()
             assert seen[:8].all() and (seen.all() or one is splits[-1])
+
+
+def test_placements_are_named_only_where_torch_means_the_same() -> None:
+    """A parameter split twice over dim 0 is a strided shard only if both cuts are even: of 6 rows over 2 x 2 ranks, some hold 2 and some 1."""
+    from lightning_tp.styles.split import even_split
+    from lightning_tp.testing import fake_world
+
+    with fake_world(4):
+        mesh = make_mesh("cpu", 2, 2)
+        named = {
+            (length, fsdp): shard_module.ParamShard("w", even_split(length, 0, tp=2), (length, 3), mesh, fsdp).placements()
+            for length in (6, 8)
+            for fsdp in (False, True)
+        }
+        boxes = shard_module.ParamShard("w", even_split(6, 0, tp=2), (6, 3), mesh, True).boxes()
+    assert named[8, True] is not None and [str(p) for p in named[8, True]][1] == "S(0)"
+    assert named[6, True] is None and boxes == [(((0, 0), (2, 3)), ((0, 0), (2, 3)))]
+    assert named[6, False] is not None and named[6, False] == named[8, False]

@@ -154,7 +154,7 @@ def test_a_damaged_one_is_replaced_only_if_it_was_asked_for_by_a_word(tmp_path: 
     for name in ("a", "b"):
         torch.save({"state_dict": {}}, tmp_path / f"{name}.ckpt")
     (tmp_path / "b.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:100])
-    with pytest.raises(ltp.TPError, match="Nothing of it was loaded"):
+    with pytest.raises(ltp.TPError, match="Nothing was loaded"):
         RequestedCheckpoint().select(trainer, str(tmp_path / "b.ckpt"))
     request = RequestedCheckpoint("last")
     with pytest.warns(UserWarning, match="`ckpt_path='last'`: "):

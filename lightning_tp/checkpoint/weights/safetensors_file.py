@@ -1,108 +1,129 @@
-"""Read and write safetensors, one file or several with an index."""
+"""Read and write safetensors, one file or several with an index.
+
+The library `safetensors` reads: it checks the header against the file, and maps slices. It writes a file from tensors that are all in memory
+(`serialize_file`), as Hugging Face's and torch's writers on top of it do (`HuggingFaceStorageWriter`). Here they are read and written one
+after the other, so the few lines that write the format are our own; huggingface_hub says which tensor goes into which file.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_tp.checkpoint.weights.stored import DTYPES, INDEX, Box, Stored, bytes_of, mapped, narrow, own
-from lightning_tp.checkpoint.weights.torch_file import AT_ONCE
+from lightning_tp.checkpoint.weights.stored import StoredTensor
+from lightning_tp.core.boxes import Box
 from lightning_tp.errors import TPError
 
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 2**24  # bytes that are written at once
 
 
-def write_safetensors(folder: Path, tensors: Mapping[str, Stored], limit: int) -> None:
-    """`model.safetensors`, or several files of at most `limit` bytes (but one tensor each) with an index, as Hugging Face names them."""
+def _needs(package: str) -> TPError:
+    return TPError(f"safetensors files need the package {package}: pip install 'lightning-tp[hf]'.")
+
+
+def write_safetensors(folder: Path, tensors: Mapping[str, StoredTensor], limit: int) -> None:
+    """Write `model.safetensors`, or several files of at most `limit` bytes (but one tensor each) with an index, as Hugging Face names them.
+
+    Raises:
+        TPError: if safetensors has no such dtype.
+    """
+    try:
+        from huggingface_hub import split_state_dict_into_shards_factory
+    except ImportError:
+        raise _needs("huggingface_hub") from None
     unknown = [f"`{n}` ({s.dtype})" for n, s in tensors.items() if s.dtype not in NAMES]
     if unknown:
-        raise TPError(f"safetensors has no word for the dtype of {', '.join(unknown[:4])}. Use `format='torch'`.")
-    shards: list[dict[str, Stored]] = [{}]
-    held = 0
-    for name, stored in tensors.items():
-        if shards[-1] and held + stored.nbytes > limit:
-            shards.append({})
-            held = 0
-        shards[-1][name] = stored
-        held += stored.nbytes
-    if len(shards) == 1:
-        _write_file(folder / "model.safetensors", shards[0])
-        return
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        _write_file(folder / file, shard)
-    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    total = {"total_size": sum(s.nbytes for s in tensors.values()), "total_parameters": sum(s.numel for s in tensors.values())}
-    (folder / INDEX).write_text(json.dumps({"metadata": total, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n")
+        raise TPError(f"safetensors can't store the dtype of {', '.join(unknown[:4])}. Use `format='torch'`.")
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda stored: stored.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        _write_file(folder / file, {name: tensors[name] for name in names})
+    if plan.is_sharded:
+        total = {**plan.metadata, "total_parameters": sum(stored.numel for stored in tensors.values())}
+        index = {"metadata": total, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, tensors: Mapping[str, Stored]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write the length of the header, the header, and the tensors one after the other."""
     in_order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, s in in_order:
-        header[name] = {"dtype": NAMES[s.dtype], "shape": list(s.shape), "data_offsets": [at, at + s.nbytes]}
-        at += s.nbytes
+    for name, stored in in_order:
+        header[name] = {"dtype": NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [at, at + stored.nbytes]}
+        at += stored.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for _, stored in in_order:
             value = stored.read()
-            view = bytes_of(value)
-            for i in range(0, len(view), AT_ONCE):
-                f.write(view[i : i + AT_ONCE])
+            view = _bytes_of(value)
+            for i in range(0, len(view), _CHUNK):
+                file.write(view[i : i + _CHUNK])
             del value, view
 
 
+def _bytes_of(t: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU, of any dtype; valid for as long as the tensor is."""
+    n = t.numel() * t.element_size()
+    assert t.is_contiguous() and t.device.type == "cpu"
+    return memoryview((ctypes.c_char * n).from_address(t.data_ptr())).cast("B") if n else memoryview(b"")
+
+
 def is_safetensors(path: Path) -> bool:
-    """Whether it is a file of safetensors, or a folder with such (as Hugging Face writes them)."""
-    return (
-        (path.suffix == ".safetensors" and path.is_file()) or path.name.endswith(".safetensors.index.json") or bool(_files_of(path))
-    )
+    """Return whether it is a file of safetensors, or a folder with such (as Hugging Face writes them)."""
+    return bool(_files_of(path))
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.name.endswith(".safetensors.index.json") and path.is_file():
-        return _of_index(path)
-    if path.suffix == ".safetensors" and not path.is_dir():
-        return [path]
+    if path.is_file():
+        is_index = path.name.endswith(".safetensors.index.json")
+        return _files_of_index(path) if is_index else [path] if path.suffix == ".safetensors" else []
     if (path / INDEX).is_file():
-        return _of_index(path / INDEX)
+        return _files_of_index(path / INDEX)
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return sorted(path.glob("*.safetensors"))
 
 
-def _of_index(index: Path) -> list[Path]:
+def _files_of_index(index: Path) -> list[Path]:
     try:
         files = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise TPError(f"`{index}` is no index of safetensors: {error}.") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise TPError(f"`{index}` is no index of safetensors: {type(error).__name__}: {error}.") from None
     if any(Path(name).name != name for name in files):
         raise TPError(f"`{index}` names files outside of its folder.")
     return [index.parent / name for name in files]
 
 
-def open_safetensors(path: str | Path, count: Callable[[int], None] | None = None) -> dict[str, Stored]:
-    """The tensors of a file of safetensors or of a folder with such; a box of one is read without the rest of it.
-
-    Args:
-        path: the file, the folder, or the index.
-        count: told how many bytes each read takes.
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Open a file of safetensors, the index of several, or a folder; a box of a tensor is read without the rest of it.
 
     Raises:
-        TPError: if a file is missing or broken, or a tensor stands in two.
+        TPError: if a file is missing or broken, or a tensor is in two.
     """
-    found: dict[str, Stored] = {}
-    for file in _files_of(Path(path)):
-        for name, stored in _of_file(file, count or (lambda n: None)):
+    found: dict[str, StoredTensor] = {}
+    for file in _files_of(path):
+        for name, stored in _open_file(file).items():
             if name in found:
                 raise TPError(f"`{path}` has `{name}` in two files.")
             found[name] = stored
@@ -113,43 +134,34 @@ def open_safetensors(path: str | Path, count: Callable[[int], None] | None = Non
     return found
 
 
-def _of_file(file: Path, count: Callable[[int], None]) -> Iterator[tuple[str, Stored]]:
+def _open_file(path: Path) -> dict[str, StoredTensor]:
     try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if length > min(size - 8, 100_000_000):
-                raise TPError(
-                    f"`{file}` is no safetensors file, or cut off: its header should have {length} bytes, the file has {size}."
-                )
-            header = json.loads(f.read(length))
-        entries = [(n, DTYPES[e["dtype"]], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items() if n != "__metadata__"]
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise _needs("safetensors") from None
+    try:
+        with path.open("rb"):  # whether it may be read; the library does not say it as Python does
+            pass
+        file: Any = safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise TPError(f"`{file}` is not there, and the folder's index names it.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, TPError):
-            raise
-        raise TPError(f"`{file}` is no safetensors file: its header can't be read ({error}).") from None
-    for name, dtype, shape, start, stop in entries:
-        if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
-            raise TPError(
-                f"`{file}`: `{name}` should end at byte {8 + length + stop}, and the file has {size}. It is cut off or broken."
-            )
-        yield name, _of_bytes(file, 8 + length + start, shape, dtype, count)
+        raise TPError(f"`{path}` is missing, and the folder's index names it.") from None
+    except SafetensorError as error:
+        raise TPError(f"`{path}` is no safetensors file, or it is cut off ({error}; it has {path.stat().st_size} bytes).") from None
+    return {name: _stored(file, path, name) for name in file.keys()}  # noqa: SIM118
 
 
-def _of_bytes(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype, count: Callable[[int], None]) -> Stored:
-    def load(box: Box | None, to: torch.dtype) -> Tensor:
-        size = box[1] if box else shape
-        count(math.prod(size) * dtype.itemsize)
-        if not math.prod(size):
-            return torch.empty(size, dtype=to)
-        low, high = 0, math.prod(shape)
-        if box and shape:  # the rows of dim 0 that it is about
-            row = math.prod(shape[1:])
-            low, high = box[0][0] * row, (box[0][0] + size[0]) * row
-        with mapped(file, start + low * dtype.itemsize, (high - low) * dtype.itemsize, dtype) as flat:
-            view = flat.view(-1, *shape[1:]) if shape else flat.view(())
-            return own(narrow(view, ((0, *box[0][1:]), size) if box and shape else None), to)
+def _stored(file: Any, path: Path, name: str) -> StoredTensor:
+    entry = file.get_slice(name)
+    shape = tuple(entry.get_shape())
+    if entry.get_dtype() not in DTYPES:
+        raise TPError(f"`{path}`: `{name}` has dtype {entry.get_dtype()}, which torch does not have.")
+    dtype = DTYPES[entry.get_dtype()]
 
-    return Stored(shape, dtype, load, (str(file), start, shape) if math.prod(shape) else None)
+    def load(box: Box, to: torch.dtype) -> Tensor:
+        out = torch.empty(box.size, dtype=to)
+        if box.numel:
+            slices = tuple(slice(offset, offset + size) for offset, size in zip(*box, strict=True))
+            out.copy_(entry[slices] if shape else file.get_tensor(name))
+        return out
+
+    return StoredTensor(shape, dtype, load, (str(path), name) if all(shape) else None)

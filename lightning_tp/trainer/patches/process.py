@@ -20,8 +20,8 @@ from lightning.pytorch.trainer.connectors import accelerator_connector
 from lightning.pytorch.tuner import tuning
 from lightning.pytorch.utilities import grads
 
+from lightning_tp.checkpoint.storage.path import METADATA
 from lightning_tp.checkpoint.weights.pretrained import load_from_checkpoint
-from lightning_tp.checkpoint.weights.stored import METADATA
 from lightning_tp.errors import TPError
 from lightning_tp.trainer.patches.replaced import ORIGINAL, is_usable, patch_of, replace
 
