@@ -327,8 +327,8 @@ def load_full_weights(module: nn.Module, loaded: Any, place: StoragePath, *, str
 def lightnings_loading_is_safe(options: Options) -> Iterator[None]:
     """While this lasts, let Lightning's own loading of sharded checkpoints unpickle only what `safe_globals` allows."""
 
-    def wrap(own: Any) -> Any:
-        return lambda state, checkpoint_id: checkpoints.dcp_load(state, StoragePath(checkpoint_id), **options)
+    def load(own: Any, state: dict[str, Any], checkpoint_id: Any) -> None:
+        checkpoints.dcp_load(state, StoragePath(checkpoint_id), **options)
 
-    with replaced(dcp, "load", wrap), torch.serialization.safe_globals(options["safe_globals"]):
+    with replaced(dcp, "load", load), torch.serialization.safe_globals(options["safe_globals"]):
         yield

@@ -22,7 +22,7 @@ from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.trainer.launch.user_code import raised_at
+from lightning_tp.trainer.launch.positions import raised_at
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 

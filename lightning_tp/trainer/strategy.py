@@ -43,8 +43,7 @@ from lightning_tp.trainer.adapt.finetuning import note_trainable
 from lightning_tp.trainer.adapt.metrics import all_gather, full_tensors, reduce_over
 from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
 from lightning_tp.trainer.adapt.precision import fsdp_policy, mesh_precision
-from lightning_tp.trainer.adapt.run import adapted_to_mesh
-from lightning_tp.trainer.adapt.tuner import refuse_batch_size_finder
+from lightning_tp.trainer.adapt.run import adapted_to_mesh, refuse_batch_size_finder
 from lightning_tp.trainer.checkpoints import (
     OnSaveError,
     RequestedCheckpoint,

@@ -22,12 +22,7 @@ def note_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Freeze and unfreeze parameters as they were when the checkpoint was written, and add the groups that the optimizers had.
-
-    Args:
-        trainer: Its optimizers are as `configure_optimizers` made them.
-        checkpoint: The part of it that is not sharded.
-    """
+    """Freeze and unfreeze parameters as they were when the checkpoint was written, and add the groups that its optimizers had."""
     states = [checkpoint.get("callbacks", {}).get(callback.state_key) for callback in _finetuning_callbacks(trainer)]
     if not any(states):
         return

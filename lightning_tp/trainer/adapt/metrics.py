@@ -38,14 +38,11 @@ from lightning_tp.trainer.patches.replaced import replaced
 def metrics_over_data_parallel(trainer: pl.Trainer, mesh: DeviceMesh, module: nn.Module) -> Iterator[None]:
     """While a Trainer runs, reduce metrics over the data-parallel axis only, and let its callbacks count each sample once.
 
-    Args:
-        trainer: Its callbacks have been set up.
-        mesh: The strategy's.
-        module: Its metrics are reduced over the data-parallel axis afterwards, too.
+    The metrics of `module` are reduced over that axis afterwards, too.
     """
     gather = GatherOverDataParallel(mesh.get_group(DATA_PARALLEL))
     with ExitStack() as stack:
-        stack.enter_context(replaced(metric, "gather_all_tensors", lambda own: gather))
+        stack.enter_context(replaced(metric, "gather_all_tensors", lambda own, *args, **kwargs: gather(*args, **kwargs)))
         stack.enter_context(replaced(private.ResultCollection, "log", _log_full_tensors))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             _adapt(callback, mesh, stack)
@@ -63,11 +60,10 @@ def _adapt(callback: Any, mesh: DeviceMesh, stack: ExitStack) -> None:
         throughputs.update({stage: MeshThroughput.like(own, mesh) for stage, own in throughputs.items()})
     elif isinstance(callback, ModelSummary):
         depth = private.summary_depth(callback)
-        make = lambda own: lambda trainer, pl_module: FullSummary(pl_module, max_depth=depth)  # noqa: E731
-        stack.enter_context(replaced(callback, "_summary", make))
+        stack.enter_context(replaced(callback, "_summary", lambda own, trainer, module: FullSummary(module, max_depth=depth)))
     elif isinstance(callback, BasePredictionWriter) and mesh.get_local_rank(TENSOR_PARALLEL):
         for name in ("write_on_batch_end", "write_on_epoch_end"):
-            stack.enter_context(replaced(callback, name, lambda own: lambda *args, **kwargs: None))
+            stack.enter_context(replaced(callback, name, lambda own, *args, **kwargs: None))
 
 
 # --------------------------------------------------------------------------------------------------------------- tensors
@@ -82,11 +78,8 @@ def _full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, (DTensor, SplitLogits)) else t
 
 
-def _log_full_tensors(own: Callable[..., None]) -> Callable[..., None]:
-    def log(self: Any, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        own(self, fx, name, _full(value) if isinstance(value, Tensor) else value, *args, **kwargs)
-
-    return log
+def _log_full_tensors(own: Callable[..., None], results: Any, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    own(results, fx, name, _full(value) if isinstance(value, Tensor) else value, *args, **kwargs)
 
 
 def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: Any) -> Tensor:
@@ -97,13 +90,7 @@ def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: Any) -> Ten
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup, *, sync_grads: bool = False) -> Tensor:
-    """All-gather a tensor: (..) on each rank of the group -> (size of the group, ..).
-
-    Args:
-        tensor: Of the same shape on all ranks.
-        group: The data-parallel axis, as a rule.
-        sync_grads: Sum the gradients of all ranks, and hand each rank those of its own tensor.
-    """
+    """All-gather a tensor: (..) on each rank of the group -> (size of the group, ..); with `sync_grads` the backward pass sums over the ranks."""
     tensor = _full(tensor)
     if sync_grads and torch.is_grad_enabled():
         return _AllGather.apply(tensor, group)
@@ -133,10 +120,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class GatherOverDataParallel:
-    """Gather the states of a torchmetrics metric over the data-parallel axis, unless the metric was given a group.
-
-    Copies of a metric share it; a metric that is pickled goes without.
-    """
+    """Gather the states of a metric over the data-parallel axis, unless it has a group; copies of it share this, a pickled one goes without."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -164,7 +148,7 @@ class MeshThroughput(Throughput):
 
     @classmethod
     def like(cls, other: Throughput, mesh: DeviceMesh) -> MeshThroughput:
-        """Make one that goes on from another one, and shares its history."""
+        """Make one that continues another one, and shares its history."""
         made = cls.__new__(cls)
         made.__dict__.update(other.__dict__)
         made.world_size, made.tp = mesh[DATA_PARALLEL].size(), mesh[TENSOR_PARALLEL].size()
@@ -181,7 +165,6 @@ class MeshThroughput(Throughput):
 
 
 def _num_full(module: nn.Module, *, trainable: bool = False) -> int:
-    """Count the elements of the full parameters of a module."""
     parameters = [p for p in module.parameters() if p.requires_grad or not trainable]
     return sum(math.prod(p._tp_shard.shape) if hasattr(p, "_tp_shard") else p.numel() for p in parameters)
 
@@ -201,12 +184,7 @@ class FullLayer(LayerSummary):
 
 
 class FullSummary(Summary):
-    """Lightning's summary with the parameters of the full model, and those of this rank beside them.
-
-    Args:
-        model: The LightningModule.
-        max_depth: As in Lightning's.
-    """
+    """Lightning's summary with the parameters of the full model, and those of this rank beside them."""
 
     def __init__(self, model: pl.LightningModule, max_depth: int) -> None:
         self.root, self.depth = model, max_depth

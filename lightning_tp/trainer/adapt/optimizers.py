@@ -31,9 +31,6 @@ def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, p
     """Refuse an optimizer that can't step on shards, and warn of one that takes other steps there than on full weights.
 
     Args:
-        optimizer: Made from the parameters of a model that `parallelize` was applied to.
-        dp: The size of the data-parallel axis.
-        tp: The size of the tensor-parallel axis.
         collected: Where its parameters were collected, for the error.
         plain: The parameters are this package's shards (not those of `backend="dtensor"`).
 

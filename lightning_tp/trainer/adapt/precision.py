@@ -1,7 +1,7 @@
 """Precision on a mesh: plugins for `16-mixed` and `bf16-mixed`, and a gradient scaler that all ranks agree on.
 
-`32-true`, `bf16-true` and `16-true` are Lightning's own plugins; `patches/process.py` permits `16-mixed` and `64-true`, which Lightning refuses for
-model-parallel strategies. With mixed precision gradients are unscaled before they are clipped, whatever the optimizer.
+Other precisions are Lightning's own plugins; `patches/process.py` permits `16-mixed` and `64-true`, which Lightning refuses for model-parallel
+strategies.
 """
 
 from __future__ import annotations
@@ -36,12 +36,7 @@ def mesh_precision(plugin: Precision | None) -> Precision | None:
 
 
 def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
-    """Choose FSDP2's policy for a Trainer's precision: it gathers and computes in half precision, and reduces in float32.
-
-    Example:
-        >>> fsdp_policy("16-mixed").param_dtype, fsdp_policy("16-mixed").reduce_dtype
-        (torch.float16, torch.float32)
-    """
+    """Choose FSDP2's policy for a Trainer's precision: it gathers and computes in half precision, and reduces in float32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     if precision in ("bf16-mixed", "16-mixed"):
@@ -120,19 +115,14 @@ class MeshGradScaler(GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.dtype == torch.float16 and not allow_fp16:
-                    name = getattr(getattr(p, "_tp_shard", None), "name", "a parameter")
-                    raise TPError(
-                        f"`precision='16-mixed'`: the gradient of `{name}` is float16, so the "
-                        "parameter is: mixed precision keeps parameters in float32. Don't call `.half()` on the model, or use "
-                        "`precision='16-true'`."
-                    )
-                grad = local_tensor(p.grad)
-                by_dtype.setdefault(grad.dtype, []).append(grad)
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.dtype == torch.float16 and not allow_fp16:
+                name = getattr(getattr(p, "_tp_shard", None), "name", "a parameter")
+                raise TPError(
+                    f"`precision='16-mixed'`: the gradient of `{name}` is float16, so the parameter is: mixed precision keeps parameters in "
+                    "float32. Don't call `.half()` on the model, or use `precision='16-true'`."
+                )
+            by_dtype.setdefault(p.grad.dtype, []).append(local_tensor(p.grad))
         if not by_dtype:
             return {}
         found_inf = found_inf.to(next(iter(by_dtype.values()))[0].device)

@@ -240,7 +240,7 @@ def end_with_children(launcher: Any) -> None:
     atexit.register(_end_with, children)
     for thread in threading.enumerate():
         if private.watched_processes(thread) is children:
-            replace(thread, "_terminate_all", lambda own: partial(_after_head_start, own))
+            replace(thread, "_terminate_all", _after_head_start)
 
 
 def _after_head_start(terminate: Callable[[], None]) -> None:

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -39,7 +38,7 @@ def agree_on_start(rank: int, world: int, timeout: timedelta | None) -> Iterator
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, wait)
     name = agreed_store(dist.PrefixStore("lightning_tp/rendezvous", store), rank, world, wait)
     prefixed = dist.PrefixStore(f"lightning_tp/{name}", store)
-    with replaced(dist, "init_process_group", lambda own: partial(own, store=prefixed)):
+    with replaced(dist, "init_process_group", lambda own, *args, **kwargs: own(*args, **kwargs, store=prefixed)):
         yield
 
 

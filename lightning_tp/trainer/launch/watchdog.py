@@ -35,8 +35,7 @@ from typing_extensions import override
 
 from lightning_tp._compat import clone_store, let_store_fail
 from lightning_tp.errors import HEAD_START, SecondaryError, TPError, default_sigterm
-from lightning_tp.trainer.launch.hang_report import Position, hang_report, position_of
-from lightning_tp.trainer.launch.user_code import outwards
+from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of
 from lightning_tp.trainer.patches.replaced import replaced
 
 PERIOD = 1.0  # seconds between two looks
@@ -55,25 +54,12 @@ _runs = itertools.count()  # every rank makes the same runs, in one order
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed.
-
-    Args:
-        rank: Which one.
-        kind: The class of its exception; "died" for a process that is gone.
-        text: What its exception says.
-        hang: A collective timed out on it.
-    """
+    """How a rank failed."""
 
     rank: int
-    kind: str
-    text: str
-    hang: bool = False
-
-    @property
-    def summary(self) -> str:
-        if self.kind == "died":
-            return self.text
-        return "a collective timed out there (see its report)" if self.hang else f"it failed with {self.kind}"
+    kind: str  # the class of its exception; "died" for a process that is gone
+    text: str  # what its exception says
+    hang: bool = False  # a collective timed out on it
 
 
 LAUNCHER_DIED = Failure(0, "died", f"its process, or the launcher that holds the store, {DIED}")
@@ -82,11 +68,7 @@ LAUNCHER_DIED = Failure(0, "died", f"its process, or the launcher that holds the
 class Watchdog(Callback):
     """Watch the other ranks during one run of a Trainer, and tell them if this one fails. The first of its callbacks, for that long.
 
-    Args:
-        trainer: The Trainer; the process group exists already.
-        local_rank: The index of this rank among those of its machine.
-        num_local: The number of ranks on this machine.
-        timeout: The timeout of collectives.
+    `num_local` ranks run on this machine, this one is its `local_rank`; `timeout` is that of collectives.
     """
 
     def __init__(self, trainer: pl.Trainer, local_rank: int, num_local: int, timeout: timedelta | None) -> None:
@@ -152,15 +134,12 @@ class Watchdog(Callback):
 
     # -------------------------------------------------------------------------------------------- this rank has failed
 
-    def _observed(self, run_stage: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            try:
-                return run_stage()
-            except BaseException as exception:
-                self.on_exception(self.trainer, self.trainer.lightning_module, exception)
-                raise
-
-        return run
+    def _observed(self, run_stage: Callable[[], Any]) -> Any:
+        try:
+            return run_stage()
+        except BaseException as exception:
+            self.on_exception(self.trainer, self.trainer.lightning_module, exception)
+            raise
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -189,11 +168,7 @@ class Watchdog(Callback):
             _shorten(exception, self.rank, first.rank)
 
     def _published(self, exception: BaseException, follows: bool, hang: bool) -> tuple[Failure, str | None]:
-        """(the first failure of all ranks, the report of the hang, if this rank's collective timed out first).
-
-        Raises:
-            RuntimeError: If the store is gone.
-        """
+        """(the first failure of all ranks, the report of the hang, if this rank's collective timed out first); RuntimeError without the store."""
         self.store.set(f"raised/{self.rank}", "")
         self.store.set(f"where/{self.rank}", self._where(_last_frame(exception.__traceback__)))
         if follows and not hang:  # whoever ended the connection may be about to report it, or its neighbour to find it
@@ -212,8 +187,9 @@ class Watchdog(Callback):
         raise SystemExit(1) from None
 
     def _report(self, first: Failure) -> None:
-        sys.stderr.write(f"[rank {self.rank}] stops because of rank {first.rank}: {first.summary}\n")
-        sys.stderr.flush()
+        how = first.text if first.kind == "died" else f"it failed with {first.kind}"
+        how = "a collective timed out there (see its report)" if first.hang else how
+        _print_error(f"[rank {self.rank}] stops because of rank {first.rank}: {how}\n")
 
     # ------------------------------------------------------------------------------------- once a second, in its thread
 
@@ -290,8 +266,7 @@ class Watchdog(Callback):
             if first.rank == self.rank:
                 frame = self._frame()
                 stack = "".join(traceback.format_stack(frame)[-8:]) if frame is not None else ""
-                sys.stderr.write(f"[rank {self.rank}] failed with {first.kind}: {first.text}\nIt hangs while handling it:\n{stack}")
-                sys.stderr.flush()
+                _print_error(f"[rank {self.rank}] failed with {first.kind}: {first.text}\nIt hangs while handling it:\n{stack}")
             os._exit(1)
 
     # -------------------------------------------------------------------------------------------------- where ranks are
@@ -302,8 +277,7 @@ class Watchdog(Callback):
             self.threads_store.set(f"where/{self.rank}", self._where(self._frame()))
             time.sleep(POSITIONS_TIMEOUT)
             if self.threads_store.compare_set("told", "", str(self.rank)) == str(self.rank).encode():
-                sys.stderr.write(self._hang_report(self.threads_store) + "\n")
-                sys.stderr.flush()
+                _print_error(self._hang_report(self.threads_store) + "\n")
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self.main.ident or 0)
@@ -331,19 +305,22 @@ def _publish(store: dist.Store, failure: Failure) -> Failure:
 def _shorten(exception: BaseException, rank: int, first: int) -> None:
     """If this exception ends the process, print one line of it: another rank shows the same."""
 
-    def wrap(own: Callable[..., None]) -> Callable[..., None]:
-        def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-            if value is not exception:
-                own(kind, value, trace)
-                return
-            sys.stderr.write(f"[rank {rank}] {kind.__name__}, the same as on rank {first}\n")
-            sys.stderr.flush()
-            with default_sigterm():
-                time.sleep(HEAD_START / 5)  # the first one shows its error before its launcher sees that this one has ended
+    own = sys.excepthook
 
-        return hook
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if value is not exception:
+            own(kind, value, trace)
+            return
+        _print_error(f"[rank {rank}] {kind.__name__}, the same as on rank {first}\n")
+        with default_sigterm():
+            time.sleep(HEAD_START / 5)  # the first one shows its error before its launcher sees that this one has ended
 
-    sys.excepthook = wrap(sys.excepthook)
+    sys.excepthook = hook
+
+
+def _print_error(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _machine() -> str:
