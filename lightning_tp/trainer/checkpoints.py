@@ -36,16 +36,9 @@ Options = dict[str, Any]  # of `checkpoint.load`: safe_globals, weights_only
 OnSaveError = Literal["raise", "warn"]
 Saving = Literal["sharded", "streamed", "gathered"]  # a folder; a file, tensor by tensor; a file, after all of it is on rank 0
 
-# -------------------------------------------------------------------------------------------------------------------- saving
-
 
 class CheckpointWriter:
-    """Write checkpoints one at a time, while training waits or, in the background, beside it.
-
-    Args:
-        background: Training waits only for a copy in host memory.
-        on_error: What happens if a checkpoint can't be written: "raise", or "warn" and continue.
-    """
+    """Write checkpoints one at a time, while training waits or, in the background, beside it; if one can't be written, raise or warn."""
 
     def __init__(self, *, background: bool, on_error: OnSaveError = "raise") -> None:
         self.background = background
@@ -67,11 +60,7 @@ class CheckpointWriter:
         return self._host_copy.of(tree) if self.background else tree
 
     def write(self, place: StoragePath, work: Callable[[], None], *, wait: bool = False) -> None:
-        """Write a checkpoint by calling `work`; with `wait`, return only once it is written, also in the background.
-
-        Raises:
-            TPError: If it can't be written and `on_error` is "raise"; in the background, at the next `finish`.
-        """
+        """Write a checkpoint by calling `work`; with `wait`, return only once it is written. In the background, an error is raised by `finish`."""
         self.failed = False
         if not self.background:
             try:
@@ -84,18 +73,14 @@ class CheckpointWriter:
             self.finish()
 
     def finish(self, *, only_warn: bool = False) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            TPError: If it failed and `on_error` is "raise"; with `only_warn`, since the run has failed already, a warning is given instead.
-        """
+        """Wait until nothing is being written; with `only_warn`, since the run has failed already, an error is a warning."""
         try:
             self._thread.wait()
         except TPError as error:
-            if not only_warn:
-                self._could_not_write(error)
-            else:
+            if only_warn:
                 rank_zero_warn(str(error))
+            else:
+                self._could_not_write(error)
 
     def _could_not_write(self, error: TPError) -> None:
         self.failed = True
@@ -116,12 +101,8 @@ def manifest_of(*, step: int, epoch: int, mesh: dict[str, int], weights_only: bo
 
 def content_of(checkpoint: dict[str, Any], mesh: dict[str, int], plan: CheckedPlan | None, *, first_rank: bool) -> SaveContent:
     """Sort what `Trainer.save_checkpoint` has collected, which is emptied, into what is sharded and what rank 0 writes."""
-    manifest = manifest_of(
-        step=int(checkpoint.get("global_step", 0)),
-        epoch=int(checkpoint.get("epoch", 0)),
-        mesh=mesh,
-        weights_only="optimizer_states" not in checkpoint,
-    )
+    step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
+    manifest = manifest_of(step=step, epoch=epoch, mesh=mesh, weights_only="optimizer_states" not in checkpoint)
     sharded = {"state_dict": checkpoint.pop("state_dict")}
     sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
     apart: dict[str, Any] = {}  # DTensors elsewhere: in the states of callbacks
@@ -158,11 +139,7 @@ def save_trainer_checkpoint(
     *,
     wait: bool = False,
 ) -> None:
-    """Save what `Trainer.save_checkpoint` has collected, with weights and optimizer states as `saving` wants them. A collective.
-
-    Raises:
-        TPError: If it can't be written; see `CheckpointWriter.write`.
-    """
+    """Save what `Trainer.save_checkpoint` has collected, with weights and optimizer states as `saving` wants them. A collective."""
     writer: CheckpointWriter = strategy.checkpoint_writer
     if saving == "sharded":
         plan = applied_plan(strategy.lightning_module)
@@ -188,26 +165,15 @@ def write_one_file(checkpoint: dict[str, Any], place: StoragePath, io: Checkpoin
         io.save_checkpoint(checkpoint, place.url, storage_options)
 
 
-# ------------------------------------------------------------------------------------------------------------------- finding
-
-
 @dataclass
 class RequestedCheckpoint:
-    """How a Trainer was asked for a checkpoint: `fit(ckpt_path=.., weights_only=..)`.
+    """How a Trainer was asked for a checkpoint: `fit(ckpt_path=.., weights_only=..)`."""
 
-    Attributes:
-        word: "last", "best" or "hpc", if it was asked for like that: then another checkpoint may be loaded instead of a damaged one.
-        weights_only: As given.
-    """
-
-    word: str | None = None
+    word: str | None = None  # "last", "best" or "hpc": then another checkpoint may be loaded instead of a damaged one
     weights_only: bool | None = None
 
     def find(self, trainer: pl.Trainer, asked: Any, found: Any) -> Any:
-        """Find the checkpoint for `ckpt_path=asked`, for which Lightning has found a path, or None.
-
-        For "last" that is what was written last, also if the run ended before it had that name.
-        """
+        """Find the checkpoint for `ckpt_path=asked`, where Lightning has found one, or None; "last" even if the run ended before naming it so."""
         self.word = asked if asked in ("last", "best", "hpc") else None
         if asked is None and found is not None:  # by a callback or SLURM, or an evaluation after training
             self.word = "last" if trainer.state.fn == TrainerFn.FITTING else "best"
@@ -226,11 +192,7 @@ class RequestedCheckpoint:
         return next((place.url for folder in folders for place in checkpoints.candidates(folder)), None)
 
     def select(self, trainer: pl.Trainer, path: str) -> StoragePath:
-        """Select the checkpoint at a path; if it is damaged and was asked for by a word, the newest intact one. A collective.
-
-        Raises:
-            TPError: On all ranks, if it is damaged, and no other one may be loaded.
-        """
+        """Select the checkpoint at a path; if it is damaged and was asked for by a word, the newest intact one, else `TPError`. A collective."""
         instead: list[str] | None = None
         if self.word is not None:
             callback = trainer.checkpoint_callback
@@ -246,9 +208,6 @@ class RequestedCheckpoint:
         return place
 
 
-# ------------------------------------------------------------------------------------------------------------------- loading
-
-
 def load_trainer_checkpoint(place: StoragePath, trainer: pl.Trainer, *, keep_weights: bool, options: Options) -> dict[str, Any]:
     """Load weights and, in training, optimizer states of a Trainer's checkpoint, and return the rest. A collective.
 
@@ -261,21 +220,24 @@ def load_trainer_checkpoint(place: StoragePath, trainer: pl.Trainer, *, keep_wei
     Raises:
         TPError: If it does not fit, or is not a checkpoint of a Trainer.
     """
-    trains = trainer.state.fn == TrainerFn.FITTING
-    optimizers = trainer.strategy.optimizers if trains else []  # a validation after training still has them
     load = _load_file if place.is_file() else _load_folder
-    return load(place, trainer, optimizers, trains, keep_weights, options)
+    return load(place, trainer, keep_weights, options)
 
 
-def _load_file(
-    place: StoragePath, trainer: pl.Trainer, optimizers: list[Optimizer], trains: bool, keep_weights: bool, options: Options
-) -> dict[str, Any]:
+def _optimizers_to_load(trainer: pl.Trainer, loaded: dict[str, Any]) -> list[Optimizer]:
+    """The optimizers, with the groups that they had; none in a validation after training, though the strategy still has them."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return []
+    restore_trainable(trainer, loaded)
+    return trainer.strategy.optimizers
+
+
+def _load_file(place: StoragePath, trainer: pl.Trainer, keep_weights: bool, options: Options) -> dict[str, Any]:
     loaded: dict[str, Any] = checkpoints.load(place, mmap=True, **options)
     load_full_weights(trainer.lightning_module, loaded, place, strict=trainer.lightning_module.strict_loading)
     if not keep_weights:
         del loaded["state_dict"]
-    if trains:
-        restore_trainable(trainer, loaded)
+    optimizers = _optimizers_to_load(trainer, loaded)
     states = loaded.get("optimizer_states", ())
     if len(states) < len(optimizers):
         raise TPError(
@@ -288,16 +250,12 @@ def _load_file(
     return loaded
 
 
-def _load_folder(
-    place: StoragePath, trainer: pl.Trainer, optimizers: list[Optimizer], trains: bool, keep_weights: bool, options: Options
-) -> dict[str, Any]:
+def _load_folder(place: StoragePath, trainer: pl.Trainer, keep_weights: bool, options: Options) -> dict[str, Any]:
     module = trainer.lightning_module
     rest: dict[str, Any] = checkpoints.load(place / "meta.pt", **options)
     key = model_key(checkpoints.read_metadata(place).state_dict_metadata) or "state_dict"  # "model": of FSDPStrategy
     checkpoints.load_model(module, place, strict=module.strict_loading, key=key)
-    if trains:
-        restore_trainable(trainer, rest)
-    for i, optimizer in enumerate(optimizers):
+    for i, optimizer in enumerate(_optimizers_to_load(trainer, rest)):
         checkpoints.load_optimizer(optimizer, place, f"optimizer_{i}", **options)
     rest = checkpoints.with_dtensors(rest, place, module)
     if keep_weights:
@@ -306,11 +264,7 @@ def _load_folder(
 
 
 def load_full_weights(module: nn.Module, loaded: Any, place: StoragePath, *, strict: bool) -> None:
-    """Load the full tensors of a checkpoint in one file into a split module; each rank keeps its shards.
-
-    Raises:
-        TPError: If it is not a checkpoint of a Trainer, or its names do not fit.
-    """
+    """Load the full tensors of a checkpoint in one file into a split module; each rank keeps its shards. `TPError` if they do not fit."""
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
         what = "a dict without `state_dict`" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
         raise TPError(f"`{place}` is not a checkpoint of a Trainer: it contains {what}.")

@@ -76,18 +76,12 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         plan: How the model is sharded: a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the module's own `plan`, else it
             is inferred by tracing the module with `inputs`, else the plan that the module declares (`base_model_tp_plan` of Hugging Face).
         inputs: What `forward` is traced with: a mapping of keyword arguments, or a tuple. Default: the module's `example_input_array`.
-        sequence_parallel: False replicates activations between the sharded modules, whatever the plan says.
-        loss_parallel: False all-gathers the logits.
-        activation_checkpointing: "block" saves only the input of each repeated block for the backward pass.
-        compile: True compiles each repeated block with `torch.compile`; also the name of a backend.
-        dropout: "independent" or "exact", as in `TPStrategy`.
-        save_distributed_checkpoint: False gathers a checkpoint into one file, on rank 0.
+        activation_checkpointing: None, or "block".
         async_checkpoint: True writes checkpoints in the background; training waits only for a copy to host memory. One at a time; an error is
             raised at the next `save` or `load`, or by `fabric.strategy.finish_saving()`.
-        safe_globals: Classes of your own that checkpoints may contain, allowed when loading.
-        launcher: "popen", "fork", "spawn" or "auto", as in `TPStrategy`; with "fork" and "spawn", `fabric.launch` needs a function.
-        process_group_backend: As in `torch.distributed.init_process_group`. Default: gloo on CPU, nccl on CUDA.
-        timeout: The timeout of collectives.
+        launcher: "popen", "fork", "spawn" or "auto"; with "fork" and "spawn", `fabric.launch` needs a function.
+
+    The other arguments, and what these mean, are as in `TPStrategy`.
 
     Raises:
         TPError: When the Fabric is created, if `tp` and `dp` do not fit the number of devices; in `setup`, if there is no plan, or it does not fit.
@@ -127,8 +121,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             self.set_checkpoint_options(save_distributed_checkpoint, async_checkpoint, safe_globals)
             if async_checkpoint and not save_distributed_checkpoint:
                 raise TPError(
-                    "`async_checkpoint=True` with `save_distributed_checkpoint=False`: one file is gathered while all ranks wait. Leave one of them "
-                    "out."
+                    "`async_checkpoint=True` with `save_distributed_checkpoint=False`: one file is gathered while all ranks wait. Leave one out."
                 )
             if inputs is not None and not isinstance(inputs, (Mapping, tuple)):
                 raise TPError(
@@ -258,7 +251,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if (
             group is None or group is dist.group.WORLD
-        ):  # which Fabric fills in: ranks of one tensor-parallel group have the same number
+        ):  # Fabric's default; the ranks of a tensor-parallel group have the same number
             group = self.device_mesh.get_group(DATA_PARALLEL)
         return super().all_reduce(tensor, group, reduce_op)
 
@@ -289,11 +282,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self.checkpoint_writer.write(place, partial(save_folder, place, content, self.checkpoint_writer.peers()))
 
     def finish_saving(self) -> None:
-        """Wait until no checkpoint is being written, with `async_checkpoint=True`.
-
-        Raises:
-            TPError: If it could not be written.
-        """
+        """Wait until no checkpoint is being written, with `async_checkpoint=True`; `TPError` if it could not be written."""
         self.checkpoint_writer.finish()
 
     @override
@@ -357,12 +346,9 @@ class CalledModule(nn.Module):
 
     def __init__(self, module: nn.Module, strategy: FabricTPStrategy) -> None:
         super().__init__()
-        self.module = module
-        self._strategy = strategy
-        self._batches = FirstBatches()
-        self._random_calls = (
-            policy_of(module) if hasattr(module, "training_step") else None
-        )  # another module's forward is a step itself
+        self.module, self._strategy, self._batches = module, strategy, FirstBatches()
+        # the forward of a module without `training_step` is a step itself
+        self._random_calls = policy_of(module) if hasattr(module, "training_step") else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""

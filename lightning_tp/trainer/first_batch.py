@@ -29,8 +29,8 @@ class FirstBatchCheck:
     """The loss and the gradients of one process on the first batch, to compare those of the split module with.
 
     Args:
-        module: Not split yet; on the CPU.
-        batch: The first batch, on the CPU.
+        module: Not split yet; on the CPU, as is the batch.
+        batch: The first batch.
         context: Makes the context of a training step in the Trainer's precision.
 
     Raises:
@@ -44,7 +44,7 @@ class FirstBatchCheck:
             )
         if any(p.is_meta for p in module.parameters()):
             raise TPError(
-                "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of the same kind."
+                "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of its kind."
             )
         self.context, self.batch = context, batch
         self.loss, self.gradients = self._run(module, module.training_step)
@@ -52,14 +52,7 @@ class FirstBatchCheck:
             raise TPError(f"`verify=True`: the loss of the first batch is {self.loss.item()} in one process. Check the data first.")
 
     def compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
-        """Run the same batch through the split module.
-
-        Args:
-            module: The same module, split.
-            step: Runs its `training_step` as the Trainer does.
-
-        Returns:
-            One line that says how closely it matches.
+        """Run the same batch through the split module by `step`, and say in one line how closely it matches.
 
         Raises:
             TPError: If the loss or gradients differ; the worst parameters come first.

@@ -48,12 +48,9 @@ def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> 
 
 
 def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str) -> Plan:
-    """Let the first rank find a plan, and hand it to all. A collective.
+    """Let the first rank find the plan of a module, and hand it to all. A collective.
 
     Args:
-        find: Finds it.
-        module: The module that it is for.
-        tp: The size of the tensor-parallel axis.
         traced: What `find` runs, for the error.
         remedy: What to do if that fails, for the error.
 
@@ -79,11 +76,7 @@ def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, 
 
 
 def first_batch(trainer: pl.Trainer) -> Any:
-    """Take a small first batch, on the CPU, of the data that a Trainer is about to use; no data is consumed, and no random number drawn.
-
-    Raises:
-        TPError: For data that can be read only once.
-    """
+    """Take a small first batch, on the CPU, of the data that a Trainer is about to use; no data is consumed, and no random number drawn."""
     with torch.random.fork_rng([]):
         return tree_map_only(Tensor, lambda t: t.detach().cpu(), first_of(loaders_to_run(trainer)))
 

@@ -91,7 +91,7 @@ def rescale(loaded: dict[str, Any], positions: list[dict[str, Any]], before: int
     Raises:
         TPError: If it is not a whole number of batches.
     """
-    progress = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    progress = batch_progress(loaded)
     current, total = progress.get("current", {}), progress.get("total", {})
     for counts, name in [(current, "ready"), *((position, "read") for position in positions)]:
         if counts.get(name, 0) * before % now:
@@ -107,6 +107,12 @@ def rescale(loaded: dict[str, Any], positions: list[dict[str, Any]], before: int
             counts[name] += more
     for position in positions:
         position["read"] = position["read"] * before // now
+
+
+def batch_progress(loaded: dict[str, Any]) -> dict[str, Any]:
+    """The progress of the epoch in which a Trainer's checkpoint was saved, by batches: {"current": {"ready": 3, ..}, ..}; empty without one."""
+    found: dict[str, Any] = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return found
 
 
 def _accumulates(callback: Any) -> bool:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 # the versions that these patches were tested with
-TESTED: dict[str, tuple[str, ...]] = {package: ("2.6.0", "2.6.1", "2.6.6") for package in ("lightning", "pytorch_lightning", "lightning_fabric")}
+TESTED: dict[str, tuple[str, ...]] = {
+    package: ("2.6.0", "2.6.1", "2.6.6") for package in ("lightning", "pytorch_lightning", "lightning_fabric")
+}
 TESTED |= {"torchmetrics": ("1.9.0",), "torch": ("2.13.0",)}
 
 
@@ -27,23 +29,16 @@ class Scope(Enum):
 
 @dataclass(frozen=True)
 class Patch:
-    """One function, method or attribute of another package that this one replaces.
+    """One function, method or attribute of another package that this one replaces."""
 
-    Args:
-        target: `package.module:name`, or `package.module:Class.name`.
-        signature: The parameters that the replacement relies on; None for an attribute that is not a function.
-        scope: For how long it is replaced, and for whom.
-        by: The file of this package that replaces it.
-        reason: What works because of it.
-        needed: Results would be wrong without it, so `TPError` is raised if the signature has changed. Otherwise the original stays in place.
-    """
-
-    target: str
-    signature: str | None
+    target: str  # `package.module:name`, or `package.module:Class.name`
+    signature: str | None  # the parameters that the replacement relies on; None for an attribute that is not a function
     scope: Scope
-    by: str
-    reason: str
-    needed: bool = False
+    by: str  # the file of this package that replaces it
+    reason: str  # what works because of it
+    needed: bool = (
+        False  # results would be wrong without it: `TPError` if the signature has changed; otherwise the original stays in place
+    )
 
     @property
     def package(self) -> str:
