@@ -27,10 +27,10 @@ from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards import optimizer_state
 from lightning_tp.shards.state_dict import full_state_dict
-from lightning_tp.trainer.adapt.finetuning import restore_trainable
 from lightning_tp.trainer.module_plan import applied_plan
 from lightning_tp.trainer.patches import private
 from lightning_tp.trainer.patches.replaced import replaced
+from lightning_tp.trainer.resume import restore_trainable
 
 Options = dict[str, Any]  # of `checkpoint.load`: safe_globals, weights_only
 OnSaveError = Literal["raise", "warn"]

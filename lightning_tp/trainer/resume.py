@@ -1,10 +1,15 @@
-"""Resume a run where it was saved: random states of every rank, and the position of each training loader in its epoch."""
+"""Resume a run where it was saved: random states of every rank, the position of each training loader in its epoch, and what is trainable.
+
+The last is for Lightning's `BaseFinetuning`, which freezes weights in `setup`, and adds groups to the optimizer when an epoch begins. Lightning gives
+a resumed run these groups in `on_fit_start`, before a sharded checkpoint is read, and leaves their weights frozen (in one process as well).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,6 +23,7 @@ from lightning_tp.trainer.adapt.global_batch import batch_progress, rescale
 from lightning_tp.trainer.patches import private
 
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint: the random states of all ranks
+TRAINABLE = "lightning_tp_trainable"  # in a checkpoint: the names of the parameters that required gradients
 LOADERS = "lightning_tp_loaders"  # likewise: the positions of the training loaders of each data-parallel rank
 
 
@@ -31,8 +37,9 @@ class Resume:
         self.accumulate: float | None = None  # batches, in the rest of an epoch that was begun on another mesh, with `global_batch`
 
     def save(self, checkpoint: dict[str, Any], trainer: pl.Trainer, mesh: DeviceMesh, *, global_batch: int | None) -> None:
-        """Add random states and positions of loaders to a checkpoint that Lightning is about to save. A collective."""
+        """Add random states, positions of loaders and what is trainable to a checkpoint that Lightning is about to save. A collective."""
         checkpoint[RNG_STATE] = rng_state(mesh)
+        note_trainable(trainer, checkpoint)
         fit_loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         fit_loop.pop("combined_loader", None)  # Lightning's list has the states of one rank
         loaders: list[Any] = [x for x in private.loaders_of(trainer.fit_loop) if type(x) is ResumableLoader]
@@ -122,3 +129,33 @@ def _positions_of_rank(ranks: list[list[Position]], dp_rank: int, dp: int) -> li
             "all resume from the state of the first. Use loader states that do not depend on the rank, or resume with as many ranks."
         )
     return list(ranks[0])
+
+
+def note_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Put the names of the parameters that require gradients into a checkpoint, if a callback changes which ones do."""
+    if _finetuning_callbacks(trainer):
+        checkpoint[TRAINABLE] = [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
+
+
+def restore_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Freeze and unfreeze parameters as they were when the checkpoint was written, and add the groups that its optimizers had."""
+    states = [checkpoint.get("callbacks", {}).get(callback.state_key) for callback in _finetuning_callbacks(trainer)]
+    if not any(states):
+        return
+    parameters = dict(trainer.lightning_module.named_parameters())
+    added: set[str] = set()
+    for state in states:
+        for i, groups in ((state or {}).get("internal_optimizer_metadata") or {}).items():
+            optimizer = trainer.optimizers[i]
+            have = len(optimizer.param_groups)
+            added |= {name for group in groups[have:] for name in group["params"]}
+            for group in groups[have:]:
+                optimizer.add_param_group({**group, "params": [parameters[name] for name in group["params"]]})
+    trained = checkpoint.get(TRAINABLE)  # None: of a Trainer without this package
+    for name, p in parameters.items():
+        if trained is not None or name in added:
+            p.requires_grad_(trained is None or name in trained)
+
+
+def _finetuning_callbacks(trainer: pl.Trainer) -> list[BaseFinetuning]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]

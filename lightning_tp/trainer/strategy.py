@@ -40,7 +40,6 @@ from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.shards import gradients
 from lightning_tp.trainer import checkpoints, module_plan
 from lightning_tp.trainer.adapt.averaging import averages_of_shards, averaging_callbacks
-from lightning_tp.trainer.adapt.finetuning import note_trainable
 from lightning_tp.trainer.adapt.metrics import all_gather, full_tensors, reduce_over
 from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
 from lightning_tp.trainer.adapt.precision import fsdp_policy, mesh_precision
@@ -277,7 +276,10 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self.model_to_device()
         if hasattr(self.lightning_module, "_tp_registry"):
             tag_parameters(self.lightning_module)  # moving to the device may have replaced them
-        self._compare_first_batch()
+        if self._first_batch is not None:
+            check, self._first_batch = self._first_batch, None
+            with raise_on_rank_zero(self.global_rank):
+                rank_zero_info(check.compare(self.lightning_module, partial(self._call, "training_step")))
         self._batches, self.resume = FirstBatches(), Resume()  # a checkpoint that this run resumes from is loaded later
         self._random_calls = policy_of(self.lightning_module)
         self._patches.enter_context(adapted_to_mesh(trainer, self))
@@ -291,12 +293,6 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             private.optimizers_to_device(self.optimizers, self.root_device)
-
-    def _compare_first_batch(self) -> None:
-        check, self._first_batch = self._first_batch, None
-        if check is not None and self.lightning_module is not None:
-            with raise_on_rank_zero(self.global_rank):
-                rank_zero_info(check.compare(self.lightning_module, partial(self._call, "training_step")))
 
     @property
     def num_global_parameters(self) -> int:
@@ -424,7 +420,6 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         place = StoragePath(str(self.broadcast(str(filepath))), storage_options)
         trainer = self._trainer
         self.resume.save(checkpoint, trainer, self.device_mesh, global_batch=self.global_batch)
-        note_trainable(trainer, checkpoint)
         self.checkpoint_writer.finish()
         if configs := config_in(trainer.lightning_module):
             checkpoint[HF_CONFIG] = configs
@@ -450,15 +445,12 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         try:
             self.checkpoint_writer.finish(only_warn=failed)
         finally:
-            self._end_run(failed)
-
-    def _end_run(self, failed: bool) -> None:
-        watchdog, self._watchdog = self._watchdog, None
-        with self._patches:
-            if watchdog is not None:
-                watchdog.stop(failed=failed)
-        super().teardown()
-        self.checkpoint_io.teardown()
+            watchdog, self._watchdog = self._watchdog, None
+            with self._patches:
+                if watchdog is not None:
+                    watchdog.stop(failed=failed)
+            super().teardown()
+            self.checkpoint_io.teardown()
 
 
 register(StrategyRegistry, TPStrategy)
