@@ -94,15 +94,10 @@ class CheckpointWriter:
             self._thread.after(lambda: checkpoints.remove(place))
 
 
-def manifest_of(*, step: int, epoch: int, mesh: dict[str, int], weights_only: bool) -> Manifest:
-    """Describe a checkpoint that is about to be saved, for its manifest."""
-    return Manifest(step=step, epoch=epoch, mesh=mesh, versions=checkpoints.versions(), weights_only=weights_only)
-
-
 def content_of(checkpoint: dict[str, Any], mesh: dict[str, int], plan: CheckedPlan | None, *, first_rank: bool) -> SaveContent:
     """Sort what `Trainer.save_checkpoint` has collected, which is emptied, into what is sharded and what rank 0 writes."""
     step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
-    manifest = manifest_of(step=step, epoch=epoch, mesh=mesh, weights_only="optimizer_states" not in checkpoint)
+    manifest = Manifest(step, epoch, mesh, checkpoints.versions(), weights_only="optimizer_states" not in checkpoint)
     sharded = {"state_dict": checkpoint.pop("state_dict")}
     sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
     apart: dict[str, Any] = {}  # DTensors elsewhere: in the states of callbacks
@@ -130,15 +125,7 @@ def optimizer_to_save(optimizer: Optimizer, saving: Saving) -> dict[str, Any]:
     return full if Peers().rank == 0 else {}
 
 
-def save_trainer_checkpoint(
-    checkpoint: dict[str, Any],
-    place: StoragePath,
-    saving: Saving,
-    strategy: Any,
-    storage_options: Any = None,
-    *,
-    wait: bool = False,
-) -> None:
+def save_trainer_checkpoint(checkpoint: dict[str, Any], place: StoragePath, saving: Saving, strategy: Any, *, wait: bool) -> None:
     """Save what `Trainer.save_checkpoint` has collected, with weights and optimizer states as `saving` wants them. A collective."""
     writer: CheckpointWriter = strategy.checkpoint_writer
     if saving == "sharded":
@@ -152,17 +139,17 @@ def save_trainer_checkpoint(
         if writer.background:  # weights and states of optimizers are copies already
             fresh = {k: checkpoint.pop(k) for k in ("state_dict", "optimizer_states") if k in checkpoint}
             checkpoint = copy.deepcopy(checkpoint) | fresh
-        one_file = partial(write_one_file, checkpoint, place, strategy.checkpoint_io, storage_options)
+        one_file = partial(write_one_file, checkpoint, place, strategy.checkpoint_io)
         work = partial(writer.peers().from_first, one_file)
     writer.write(place, work, wait=wait)
 
 
-def write_one_file(checkpoint: dict[str, Any], place: StoragePath, io: CheckpointIO, storage_options: Any) -> None:
+def write_one_file(checkpoint: dict[str, Any], place: StoragePath, io: CheckpointIO) -> None:
     """Write a checkpoint of full tensors into one file, by the user's CheckpointIO if there is one."""
     if type(io) is TorchCheckpointIO:
         checkpoints.save_file(place, lambda stream: torch.save(checkpoint, stream))
     else:
-        io.save_checkpoint(checkpoint, place.url, storage_options)
+        io.save_checkpoint(checkpoint, place.url, place.options)
 
 
 @dataclass
@@ -193,14 +180,12 @@ class RequestedCheckpoint:
 
     def select(self, trainer: pl.Trainer, path: str) -> StoragePath:
         """Select the checkpoint at a path; if it is damaged and was asked for by a word, the newest intact one, else `TPError`. A collective."""
-        instead: list[str] | None = None
-        if self.word is not None:
-            callback = trainer.checkpoint_callback
-            instead = []
-            if self.word == "best" and isinstance(callback, ModelCheckpoint):
-                scores = callback.best_k_models
-                instead = sorted(scores, key=lambda p: float(scores[p]), reverse=callback.mode == "max")
         word, self.word = self.word, None
+        instead: list[str] | None = None if word is None else []
+        callback = trainer.checkpoint_callback
+        if word == "best" and isinstance(callback, ModelCheckpoint):
+            scores = callback.best_k_models
+            instead = sorted(scores, key=lambda p: float(scores[p]), reverse=callback.mode == "max")
         place, message = checkpoints.select_intact(StoragePath(path), Peers(), instead=instead)
         if message is not None:
             rank_zero_warn(f"`ckpt_path={word!r}`: {message}")

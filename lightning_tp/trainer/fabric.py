@@ -50,7 +50,6 @@ from lightning_tp.plan.plan import Plan
 from lightning_tp.shards import gradients, optimizer_state
 from lightning_tp.trainer.adapt.optimizers import check_optimizer
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, fsdp_policy
-from lightning_tp.trainer.checkpoints import manifest_of
 from lightning_tp.trainer.launch.processes import fabric_launcher
 from lightning_tp.trainer.loaders import FirstBatches
 from lightning_tp.trainer.mesh_strategy import Launcher, MeshStrategyMixin, register
@@ -276,7 +275,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             return
         step, epoch = (next((v for k, v in rest.items() if k in names and type(v) is int), 0) for names in (STEPS, EPOCHS))
         trains = any(isinstance(value, Optimizer) for value in state.values())
-        manifest = manifest_of(step=step, epoch=epoch, mesh=self.mesh_sizes_by_axis, weights_only=not trains)
+        manifest = checkpoint.Manifest(step, epoch, self.mesh_sizes_by_axis, checkpoint.versions(), weights_only=not trains)
         data = checkpoint.to_bytes(rest) if self.is_global_zero else None
         content = SaveContent(self.checkpoint_writer.snapshot(sharded), rest=data, about=manifest)
         self.checkpoint_writer.write(place, partial(save_folder, place, content, self.checkpoint_writer.peers()))

@@ -415,7 +415,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if not private.has_mesh(self):  # the ranks were forked, and have ended: this process has the full weights
-            checkpoints.write_one_file(checkpoint, StoragePath(filepath, storage_options), self.checkpoint_io, storage_options)
+            checkpoints.write_one_file(checkpoint, StoragePath(filepath, storage_options), self.checkpoint_io)
             return
         place = StoragePath(str(self.broadcast(str(filepath))), storage_options)
         trainer = self._trainer
@@ -424,7 +424,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         if configs := config_in(trainer.lightning_module):
             checkpoint[HF_CONFIG] = configs
         ends = trainer.state.status != TrainerStatus.RUNNING or place.name.startswith("hpc_ckpt_")  # SLURM ends the job right after
-        checkpoints.save_trainer_checkpoint(checkpoint, place, self._saving, self, storage_options, wait=ends)
+        checkpoints.save_trainer_checkpoint(checkpoint, place, self._saving, self, wait=ends)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

@@ -105,9 +105,9 @@ def test_a_users_checkpoint_io_writes_files(tmp_path: Path) -> None:
             Path(path).write_text(f"{sorted(checkpoint)} {storage_options}")
 
     place = StoragePath(str(tmp_path / "a.ckpt"))
-    write_one_file({"x": 1}, place, Own(), {"k": 1})
+    write_one_file({"x": 1}, StoragePath(place.url, {"k": 1}), Own())
     assert Path(place.path).read_text() == "['x'] {'k': 1}"
-    write_one_file({"x": 1}, place, TorchCheckpointIO(), None)
+    write_one_file({"x": 1}, place, TorchCheckpointIO())
     assert torch.load(place.path) == {"x": 1}
 
 

@@ -140,11 +140,9 @@ class Shards(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load DTensors of this mesh, or full tensors."""
         for name, own, copy in self._named():
-            value = state_dict.get(name)
-            if value is None:
-                continue
-            shard = getattr(own, "_tp_shard", None)
-            copy.copy_(local_tensor(value) if shard is None else shard.to_local(value, name))
+            if (value := state_dict.get(name)) is not None:
+                shard = getattr(own, "_tp_shard", None)
+                copy.copy_(local_tensor(value) if shard is None else shard.to_local(value, name))
         return incompatible_keys([], [])
 
     @override

@@ -43,7 +43,8 @@ def global_batch_kept(trainer: pl.Trainer, global_batch: int, dp: int, expected:
     Raises:
         TPError: If the Trainer accumulates by itself, or the module steps its optimizers; later, if the batch size does not fit.
     """
-    if trainer.accumulate_grad_batches != 1 or any(_accumulates(c) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches != 1 or any(c.going_to_accumulate_grad_batches() for c in schedulers):
         raise TPError(
             "`TPStrategy(global_batch=..)` sets how many batches are accumulated: leave `accumulate_grad_batches` and "
             "`GradientAccumulationScheduler` out."
@@ -113,10 +114,6 @@ def batch_progress(loaded: dict[str, Any]) -> dict[str, Any]:
     """The progress of the epoch in which a Trainer's checkpoint was saved, by batches: {"current": {"ready": 3, ..}, ..}; empty without one."""
     found: dict[str, Any] = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
     return found
-
-
-def _accumulates(callback: Any) -> bool:
-    return isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
 
 
 def _batch_size(loader: Any) -> int | None:

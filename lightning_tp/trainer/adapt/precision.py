@@ -50,8 +50,7 @@ def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
 class MeshMixedPrecision(MixedPrecision):
     """Lightning's mixed precision with a scaler that all ranks agree on, and gradients that are unscaled before anything clips them.
 
-    Lightning leaves unscaling to optimizers that can do it (`fused=True`), and refuses to clip their gradients, even without a scaler; in manual
-    optimization it clips gradients that are still scaled.
+    Lightning refuses to clip those of optimizers that unscale by themselves (`fused=True`), and clips scaled ones in manual optimization.
     """
 
     def span(self, groups: Iterable[dist.ProcessGroup]) -> None:
@@ -97,10 +96,7 @@ MeshMixedPrecision.__qualname__ = MixedPrecision.__qualname__  # the key of the 
 
 
 class MeshGradScaler(GradScaler):
-    """torch's gradient scaler for sharded gradients: if a gradient is not finite on one rank, all ranks skip the step and reduce the scale.
-
-    One all-reduce per axis and optimizer step.
-    """
+    """torch's scaler for sharded gradients: if one is not finite on one rank, all ranks skip the step, by one all-reduce per axis and step."""
 
     groups: tuple[dist.ProcessGroup, ...] = ()
 

@@ -170,7 +170,8 @@ class Watchdog(Callback):
     def _published(self, exception: BaseException, follows: bool, hang: bool) -> tuple[Failure, str | None]:
         """(the first failure of all ranks, the report of the hang, if this rank's collective timed out first); RuntimeError without the store."""
         self.store.set(f"raised/{self.rank}", "")
-        self.store.set(f"where/{self.rank}", self._where(_last_frame(exception.__traceback__)))
+        frames = [frame for frame, _ in traceback.walk_tb(exception.__traceback__)]
+        self.store.set(f"where/{self.rank}", self._where(frames[-1] if frames else None))
         if follows and not hang:  # whoever ended the connection may be about to report it, or its neighbour to find it
             until = time.monotonic() + POSITIONS_TIMEOUT
             while time.monotonic() < until and not self.store.check(["failed"]):
@@ -227,12 +228,11 @@ class Watchdog(Callback):
     def _neighbour_has_ended(self) -> bool:
         if self.neighbour == self.rank:
             return False
-        if self.pid is None:
-            if not self.threads_store.check([f"who/{self.neighbour}"]):
-                return False
-            machine, pid = self.threads_store.get(f"who/{self.neighbour}").decode().rsplit(" ", 1)
+        who = f"who/{self.neighbour}"
+        if self.pid is None and self.threads_store.check([who]):
+            machine, pid = self.threads_store.get(who).decode().rsplit(" ", 1)
             self.pid = int(pid) if machine == _machine() else 0
-        return bool(self.pid) and has_ended(self.pid)
+        return has_ended(self.pid) if self.pid else False
 
     def _end_after(self, first: Failure) -> None:
         """Publish where this rank is, leave it time to end by itself, else end its process."""
@@ -269,8 +269,6 @@ class Watchdog(Callback):
                 _print_error(f"[rank {self.rank}] failed with {first.kind}: {first.text}\nIt hangs while handling it:\n{stack}")
             os._exit(1)
 
-    # -------------------------------------------------------------------------------------------------- where ranks are
-
     def _report_hang_before_the_backend_ends_the_process(self) -> None:
         """Print what is known: NCCL ends the process at its timeout without an exception."""
         with contextlib.suppress(RuntimeError):
@@ -304,7 +302,6 @@ def _publish(store: dist.Store, failure: Failure) -> Failure:
 
 def _shorten(exception: BaseException, rank: int, first: int) -> None:
     """If this exception ends the process, print one line of it: another rank shows the same."""
-
     own = sys.excepthook
 
     def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
@@ -342,9 +339,3 @@ def has_ended(pid: int) -> bool:
 
 def _stack(frame: FrameType | None) -> list[tuple[int, int]]:
     return [(id(f.f_code), f.f_lasti) for f in outwards(frame)]
-
-
-def _last_frame(trace: TracebackType | None) -> FrameType | None:
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame if trace is not None else None
