@@ -38,7 +38,7 @@ Saving = Literal["sharded", "streamed", "gathered"]  # a folder; a file, tensor 
 
 
 class CheckpointWriter:
-    """Write checkpoints one at a time, while training waits or, in the background, beside it; if one can't be written, raise or warn."""
+    """Write checkpoints one at a time, while training waits or in the background; if one can't be written, raise or warn."""
 
     def __init__(self, *, background: bool, on_error: OnSaveError = "raise") -> None:
         self.background = background
@@ -48,7 +48,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written, or was and nobody has waited for it."""
+        """Whether a checkpoint is being written, or was, and `finish` has not been called since."""
         return self._thread.busy
 
     def peers(self) -> Peers:

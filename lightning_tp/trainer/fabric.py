@@ -318,7 +318,7 @@ def _sorted_state(state: dict[str, Any], filter: dict[str, Callable[[str, Any], 
 
 
 def _load(place: StoragePath, state: dict[str, Any], strict: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Load modules and optimizers, then the rest of `state`, in place; what nobody has asked for is returned."""
+    """Load modules and optimizers, then the rest of `state`, in place; what `state` does not ask for is returned."""
     one_file = place.is_file()
     stored: dict[str, Any] = checkpoint.load(place if one_file else place / "meta.pt", mmap=one_file, **options)
     rest = [key for key, value in state.items() if not isinstance(value, (nn.Module, Optimizer))]

@@ -207,7 +207,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        patch_for_trainers(TPStrategy)  # once more in a spawned process
+        patch_for_trainers(TPStrategy)  # also in a spawned process
         self._patches.close()  # of a run that did not come to its end
         with self.joining_process_group():
             private.join_process_group(self)
@@ -381,8 +381,8 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def _saving(self) -> Saving:
         if self.save_distributed_checkpoint:
             return "sharded"
-        seen_whole = is_overridden("on_save_checkpoint", self.lightning_module) or type(self.checkpoint_io) is not TorchCheckpointIO
-        return "gathered" if seen_whole or self.async_checkpoint or self.backend != "local" else "streamed"
+        sees_full = is_overridden("on_save_checkpoint", self.lightning_module) or type(self.checkpoint_io) is not TorchCheckpointIO
+        return "gathered" if sees_full or self.async_checkpoint or self.backend != "local" else "streamed"
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary, ThroughputMonitor
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
-from lightning.pytorch.utilities.model_summary.model_summary import LayerSummary, get_human_readable_count
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -169,41 +169,28 @@ def _num_full(module: nn.Module, *, trainable: bool = False) -> int:
     return sum(math.prod(p._tp_shard.shape) if hasattr(p, "_tp_shard") else p.numel() for p in parameters)
 
 
-class FullLayer(LayerSummary):
-    """A row of the summary, counted when it is made: FSDP2 replaces parameters in a forward."""
+class FullSummary(Summary):
+    """Lightning's summary with the parameters of the full model, and those of this rank beside them.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.full = _num_full(module)
-        self.local = sum(local_tensor(p).numel() for p in module.parameters())
+    They are counted before the example of the model runs: FSDP2 replaces parameters in a forward.
+    """
+
+    def __init__(self, model: pl.LightningModule, max_depth: int) -> None:
+        modules = dict(model.named_modules())
+        self.full = {name: _num_full(module) for name, module in modules.items()}
+        self.local = {name: sum(local_tensor(p).numel() for p in module.parameters()) for name, module in modules.items()}
+        self.trainable = _num_full(model, trainable=True)
+        super().__init__(model, max_depth=max_depth)
 
     @property
     @override
-    def num_parameters(self) -> int:
-        return self.full
-
-
-class FullSummary(Summary):
-    """Lightning's summary with the parameters of the full model, and those of this rank beside them."""
-
-    def __init__(self, model: pl.LightningModule, max_depth: int) -> None:
-        self.root, self.depth = model, max_depth
-        super().__init__(model, max_depth=max_depth)
-
-    @override
-    def summarize(self) -> dict[str, LayerSummary]:
-        layers = {name: FullLayer(module) for name, module in self.named_modules}
-        self.total, self.trainable = FullLayer(self.root), _num_full(self.root, trainable=True)
-        super().summarize()  # runs the example, if there is one, and so fills in the sizes
-        for layer in (self.total, *layers.values()):
-            layer.detach_hook()
-        self.rows = {name: layer for name, layer in layers.items() if self.depth < 1 or name.count(".") < self.depth}
-        return dict(self.rows)
+    def param_nums(self) -> list[int]:
+        return [self.full[name] for name in self.layer_names]
 
     @property
     @override
     def total_parameters(self) -> int:
-        return self.total.full
+        return self.full[""]
 
     @property
     @override
@@ -213,8 +200,8 @@ class FullSummary(Summary):
     @override
     def _get_summary_data(self) -> list[tuple[str, list[str]]]:
         data = super()._get_summary_data()
-        local = [row.local for row in self.rows.values()]
+        local = [self.local[name] for name in self.layer_names]
         if len(data[0][1]) > len(local):  # the row of parameters that are the LightningModule's own
-            local.append(max(self.total.local - sum(local), 0))
+            local.append(max(self.local[""] - sum(local), 0))
         data.insert(4, ("Params per Device", [get_human_readable_count(n) for n in local]))
         return data

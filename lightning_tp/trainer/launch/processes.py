@@ -67,7 +67,7 @@ class ExternalLauncher(private.Launcher):
 
 
 class ScriptLauncher(private.ScriptLauncher):
-    """Lightning's launcher, which runs the script once more for each other rank of this machine."""
+    """Lightning's launcher, which runs the script for each other rank of this machine."""
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
@@ -148,7 +148,7 @@ def fabric_launcher(strategy: Any, method: str) -> Any:
 
 
 class FabricProcessLauncher(ForkOrSpawnMixin, private.FabricMultiProcessingLauncher):
-    """Fabric's launcher, for ranks that hold shards: split logits come back whole."""
+    """Fabric's launcher, for ranks that hold shards: the results come back with full logits."""
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -96,7 +96,7 @@ PATCHES: list[Patch] = [
           "(self, fx, name, value)", RUN, "trainer/adapt/metrics.py",
           "`self.log` of a sharded tensor logs the full one"),
     Patch("lightning.pytorch.callbacks.model_summary:ModelSummary._summary", "(self, trainer, pl_module)", OBJECT, "trainer/adapt/metrics.py",
-          "the summary counts the parameters of the full model, and those of a device beside them"),
+          "the summary counts the parameters of the full model, and next to them those of a device"),
     Patch("lightning.pytorch.callbacks.throughput_monitor:ThroughputMonitor._throughputs", None, OBJECT, "trainer/patches/private.py",
           "samples are counted over the data-parallel ranks, and FLOPs shared by a tensor-parallel group (each run makes its own)"),
     Patch("lightning.pytorch.callbacks.prediction_writer:BasePredictionWriter.write_on_batch_end",
