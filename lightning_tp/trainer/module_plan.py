@@ -28,11 +28,7 @@ STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_st
 
 
 def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
-    """Infer the plan of a LightningModule on the first rank, or take the one that the model inside declares. A collective.
-
-    Raises:
-        TPError: On all ranks, if there is nothing to run it on, it can't be run, or nothing in it can be split.
-    """
+    """Infer the plan of a LightningModule on the first rank, or take the one that the model inside declares; else `TPError`. A collective."""
     example = module.example_input_array
     step = "forward" if example is not None else STEPS[str(trainer.state.fn.value) if trainer.state.fn is not None else "fit"]
 
@@ -88,11 +84,7 @@ def applied_plan(module: nn.Module | None) -> CheckedPlan | None:
 
 
 def is_split(module: nn.Module, tp: int) -> bool:
-    """Whether a module is split already.
-
-    Raises:
-        TPError: If it is split for another size.
-    """
+    """Whether a module is split already; `TPError` if it is for another size."""
     applied = applied_plan(module)
     if applied is not None and applied.tp != tp:
         raise TPError(f"This module is split for tp={applied.tp} already, and the strategy has tp={tp}. Create a new module.")

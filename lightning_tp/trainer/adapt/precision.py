@@ -7,7 +7,7 @@ strategies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
@@ -22,9 +23,6 @@ from lightning_tp._compat import is_unscaled, local_tensor, non_finite_check_and
 from lightning_tp.errors import TPError
 from lightning_tp.trainer.adapt.optimizers import unwrapped
 from lightning_tp.trainer.patches import private
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def mesh_precision(plugin: Precision | None) -> Precision | None:
@@ -37,8 +35,6 @@ def mesh_precision(plugin: Precision | None) -> Precision | None:
 
 def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
     """Choose FSDP2's policy for a Trainer's precision: it gathers and computes in half precision, and reduces in float32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     if precision in ("bf16-mixed", "16-mixed"):
         half = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
         return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -75,10 +75,9 @@ def lr_finder_by_mean_loss(reduce: Callable[[Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def known_warnings_filtered() -> Iterator[None]:
-    """Hide two warnings that every run gives, whatever the user does.
+    """Hide two warnings that every run gives: torch's about a line of Lightning's, and that evaluation may count samples twice.
 
-    One is torch's, about a line of Lightning's. The other says that evaluation may count items twice; `warn_of_repeated_items` says it where it
-    is so, with the numbers.
+    `warn_of_repeated_samples` gives the second one where it is true, with the numbers.
     """
     before = list(warnings.filters)
     pattern = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
