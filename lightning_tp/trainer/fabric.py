@@ -248,9 +248,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     @override
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if (
-            group is None or group is dist.group.WORLD
-        ):  # Fabric's default; the ranks of a tensor-parallel group have the same number
+        if group is None or group is dist.group.WORLD:  # the default; a tensor-parallel group has one and the same number
             group = self.device_mesh.get_group(DATA_PARALLEL)
         return super().all_reduce(tensor, group, reduce_op)
 

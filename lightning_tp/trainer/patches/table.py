@@ -36,9 +36,7 @@ class Patch:
     scope: Scope
     by: str  # the file of this package that replaces it
     reason: str  # what works because of it
-    needed: bool = (
-        False  # results would be wrong without it: `TPError` if the signature has changed; otherwise the original stays in place
-    )
+    needed: bool = False  # results would be wrong without it: a changed signature raises `TPError`; else the original stays
 
     @property
     def package(self) -> str:
