@@ -263,7 +263,7 @@ def load_full_weights(module: nn.Module, loaded: Any, place: StoragePath, *, str
 
 
 @contextmanager
-def lightnings_loading_is_safe(options: Options) -> Iterator[None]:
+def lightning_loads_safely(options: Options) -> Iterator[None]:
     """While this lasts, let Lightning's own loading of sharded checkpoints unpickle only what `safe_globals` allows."""
 
     def load(own: Any, state: dict[str, Any], checkpoint_id: Any) -> None:

@@ -404,7 +404,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         with raise_on_rank_zero(self.global_rank):
             place = self.requested_checkpoint.select(trainer, str(self.broadcast(str(checkpoint_path))))
             if self.backend == "dtensor":
-                with checkpoints.lightnings_loading_is_safe(options):
+                with checkpoints.lightning_loads_safely(options):
                     loaded = super().load_checkpoint(Path(place.path), weights_only)
             else:
                 averages = bool(averaging_callbacks(trainer))

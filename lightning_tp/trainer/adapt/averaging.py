@@ -52,11 +52,11 @@ def averages_of_shards(trainer: pl.Trainer, *, backend: str = "local") -> Iterat
 
     replacements: list[tuple[type, str, Callable[..., None]]] = [
         (ema, "setup", _made_later),
-        (ema, "_swap_models", _with_locals),
-        (ema, "_copy_average_to_current", _with_locals),
+        (ema, "_swap_models", _with_local_tensors),
+        (ema, "_copy_average_to_current", _with_local_tensors),
         (swa, "setup", _made_later),
-        (swa, "update_parameters", _with_locals),
-        (swa, "transfer_weights", _with_locals),
+        (swa, "update_parameters", _with_local_tensors),
+        (swa, "transfer_weights", _with_local_tensors),
         (swa, "load_state_dict", load_state_dict_of_swa),
     ]
     with ExitStack() as stack:
@@ -72,11 +72,11 @@ def start_averages(trainer: pl.Trainer, module: pl.LightningModule, *, full: boo
         if isinstance(callback, WeightAveraging):
             average: nn.Module = ShardAverage(module, full=full, **private.average_options(callback, module.device))
         else:
-            average = Shards(module, torch.device("cpu"), full=full)
+            average = ShardCopies(module, torch.device("cpu"), full=full)
         private.set_average(callback, average)
 
 
-class Shards(nn.Module):
+class ShardCopies(nn.Module):
     """A copy of a rank's tensors of a split model: plain parameters and buffers in the model's order, and its state dict's names.
 
     With `full` its state dict has full tensors, on rank 0, instead of DTensors. It can't be called: the callbacks copy its values into the model.
@@ -86,10 +86,10 @@ class Shards(nn.Module):
         super().__init__()
         self.source = (module,)  # in a tuple: not a submodule
         self.full = full
-        locals_ = Locals(module)
-        for i, p in enumerate(locals_.parameters()):
+        local = LocalTensors(module)
+        for i, p in enumerate(local.parameters()):
             self.register_parameter(f"p{i}", nn.Parameter(p.detach().clone().to(device), p.requires_grad))
-        for i, b in enumerate(locals_.buffers()):
+        for i, b in enumerate(local.buffers()):
             self.register_buffer(f"b{i}", b.detach().clone().to(device))
 
     @override
@@ -151,7 +151,7 @@ class Shards(nn.Module):
 
 
 class ShardAverage(AveragedModel):
-    """torch's average of a model, over this rank's shards; `full` as in `Shards`."""
+    """torch's average of a model, over this rank's shards; `full` as in `ShardCopies`."""
 
     def __init__(
         self, module: nn.Module, *, full: bool, device: Any, use_buffers: bool, avg_fn: Any = None, multi_avg_fn: Any = None
@@ -159,16 +159,16 @@ class ShardAverage(AveragedModel):
         if avg_fn is not None and multi_avg_fn is not None:
             raise TPError("`WeightAveraging` has both `avg_fn` and `multi_avg_fn`. Pass one of them.")
         nn.Module.__init__(self)
-        self.module = Shards(module, device, full=full)
+        self.module = ShardCopies(module, device, full=full)
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
 
     @override
     def update_parameters(self, model: nn.Module) -> None:
-        super().update_parameters(Locals(model))  # type: ignore[arg-type]
+        super().update_parameters(LocalTensors(model))  # type: ignore[arg-type]
 
 
-class Locals:
+class LocalTensors:
     """This rank's local tensors of a module, which share the module's memory, as a callback iterates over them."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -188,5 +188,5 @@ def _made_later(own: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Instead of `setup`, which would copy the module before it is split: see `start_averages`."""
 
 
-def _with_locals(own: Callable[..., None], *args: Any) -> None:
-    own(*(Locals(a) if isinstance(a, pl.LightningModule) else a for a in args))
+def _with_local_tensors(own: Callable[..., None], *args: Any) -> None:
+    own(*(LocalTensors(a) if isinstance(a, pl.LightningModule) else a for a in args))

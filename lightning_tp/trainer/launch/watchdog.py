@@ -75,8 +75,8 @@ class Watchdog(Callback):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.trainer = trainer
         self.timeout = timeout
-        self.clock = timeout is not None and dist.get_backend() != "gloo"  # NCCL ends the process, and raises nothing
-        self.main = threading.main_thread()
+        self.watches_timeout = timeout is not None and dist.get_backend() != "gloo"  # NCCL ends the process, and raises nothing
+        self.main_thread = threading.main_thread()
         self.raised = False
         self.first: Failure | None = None  # the first failure of the run, once the thread has seen it
         self.over = threading.Event()
@@ -91,7 +91,7 @@ class Watchdog(Callback):
         let_store_fail(timedelta(seconds=STORE_TIMEOUT))
         self.store, self.threads_store = (dist.PrefixStore(f"lightning_tp_{run}", c) for c in connections)  # type: ignore[arg-type]
         self.store.set(f"who/{self.rank}", f"{_machine()} {os.getpid()}")
-        self.thread = threading.Thread(target=self._look, name="lightning_tp watchdog", daemon=True)
+        self.thread = threading.Thread(target=self._watch, name="lightning_tp watchdog", daemon=True)
         self.thread.start()
         atexit.register(self._join)
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
@@ -194,16 +194,16 @@ class Watchdog(Callback):
 
     # ------------------------------------------------------------------------------------- once a second, in its thread
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         still, since = None, time.monotonic()
         rank_0_is_done = False
         while not self.over.wait(PERIOD):
-            if self.clock and self.timeout is not None:
+            if self.watches_timeout and self.timeout is not None:
                 stack, limit = _stack(self._frame()), self.timeout.total_seconds()
                 if stack != still:
                     still, since = stack, time.monotonic()
                 elif time.monotonic() - since > limit - max(5.0, 0.05 * limit):
-                    self.clock = False
+                    self.watches_timeout = False
                     self._report_hang_before_the_backend_ends_the_process()
             try:
                 first = self._failure_of_another()
@@ -274,11 +274,11 @@ class Watchdog(Callback):
         with contextlib.suppress(RuntimeError):
             self.threads_store.set(f"where/{self.rank}", self._where(self._frame()))
             time.sleep(POSITIONS_TIMEOUT)
-            if self.threads_store.compare_set("told", "", str(self.rank)) == str(self.rank).encode():
+            if self.threads_store.compare_set("reported", "", str(self.rank)) == str(self.rank).encode():
                 _print_error(self._hang_report(self.threads_store) + "\n")
 
     def _frame(self) -> FrameType | None:
-        return sys._current_frames().get(self.main.ident or 0)
+        return sys._current_frames().get(self.main_thread.ident or 0)
 
     def _where(self, frame: FrameType | None) -> str:
         return json.dumps(asdict(position_of(frame, self.trainer, but=self)))
