@@ -33,7 +33,7 @@ def loops(ready: int, last: bool = False, states: list[Any] | None = None) -> di
 def trainer_of(fn: TrainerFn = TrainerFn.FITTING, loaders: Any = (), prefetched: int = 0, accumulate: int = 1) -> Any:
     combined = SimpleNamespace(flattened=list(loaders))
     loop = SimpleNamespace(_combined_loader=combined, _data_fetcher=SimpleNamespace(batches=[None] * prefetched))
-    return SimpleNamespace(state=SimpleNamespace(fn=fn), fit_loop=loop, accumulate_grad_batches=accumulate)
+    return SimpleNamespace(state=SimpleNamespace(fn=fn), fit_loop=loop, accumulate_grad_batches=accumulate, callbacks=[])
 
 
 @pytest.mark.parametrize("ready, last, expected", [(0, False, False), (3, False, True), (3, True, False)])
