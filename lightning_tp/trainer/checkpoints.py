@@ -256,10 +256,10 @@ def load_full_weights(module: nn.Module, loaded: Any, place: StoragePath, *, str
     found = module.load_state_dict(loaded["state_dict"], strict=False)
     if not strict:
         return
-    for names, problem in ((found.missing_keys, "has no"), (found.unexpected_keys, "has, and the model has not,")):
+    for names, has, end in ((found.missing_keys, "has no", ""), (found.unexpected_keys, "has", ", which the model does not have")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise TPError(f"`{place}` {problem} `{names[0]}`{more}. Set `strict_loading = False`, or use the model that saved it.")
+            raise TPError(f"`{place}` {has} `{names[0]}`{more}{end}. Set `strict_loading = False`, or use the model that saved it.")
 
 
 @contextmanager

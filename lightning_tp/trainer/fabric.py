@@ -264,7 +264,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     ) -> None:
         place = StoragePath(str(self.broadcast(str(path))), storage_options)
         if filter and self.save_distributed_checkpoint:
-            raise TPError("`save`: `filter` needs `save_distributed_checkpoint=False`. Leave it out.")
+            raise TPError("`save`: `filter` works with `save_distributed_checkpoint=False` only. Set that, or leave `filter` out.")
         sharded, rest = _sorted_state(state, filter or {})
         self.finish_saving()
         if not self.save_distributed_checkpoint:

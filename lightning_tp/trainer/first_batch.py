@@ -40,7 +40,8 @@ class FirstBatchCheck:
     def __init__(self, module: pl.LightningModule, batch: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
         if not module.automatic_optimization:
             raise TPError(
-                "`verify=True` runs `training_step` without an optimizer step, and this module steps its optimizers by itself. Leave it out."
+                "`verify=True` compares a `training_step` without an optimizer step, and this module steps its optimizers by itself. Leave it "
+                "out."
             )
         if any(p.is_meta for p in module.parameters()):
             raise TPError(

@@ -187,7 +187,7 @@ def test_the_next_best_one_comes_first(tmp_path: Path) -> None:
         ([1], True, "it contains a list"),
         ({"a": 1}, True, "it contains a dict without `state_dict`"),
         ({"state_dict": {}}, True, r"has no `layer.weight` and 1 more\. Set `strict_loading = False`"),
-        ({"state_dict": {**BoringModel().state_dict(), "new": 1}}, True, "has, and the model has not, `new`"),
+        ({"state_dict": {**BoringModel().state_dict(), "new": 1}}, True, "has `new`, which the model does not have"),
         ({"state_dict": {}}, False, None),
     ],
 )

@@ -41,7 +41,7 @@ def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, p
     foreign = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]
     if foreign and plain:
         raise TPError(
-            f"{collected}: {len(foreign)} parameters of {name} are not the module's any more (the first has the shape "
+            f"{collected}: {len(foreign)} parameters of {name} no longer belong to the module (the first has the shape "
             f"{tuple(foreign[0].shape)}): they were collected before the module was split. Collect them afterwards, from its `parameters()`."
         )
     if isinstance(optimizer, torch.optim.LBFGS) and world > 1:
