@@ -50,15 +50,15 @@ class Net(L.LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         strategy: Any = self.trainer.strategy
-        beside = strategy._background.busy
+        beside = strategy.checkpoint_writer.busy
         self.steps["beside a save" if beside else "alone"].append(time.perf_counter() - self.began)
         if beside:
             begin = time.perf_counter()
-            strategy._finish_saving()
+            strategy.checkpoint_writer.finish()
             self.writes.append(self.steps["beside a save"][-1] + time.perf_counter() - begin)
         for way in self.stalls:
             strategy.async_checkpoint = way == "beside it"
-            strategy._finish_saving()
+            strategy.checkpoint_writer.finish()
             torch.distributed.barrier()
             begin = time.perf_counter()
             self.trainer.save_checkpoint(self.folder / f"{way.replace(' ', '_')}.ckpt")
@@ -66,7 +66,7 @@ class Net(L.LightningModule):
         if len(self.stalls["beside it"]) >= self.rounds:
             self.trainer.should_stop = True
         elif len(self.stalls["beside it"]) % 2:
-            strategy._finish_saving()
+            strategy.checkpoint_writer.finish()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-4)

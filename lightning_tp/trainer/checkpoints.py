@@ -27,25 +27,18 @@ from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards import optimizer_state
 from lightning_tp.shards.state_dict import full_state_dict
-from lightning_tp.trainer.adapt.finetuning import restore_trainable
 from lightning_tp.trainer.module_plan import applied_plan
 from lightning_tp.trainer.patches import private
 from lightning_tp.trainer.patches.replaced import replaced
+from lightning_tp.trainer.resume import restore_trainable
 
 Options = dict[str, Any]  # of `checkpoint.load`: safe_globals, weights_only
 OnSaveError = Literal["raise", "warn"]
 Saving = Literal["sharded", "streamed", "gathered"]  # a folder; a file, tensor by tensor; a file, after all of it is on rank 0
 
-# -------------------------------------------------------------------------------------------------------------------- saving
-
 
 class CheckpointWriter:
-    """Write checkpoints one at a time, while training waits or, in the background, beside it.
-
-    Args:
-        background: Training waits only for a copy in host memory.
-        on_error: What happens if a checkpoint can't be written: "raise", or "warn" and continue.
-    """
+    """Write checkpoints one at a time, while training waits or in the background; if one can't be written, raise or warn."""
 
     def __init__(self, *, background: bool, on_error: OnSaveError = "raise") -> None:
         self.background = background
@@ -55,7 +48,7 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a checkpoint is being written, or was and nobody has waited for it."""
+        """Whether a checkpoint is being written, or was, and `finish` has not been called since."""
         return self._thread.busy
 
     def peers(self) -> Peers:
@@ -67,11 +60,7 @@ class CheckpointWriter:
         return self._host_copy.copy(tree) if self.background else tree
 
     def write(self, place: StoragePath, work: Callable[[], None], *, wait: bool = False) -> None:
-        """Write a checkpoint by calling `work`; with `wait`, return only once it is written, also in the background.
-
-        Raises:
-            TPError: If it can't be written and `on_error` is "raise"; in the background, at the next `finish`.
-        """
+        """Write a checkpoint by calling `work`; with `wait`, return only once it is written. In the background, an error is raised by `finish`."""
         self.failed = False
         if not self.background:
             try:
@@ -84,18 +73,14 @@ class CheckpointWriter:
             self.finish()
 
     def finish(self, *, only_warn: bool = False) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            TPError: If it failed and `on_error` is "raise"; with `only_warn`, since the run has failed already, a warning is given instead.
-        """
+        """Wait until nothing is being written; with `only_warn`, since the run has failed already, an error is a warning."""
         try:
             self._thread.wait()
         except TPError as error:
-            if not only_warn:
-                self._could_not_write(error)
-            else:
+            if only_warn:
                 rank_zero_warn(str(error))
+            else:
+                self._could_not_write(error)
 
     def _could_not_write(self, error: TPError) -> None:
         self.failed = True
@@ -109,19 +94,10 @@ class CheckpointWriter:
             self._thread.after(lambda: checkpoints.remove(place))
 
 
-def manifest_of(*, step: int, epoch: int, mesh: dict[str, int], weights_only: bool) -> Manifest:
-    """Describe a checkpoint that is about to be saved, for its manifest."""
-    return Manifest(step=step, epoch=epoch, mesh=mesh, versions=checkpoints.versions(), weights_only=weights_only)
-
-
 def content_of(checkpoint: dict[str, Any], mesh: dict[str, int], plan: CheckedPlan | None, *, first_rank: bool) -> SaveContent:
     """Sort what `Trainer.save_checkpoint` has collected, which is emptied, into what is sharded and what rank 0 writes."""
-    manifest = manifest_of(
-        step=int(checkpoint.get("global_step", 0)),
-        epoch=int(checkpoint.get("epoch", 0)),
-        mesh=mesh,
-        weights_only="optimizer_states" not in checkpoint,
-    )
+    step, epoch = int(checkpoint.get("global_step", 0)), int(checkpoint.get("epoch", 0))
+    manifest = Manifest(step, epoch, mesh, checkpoints.versions(), weights_only="optimizer_states" not in checkpoint)
     sharded = {"state_dict": checkpoint.pop("state_dict")}
     sharded |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
     apart: dict[str, Any] = {}  # DTensors elsewhere: in the states of callbacks
@@ -149,20 +125,8 @@ def optimizer_to_save(optimizer: Optimizer, saving: Saving) -> dict[str, Any]:
     return full if Peers().rank == 0 else {}
 
 
-def save_trainer_checkpoint(
-    checkpoint: dict[str, Any],
-    place: StoragePath,
-    saving: Saving,
-    strategy: Any,
-    storage_options: Any = None,
-    *,
-    wait: bool = False,
-) -> None:
-    """Save what `Trainer.save_checkpoint` has collected, with weights and optimizer states as `saving` wants them. A collective.
-
-    Raises:
-        TPError: If it can't be written; see `CheckpointWriter.write`.
-    """
+def save_trainer_checkpoint(checkpoint: dict[str, Any], place: StoragePath, saving: Saving, strategy: Any, *, wait: bool) -> None:
+    """Save what `Trainer.save_checkpoint` has collected, with weights and optimizer states as `saving` wants them. A collective."""
     writer: CheckpointWriter = strategy.checkpoint_writer
     if saving == "sharded":
         plan = applied_plan(strategy.lightning_module)
@@ -175,39 +139,28 @@ def save_trainer_checkpoint(
         if writer.background:  # weights and states of optimizers are copies already
             fresh = {k: checkpoint.pop(k) for k in ("state_dict", "optimizer_states") if k in checkpoint}
             checkpoint = copy.deepcopy(checkpoint) | fresh
-        one_file = partial(write_one_file, checkpoint, place, strategy.checkpoint_io, storage_options)
+        one_file = partial(write_one_file, checkpoint, place, strategy.checkpoint_io)
         work = partial(writer.peers().from_first, one_file)
     writer.write(place, work, wait=wait)
 
 
-def write_one_file(checkpoint: dict[str, Any], place: StoragePath, io: CheckpointIO, storage_options: Any) -> None:
+def write_one_file(checkpoint: dict[str, Any], place: StoragePath, io: CheckpointIO) -> None:
     """Write a checkpoint of full tensors into one file, by the user's CheckpointIO if there is one."""
     if type(io) is TorchCheckpointIO:
         checkpoints.save_file(place, lambda stream: torch.save(checkpoint, stream))
     else:
-        io.save_checkpoint(checkpoint, place.url, storage_options)
-
-
-# ------------------------------------------------------------------------------------------------------------------- finding
+        io.save_checkpoint(checkpoint, place.url, place.options)
 
 
 @dataclass
 class RequestedCheckpoint:
-    """How a Trainer was asked for a checkpoint: `fit(ckpt_path=.., weights_only=..)`.
+    """How a Trainer was asked for a checkpoint: `fit(ckpt_path=.., weights_only=..)`."""
 
-    Attributes:
-        word: "last", "best" or "hpc", if it was asked for like that: then another checkpoint may be loaded instead of a damaged one.
-        weights_only: As given.
-    """
-
-    word: str | None = None
+    word: str | None = None  # "last", "best" or "hpc": then another checkpoint may be loaded instead of a damaged one
     weights_only: bool | None = None
 
     def find(self, trainer: pl.Trainer, asked: Any, found: Any) -> Any:
-        """Find the checkpoint for `ckpt_path=asked`, for which Lightning has found a path, or None.
-
-        For "last" that is what was written last, also if the run ended before it had that name.
-        """
+        """Find the checkpoint for `ckpt_path=asked`, where Lightning has found one, or None; "last" even if the run ended before naming it so."""
         self.word = asked if asked in ("last", "best", "hpc") else None
         if asked is None and found is not None:  # by a callback or SLURM, or an evaluation after training
             self.word = "last" if trainer.state.fn == TrainerFn.FITTING else "best"
@@ -226,27 +179,18 @@ class RequestedCheckpoint:
         return next((place.url for folder in folders for place in checkpoints.candidates(folder)), None)
 
     def select(self, trainer: pl.Trainer, path: str) -> StoragePath:
-        """Select the checkpoint at a path; if it is damaged and was asked for by a word, the newest intact one. A collective.
-
-        Raises:
-            TPError: On all ranks, if it is damaged, and no other one may be loaded.
-        """
-        instead: list[str] | None = None
-        if self.word is not None:
-            callback = trainer.checkpoint_callback
-            instead = []
-            if self.word == "best" and isinstance(callback, ModelCheckpoint):
-                scores = callback.best_k_models
-                instead = sorted(scores, key=lambda p: float(scores[p]), reverse=callback.mode == "max")
+        """Select the checkpoint at a path; if it is damaged and was asked for by a word, the newest intact one, else `TPError`. A collective."""
         word, self.word = self.word, None
+        instead: list[str] | None = None if word is None else []
+        callback = trainer.checkpoint_callback
+        if word == "best" and isinstance(callback, ModelCheckpoint):
+            scores = callback.best_k_models
+            instead = sorted(scores, key=lambda p: float(scores[p]), reverse=callback.mode == "max")
         place, message = checkpoints.select_intact(StoragePath(path), Peers(), instead=instead)
         if message is not None:
             rank_zero_warn(f"`ckpt_path={word!r}`: {message}")
             private.set_ckpt_path(trainer, place.url)
         return place
-
-
-# ------------------------------------------------------------------------------------------------------------------- loading
 
 
 def load_trainer_checkpoint(place: StoragePath, trainer: pl.Trainer, *, keep_weights: bool, options: Options) -> dict[str, Any]:
@@ -261,21 +205,24 @@ def load_trainer_checkpoint(place: StoragePath, trainer: pl.Trainer, *, keep_wei
     Raises:
         TPError: If it does not fit, or is not a checkpoint of a Trainer.
     """
-    trains = trainer.state.fn == TrainerFn.FITTING
-    optimizers = trainer.strategy.optimizers if trains else []  # a validation after training still has them
     load = _load_file if place.is_file() else _load_folder
-    return load(place, trainer, optimizers, trains, keep_weights, options)
+    return load(place, trainer, keep_weights, options)
 
 
-def _load_file(
-    place: StoragePath, trainer: pl.Trainer, optimizers: list[Optimizer], trains: bool, keep_weights: bool, options: Options
-) -> dict[str, Any]:
+def _optimizers_to_load(trainer: pl.Trainer, loaded: dict[str, Any]) -> list[Optimizer]:
+    """The optimizers, with the groups that they had; none in a validation after training, though the strategy still has them."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return []
+    restore_trainable(trainer, loaded)
+    return trainer.strategy.optimizers
+
+
+def _load_file(place: StoragePath, trainer: pl.Trainer, keep_weights: bool, options: Options) -> dict[str, Any]:
     loaded: dict[str, Any] = checkpoints.load(place, mmap=True, **options)
     load_full_weights(trainer.lightning_module, loaded, place, strict=trainer.lightning_module.strict_loading)
     if not keep_weights:
         del loaded["state_dict"]
-    if trains:
-        restore_trainable(trainer, loaded)
+    optimizers = _optimizers_to_load(trainer, loaded)
     states = loaded.get("optimizer_states", ())
     if len(states) < len(optimizers):
         raise TPError(
@@ -288,16 +235,12 @@ def _load_file(
     return loaded
 
 
-def _load_folder(
-    place: StoragePath, trainer: pl.Trainer, optimizers: list[Optimizer], trains: bool, keep_weights: bool, options: Options
-) -> dict[str, Any]:
+def _load_folder(place: StoragePath, trainer: pl.Trainer, keep_weights: bool, options: Options) -> dict[str, Any]:
     module = trainer.lightning_module
     rest: dict[str, Any] = checkpoints.load(place / "meta.pt", **options)
     key = model_key(checkpoints.read_metadata(place).state_dict_metadata) or "state_dict"  # "model": of FSDPStrategy
     checkpoints.load_model(module, place, strict=module.strict_loading, key=key)
-    if trains:
-        restore_trainable(trainer, rest)
-    for i, optimizer in enumerate(optimizers):
+    for i, optimizer in enumerate(_optimizers_to_load(trainer, rest)):
         checkpoints.load_optimizer(optimizer, place, f"optimizer_{i}", **options)
     rest = checkpoints.with_dtensors(rest, place, module)
     if keep_weights:
@@ -306,29 +249,25 @@ def _load_folder(
 
 
 def load_full_weights(module: nn.Module, loaded: Any, place: StoragePath, *, strict: bool) -> None:
-    """Load the full tensors of a checkpoint in one file into a split module; each rank keeps its shards.
-
-    Raises:
-        TPError: If it is not a checkpoint of a Trainer, or its names do not fit.
-    """
+    """Load the full tensors of a checkpoint in one file into a split module; each rank keeps its shards. `TPError` if they do not fit."""
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
         what = "a dict without `state_dict`" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
         raise TPError(f"`{place}` is not a checkpoint of a Trainer: it contains {what}.")
     found = module.load_state_dict(loaded["state_dict"], strict=False)
     if not strict:
         return
-    for names, problem in ((found.missing_keys, "has no"), (found.unexpected_keys, "has, and the model has not,")):
+    for names, has, end in ((found.missing_keys, "has no", ""), (found.unexpected_keys, "has", ", which the model does not have")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise TPError(f"`{place}` {problem} `{names[0]}`{more}. Set `strict_loading = False`, or use the model that saved it.")
+            raise TPError(f"`{place}` {has} `{names[0]}`{more}{end}. Set `strict_loading = False`, or use the model that saved it.")
 
 
 @contextmanager
-def lightnings_loading_is_safe(options: Options) -> Iterator[None]:
+def lightning_loads_safely(options: Options) -> Iterator[None]:
     """While this lasts, let Lightning's own loading of sharded checkpoints unpickle only what `safe_globals` allows."""
 
-    def wrap(own: Any) -> Any:
-        return lambda state, checkpoint_id: checkpoints.dcp_load(state, StoragePath(checkpoint_id), **options)
+    def load(own: Any, state: dict[str, Any], checkpoint_id: Any) -> None:
+        checkpoints.dcp_load(state, StoragePath(checkpoint_id), **options)
 
-    with replaced(dcp, "load", wrap), torch.serialization.safe_globals(options["safe_globals"]):
+    with replaced(dcp, "load", load), torch.serialization.safe_globals(options["safe_globals"]):
         yield

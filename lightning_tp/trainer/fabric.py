@@ -50,7 +50,6 @@ from lightning_tp.plan.plan import Plan
 from lightning_tp.shards import gradients, optimizer_state
 from lightning_tp.trainer.adapt.optimizers import check_optimizer
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, fsdp_policy
-from lightning_tp.trainer.checkpoints import manifest_of
 from lightning_tp.trainer.launch.processes import fabric_launcher
 from lightning_tp.trainer.loaders import FirstBatches
 from lightning_tp.trainer.mesh_strategy import Launcher, MeshStrategyMixin, register
@@ -76,18 +75,12 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         plan: How the model is sharded: a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the module's own `plan`, else it
             is inferred by tracing the module with `inputs`, else the plan that the module declares (`base_model_tp_plan` of Hugging Face).
         inputs: What `forward` is traced with: a mapping of keyword arguments, or a tuple. Default: the module's `example_input_array`.
-        sequence_parallel: False replicates activations between the sharded modules, whatever the plan says.
-        loss_parallel: False all-gathers the logits.
-        activation_checkpointing: "block" saves only the input of each repeated block for the backward pass.
-        compile: True compiles each repeated block with `torch.compile`; also the name of a backend.
-        dropout: "independent" or "exact", as in `TPStrategy`.
-        save_distributed_checkpoint: False gathers a checkpoint into one file, on rank 0.
+        activation_checkpointing: None, or "block".
         async_checkpoint: True writes checkpoints in the background; training waits only for a copy to host memory. One at a time; an error is
             raised at the next `save` or `load`, or by `fabric.strategy.finish_saving()`.
-        safe_globals: Classes of your own that checkpoints may contain, allowed when loading.
-        launcher: "popen", "fork", "spawn" or "auto", as in `TPStrategy`; with "fork" and "spawn", `fabric.launch` needs a function.
-        process_group_backend: As in `torch.distributed.init_process_group`. Default: gloo on CPU, nccl on CUDA.
-        timeout: The timeout of collectives.
+        launcher: "popen", "fork", "spawn" or "auto"; with "fork" and "spawn", `fabric.launch` needs a function.
+
+    The other arguments, and what these mean, are as in `TPStrategy`.
 
     Raises:
         TPError: When the Fabric is created, if `tp` and `dp` do not fit the number of devices; in `setup`, if there is no plan, or it does not fit.
@@ -127,8 +120,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             self.set_checkpoint_options(save_distributed_checkpoint, async_checkpoint, safe_globals)
             if async_checkpoint and not save_distributed_checkpoint:
                 raise TPError(
-                    "`async_checkpoint=True` with `save_distributed_checkpoint=False`: one file is gathered while all ranks wait. Leave one of them "
-                    "out."
+                    "`async_checkpoint=True` with `save_distributed_checkpoint=False`: one file is gathered while all ranks wait. Leave one out."
                 )
             if inputs is not None and not isinstance(inputs, (Mapping, tuple)):
                 raise TPError(
@@ -256,9 +248,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     @override
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if (
-            group is None or group is dist.group.WORLD
-        ):  # which Fabric fills in: ranks of one tensor-parallel group have the same number
+        if group is None or group is dist.group.WORLD:  # the default; a tensor-parallel group has one and the same number
             group = self.device_mesh.get_group(DATA_PARALLEL)
         return super().all_reduce(tensor, group, reduce_op)
 
@@ -274,7 +264,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     ) -> None:
         place = StoragePath(str(self.broadcast(str(path))), storage_options)
         if filter and self.save_distributed_checkpoint:
-            raise TPError("`save`: `filter` needs `save_distributed_checkpoint=False`. Leave it out.")
+            raise TPError("`save`: `filter` works with `save_distributed_checkpoint=False` only. Set that, or leave `filter` out.")
         sharded, rest = _sorted_state(state, filter or {})
         self.finish_saving()
         if not self.save_distributed_checkpoint:
@@ -283,17 +273,13 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             return
         step, epoch = (next((v for k, v in rest.items() if k in names and type(v) is int), 0) for names in (STEPS, EPOCHS))
         trains = any(isinstance(value, Optimizer) for value in state.values())
-        manifest = manifest_of(step=step, epoch=epoch, mesh=self.mesh_sizes_by_axis, weights_only=not trains)
+        manifest = checkpoint.Manifest(step, epoch, self.mesh_sizes_by_axis, checkpoint.versions(), weights_only=not trains)
         data = checkpoint.to_bytes(rest) if self.is_global_zero else None
         content = SaveContent(self.checkpoint_writer.snapshot(sharded), rest=data, about=manifest)
         self.checkpoint_writer.write(place, partial(save_folder, place, content, self.checkpoint_writer.peers()))
 
     def finish_saving(self) -> None:
-        """Wait until no checkpoint is being written, with `async_checkpoint=True`.
-
-        Raises:
-            TPError: If it could not be written.
-        """
+        """Wait until no checkpoint is being written, with `async_checkpoint=True`; `TPError` if it could not be written."""
         self.checkpoint_writer.finish()
 
     @override
@@ -330,7 +316,7 @@ def _sorted_state(state: dict[str, Any], filter: dict[str, Callable[[str, Any], 
 
 
 def _load(place: StoragePath, state: dict[str, Any], strict: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Load modules and optimizers, then the rest of `state`, in place; what nobody has asked for is returned."""
+    """Load modules and optimizers, then the rest of `state`, in place; what `state` does not ask for is returned."""
     one_file = place.is_file()
     stored: dict[str, Any] = checkpoint.load(place if one_file else place / "meta.pt", mmap=one_file, **options)
     rest = [key for key, value in state.items() if not isinstance(value, (nn.Module, Optimizer))]
@@ -357,12 +343,9 @@ class CalledModule(nn.Module):
 
     def __init__(self, module: nn.Module, strategy: FabricTPStrategy) -> None:
         super().__init__()
-        self.module = module
-        self._strategy = strategy
-        self._batches = FirstBatches()
-        self._random_calls = (
-            policy_of(module) if hasattr(module, "training_step") else None
-        )  # another module's forward is a step itself
+        self.module, self._strategy, self._batches = module, strategy, FirstBatches()
+        # the forward of a module without `training_step` is a step itself
+        self._random_calls = policy_of(module) if hasattr(module, "training_step") else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""

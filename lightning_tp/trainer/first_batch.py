@@ -29,8 +29,8 @@ class FirstBatchCheck:
     """The loss and the gradients of one process on the first batch, to compare those of the split module with.
 
     Args:
-        module: Not split yet; on the CPU.
-        batch: The first batch, on the CPU.
+        module: Not split yet; on the CPU, as is the batch.
+        batch: The first batch.
         context: Makes the context of a training step in the Trainer's precision.
 
     Raises:
@@ -40,11 +40,12 @@ class FirstBatchCheck:
     def __init__(self, module: pl.LightningModule, batch: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
         if not module.automatic_optimization:
             raise TPError(
-                "`verify=True` runs `training_step` without an optimizer step, and this module steps its optimizers by itself. Leave it out."
+                "`verify=True` compares a `training_step` without an optimizer step, and this module steps its optimizers by itself. Leave it "
+                "out."
             )
         if any(p.is_meta for p in module.parameters()):
             raise TPError(
-                "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of the same kind."
+                "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of its kind."
             )
         self.context, self.batch = context, batch
         self.loss, self.gradients = self._run(module, module.training_step)
@@ -52,22 +53,17 @@ class FirstBatchCheck:
             raise TPError(f"`verify=True`: the loss of the first batch is {self.loss.item()} in one process. Check the data first.")
 
     def compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
-        """Run the same batch through the split module.
-
-        Args:
-            module: The same module, split.
-            step: Runs its `training_step` as the Trainer does.
-
-        Returns:
-            One line that says how closely it matches.
+        """Run the same batch through the split module by `step`, and say in one line how closely it matches.
 
         Raises:
             TPError: If the loss or gradients differ; the worst parameters come first.
         """
         loss, gradients = self._run(module, step)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        autocast = self._autocast()
-        rtol = max(RTOL.get(dtype, 1e-3), 0.0 if autocast is None else RTOL.get(autocast, 0.0))
+        rtol = RTOL.get(dtype, 1e-3)
+        with self.context():
+            if torch.is_autocast_enabled("cpu"):
+                rtol = max(rtol, RTOL.get(torch.get_autocast_dtype("cpu"), 0.0))
         rows = compare_tensors("loss", {"first batch": loss}, {"first batch": self.loss}, rtol)
         rows += compare_tensors("grad", gradients, self.gradients, rtol)
         rows.sort(key=lambda row: -row.severity)
@@ -81,10 +77,6 @@ class FirstBatchCheck:
         return (
             f"The first batch matches one process: loss and {len(rows) - 1} gradients, largest relative error {rows[0].error:.1e}"
         )
-
-    def _autocast(self) -> torch.dtype | None:
-        with self.context():
-            return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
     def _run(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, full gradients) of a step on the batch."""

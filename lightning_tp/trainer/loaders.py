@@ -25,20 +25,11 @@ CHECKED_BATCHES = 3  # of each step, in each run
 
 
 def loader_of_rank(loader: Any, trainer: pl.Trainer, ranks: Ranks, resume: Resume) -> Any:
-    """Wrap a loader of a Trainer so that the ranks of a tensor-parallel group share each batch, and training resumes where it was saved.
-
-    Args:
-        loader: As Lightning has prepared it: sharded over the data-parallel ranks.
-        trainer: The Trainer that is about to use it.
-        ranks: The position of this rank in the mesh.
-        resume: The checkpoint that the run resumes from.
-    """
+    """Wrap a loader, as Lightning has prepared it, so that a tensor-parallel group shares each batch, and training resumes where it was saved."""
     private.seed_workers(loader, ranks.dp_rank)  # Lightning would seed by the global rank
     predicts = trainer.state.fn == TrainerFn.PREDICTING
     trains = trainer.state.fn == TrainerFn.FITTING and trainer.training
-    if (
-        trains
-    ):  # Lightning does it once the workers have started, and with the order of epoch 0 in a run that resumes from a later one
+    if trains:  # Lightning does it after the workers have started, and takes the order of epoch 0 when a run resumes in a later one
         progress: Any = trainer.fit_loop.epoch_progress.current
         private.set_sampler_epoch(loader, progress.processed if resume.mid_epoch else progress.ready)
     if trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
@@ -67,13 +58,7 @@ def warn_of_repeated_samples(loader: Any, name: str) -> None:
 
 
 class FirstBatches:
-    """Count the batches of each step of a run: the first ones are compared inside each tensor-parallel group.
-
-    Example:
-        >>> batches = FirstBatches()
-        >>> [batches.next("training_step") for _ in range(4)]
-        [0, 1, 2, None]
-    """
+    """Count the batches of each step of a run: the first ones are compared inside each tensor-parallel group."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
@@ -87,11 +72,7 @@ class FirstBatches:
 
 
 def check_batch_everywhere(batch: Any, mesh: DeviceMesh, device: torch.device, where: str) -> None:
-    """Compare a batch inside each tensor-parallel group. A collective of all ranks.
-
-    Raises:
-        TPError: On all ranks, if it differs in one of the groups.
-    """
+    """Compare a batch inside each tensor-parallel group; `TPError` on all ranks if it differs in one. A collective of all ranks."""
     found = None
     try:
         check_same_batch(batch, mesh.get_group(TENSOR_PARALLEL), device, where)

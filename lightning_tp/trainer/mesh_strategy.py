@@ -29,15 +29,10 @@ NAMES: dict[str, Launcher] = {"tp": "auto", "tp_notebook": "fork", "tp_fork": "f
 
 
 class MeshStrategyMixin:
-    """Keep the options that both strategies have, build their mesh and start their ranks. To be put before Lightning's class.
+    """Keep the options that both strategies have, build their mesh and start their ranks. To be put before Lightning's class."""
 
-    Attributes:
-        host: What the strategy is for, "Trainer" or "Fabric".
-        make_launcher: Makes the launcher for "external", "popen", "fork" or "spawn"; a function, as a method.
-    """
-
-    host: Literal["Trainer", "Fabric"]
-    make_launcher: Any
+    host: Literal["Trainer", "Fabric"]  # what the strategy is for
+    make_launcher: Any  # (self, "external", "popen", "fork" or "spawn") -> the launcher
 
     def set_mesh_options(self, tp: Size, dp: Size, launcher: Launcher, timeout: timedelta | None) -> None:
         """Keep the sizes of the mesh as the user gave them, how ranks are started, and the timeout of collectives."""
@@ -90,11 +85,7 @@ class MeshStrategyMixin:
 
     @property
     def sizes(self: Any) -> tuple[int, int]:
-        """(dp, tp) in this world.
-
-        Raises:
-            TPError: If the requested sizes do not fit the number of devices.
-        """
+        """(dp, tp) in this world; `TPError` if the requested sizes do not fit the number of devices."""
         tp, dp = self.requested_sizes
         world = self.num_nodes * self.num_processes
         if dp == "auto" and isinstance(tp, int) and tp > 0 and world % tp:
@@ -133,12 +124,7 @@ class MeshStrategyMixin:
 
 
 def too_few_devices(host: str, tp: int, world: int) -> str:
-    """Say that `tp` does not divide the number of devices, and what would.
-
-    Example:
-        >>> too_few_devices("Trainer", 2, 1)
-        'tp=2 needs a multiple of 2 devices, but the Trainer has 1. Pass `Trainer(devices=2)`.'
-    """
+    """Say that `tp` does not divide the number of devices, and what would."""
     fitting = [str(n) for n in range(2, world + 1) if world % n == 0]
     other = f", or use tp={' or '.join(filter(None, (', '.join(fitting[:-1]), fitting[-1])))}" if fitting else ""
     devices = -(-world // tp) * tp
@@ -146,11 +132,7 @@ def too_few_devices(host: str, tp: int, world: int) -> str:
 
 
 def start_method(launcher: Launcher) -> Literal["popen", "fork", "spawn"]:
-    """Choose how ranks are started: "auto" forks in a notebook, and runs the script again elsewhere.
-
-    Raises:
-        TPError: In a notebook, for a launcher that does not work there.
-    """
+    """Choose how ranks are started: "auto" forks in a notebook, and runs the script again elsewhere. `TPError` for what a notebook can't do."""
     if not private.is_interactive():
         return "popen" if launcher == "auto" else launcher
     if launcher in ("popen", "spawn"):
@@ -162,14 +144,7 @@ def start_method(launcher: Launcher) -> Literal["popen", "fork", "spawn"]:
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Refuse an argument that is none of the choices of a `Literal` type.
-
-    Example:
-        >>> check_choice("launcher", "thread", Launcher)
-        Traceback (most recent call last):
-        ...
-        lightning_tp.errors.TPError: `launcher='thread'` is unknown. Valid values: 'auto', 'popen', 'fork', 'spawn'.
-    """
+    """Raise `TPError` for an argument that is none of the choices of a `Literal` type."""
     if value not in get_args(choices):
         raise TPError(f"`{name}={value!r}` is unknown. Valid values: {', '.join(map(repr, get_args(choices)))}.")
 

@@ -22,17 +22,13 @@ from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.trainer.launch.user_code import raised_at
+from lightning_tp.trainer.launch.positions import raised_at
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
 def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
-    """Infer the plan of a LightningModule on the first rank, or take the one that the model inside declares. A collective.
-
-    Raises:
-        TPError: On all ranks, if there is nothing to run it on, it can't be run, or nothing in it can be split.
-    """
+    """Infer the plan of a LightningModule on the first rank, or take the one that the model inside declares; else `TPError`. A collective."""
     example = module.example_input_array
     step = "forward" if example is not None else STEPS[str(trainer.state.fn.value) if trainer.state.fn is not None else "fit"]
 
@@ -48,12 +44,9 @@ def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> 
 
 
 def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str) -> Plan:
-    """Let the first rank find a plan, and hand it to all. A collective.
+    """Let the first rank find the plan of a module, and hand it to all. A collective.
 
     Args:
-        find: Finds it.
-        module: The module that it is for.
-        tp: The size of the tensor-parallel axis.
         traced: What `find` runs, for the error.
         remedy: What to do if that fails, for the error.
 
@@ -79,11 +72,7 @@ def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, 
 
 
 def first_batch(trainer: pl.Trainer) -> Any:
-    """Take a small first batch, on the CPU, of the data that a Trainer is about to use; no data is consumed, and no random number drawn.
-
-    Raises:
-        TPError: For data that can be read only once.
-    """
+    """Take a small first batch, on the CPU, of the data that a Trainer is about to use; no data is consumed, and no random number drawn."""
     with torch.random.fork_rng([]):
         return tree_map_only(Tensor, lambda t: t.detach().cpu(), first_of(loaders_to_run(trainer)))
 
@@ -95,11 +84,7 @@ def applied_plan(module: nn.Module | None) -> CheckedPlan | None:
 
 
 def is_split(module: nn.Module, tp: int) -> bool:
-    """Whether a module is split already.
-
-    Raises:
-        TPError: If it is split for another size.
-    """
+    """Whether a module is split already; `TPError` if it is for another size."""
     applied = applied_plan(module)
     if applied is not None and applied.tp != tp:
         raise TPError(f"This module is split for tp={applied.tp} already, and the strategy has tp={tp}. Create a new module.")

@@ -1,10 +1,15 @@
-"""Resume a run where it was saved: random states of every rank, and the position of each training loader in its epoch."""
+"""Resume a run where it was saved: random states of every rank, the position of each training loader in its epoch, and what is trainable.
+
+The last is for Lightning's `BaseFinetuning`, which freezes weights in `setup`, and adds groups to the optimizer when an epoch begins. Lightning gives
+a resumed run these groups in `on_fit_start`, before a sharded checkpoint is read, and leaves their weights frozen (in one process as well).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,34 +19,27 @@ from lightning_tp.core.comm.agree import Peers
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.ops.rng import rng_state, set_shared_state
 from lightning_tp.data.resume import Position, ResumableLoader
-from lightning_tp.trainer.adapt.global_batch import rescale
+from lightning_tp.trainer.adapt.global_batch import batch_progress, rescale
 from lightning_tp.trainer.patches import private
 
 RNG_STATE = "lightning_tp_rng_state"  # in a checkpoint: the random states of all ranks
+TRAINABLE = "lightning_tp_trainable"  # in a checkpoint: the names of the parameters that required gradients
 LOADERS = "lightning_tp_loaders"  # likewise: the positions of the training loaders of each data-parallel rank
 
 
 class Resume:
-    """What a strategy keeps of the checkpoint that a run resumes from, until the run has reached that point.
-
-    Attributes:
-        positions: Of this rank's training loaders, in their order; each loader takes the first one.
-        epoch_is_over: The checkpoint was saved between two epochs.
-        rng_at_step: The random states of a checkpoint from the middle of an epoch, until its next step.
-        accumulate: Batches to accumulate in the rest of an epoch that was begun on another mesh, with `global_batch`.
-    """
+    """What a strategy keeps of the checkpoint that a run resumes from, until the run has reached that point."""
 
     def __init__(self) -> None:
-        self.positions: list[Position] = []
-        self.epoch_is_over = False
-        self.rng_at_step: dict[str, Any] | None = None
-        self.accumulate: float | None = None
-
-    # ------------------------------------------------------------------------------------------------------------ saving
+        self.positions: list[Position] = []  # of this rank's training loaders, in their order; each loader takes the first one
+        self.epoch_is_over = False  # the checkpoint was saved between two epochs
+        self.rng_at_step: dict[str, Any] | None = None  # the random states at the next step, if it was saved in the middle of one
+        self.accumulate: float | None = None  # batches, in the rest of an epoch that was begun on another mesh, with `global_batch`
 
     def save(self, checkpoint: dict[str, Any], trainer: pl.Trainer, mesh: DeviceMesh, *, global_batch: int | None) -> None:
-        """Add random states and positions of loaders to a checkpoint that Lightning is about to save. A collective."""
+        """Add random states, positions of loaders and what is trainable to a checkpoint that Lightning is about to save. A collective."""
         checkpoint[RNG_STATE] = rng_state(mesh)
+        note_trainable(trainer, checkpoint)
         fit_loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         fit_loop.pop("combined_loader", None)  # Lightning's list has the states of one rank
         loaders: list[Any] = [x for x in private.loaders_of(trainer.fit_loop) if type(x) is ResumableLoader]
@@ -56,15 +54,10 @@ class Resume:
         if states := [p["loader"] for p in ranks[0] if "loader" in p]:
             fit_loop["combined_loader"] = states  # for a Trainer without this package
 
-    # ----------------------------------------------------------------------------------------------------------- loading
-
     def load(self, loaded: dict[str, Any], trainer: pl.Trainer, mesh: DeviceMesh, *, global_batch: int | None) -> None:
         """Take random states and positions of loaders from a checkpoint, if the run trains.
 
-        With `global_batch` the progress of a checkpoint from another mesh is converted to this one, in place.
-
-        Raises:
-            TPError: If its progress is not a whole number of batches on this mesh.
+        With `global_batch` the progress of a checkpoint from another mesh is converted to this one, in place, or `TPError` is raised.
         """
         self.positions, self.rng_at_step = [], None
         if trainer.state.fn != TrainerFn.FITTING:
@@ -75,8 +68,7 @@ class Resume:
         self.epoch_is_over = not is_mid_epoch(loaded)
         saved = loaded.get(LOADERS)
         if saved is None:  # of a Trainer without this package: it knows how many batches it has read
-            progress = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-            read = progress.get("current", {}).get("ready", 0)
+            read = batch_progress(loaded).get("current", {}).get("ready", 0)
             self.positions = [{"read": read, "loader": state} for state in states] or [{"read": read}]
             return
         before, now = len(saved["ranks"]), mesh[DATA_PARALLEL].size()
@@ -91,16 +83,15 @@ class Resume:
         state = loaded.get(RNG_STATE)
         if state is None:
             return
-        if tuple(state["mesh"]) != tuple(mesh.shape):
+        before, now = tuple(state["mesh"]), tuple(mesh.shape)
+        if before != now:
             rank_zero_info(
-                f"The checkpoint was saved on a mesh of {tuple(state['mesh'])} ranks, and this one has {tuple(mesh.shape)}: dropout of sharded "
-                "activations draws other masks than an uninterrupted run."
+                f"The checkpoint was saved on a mesh of {before} ranks, and this one has {now}: dropout of sharded activations draws other masks "
+                "than an uninterrupted run."
             )
         set_shared_state(mesh, state)
         if is_mid_epoch(loaded):
             self.rng_at_step = state  # its epoch had begun: what a loader draws when it begins one was drawn before
-
-    # ---------------------------------------------------------------------------------------------------------- resuming
 
     @property
     def mid_epoch(self) -> bool:
@@ -110,10 +101,10 @@ class Resume:
     def resumable(self, loader: Any, mesh: DeviceMesh) -> ResumableLoader:
         """Wrap a training loader so that it continues where it stood, and its position can be saved."""
         position = self.positions.pop(0) if self.positions else None
-        if position is not None and not self.epoch_is_over:
-            then = None if position.get("prefetched") else lambda: self.restore_rng(mesh)
-            return ResumableLoader(loader, resume=position, then=then)
-        return ResumableLoader(loader, resume=position, finished=True)
+        if position is None or self.epoch_is_over:
+            return ResumableLoader(loader, resume=position, finished=True)
+        then = None if position.get("prefetched") else lambda: self.restore_rng(mesh)
+        return ResumableLoader(loader, resume=position, then=then)
 
     def restore_rng(self, mesh: DeviceMesh) -> None:
         """Restore the random states of a checkpoint from the middle of an epoch: the loader stands where it stood, or the first step begins."""
@@ -123,15 +114,9 @@ class Resume:
 
 
 def is_mid_epoch(loaded: dict[str, Any]) -> bool:
-    """Whether a checkpoint was saved between two batches of one epoch.
-
-    Example:
-        >>> progress = {"current": {"ready": 3}, "is_last_batch": False}
-        >>> is_mid_epoch({"loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}), is_mid_epoch({})
-        (True, False)
-    """
-    batch = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    return bool(batch.get("current", {}).get("ready") and not batch.get("is_last_batch"))
+    """Whether a checkpoint was saved between two batches of one epoch."""
+    progress = batch_progress(loaded)
+    return bool(progress.get("current", {}).get("ready") and not progress.get("is_last_batch"))
 
 
 def _positions_of_rank(ranks: list[list[Position]], dp_rank: int, dp: int) -> list[Position]:
@@ -144,3 +129,33 @@ def _positions_of_rank(ranks: list[list[Position]], dp_rank: int, dp: int) -> li
             "all resume from the state of the first. Use loader states that do not depend on the rank, or resume with as many ranks."
         )
     return list(ranks[0])
+
+
+def note_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Put the names of the parameters that require gradients into a checkpoint, if a callback changes which ones do."""
+    if _finetuning_callbacks(trainer):
+        checkpoint[TRAINABLE] = [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
+
+
+def restore_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Freeze and unfreeze parameters as they were when the checkpoint was written, and add the groups that its optimizers had."""
+    states = [checkpoint.get("callbacks", {}).get(callback.state_key) for callback in _finetuning_callbacks(trainer)]
+    if not any(states):
+        return
+    parameters = dict(trainer.lightning_module.named_parameters())
+    added: set[str] = set()
+    for state in states:
+        for i, groups in ((state or {}).get("internal_optimizer_metadata") or {}).items():
+            optimizer = trainer.optimizers[i]
+            have = len(optimizer.param_groups)
+            added |= {name for group in groups[have:] for name in group["params"]}
+            for group in groups[have:]:
+                optimizer.add_param_group({**group, "params": [parameters[name] for name in group["params"]]})
+    trained = checkpoint.get(TRAINABLE)  # None: of a Trainer without this package
+    for name, p in parameters.items():
+        if trained is not None or name in added:
+            p.requires_grad_(trained is None or name in trained)
+
+
+def _finetuning_callbacks(trainer: pl.Trainer) -> list[BaseFinetuning]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]

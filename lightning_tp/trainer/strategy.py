@@ -38,37 +38,19 @@ from lightning_tp.core.ops.rng import seed_mesh
 from lightning_tp.data.group_loader import Ranks
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.shards import gradients
+from lightning_tp.trainer import checkpoints, module_plan
 from lightning_tp.trainer.adapt.averaging import averages_of_shards, averaging_callbacks
-from lightning_tp.trainer.adapt.finetuning import note_trainable
 from lightning_tp.trainer.adapt.metrics import all_gather, full_tensors, reduce_over
 from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
 from lightning_tp.trainer.adapt.precision import fsdp_policy, mesh_precision
-from lightning_tp.trainer.adapt.run import adapted_to_mesh
-from lightning_tp.trainer.adapt.tuner import refuse_batch_size_finder
-from lightning_tp.trainer.checkpoints import (
-    OnSaveError,
-    RequestedCheckpoint,
-    Saving,
-    lightnings_loading_is_safe,
-    load_trainer_checkpoint,
-    optimizer_to_save,
-    save_trainer_checkpoint,
-    weights_to_save,
-    write_one_file,
-)
+from lightning_tp.trainer.adapt.run import adapted_to_mesh, refuse_batch_size_finder
+from lightning_tp.trainer.checkpoints import OnSaveError, RequestedCheckpoint, Saving
 from lightning_tp.trainer.first_batch import FirstBatchCheck
 from lightning_tp.trainer.launch.processes import trainer_launcher
 from lightning_tp.trainer.launch.watchdog import Watchdog
 from lightning_tp.trainer.loaders import FirstBatches, check_batch_everywhere, loader_of_rank
 from lightning_tp.trainer.mesh_strategy import Backend, Launcher, MeshStrategyMixin, register
-from lightning_tp.trainer.module_plan import (
-    applied_plan,
-    call_before_split,
-    first_batch,
-    fsdp_root,
-    is_split,
-    plan_of_module,
-)
+from lightning_tp.trainer.module_plan import applied_plan
 from lightning_tp.trainer.patches import private
 from lightning_tp.trainer.patches.process import let_other_package_refuse, load_folders, patch_for_trainers
 from lightning_tp.trainer.patches.run import UncompiledModule, known_warnings_filtered
@@ -225,7 +207,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        patch_for_trainers(TPStrategy)  # once more in a spawned process
+        patch_for_trainers(TPStrategy)  # also in a spawned process
         self._patches.close()  # of a run that did not come to its end
         with self.joining_process_group():
             private.join_process_group(self)
@@ -253,29 +235,27 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         """Split a module by its plan, once: in `configure_model` of the mixin, or else in `setup`.
 
         In this order: precision, pretrained weights, plan, the run in one process for `verify`, callbacks that want the full model, parallelisms.
-
-        Raises:
-            TPError: On one rank's screen, if there is no plan, or it does not fit.
+        `TPError`, on one rank's screen, if there is no plan, or it does not fit.
         """
         fits = module.trainer.state.fn == TrainerFn.FITTING
         with raise_on_rank_zero(self.global_rank):
-            if is_split(module, self.sizes[1]):
+            if module_plan.is_split(module, self.sizes[1]):
                 self._read_pretrained(module)
                 return
             if not any(p.is_meta for p in module.parameters()):
                 self.precision_plugin.convert_module(module)
             compile = unwrap_compiled(module) or module.__dict__.pop("_tp_compile", None) or self.compile
-            root = fsdp_root(module)
+            root = module_plan.fsdp_root(module)
             self._read_pretrained(module)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
             if plan is None and self.sizes[1] > 1:
-                plan = plan_of_module(module, module.trainer, self.sizes[1])
+                plan = module_plan.plan_of_module(module, module.trainer, self.sizes[1])
             if self.verify and fits:
                 same_weights_everywhere(module, self.device_mesh)
                 context = self.precision_plugin.train_step_context
-                self._first_batch = FirstBatchCheck(module, first_batch(module.trainer), context)
+                self._first_batch = FirstBatchCheck(module, module_plan.first_batch(module.trainer), context)
             if self.is_global_zero and fits:
-                call_before_split(module.trainer, module)
+                module_plan.call_before_split(module.trainer, module)
             parallelize(
                 module,
                 self.device_mesh,
@@ -296,7 +276,10 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self.model_to_device()
         if hasattr(self.lightning_module, "_tp_registry"):
             tag_parameters(self.lightning_module)  # moving to the device may have replaced them
-        self._compare_first_batch()
+        if self._first_batch is not None:
+            check, self._first_batch = self._first_batch, None
+            with raise_on_rank_zero(self.global_rank):
+                rank_zero_info(check.compare(self.lightning_module, partial(self._call, "training_step")))
         self._batches, self.resume = FirstBatches(), Resume()  # a checkpoint that this run resumes from is loaded later
         self._random_calls = policy_of(self.lightning_module)
         self._patches.enter_context(adapted_to_mesh(trainer, self))
@@ -310,12 +293,6 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             private.optimizers_to_device(self.optimizers, self.root_device)
-
-    def _compare_first_batch(self) -> None:
-        check, self._first_batch = self._first_batch, None
-        if check is not None and self.lightning_module is not None:
-            with raise_on_rank_zero(self.global_rank):
-                rank_zero_info(check.compare(self.lightning_module, partial(self._call, "training_step")))
 
     @property
     def num_global_parameters(self) -> int:
@@ -404,19 +381,19 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def _saving(self) -> Saving:
         if self.save_distributed_checkpoint:
             return "sharded"
-        seen_whole = is_overridden("on_save_checkpoint", self.lightning_module) or type(self.checkpoint_io) is not TorchCheckpointIO
-        return "gathered" if seen_whole or self.async_checkpoint or self.backend != "local" else "streamed"
+        sees_full = is_overridden("on_save_checkpoint", self.lightning_module) or type(self.checkpoint_io) is not TorchCheckpointIO
+        return "gathered" if sees_full or self.async_checkpoint or self.backend != "local" else "streamed"
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return weights_to_save(self.lightning_module, self._saving)
+        return checkpoints.weights_to_save(self.lightning_module, self._saving)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if self.backend == "dtensor":
             return super().optimizer_state(unwrapped(optimizer))
-        return optimizer_to_save(unwrapped(optimizer), self._saving)
+        return checkpoints.optimizer_to_save(unwrapped(optimizer), self._saving)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -427,28 +404,27 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         with raise_on_rank_zero(self.global_rank):
             place = self.requested_checkpoint.select(trainer, str(self.broadcast(str(checkpoint_path))))
             if self.backend == "dtensor":
-                with lightnings_loading_is_safe(options):
+                with checkpoints.lightning_loads_safely(options):
                     loaded = super().load_checkpoint(Path(place.path), weights_only)
             else:
                 averages = bool(averaging_callbacks(trainer))
-                loaded = load_trainer_checkpoint(place, trainer, keep_weights=averages, options=options)
+                loaded = checkpoints.load_trainer_checkpoint(place, trainer, keep_weights=averages, options=options)
             self.resume.load(loaded, trainer, self.device_mesh, global_batch=self.global_batch)
         return loaded
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if not private.has_mesh(self):  # the ranks were forked, and have ended: this process has the full weights
-            write_one_file(checkpoint, StoragePath(filepath, storage_options), self.checkpoint_io, storage_options)
+            checkpoints.write_one_file(checkpoint, StoragePath(filepath, storage_options), self.checkpoint_io)
             return
         place = StoragePath(str(self.broadcast(str(filepath))), storage_options)
         trainer = self._trainer
         self.resume.save(checkpoint, trainer, self.device_mesh, global_batch=self.global_batch)
-        note_trainable(trainer, checkpoint)
         self.checkpoint_writer.finish()
         if configs := config_in(trainer.lightning_module):
             checkpoint[HF_CONFIG] = configs
         ends = trainer.state.status != TrainerStatus.RUNNING or place.name.startswith("hpc_ckpt_")  # SLURM ends the job right after
-        save_trainer_checkpoint(checkpoint, place, self._saving, self, storage_options, wait=ends)
+        checkpoints.save_trainer_checkpoint(checkpoint, place, self._saving, self, wait=ends)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -469,15 +445,12 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         try:
             self.checkpoint_writer.finish(only_warn=failed)
         finally:
-            self._end_run(failed)
-
-    def _end_run(self, failed: bool) -> None:
-        watchdog, self._watchdog = self._watchdog, None
-        with self._patches:
-            if watchdog is not None:
-                watchdog.stop(failed=failed)
-        super().teardown()
-        self.checkpoint_io.teardown()
+            watchdog, self._watchdog = self._watchdog, None
+            with self._patches:
+                if watchdog is not None:
+                    watchdog.stop(failed=failed)
+            super().teardown()
+            self.checkpoint_io.teardown()
 
 
 register(StrategyRegistry, TPStrategy)

@@ -211,7 +211,7 @@ def test_an_optimizer_made_before_the_split() -> None:
 
     message = message_of(fit(Early))
     assert (
-        "`configure_optimizers`: 21 parameters of AdamW are not the module's any more (the first has the shape (103, 32))"
+        "`configure_optimizers`: 21 parameters of AdamW no longer belong to the module (the first has the shape (103, 32))"
         in message
     )
 

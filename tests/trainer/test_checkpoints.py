@@ -105,9 +105,9 @@ def test_a_users_checkpoint_io_writes_files(tmp_path: Path) -> None:
             Path(path).write_text(f"{sorted(checkpoint)} {storage_options}")
 
     place = StoragePath(str(tmp_path / "a.ckpt"))
-    write_one_file({"x": 1}, place, Own(), {"k": 1})
+    write_one_file({"x": 1}, StoragePath(place.url, {"k": 1}), Own())
     assert Path(place.path).read_text() == "['x'] {'k': 1}"
-    write_one_file({"x": 1}, place, TorchCheckpointIO(), None)
+    write_one_file({"x": 1}, place, TorchCheckpointIO())
     assert torch.load(place.path) == {"x": 1}
 
 
@@ -187,7 +187,7 @@ def test_the_next_best_one_comes_first(tmp_path: Path) -> None:
         ([1], True, "it contains a list"),
         ({"a": 1}, True, "it contains a dict without `state_dict`"),
         ({"state_dict": {}}, True, r"has no `layer.weight` and 1 more\. Set `strict_loading = False`"),
-        ({"state_dict": {**BoringModel().state_dict(), "new": 1}}, True, "has, and the model has not, `new`"),
+        ({"state_dict": {**BoringModel().state_dict(), "new": 1}}, True, "has `new`, which the model does not have"),
         ({"state_dict": {}}, False, None),
     ],
 )

@@ -374,7 +374,7 @@ def test_mistakes_end_with_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         fabric.setup_module(model)
         fabric.setup_optimizers(optimizer)
 
-    assert "parameters of AdamW are not the module's any more" in message_of(early)
+    assert "parameters of AdamW no longer belong to the module" in message_of(early)
 
     def stepped() -> None:
         fabric, model = fabric_of(TP2), build()

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.ops.rng import rng_state
 from lightning_tp.data.resume import ResumableLoader
 from lightning_tp.testing import run_ranks, single_rank_mesh
-from lightning_tp.trainer.resume import LOADERS, RNG_STATE, Resume, is_mid_epoch
+from lightning_tp.trainer.resume import LOADERS, RNG_STATE, TRAINABLE, Resume, is_mid_epoch, note_trainable, restore_trainable
 
 
 def loops(ready: int, last: bool = False, states: list[Any] | None = None) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def loops(ready: int, last: bool = False, states: list[Any] | None = None) -> di
 def trainer_of(fn: TrainerFn = TrainerFn.FITTING, loaders: Any = (), prefetched: int = 0, accumulate: int = 1) -> Any:
     combined = SimpleNamespace(flattened=list(loaders))
     loop = SimpleNamespace(_combined_loader=combined, _data_fetcher=SimpleNamespace(batches=[None] * prefetched))
-    return SimpleNamespace(state=SimpleNamespace(fn=fn), fit_loop=loop, accumulate_grad_batches=accumulate)
+    return SimpleNamespace(state=SimpleNamespace(fn=fn), fit_loop=loop, accumulate_grad_batches=accumulate, callbacks=[])
 
 
 @pytest.mark.parametrize("ready, last, expected", [(0, False, False), (3, False, True), (3, True, False)])
@@ -125,3 +127,48 @@ def test_a_loader_continues(over: bool, prefetched: bool, expected: list[int]) -
         assert resume.positions == []
         assert [int(x) for x, _ in zip(loader, range(2))] == expected
         assert (resume.rng_at_step is None) == (not over and not prefetched)
+
+
+def trainer_of_that_finetunes(finetunes: bool = True) -> Any:
+    """The second layer is frozen, and not in the optimizer."""
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(module[0].parameters(), lr=0.1)
+    callbacks = [BackboneFinetuning()] if finetunes else [ModelCheckpoint()]
+    return SimpleNamespace(lightning_module=module, optimizers=[optimizer], callbacks=callbacks)
+
+
+def state_of(trainer: Any, *groups: dict[str, Any]) -> dict[str, Any]:
+    key = trainer.callbacks[0].state_key
+    return {"callbacks": {key: {"internal_optimizer_metadata": {0: [{"params": ["0.weight"], "lr": 0.1}, *groups]}}}}
+
+
+def trained(trainer: Any) -> list[str]:
+    return [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("finetunes", [True, False])
+def test_names_are_noted_if_a_callback_changes_them(finetunes: bool) -> None:
+    checkpoint: dict[str, Any] = {}
+    note_trainable(trainer_of_that_finetunes(finetunes), checkpoint)
+    assert checkpoint == ({TRAINABLE: ["0.weight"]} if finetunes else {})
+
+
+@pytest.mark.parametrize("noted", [None, ["1.weight"]])
+def test_groups_and_weights_are_restored(noted: Any) -> None:
+    """A checkpoint of a Trainer without this package has no names: then what is in a group that was added is trained."""
+    trainer = trainer_of_that_finetunes()
+    checkpoint = state_of(trainer, {"params": ["1.weight"], "lr": 0.01})
+    restore_trainable(trainer, checkpoint if noted is None else {**checkpoint, TRAINABLE: noted})
+    first, second = trainer.optimizers[0].param_groups
+    assert second["lr"] == 0.01 and second["params"][0] is trainer.lightning_module[1].weight and len(first["params"]) == 1
+    assert trained(trainer) == (["0.weight", "1.weight"] if noted is None else noted)
+
+
+def test_without_a_state_nothing_changes() -> None:
+    for trainer, checkpoint in (
+        (trainer_of_that_finetunes(), {}),
+        (trainer_of_that_finetunes(False), {"callbacks": {}, TRAINABLE: []}),
+    ):
+        restore_trainable(trainer, checkpoint)
+        assert trained(trainer) == ["0.weight"] and len(trainer.optimizers[0].param_groups) == 1

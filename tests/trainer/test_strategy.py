@@ -27,7 +27,7 @@ from lightning_tp import errors
 from lightning_tp.core.ops.rng import rng_state
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from lightning_tp.testing.fixtures import run_if
-from lightning_tp.trainer.adapt.finetuning import TRAINABLE
+from lightning_tp.trainer.resume import TRAINABLE
 
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)

@@ -1,1 +1,1 @@
-"""Make features of Lightning right on a mesh: precision, metrics, averaging, finetuning, tuner, batch size."""
+"""Make features of Lightning right on a mesh: precision, metrics, averaging, tuner, batch size."""

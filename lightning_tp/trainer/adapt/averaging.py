@@ -37,67 +37,59 @@ def averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
 def averages_of_shards(trainer: pl.Trainer, *, backend: str = "local") -> Iterator[None]:
     """While a Trainer runs, keep its averaging callbacks from copying the module, and let them iterate over local tensors.
 
-    Args:
-        trainer: Its callbacks have not been set up yet.
-        backend: The strategy's; the average of DTensors is not supported.
-
-    Raises:
-        TPError: If there is such a callback with `backend="dtensor"`.
+    To be entered before the callbacks are set up. `TPError` if there is one with `backend="dtensor"`.
     """
     if (callbacks := averaging_callbacks(trainer)) and backend == "dtensor":
         raise TPError(f"`{type(callbacks[0]).__name__}` works with `backend='local'`, and the strategy has 'dtensor'.")
     ema, swa = WeightAveraging, StochasticWeightAveraging
-    replacements: list[tuple[type, str, Callable[[Any], Any]]] = [
+
+    def load_state_dict_of_swa(own: Callable[..., None], callback: StochasticWeightAveraging, state_dict: dict[str, Any]) -> None:
+        # Its scheduler replaces the user's, whose state is not in the checkpoint. Lightning drops the user's when fit starts, which is too
+        # early for a strategy that restores after its setup.
+        own(callback, state_dict)
+        if trainer.state.fn == "fit":
+            private.use_scheduler_of_swa(callback, trainer)
+
+    replacements: list[tuple[type, str, Callable[..., None]]] = [
         (ema, "setup", _made_later),
-        (ema, "_swap_models", _with_locals),
-        (ema, "_copy_average_to_current", _with_locals),
+        (ema, "_swap_models", _with_local_tensors),
+        (ema, "_copy_average_to_current", _with_local_tensors),
         (swa, "setup", _made_later),
-        (swa, "update_parameters", lambda own: staticmethod(_with_locals(own))),
-        (swa, "transfer_weights", lambda own: staticmethod(_with_locals(own))),
-        (swa, "load_state_dict", lambda own: _with_scheduler_of_swa(own, trainer)),
+        (swa, "update_parameters", _with_local_tensors),
+        (swa, "transfer_weights", _with_local_tensors),
+        (swa, "load_state_dict", load_state_dict_of_swa),
     ]
     with ExitStack() as stack:
-        for owner, name, wrap in replacements:
+        for owner, name, instead in replacements:
             if any(isinstance(callback, owner) for callback in callbacks):
-                stack.enter_context(replaced(owner, name, wrap))
+                stack.enter_context(replaced(owner, name, instead))
         yield
 
 
 def start_averages(trainer: pl.Trainer, module: pl.LightningModule, *, full: bool) -> None:
-    """Give each averaging callback an average of this rank's shards.
-
-    Args:
-        trainer: Its callbacks have been set up.
-        module: Split, and on its device.
-        full: Checkpoints hold full tensors, from rank 0.
-    """
+    """Give each averaging callback an average of this rank's shards of a split module; `full`: rank 0's checkpoint has full tensors."""
     for callback in averaging_callbacks(trainer):
         if isinstance(callback, WeightAveraging):
             average: nn.Module = ShardAverage(module, full=full, **private.average_options(callback, module.device))
         else:
-            average = Shards(module, torch.device("cpu"), full=full)
+            average = ShardCopies(module, torch.device("cpu"), full=full)
         private.set_average(callback, average)
 
 
-class Shards(nn.Module):
+class ShardCopies(nn.Module):
     """A copy of a rank's tensors of a split model: plain parameters and buffers in the model's order, and its state dict's names.
 
-    It can't be called: the callbacks copy its values into the model for that.
-
-    Args:
-        module: The model.
-        device: Where the copy is kept.
-        full: Its state dict has full tensors, on rank 0, and not DTensors.
+    With `full` its state dict has full tensors, on rank 0, instead of DTensors. It can't be called: the callbacks copy its values into the model.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | None, *, full: bool) -> None:
         super().__init__()
         self.source = (module,)  # in a tuple: not a submodule
         self.full = full
-        locals_ = Locals(module)
-        for i, p in enumerate(locals_.parameters()):
+        local = LocalTensors(module)
+        for i, p in enumerate(local.parameters()):
             self.register_parameter(f"p{i}", nn.Parameter(p.detach().clone().to(device), p.requires_grad))
-        for i, b in enumerate(locals_.buffers()):
+        for i, b in enumerate(local.buffers()):
             self.register_buffer(f"b{i}", b.detach().clone().to(device))
 
     @override
@@ -111,13 +103,10 @@ class Shards(nn.Module):
         """(name in the model's state dict, the model's own tensor, the copy)."""
         (module,) = self.source
         state_dicts.reshard(module)
-        pairs = itertools.chain(
-            zip(module.parameters(), self.parameters(), strict=True), zip(module.buffers(), self.buffers(), strict=True)
-        )
-        copies = {id(own): (own, copy) for own, copy in pairs}
-        tensors = itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-        for name, tensor in tensors:
-            yield (name, *copies[id(tensor)])
+        own = [*module.parameters(), *module.buffers()]
+        copies = dict(zip(map(id, own), [*self.parameters(), *self.buffers()], strict=True))
+        named = itertools.chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+        yield from ((name, tensor, copies[id(tensor)]) for name, tensor in named)
 
     @override
     def state_dict(  # type: ignore[override]
@@ -151,11 +140,9 @@ class Shards(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load DTensors of this mesh, or full tensors."""
         for name, own, copy in self._named():
-            value = state_dict.get(name)
-            if value is None:
-                continue
-            shard = getattr(own, "_tp_shard", None)
-            copy.copy_(local_tensor(value) if shard is None else shard.to_local(value, name))
+            if (value := state_dict.get(name)) is not None:
+                shard = getattr(own, "_tp_shard", None)
+                copy.copy_(local_tensor(value) if shard is None else shard.to_local(value, name))
         return incompatible_keys([], [])
 
     @override
@@ -164,11 +151,7 @@ class Shards(nn.Module):
 
 
 class ShardAverage(AveragedModel):
-    """torch's average of a model, over this rank's shards.
-
-    Args:
-        full: As in `Shards`; the rest as in torch's AveragedModel.
-    """
+    """torch's average of a model, over this rank's shards; `full` as in `ShardCopies`."""
 
     def __init__(
         self, module: nn.Module, *, full: bool, device: Any, use_buffers: bool, avg_fn: Any = None, multi_avg_fn: Any = None
@@ -176,16 +159,16 @@ class ShardAverage(AveragedModel):
         if avg_fn is not None and multi_avg_fn is not None:
             raise TPError("`WeightAveraging` has both `avg_fn` and `multi_avg_fn`. Pass one of them.")
         nn.Module.__init__(self)
-        self.module = Shards(module, device, full=full)
+        self.module = ShardCopies(module, device, full=full)
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
 
     @override
     def update_parameters(self, model: nn.Module) -> None:
-        super().update_parameters(Locals(model))  # type: ignore[arg-type]
+        super().update_parameters(LocalTensors(model))  # type: ignore[arg-type]
 
 
-class Locals:
+class LocalTensors:
     """This rank's local tensors of a module, which share the module's memory, as a callback iterates over them."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -194,33 +177,16 @@ class Locals:
 
     def parameters(self) -> Iterator[Tensor]:
         """Yield them in the module's order."""
-        for p in self.module.parameters():
-            yield local_tensor(p).detach().requires_grad_(p.requires_grad)
+        return (local_tensor(p).detach().requires_grad_(p.requires_grad) for p in self.module.parameters())
 
     def buffers(self) -> Iterator[Tensor]:
         """Yield them in the module's order."""
         return (local_tensor(b) for b in self.module.buffers())
 
 
-def _made_later(own: Callable[..., None]) -> Callable[..., None]:
+def _made_later(own: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     """Instead of `setup`, which would copy the module before it is split: see `start_averages`."""
-    return lambda self, trainer, pl_module, stage: None
 
 
-def _with_locals(own: Callable[..., None]) -> Callable[..., None]:
-    def with_locals(*args: Any) -> None:
-        own(*(Locals(a) if isinstance(a, pl.LightningModule) else a for a in args))
-
-    return with_locals
-
-
-def _with_scheduler_of_swa(own: Callable[..., None], trainer: pl.Trainer) -> Callable[..., None]:
-    """SWA's scheduler replaces the user's, whose state is then not in the checkpoint. Lightning drops the user's when fit starts, too early
-    for a strategy that restores after its setup."""
-
-    def load_state_dict(self: StochasticWeightAveraging, state_dict: dict[str, Any]) -> None:
-        own(self, state_dict)
-        if trainer.state.fn == "fit":
-            private.use_scheduler_of_swa(self, trainer)
-
-    return load_state_dict
+def _with_local_tensors(own: Callable[..., None], *args: Any) -> None:
+    own(*(LocalTensors(a) if isinstance(a, pl.LightningModule) else a for a in args))

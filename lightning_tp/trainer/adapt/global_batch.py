@@ -19,19 +19,10 @@ from lightning_tp.trainer.patches.replaced import replaced
 
 
 def batches_to_accumulate(global_batch: int, batch_size: int, dp: int) -> int:
-    """Compute how many micro-batches a data-parallel rank accumulates for one step.
-
-    Args:
-        global_batch: Samples of one optimizer step, over all ranks.
-        batch_size: Samples of one batch of a data-parallel rank.
-        dp: Data-parallel ranks.
+    """Compute how many batches of `batch_size` samples each of `dp` data-parallel ranks accumulates for a step of `global_batch` samples.
 
     Raises:
         TPError: If `batch_size * dp` does not divide `global_batch`; it names the batch sizes that do.
-
-    Example:
-        >>> batches_to_accumulate(64, batch_size=4, dp=8)
-        2
     """
     if global_batch % (batch_size * dp):
         fit = [n for n in range(1, global_batch // dp + 1) if global_batch % (n * dp) == 0]
@@ -44,21 +35,16 @@ def batches_to_accumulate(global_batch: int, batch_size: int, dp: int) -> int:
 
 
 @contextmanager
-def global_batch_kept(
-    trainer: pl.Trainer, global_batch: int, dp: int, expected: Callable[[], float | None] = lambda: None
-) -> Iterator[None]:
+def global_batch_kept(trainer: pl.Trainer, global_batch: int, dp: int, expected: Callable[[], float | None]) -> Iterator[None]:
     """While a Trainer runs, let it accumulate what `global_batch` asks for, as soon as it has its training loader.
 
-    Args:
-        trainer: The Trainer.
-        global_batch: Samples of one optimizer step, over all ranks.
-        dp: Data-parallel ranks.
-        expected: Returns how many batches that has to be, in an epoch that was begun on another mesh.
+    `expected` returns how many batches that has to be in an epoch that was begun on another mesh, or None.
 
     Raises:
         TPError: If the Trainer accumulates by itself, or the module steps its optimizers; later, if the batch size does not fit.
     """
-    if trainer.accumulate_grad_batches != 1 or any(_accumulates(c) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches != 1 or any(c.going_to_accumulate_grad_batches() for c in schedulers):
         raise TPError(
             "`TPStrategy(global_batch=..)` sets how many batches are accumulated: leave `accumulate_grad_batches` and "
             "`GradientAccumulationScheduler` out."
@@ -69,15 +55,12 @@ def global_batch_kept(
         )
     loop: Any = trainer.fit_loop
 
-    def setup(own: Callable[[], None]) -> Callable[[], None]:
-        def setup_data() -> None:
-            own()
-            if loaders := private.loaders_of(loop):
-                trainer.accumulate_grad_batches = _fitting(loaders, global_batch, dp, expected())
+    def setup_data(own: Callable[[], None]) -> None:
+        own()
+        if loaders := private.loaders_of(loop):
+            trainer.accumulate_grad_batches = _fitting(loaders, global_batch, dp, expected())
 
-        return setup_data
-
-    with replaced(loop, "setup_data", setup):
+    with replaced(loop, "setup_data", setup_data):
         try:
             yield
         finally:
@@ -85,7 +68,6 @@ def global_batch_kept(
 
 
 def _fitting(loaders: list[Any], global_batch: int, dp: int, expected: float | None) -> int:
-    """The number of batches to accumulate from these loaders, checked against what a checkpoint expects."""
     sizes = {_batch_size(loader) for loader in loaders}
     if len(sizes) != 1 or None in sizes:
         raise TPError(
@@ -104,24 +86,13 @@ def _fitting(loaders: list[Any], global_batch: int, dp: int, expected: float | N
 def rescale(loaded: dict[str, Any], positions: list[dict[str, Any]], before: int, now: int) -> None:
     """Convert the progress of an epoch from batches of `before` data-parallel ranks to batches of `now` ranks, in place.
 
-    A checkpoint that is saved at the end of a batch has one more batch begun than completed, on any mesh.
-
-    Args:
-        loaded: A checkpoint of a Trainer.
-        positions: The positions of its training loaders.
-        before: The data-parallel size of the run that saved it.
-        now: The data-parallel size of this run.
+    A checkpoint that is saved at the end of a batch has one more batch begun than completed, on any mesh. So {"ready": 8, "completed": 7} of
+    one rank is {"ready": 4, "completed": 3} of two.
 
     Raises:
         TPError: If it is not a whole number of batches.
-
-    Example:
-        >>> progress = {"total": {"ready": 11, "completed": 10}, "current": {"ready": 8, "completed": 7}}  # the epoch before had 3
-        >>> rescale({"loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}, [], before=1, now=2)
-        >>> progress
-        {'total': {'ready': 5, 'completed': 4}, 'current': {'ready': 4, 'completed': 3}}
     """
-    progress = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    progress = batch_progress(loaded)
     current, total = progress.get("current", {}), progress.get("total", {})
     for counts, name in [(current, "ready"), *((position, "read") for position in positions)]:
         if counts.get(name, 0) * before % now:
@@ -139,13 +110,13 @@ def rescale(loaded: dict[str, Any], positions: list[dict[str, Any]], before: int
         position["read"] = position["read"] * before // now
 
 
-def _accumulates(callback: Any) -> bool:
-    return isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
+def batch_progress(loaded: dict[str, Any]) -> dict[str, Any]:
+    """The progress of the epoch in which a Trainer's checkpoint was saved, by batches: {"current": {"ready": 3, ..}, ..}; empty without one."""
+    found: dict[str, Any] = loaded.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return found
 
 
 def _batch_size(loader: Any) -> int | None:
     loader = getattr(loader, "loader", loader)  # of one that a tensor-parallel group shares
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size if isinstance(size, int) and size > 0 else None

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelSummary, ThroughputMonitor
 from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
-from lightning.pytorch.utilities.model_summary.model_summary import LayerSummary, get_human_readable_count
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -38,14 +38,11 @@ from lightning_tp.trainer.patches.replaced import replaced
 def metrics_over_data_parallel(trainer: pl.Trainer, mesh: DeviceMesh, module: nn.Module) -> Iterator[None]:
     """While a Trainer runs, reduce metrics over the data-parallel axis only, and let its callbacks count each sample once.
 
-    Args:
-        trainer: Its callbacks have been set up.
-        mesh: The strategy's.
-        module: Its metrics are reduced over the data-parallel axis afterwards, too.
+    The metrics of `module` are reduced over that axis afterwards, too.
     """
     gather = GatherOverDataParallel(mesh.get_group(DATA_PARALLEL))
     with ExitStack() as stack:
-        stack.enter_context(replaced(metric, "gather_all_tensors", lambda own: gather))
+        stack.enter_context(replaced(metric, "gather_all_tensors", lambda own, *args, **kwargs: gather(*args, **kwargs)))
         stack.enter_context(replaced(private.ResultCollection, "log", _log_full_tensors))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             _adapt(callback, mesh, stack)
@@ -63,11 +60,10 @@ def _adapt(callback: Any, mesh: DeviceMesh, stack: ExitStack) -> None:
         throughputs.update({stage: MeshThroughput.like(own, mesh) for stage, own in throughputs.items()})
     elif isinstance(callback, ModelSummary):
         depth = private.summary_depth(callback)
-        make = lambda own: lambda trainer, pl_module: FullSummary(pl_module, max_depth=depth)  # noqa: E731
-        stack.enter_context(replaced(callback, "_summary", make))
+        stack.enter_context(replaced(callback, "_summary", lambda own, trainer, module: FullSummary(module, max_depth=depth)))
     elif isinstance(callback, BasePredictionWriter) and mesh.get_local_rank(TENSOR_PARALLEL):
         for name in ("write_on_batch_end", "write_on_epoch_end"):
-            stack.enter_context(replaced(callback, name, lambda own: lambda *args, **kwargs: None))
+            stack.enter_context(replaced(callback, name, lambda own, *args, **kwargs: None))
 
 
 # --------------------------------------------------------------------------------------------------------------- tensors
@@ -82,11 +78,8 @@ def _full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, (DTensor, SplitLogits)) else t
 
 
-def _log_full_tensors(own: Callable[..., None]) -> Callable[..., None]:
-    def log(self: Any, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        own(self, fx, name, _full(value) if isinstance(value, Tensor) else value, *args, **kwargs)
-
-    return log
+def _log_full_tensors(own: Callable[..., None], results: Any, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    own(results, fx, name, _full(value) if isinstance(value, Tensor) else value, *args, **kwargs)
 
 
 def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: Any) -> Tensor:
@@ -97,13 +90,7 @@ def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: Any) -> Ten
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup, *, sync_grads: bool = False) -> Tensor:
-    """All-gather a tensor: (..) on each rank of the group -> (size of the group, ..).
-
-    Args:
-        tensor: Of the same shape on all ranks.
-        group: The data-parallel axis, as a rule.
-        sync_grads: Sum the gradients of all ranks, and hand each rank those of its own tensor.
-    """
+    """All-gather a tensor: (..) on each rank of the group -> (size of the group, ..); with `sync_grads` the backward pass sums over the ranks."""
     tensor = _full(tensor)
     if sync_grads and torch.is_grad_enabled():
         return _AllGather.apply(tensor, group)
@@ -133,10 +120,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class GatherOverDataParallel:
-    """Gather the states of a torchmetrics metric over the data-parallel axis, unless the metric was given a group.
-
-    Copies of a metric share it; a metric that is pickled goes without.
-    """
+    """Gather the states of a metric over the data-parallel axis, unless it has a group; copies of it share this, a pickled one goes without."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -164,7 +148,7 @@ class MeshThroughput(Throughput):
 
     @classmethod
     def like(cls, other: Throughput, mesh: DeviceMesh) -> MeshThroughput:
-        """Make one that goes on from another one, and shares its history."""
+        """Make one that continues another one, and shares its history."""
         made = cls.__new__(cls)
         made.__dict__.update(other.__dict__)
         made.world_size, made.tp = mesh[DATA_PARALLEL].size(), mesh[TENSOR_PARALLEL].size()
@@ -181,51 +165,32 @@ class MeshThroughput(Throughput):
 
 
 def _num_full(module: nn.Module, *, trainable: bool = False) -> int:
-    """Count the elements of the full parameters of a module."""
     parameters = [p for p in module.parameters() if p.requires_grad or not trainable]
     return sum(math.prod(p._tp_shard.shape) if hasattr(p, "_tp_shard") else p.numel() for p in parameters)
-
-
-class FullLayer(LayerSummary):
-    """A row of the summary, counted when it is made: FSDP2 replaces parameters in a forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.full = _num_full(module)
-        self.local = sum(local_tensor(p).numel() for p in module.parameters())
-
-    @property
-    @override
-    def num_parameters(self) -> int:
-        return self.full
 
 
 class FullSummary(Summary):
     """Lightning's summary with the parameters of the full model, and those of this rank beside them.
 
-    Args:
-        model: The LightningModule.
-        max_depth: As in Lightning's.
+    They are counted before the example of the model runs: FSDP2 replaces parameters in a forward.
     """
 
     def __init__(self, model: pl.LightningModule, max_depth: int) -> None:
-        self.root, self.depth = model, max_depth
+        modules = dict(model.named_modules())
+        self.full = {name: _num_full(module) for name, module in modules.items()}
+        self.local = {name: sum(local_tensor(p).numel() for p in module.parameters()) for name, module in modules.items()}
+        self.trainable = _num_full(model, trainable=True)
         super().__init__(model, max_depth=max_depth)
 
+    @property
     @override
-    def summarize(self) -> dict[str, LayerSummary]:
-        layers = {name: FullLayer(module) for name, module in self.named_modules}
-        self.total, self.trainable = FullLayer(self.root), _num_full(self.root, trainable=True)
-        super().summarize()  # runs the example, if there is one, and so fills in the sizes
-        for layer in (self.total, *layers.values()):
-            layer.detach_hook()
-        self.rows = {name: layer for name, layer in layers.items() if self.depth < 1 or name.count(".") < self.depth}
-        return dict(self.rows)
+    def param_nums(self) -> list[int]:
+        return [self.full[name] for name in self.layer_names]
 
     @property
     @override
     def total_parameters(self) -> int:
-        return self.total.full
+        return self.full[""]
 
     @property
     @override
@@ -235,8 +200,8 @@ class FullSummary(Summary):
     @override
     def _get_summary_data(self) -> list[tuple[str, list[str]]]:
         data = super()._get_summary_data()
-        local = [row.local for row in self.rows.values()]
+        local = [self.local[name] for name in self.layer_names]
         if len(data[0][1]) > len(local):  # the row of parameters that are the LightningModule's own
-            local.append(max(self.total.local - sum(local), 0))
+            local.append(max(self.local[""] - sum(local), 0))
         data.insert(4, ("Params per Device", [get_human_readable_count(n) for n in local]))
         return data

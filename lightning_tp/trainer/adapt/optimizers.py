@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_tp.errors import TPError
 
-NOT_ELEMENTWISE = {  # optimizers that look at a weight as a whole, and what they take of it
+NOT_ELEMENTWISE = {  # optimizers that use statistics of a full weight, and which ones
     "adafactor": "row and column statistics",
     "muon": "orthogonal directions",
     "lamb": "norms",
@@ -31,9 +31,6 @@ def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, p
     """Refuse an optimizer that can't step on shards, and warn of one that takes other steps there than on full weights.
 
     Args:
-        optimizer: Made from the parameters of a model that `parallelize` was applied to.
-        dp: The size of the data-parallel axis.
-        tp: The size of the tensor-parallel axis.
         collected: Where its parameters were collected, for the error.
         plain: The parameters are this package's shards (not those of `backend="dtensor"`).
 
@@ -41,11 +38,11 @@ def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, p
         TPError: If it steps parameters that are not the model's, or can't step on shards.
     """
     name, world = type(optimizer).__name__, dp * tp
-    strangers = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]
-    if strangers and plain:
+    foreign = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]
+    if foreign and plain:
         raise TPError(
-            f"{collected}: {len(strangers)} parameters of {name} are not the module's any more (the first has the shape "
-            f"{tuple(strangers[0].shape)}): they were collected before the module was split. Collect them afterwards, from its `parameters()`."
+            f"{collected}: {len(foreign)} parameters of {name} no longer belong to the module (the first has the shape "
+            f"{tuple(foreign[0].shape)}): they were collected before the module was split. Collect them afterwards, from its `parameters()`."
         )
     if isinstance(optimizer, torch.optim.LBFGS) and world > 1:
         raise TPError(

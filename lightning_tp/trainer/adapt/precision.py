@@ -1,13 +1,13 @@
 """Precision on a mesh: plugins for `16-mixed` and `bf16-mixed`, and a gradient scaler that all ranks agree on.
 
-`32-true`, `bf16-true` and `16-true` are Lightning's own plugins; `patches/process.py` permits `16-mixed` and `64-true`, which Lightning refuses for
-model-parallel strategies. With mixed precision gradients are unscaled before they are clipped, whatever the optimizer.
+Other precisions are Lightning's own plugins; `patches/process.py` permits `16-mixed` and `64-true`, which Lightning refuses for model-parallel
+strategies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
@@ -22,9 +23,6 @@ from lightning_tp._compat import is_unscaled, local_tensor, non_finite_check_and
 from lightning_tp.errors import TPError
 from lightning_tp.trainer.adapt.optimizers import unwrapped
 from lightning_tp.trainer.patches import private
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def mesh_precision(plugin: Precision | None) -> Precision | None:
@@ -36,14 +34,7 @@ def mesh_precision(plugin: Precision | None) -> Precision | None:
 
 
 def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
-    """Choose FSDP2's policy for a Trainer's precision: it gathers and computes in half precision, and reduces in float32.
-
-    Example:
-        >>> fsdp_policy("16-mixed").param_dtype, fsdp_policy("16-mixed").reduce_dtype
-        (torch.float16, torch.float32)
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
+    """Choose FSDP2's policy for a Trainer's precision: it gathers and computes in half precision, and reduces in float32."""
     if precision in ("bf16-mixed", "16-mixed"):
         half = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
         return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -55,8 +46,7 @@ def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
 class MeshMixedPrecision(MixedPrecision):
     """Lightning's mixed precision with a scaler that all ranks agree on, and gradients that are unscaled before anything clips them.
 
-    Lightning leaves unscaling to optimizers that can do it (`fused=True`), and refuses to clip their gradients, even without a scaler; in manual
-    optimization it clips gradients that are still scaled.
+    Lightning refuses to clip those of optimizers that unscale by themselves (`fused=True`), and clips scaled ones in manual optimization.
     """
 
     def span(self, groups: Iterable[dist.ProcessGroup]) -> None:
@@ -102,10 +92,7 @@ MeshMixedPrecision.__qualname__ = MixedPrecision.__qualname__  # the key of the 
 
 
 class MeshGradScaler(GradScaler):
-    """torch's gradient scaler for sharded gradients: if a gradient is not finite on one rank, all ranks skip the step and reduce the scale.
-
-    One all-reduce per axis and optimizer step.
-    """
+    """torch's scaler for sharded gradients: if one is not finite on one rank, all ranks skip the step, by one all-reduce per axis and step."""
 
     groups: tuple[dist.ProcessGroup, ...] = ()
 
@@ -120,19 +107,14 @@ class MeshGradScaler(GradScaler):
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.dtype == torch.float16 and not allow_fp16:
-                    name = getattr(getattr(p, "_tp_shard", None), "name", "a parameter")
-                    raise TPError(
-                        f"`precision='16-mixed'`: the gradient of `{name}` is float16, so the "
-                        "parameter is: mixed precision keeps parameters in float32. Don't call `.half()` on the model, or use "
-                        "`precision='16-true'`."
-                    )
-                grad = local_tensor(p.grad)
-                by_dtype.setdefault(grad.dtype, []).append(grad)
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.dtype == torch.float16 and not allow_fp16:
+                name = getattr(getattr(p, "_tp_shard", None), "name", "a parameter")
+                raise TPError(
+                    f"`precision='16-mixed'`: the gradient of `{name}` is float16, so the parameter is: mixed precision keeps parameters in "
+                    "float32. Don't call `.half()` on the model, or use `precision='16-true'`."
+                )
+            by_dtype.setdefault(p.grad.dtype, []).append(local_tensor(p.grad))
         if not by_dtype:
             return {}
         found_inf = found_inf.to(next(iter(by_dtype.values()))[0].device)

@@ -1,4 +1,4 @@
-"""Adapt a Trainer, its callbacks and its metrics to a mesh for as long as it runs: all of it in one place."""
+"""Adapt a Trainer, its callbacks and its metrics to a mesh for as long as it runs, or refuse them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,20 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_tp.errors import raise_on_rank_zero
+from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.trainer.adapt.averaging import start_averages
 from lightning_tp.trainer.adapt.global_batch import global_batch_kept
 from lightning_tp.trainer.adapt.metrics import metrics_over_data_parallel
 from lightning_tp.trainer.adapt.precision import MeshMixedPrecision
+from lightning_tp.trainer.patches.process import NO_BATCH_SIZE_SEARCH
 from lightning_tp.trainer.patches.run import lr_finder_by_mean_loss, users_sampler_kept
 
 
 @contextmanager
 def adapted_to_mesh(trainer: pl.Trainer, strategy: Any) -> Iterator[None]:
-    """While a Trainer runs, let its metrics, averages, batch sizes, loaders and precision be right on the strategy's mesh.
+    """While a Trainer runs, let its metrics, averages, batch sizes, loaders and precision be right on the mesh of its strategy.
 
-    Args:
-        trainer: Its callbacks have been set up.
-        strategy: The Trainer's; its module is split.
-
-    Raises:
-        TPError: If `global_batch` does not go together with the Trainer's options.
+    To be entered once the module is split. `TPError` if `global_batch` does not go together with the Trainer's options.
     """
     mesh, module, fits = strategy.device_mesh, strategy.lightning_module, trainer.state.fn == TrainerFn.FITTING
     dp, _ = strategy.sizes
@@ -46,3 +42,9 @@ def adapted_to_mesh(trainer: pl.Trainer, strategy: Any) -> Iterator[None]:
             for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
                 loop.inference_mode = False
         yield
+
+
+def refuse_batch_size_finder(trainer: pl.Trainer) -> None:
+    """Raise `TPError` for a `BatchSizeFinder` callback, which needs a rank to run out of memory. (`Tuner` is patched in `patches/process.py`.)"""
+    if any(isinstance(c, pl.callbacks.BatchSizeFinder) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise TPError(f"`BatchSizeFinder` does not work under {type(trainer.strategy).__name__}. {NO_BATCH_SIZE_SEARCH}")

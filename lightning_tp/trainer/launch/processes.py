@@ -38,9 +38,6 @@ from lightning_tp.trainer.patches.run import checkpoint_path_found_by
 CHILDREN_MAY_TAKE = 30.0  # seconds that a process waits for the ranks it has started, once it has come to its own end
 
 
-# ------------------------------------------------------------------------------------------------------- launchers of Trainers
-
-
 def trainer_launcher(strategy: Any, method: str) -> Any:
     """Make the launcher of a Trainer for "external" (the ranks run already), "popen" (the script runs once for each), "fork" or "spawn"."""
     if method == "external":
@@ -49,7 +46,7 @@ def trainer_launcher(strategy: Any, method: str) -> Any:
 
 
 class ExternalLauncher(private.Launcher):
-    """No launcher: torchrun, SLURM and the like have started the ranks."""
+    """The launcher of ranks that torchrun, SLURM and the like have started: it starts none."""
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
@@ -70,7 +67,7 @@ class ExternalLauncher(private.Launcher):
 
 
 class ScriptLauncher(private.ScriptLauncher):
-    """Lightning's launcher, which runs the script once more for each other rank of this machine."""
+    """Lightning's launcher, which runs the script for each other rank of this machine."""
 
     def __init__(self, strategy: Any) -> None:
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
@@ -82,26 +79,39 @@ class ScriptLauncher(private.ScriptLauncher):
             return super().launch(function, *args, trainer=trainer, **kwargs)
 
 
-class ProcessLauncher(private.MultiProcessingLauncher):
-    """Lightning's launcher, for ranks that hold shards: full weights come back, and a `TPError` of a rank is raised as itself."""
+class ForkOrSpawnMixin:
+    """Fork or spawn ranks: GPUs that are in use already are refused, and a `TPError` of a rank is raised as itself."""
+
+    def __init__(self, strategy: Any, start_method: Any) -> None:
+        super().__init__(strategy, start_method)  # type: ignore[call-arg]
+        self.strategy, self.start_method = strategy, start_method
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Start the ranks, and wait for them."""
+        refuse_used_cuda(self.strategy, self.start_method)
+        with errors_of_ranks_raised():
+            return super().launch(*args, **kwargs)  # type: ignore[misc]
+
+    def _wrapping_function(self: Any, *args: Any) -> None:
+        if self.start_method == "fork":  # which copies no thread pool: the first operation that uses several threads would hang
+            os.environ["OMP_NUM_THREADS"] = "1"  # Lightning then leaves it
+            torch.set_num_threads(1)
+        super()._wrapping_function(*args)  # type: ignore[misc]
+
+
+class ProcessLauncher(ForkOrSpawnMixin, private.MultiProcessingLauncher):
+    """Lightning's launcher, for ranks that hold shards: full weights come back."""
 
     results: Any = None  # of a run, while they are on their way back
 
-    def __init__(self, strategy: Any, start_method: Any) -> None:
-        super().__init__(strategy, start_method)
-        self.strategy, self.start_method = strategy, start_method
-
     @override
     def launch(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_used_cuda(self.strategy, self.start_method)
-        with errors_of_ranks_raised():
-            super().launch(*args, **kwargs)
+        super().launch(*args, **kwargs)
         results, self.results = self.results, None
         return results
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Any, args: Any, kwargs: Any, *queue: Any) -> None:
-        use_one_thread(self.start_method)
         with checkpoint_path_found_by(self.strategy, trainer, function, args, kwargs):
             super()._wrapping_function(process_idx, trainer, function, args, kwargs, *queue)
 
@@ -128,9 +138,6 @@ class ProcessLauncher(private.MultiProcessingLauncher):
         super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
 
 
-# -------------------------------------------------------------------------------------------------------- launchers of Fabrics
-
-
 def fabric_launcher(strategy: Any, method: str) -> Any:
     """Make the launcher of a Fabric, likewise; None where the ranks run already."""
     if method == "external":
@@ -140,31 +147,17 @@ def fabric_launcher(strategy: Any, method: str) -> Any:
     return FabricProcessLauncher(strategy, start_method=method)
 
 
-class FabricProcessLauncher(private.FabricMultiProcessingLauncher):
-    """Fabric's launcher, for ranks that hold shards: split logits come back whole, and a `TPError` of a rank is raised as itself."""
-
-    def __init__(self, strategy: Any, start_method: Any) -> None:
-        super().__init__(strategy, start_method)
-        self.strategy, self.start_method = strategy, start_method
+class FabricProcessLauncher(ForkOrSpawnMixin, private.FabricMultiProcessingLauncher):
+    """Fabric's launcher, for ranks that hold shards: the results come back with full logits."""
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        refuse_used_cuda(self.strategy, self.start_method)
-        with errors_of_ranks_raised():
-            return read_results(super().launch(partial(_write_results_of, function), *args, **kwargs))
-
-    @override
-    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
-        use_one_thread(self.start_method)
-        super()._wrapping_function(*args, **kwargs)
+        return read_results(super().launch(partial(_write_results_of, function), *args, **kwargs))
 
 
 def _write_results_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Path | None:
     results = tree_map_only(SplitLogits, lambda logits: logits.full_tensor(), function(*args, **kwargs))  # every rank takes part
     return write_results(results) if int(os.environ["LOCAL_RANK"]) == 0 else None
-
-
-# ------------------------------------------------------------------------------------------------------- forked and spawned ranks
 
 
 def refuse_used_cuda(strategy: Any, method: str) -> None:
@@ -174,16 +167,6 @@ def refuse_used_cuda(strategy: Any, method: str) -> None:
             "This process has used a GPU already, and ranks that are forked from it could not use theirs. Restart the notebook's kernel, and leave "
             "the GPUs to the Trainer: no `.cuda()`, no `torch.cuda.memory_allocated()` and the like before `fit`. Data and model stay on the CPU."
         )
-
-
-def use_one_thread(method: str) -> None:
-    """Let a forked rank compute with one thread.
-
-    A fork does not copy the thread pool of a process that has computed with several, and the first operation that uses it would hang.
-    """
-    if method == "fork":
-        os.environ["OMP_NUM_THREADS"] = "1"  # Lightning then leaves it
-        torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
@@ -199,7 +182,7 @@ def errors_of_ranks_raised() -> Iterator[None]:
 
 
 def write_results(results: Any) -> Path:
-    """Write results to a file for the process that started this one: a queue would hand over memory of a process that has ended."""
+    """Write results to a file for the process that started this one: a queue would pass on memory of a process that has ended."""
     path = Path(tempfile.mkdtemp()) / "results.pt"
     torch.save(results, path)
     return path
@@ -224,9 +207,6 @@ def copy_weights_back(module: torch.nn.Module, weights: dict[str, torch.Tensor])
         )
 
 
-# ------------------------------------------------------------------------------------------------ ranks that run the script again
-
-
 def end_with_children(launcher: Any) -> None:
     """Let a process that has started the other ranks (`python train.py`) end after them, and with status 1 if one of them has failed.
 
@@ -240,7 +220,7 @@ def end_with_children(launcher: Any) -> None:
     atexit.register(_end_with, children)
     for thread in threading.enumerate():
         if private.watched_processes(thread) is children:
-            replace(thread, "_terminate_all", lambda own: partial(_after_head_start, own))
+            replace(thread, "_terminate_all", _after_head_start)
 
 
 def _after_head_start(terminate: Callable[[], None]) -> None:

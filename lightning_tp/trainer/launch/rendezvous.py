@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -29,8 +28,7 @@ PERIOD = 0.05  # seconds between two looks at the store
 def agree_on_start(rank: int, world: int, timeout: timedelta | None) -> Iterator[None]:
     """While this lasts, make the process group of torchrun's workers under a name that all ranks of this start share, and no other start does.
 
-    Raises:
-        TPError: If some ranks do not arrive in time; it names them.
+    `TPError` names ranks that do not arrive in time.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         yield
@@ -39,16 +37,12 @@ def agree_on_start(rank: int, world: int, timeout: timedelta | None) -> Iterator
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, wait)
     name = agreed_store(dist.PrefixStore("lightning_tp/rendezvous", store), rank, world, wait)
     prefixed = dist.PrefixStore(f"lightning_tp/{name}", store)
-    with replaced(dist, "init_process_group", lambda own: partial(own, store=prefixed)):
+    with replaced(dist, "init_process_group", lambda own, *args, **kwargs: own(*args, **kwargs, store=prefixed)):
         yield
 
 
 def agreed_store(store: Any, rank: int, world: int, timeout: timedelta) -> str:
-    """Agree with all ranks of this start on a name that was never used before, whatever earlier starts have left in the store.
-
-    Raises:
-        TPError: If some ranks do not arrive in time.
-    """
+    """Agree with all ranks of this start on a name that was never used before, whatever earlier starts have left in the store."""
     until = time.monotonic() + timeout.total_seconds()
     mine = uuid.uuid4().hex
     store.set(f"here/{rank}", mine)

@@ -35,8 +35,7 @@ from typing_extensions import override
 
 from lightning_tp._compat import clone_store, let_store_fail
 from lightning_tp.errors import HEAD_START, SecondaryError, TPError, default_sigterm
-from lightning_tp.trainer.launch.hang_report import Position, hang_report, position_of
-from lightning_tp.trainer.launch.user_code import outwards
+from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of
 from lightning_tp.trainer.patches.replaced import replaced
 
 PERIOD = 1.0  # seconds between two looks
@@ -55,25 +54,12 @@ _runs = itertools.count()  # every rank makes the same runs, in one order
 
 @dataclass(frozen=True)
 class Failure:
-    """How a rank failed.
-
-    Args:
-        rank: Which one.
-        kind: The class of its exception; "died" for a process that is gone.
-        text: What its exception says.
-        hang: A collective timed out on it.
-    """
+    """How a rank failed."""
 
     rank: int
-    kind: str
-    text: str
-    hang: bool = False
-
-    @property
-    def summary(self) -> str:
-        if self.kind == "died":
-            return self.text
-        return "a collective timed out there (see its report)" if self.hang else f"it failed with {self.kind}"
+    kind: str  # the class of its exception; "died" for a process that is gone
+    text: str  # what its exception says
+    hang: bool = False  # a collective timed out on it
 
 
 LAUNCHER_DIED = Failure(0, "died", f"its process, or the launcher that holds the store, {DIED}")
@@ -82,19 +68,15 @@ LAUNCHER_DIED = Failure(0, "died", f"its process, or the launcher that holds the
 class Watchdog(Callback):
     """Watch the other ranks during one run of a Trainer, and tell them if this one fails. The first of its callbacks, for that long.
 
-    Args:
-        trainer: The Trainer; the process group exists already.
-        local_rank: The index of this rank among those of its machine.
-        num_local: The number of ranks on this machine.
-        timeout: The timeout of collectives.
+    `num_local` ranks run on this machine, this one is its `local_rank`; `timeout` is that of collectives.
     """
 
     def __init__(self, trainer: pl.Trainer, local_rank: int, num_local: int, timeout: timedelta | None) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.trainer = trainer
         self.timeout = timeout
-        self.clock = timeout is not None and dist.get_backend() != "gloo"  # NCCL ends the process, and raises nothing
-        self.main = threading.main_thread()
+        self.watches_timeout = timeout is not None and dist.get_backend() != "gloo"  # NCCL ends the process, and raises nothing
+        self.main_thread = threading.main_thread()
         self.raised = False
         self.first: Failure | None = None  # the first failure of the run, once the thread has seen it
         self.over = threading.Event()
@@ -109,7 +91,7 @@ class Watchdog(Callback):
         let_store_fail(timedelta(seconds=STORE_TIMEOUT))
         self.store, self.threads_store = (dist.PrefixStore(f"lightning_tp_{run}", c) for c in connections)  # type: ignore[arg-type]
         self.store.set(f"who/{self.rank}", f"{_machine()} {os.getpid()}")
-        self.thread = threading.Thread(target=self._look, name="lightning_tp watchdog", daemon=True)
+        self.thread = threading.Thread(target=self._watch, name="lightning_tp watchdog", daemon=True)
         self.thread.start()
         atexit.register(self._join)
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
@@ -152,15 +134,12 @@ class Watchdog(Callback):
 
     # -------------------------------------------------------------------------------------------- this rank has failed
 
-    def _observed(self, run_stage: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            try:
-                return run_stage()
-            except BaseException as exception:
-                self.on_exception(self.trainer, self.trainer.lightning_module, exception)
-                raise
-
-        return run
+    def _observed(self, run_stage: Callable[[], Any]) -> Any:
+        try:
+            return run_stage()
+        except BaseException as exception:
+            self.on_exception(self.trainer, self.trainer.lightning_module, exception)
+            raise
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -189,13 +168,10 @@ class Watchdog(Callback):
             _shorten(exception, self.rank, first.rank)
 
     def _published(self, exception: BaseException, follows: bool, hang: bool) -> tuple[Failure, str | None]:
-        """(the first failure of all ranks, the report of the hang, if this rank's collective timed out first).
-
-        Raises:
-            RuntimeError: If the store is gone.
-        """
+        """(the first failure of all ranks, the report of the hang, if this rank's collective timed out first); RuntimeError without the store."""
         self.store.set(f"raised/{self.rank}", "")
-        self.store.set(f"where/{self.rank}", self._where(_last_frame(exception.__traceback__)))
+        frames = [frame for frame, _ in traceback.walk_tb(exception.__traceback__)]
+        self.store.set(f"where/{self.rank}", self._where(frames[-1] if frames else None))
         if follows and not hang:  # whoever ended the connection may be about to report it, or its neighbour to find it
             until = time.monotonic() + POSITIONS_TIMEOUT
             while time.monotonic() < until and not self.store.check(["failed"]):
@@ -212,21 +188,22 @@ class Watchdog(Callback):
         raise SystemExit(1) from None
 
     def _report(self, first: Failure) -> None:
-        sys.stderr.write(f"[rank {self.rank}] stops because of rank {first.rank}: {first.summary}\n")
-        sys.stderr.flush()
+        how = first.text if first.kind == "died" else f"it failed with {first.kind}"
+        how = "a collective timed out there (see its report)" if first.hang else how
+        _print_error(f"[rank {self.rank}] stops because of rank {first.rank}: {how}\n")
 
     # ------------------------------------------------------------------------------------- once a second, in its thread
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         still, since = None, time.monotonic()
         rank_0_is_done = False
         while not self.over.wait(PERIOD):
-            if self.clock and self.timeout is not None:
+            if self.watches_timeout and self.timeout is not None:
                 stack, limit = _stack(self._frame()), self.timeout.total_seconds()
                 if stack != still:
                     still, since = stack, time.monotonic()
                 elif time.monotonic() - since > limit - max(5.0, 0.05 * limit):
-                    self.clock = False
+                    self.watches_timeout = False
                     self._report_hang_before_the_backend_ends_the_process()
             try:
                 first = self._failure_of_another()
@@ -251,12 +228,11 @@ class Watchdog(Callback):
     def _neighbour_has_ended(self) -> bool:
         if self.neighbour == self.rank:
             return False
-        if self.pid is None:
-            if not self.threads_store.check([f"who/{self.neighbour}"]):
-                return False
-            machine, pid = self.threads_store.get(f"who/{self.neighbour}").decode().rsplit(" ", 1)
+        who = f"who/{self.neighbour}"
+        if self.pid is None and self.threads_store.check([who]):
+            machine, pid = self.threads_store.get(who).decode().rsplit(" ", 1)
             self.pid = int(pid) if machine == _machine() else 0
-        return bool(self.pid) and has_ended(self.pid)
+        return has_ended(self.pid) if self.pid else False
 
     def _end_after(self, first: Failure) -> None:
         """Publish where this rank is, leave it time to end by itself, else end its process."""
@@ -290,23 +266,19 @@ class Watchdog(Callback):
             if first.rank == self.rank:
                 frame = self._frame()
                 stack = "".join(traceback.format_stack(frame)[-8:]) if frame is not None else ""
-                sys.stderr.write(f"[rank {self.rank}] failed with {first.kind}: {first.text}\nIt hangs while handling it:\n{stack}")
-                sys.stderr.flush()
+                _print_error(f"[rank {self.rank}] failed with {first.kind}: {first.text}\nIt hangs while handling it:\n{stack}")
             os._exit(1)
-
-    # -------------------------------------------------------------------------------------------------- where ranks are
 
     def _report_hang_before_the_backend_ends_the_process(self) -> None:
         """Print what is known: NCCL ends the process at its timeout without an exception."""
         with contextlib.suppress(RuntimeError):
             self.threads_store.set(f"where/{self.rank}", self._where(self._frame()))
             time.sleep(POSITIONS_TIMEOUT)
-            if self.threads_store.compare_set("told", "", str(self.rank)) == str(self.rank).encode():
-                sys.stderr.write(self._hang_report(self.threads_store) + "\n")
-                sys.stderr.flush()
+            if self.threads_store.compare_set("reported", "", str(self.rank)) == str(self.rank).encode():
+                _print_error(self._hang_report(self.threads_store) + "\n")
 
     def _frame(self) -> FrameType | None:
-        return sys._current_frames().get(self.main.ident or 0)
+        return sys._current_frames().get(self.main_thread.ident or 0)
 
     def _where(self, frame: FrameType | None) -> str:
         return json.dumps(asdict(position_of(frame, self.trainer, but=self)))
@@ -330,20 +302,22 @@ def _publish(store: dist.Store, failure: Failure) -> Failure:
 
 def _shorten(exception: BaseException, rank: int, first: int) -> None:
     """If this exception ends the process, print one line of it: another rank shows the same."""
+    own = sys.excepthook
 
-    def wrap(own: Callable[..., None]) -> Callable[..., None]:
-        def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-            if value is not exception:
-                own(kind, value, trace)
-                return
-            sys.stderr.write(f"[rank {rank}] {kind.__name__}, the same as on rank {first}\n")
-            sys.stderr.flush()
-            with default_sigterm():
-                time.sleep(HEAD_START / 5)  # the first one shows its error before its launcher sees that this one has ended
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if value is not exception:
+            own(kind, value, trace)
+            return
+        _print_error(f"[rank {rank}] {kind.__name__}, the same as on rank {first}\n")
+        with default_sigterm():
+            time.sleep(HEAD_START / 5)  # the first one shows its error before its launcher sees that this one has ended
 
-        return hook
+    sys.excepthook = hook
 
-    sys.excepthook = wrap(sys.excepthook)
+
+def _print_error(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _machine() -> str:
@@ -365,9 +339,3 @@ def has_ended(pid: int) -> bool:
 
 def _stack(frame: FrameType | None) -> list[tuple[int, int]]:
     return [(id(f.f_code), f.f_lasti) for f in outwards(frame)]
-
-
-def _last_frame(trace: TracebackType | None) -> FrameType | None:
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame if trace is not None else None

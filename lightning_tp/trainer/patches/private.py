@@ -74,19 +74,12 @@ def call_through_forward(strategy: Any, module: nn.Module, method: str, *args: A
 
 
 def uncompile(module: Any) -> Any:
-    """Undo `torch.compile(LightningModule())` in place.
-
-    Returns:
-        The backend it was compiled with; None if it was not compiled.
-    """
+    """Undo `torch.compile(LightningModule())` in place, and return its backend; None if it was not compiled."""
     context = getattr(module, "_compiler_ctx", None)
-    if context is None:
-        return None
-    to_uncompiled(module)
-    return backend_of_context(context["dynamo_ctx"])
-
-
-# ------------------------------------------------------------------------------------------------------------------ launchers
+    if context is not None:
+        to_uncompiled(module)
+        return backend_of_context(context["dynamo_ctx"])
+    return None
 
 
 def watched_processes(thread: Any) -> Any:
@@ -144,10 +137,9 @@ def after_closure(plugin: Any, module: pl.LightningModule, optimizer: Any) -> No
 # ------------------------------------------------------------------------------------------------------------------ callbacks
 
 
-def throughputs_of(monitor: Any) -> dict[Any, Any]:
-    """Stage -> its Throughput, of a ThroughputMonitor that was set up."""
-    found: dict[Any, Any] = monitor._throughputs
-    return found
+def throughputs_of(monitor: Any) -> Any:
+    """The dict stage -> Throughput of a ThroughputMonitor that was set up."""
+    return monitor._throughputs
 
 
 def summary_depth(callback: Any) -> int:

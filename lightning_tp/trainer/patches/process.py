@@ -1,7 +1,6 @@
 """Patches that stay until the process ends, since what they change is asked before a Trainer knows its strategy, or without one.
 
-`load_folders` is in place once `lightning_tp` is imported; the others once a strategy of this package has been made. Trainers with another strategy,
-and modules that are not split, get Lightning's own function from them.
+Each runs Lightning's own function for a Trainer with another strategy, and for a module that is not split.
 """
 
 from __future__ import annotations
@@ -35,43 +34,34 @@ NO_BATCH_SIZE_SEARCH = (
 def patch_for_trainers(strategy: type) -> None:
     """Let Trainers with this strategy, or a subclass, use what Lightning refuses for all strategies of its kind."""
 
-    def validate(own: Callable[..., None]) -> Callable[..., None]:
-        def validate_precision_choice(self: Any) -> None:
-            if not (isinstance(self._strategy_flag, strategy) and self._precision_flag in REFUSED_BY_LIGHTNING):
-                own(self)
+    def validate_precision_choice(own: Callable[..., None], connector: Any) -> None:
+        if not (isinstance(connector._strategy_flag, strategy) and connector._precision_flag in REFUSED_BY_LIGHTNING):
+            own(connector)
 
-        return validate_precision_choice
+    def check_scale_batch_size(own: Callable[..., None], trainer: pl.Trainer) -> None:
+        if isinstance(trainer.strategy, strategy):
+            name = type(trainer.strategy).__name__
+            raise TPError(f"`Tuner.scale_batch_size` does not work under {name}. {NO_BATCH_SIZE_SEARCH}")
+        own(trainer)
 
-    def check(own: Callable[..., None]) -> Callable[..., None]:
-        def check_scale_batch_size(trainer: pl.Trainer) -> None:
-            if isinstance(trainer.strategy, strategy):
-                name = type(trainer.strategy).__name__
-                raise TPError(f"`Tuner.scale_batch_size` does not work under {name}. {NO_BATCH_SIZE_SEARCH}")
-            own(trainer)
-
-        return check_scale_batch_size
-
-    replace(accelerator_connector._AcceleratorConnector, "_validate_precision_choice", validate)
-    replace(tuning, "_check_scale_batch_size_configuration", check)
+    replace(accelerator_connector._AcceleratorConnector, "_validate_precision_choice", validate_precision_choice)
+    replace(tuning, "_check_scale_batch_size_configuration", check_scale_batch_size)
     take_norms_of_full_gradients()
 
 
 def patch_for_fabrics(strategy: type) -> None:
     """Let Fabrics with this strategy, or a subclass, have the precisions that Lightning refuses for all strategies of its kind."""
 
-    def check(own: Callable[..., Any]) -> Callable[..., Any]:
-        def check_and_init_precision(self: Any) -> Any:
-            if not (isinstance(self.strategy, strategy) and self._precision_input in REFUSED_BY_LIGHTNING):
-                return own(self)
-            mine, self.strategy = self.strategy, None  # it asks for the kind of strategy only
-            try:
-                return own(self)
-            finally:
-                self.strategy = mine
+    def check_and_init_precision(own: Callable[..., Any], connector: Any) -> Any:
+        if not (isinstance(connector.strategy, strategy) and connector._precision_input in REFUSED_BY_LIGHTNING):
+            return own(connector)
+        mine, connector.strategy = connector.strategy, None  # it asks for the kind of strategy only
+        try:
+            return own(connector)
+        finally:
+            connector.strategy = mine
 
-        return check_and_init_precision
-
-    replace(fabric_connector._Connector, "_check_and_init_precision", check)
+    replace(fabric_connector._Connector, "_check_and_init_precision", check_and_init_precision)
     take_norms_of_full_gradients()
 
 
@@ -84,16 +74,13 @@ def let_other_package_refuse(strategy: type) -> None:
 def load_folders() -> None:
     """Let `MyModule.load_from_checkpoint(path)` read a sharded checkpoint, which is a folder."""
 
-    def load(own: Callable[..., Any]) -> Callable[..., Any]:
-        def load_file_or_folder(cls: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(checkpoint_path, (str, os.PathLike)) or not (Path(checkpoint_path) / METADATA).is_file():
-                return own(cls, checkpoint_path, *args, **kwargs)
-            named = dict(zip(("map_location", "hparams_file", "strict", "weights_only"), args, strict=False))
-            return load_from_checkpoint(cls, Path(checkpoint_path), **named, **kwargs)
+    def load_file_or_folder(own: Callable[..., Any], cls: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(checkpoint_path, (str, os.PathLike)) or not (Path(checkpoint_path) / METADATA).is_file():
+            return own(cls, checkpoint_path, *args, **kwargs)
+        named = dict(zip(("map_location", "hparams_file", "strict", "weights_only"), args, strict=False))
+        return load_from_checkpoint(cls, Path(checkpoint_path), **named, **kwargs)
 
-        return load_file_or_folder
-
-    replace(core_module, "_load_from_checkpoint", load)
+    replace(core_module, "_load_from_checkpoint", load_file_or_folder)
 
 
 def take_norms_of_full_gradients() -> None:

@@ -24,31 +24,20 @@ ORIGINAL = "_tp_original"  # the attribute by which a replacement knows what it 
 
 
 def patch_of(owner: Any, name: str) -> Patch:
-    """Find the row of `PATCHES` for an attribute of a module, a class or an object.
-
-    Example:
-        >>> import torch
-        >>> patch_of(torch, "seed").by
-        'core/ops/random_numbers.py'
-    """
-    rows = {patch.target: patch for patch in PATCHES}
+    """Find the row of `PATCHES` for an attribute of a module, a class or an object."""
     if isinstance(owner, ModuleType):
-        return rows[f"{owner.__name__}:{name}"]
-    classes = inspect.getmro(owner if isinstance(owner, type) else type(owner))
-    targets = [f"{cls.__module__}:{cls.__qualname__}.{name}" for cls in classes]
-    found = next((rows[target] for target in targets if target in rows), None)
+        targets = [f"{owner.__name__}:{name}"]
+    else:
+        classes = inspect.getmro(owner if isinstance(owner, type) else type(owner))
+        targets = [f"{cls.__module__}:{cls.__qualname__}.{name}" for cls in classes]
+    found = next((patch for patch in PATCHES if patch.target in targets), None)
     if found is None:
         raise KeyError(f"{targets[0]} is not in PATCHES of trainer/patches/table.py")
     return found
 
 
 def original_of(patch: Patch) -> Any:
-    """Look up what a patch replaces, as the other package defines it, also where it is replaced at the moment.
-
-    Raises:
-        ImportError: If there is no such module.
-        AttributeError: If there is no such name in it.
-    """
+    """Look up what a patch replaces, as the other package defines it, also where it is replaced at the moment; ImportError or AttributeError."""
     module, _, path = patch.target.partition(":")
     found: Any = import_module(module)
     for name in path.split("."):
@@ -58,16 +47,12 @@ def original_of(patch: Patch) -> Any:
 
 
 def change_of(patch: Patch) -> str | None:
-    """Compare the signature that a patch relies on with the installed package's.
+    """Say in a sentence how the installed package's signature differs from the one that a patch relies on; None if it does not.
 
-    Further parameters with a default value are not a change: replacements pass on what they do not know.
-
-    Returns:
-        What has changed, as a sentence; None if nothing has.
+    Further parameters with a default value make no difference: replacements pass on what they do not know.
     """
     if patch.signature is None:
         return None
-    name = patch.target.partition(":")[2]
     package = f"{patch.package} {version_of(patch.package) or ''}".strip()
     try:
         found = inspect.signature(original_of(patch))
@@ -79,15 +64,12 @@ def change_of(patch: Patch) -> str | None:
     if same and all(p.default is not p.empty for p in named[len(listed) :]):
         return None
     shown = ", ".join({"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(p.kind.name, "") + p.name for p in found.parameters.values())
+    name = patch.target.partition(":")[2]
     return f"{package} changed `{name}{patch.signature}` to `{name}({shown})`."
 
 
 def is_usable(patch: Patch) -> bool:
-    """Whether a patch still fits the installed package; warns if it does not.
-
-    Raises:
-        TPError: If results would be wrong without the patch.
-    """
+    """Whether a patch still fits the installed package; a warning if it does not, and `TPError` if results would be wrong without it."""
     change = change_of(patch)
     if change is None:
         return True
@@ -106,33 +88,30 @@ def _warn_once(message: str) -> None:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace an attribute of a module, class or object while this lasts, if its signature is still the one that `PATCHES` lists.
-
-    Args:
-        owner: The module, class or object.
-        name: The attribute.
-        wrap: Makes the replacement from the original (of an object's method: the bound one).
-    """
+def replaced(owner: Any, name: str, instead: Callable[..., Any]) -> Iterator[None]:
+    """While this lasts, `instead(own, *args, **kwargs)` runs where a function `own` of a module, class or object is called."""
     if not is_usable(patch_of(owner, name)):
         yield
         return
-    own = getattr(owner, name)
-    replacement = wrap(own)
-    if isinstance(owner, (type, ModuleType)):
-        setattr(replacement.__func__ if isinstance(replacement, staticmethod) else replacement, ORIGINAL, own)
-    undo = patched(owner, name, replacement)
+    undo = patched(owner, name, _replacement(owner, name, instead))
     try:
         yield
     finally:
         undo()
 
 
-def replace(owner: Any, name: str, wrap: Callable[[Any], Callable[..., Any]]) -> None:
-    """Replace a function for good, likewise; once. The replacement has to run the original for everybody else."""
+def replace(owner: Any, name: str, instead: Callable[..., Any]) -> None:
+    """Replace a function for good, likewise; once. `instead` has to run the original for everybody else."""
+    if not hasattr(getattr(owner, name), ORIGINAL) and is_usable(patch_of(owner, name)):
+        setattr(owner, name, _replacement(owner, name, instead))
+
+
+def _replacement(owner: Any, name: str, instead: Callable[..., Any]) -> Any:
     own = getattr(owner, name)
-    if hasattr(own, ORIGINAL) or not is_usable(patch_of(owner, name)):
-        return
-    replacement = functools.wraps(own)(wrap(own))
+
+    @functools.wraps(own)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return instead(own, *args, **kwargs)
+
     setattr(replacement, ORIGINAL, own)
-    setattr(owner, name, replacement)
+    return staticmethod(replacement) if isinstance(inspect.getattr_static(owner, name), staticmethod) else replacement

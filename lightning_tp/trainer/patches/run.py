@@ -15,6 +15,7 @@ from lightning.pytorch.tuner import lr_finder
 from lightning.pytorch.utilities import _pytree
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_tp._compat import patched
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.trainer.patches import private
 from lightning_tp.trainer.patches.replaced import replaced
@@ -24,14 +25,9 @@ from lightning_tp.trainer.patches.replaced import replaced
 def checkpoint_path_found_by(
     strategy: Any, trainer: pl.Trainer | None, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Let a strategy see, and answer, with which `ckpt_path` and `weights_only` its Trainer was called. Lightning keeps both to itself.
+    """Let `strategy.requested_checkpoint` see, and answer, with which `ckpt_path` and `weights_only` its Trainer was called, if there is one.
 
-    Args:
-        strategy: Its `requested_checkpoint` gets both.
-        trainer: None: nothing is changed.
-        function: What the Trainer's launcher is about to call with `args` and `kwargs`: `Trainer._fit_impl` and the like.
-        args: Likewise.
-        kwargs: Likewise.
+    Lightning keeps both to itself: they are read from what the launcher is about to call, `Trainer._fit_impl(..)` and the like.
     """
     if trainer is None:
         yield
@@ -39,51 +35,49 @@ def checkpoint_path_found_by(
     request, given = strategy.requested_checkpoint, inspect.signature(function).bind(*args, **kwargs).arguments
     request.weights_only = given.get("weights_only")
 
-    def parse(own: Callable[..., Any]) -> Callable[..., Any]:
-        def parse_ckpt_path(state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
-            with raise_on_rank_zero(strategy.global_rank):
-                try:
-                    found = own(state_fn, ckpt_path, *args, **kwargs)
-                except (ValueError, FileNotFoundError) as error:  # no best one, no file of that name
-                    raise TPError(str(error)) from None
-            return request.find(trainer, ckpt_path, found)
+    def parse_ckpt_path(own: Callable[..., Any], state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
+        with raise_on_rank_zero(strategy.global_rank):
+            try:
+                found = own(state_fn, ckpt_path, *args, **kwargs)
+            except (ValueError, FileNotFoundError) as error:  # no best one, no file of that name
+                raise TPError(str(error)) from None
+        return request.find(trainer, ckpt_path, found)
 
-        return parse_ckpt_path
-
-    with replaced(trainer._checkpoint_connector, "_parse_ckpt_path", parse):
+    with replaced(trainer._checkpoint_connector, "_parse_ckpt_path", parse_ckpt_path):
         yield
 
 
 @contextmanager
 def users_sampler_kept(trainer: pl.Trainer) -> Iterator[None]:
     """Keep Lightning from putting a DistributedSampler, which shuffles, into the user's loaders."""
-    with replaced(trainer._accelerator_connector, "use_distributed_sampler", lambda own: False):
+    undo = patched(trainer._accelerator_connector, "use_distributed_sampler", False)
+    try:
         yield
+    finally:
+        undo()
 
 
 @contextmanager
 def lr_finder_by_mean_loss(reduce: Callable[[Any], Any]) -> Iterator[None]:
     """Let `lr_find` and `LearningRateFinder` look at the mean loss of the data-parallel ranks, by `reduce`; Lightning takes rank 0's."""
 
-    def observe(own: Callable[..., None]) -> Callable[..., None]:
-        def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
-            if outputs:
-                loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-                outputs = {"loss": reduce(loss.detach())}
-            own(self, trainer, pl_module, outputs, *args, **kwargs)
+    def on_train_batch_end(
+        own: Callable[..., None], callback: Any, trainer: Any, module: Any, outputs: Any, *args: Any, **more: Any
+    ) -> None:
+        if outputs:
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            outputs = {"loss": reduce(loss.detach())}
+        own(callback, trainer, module, outputs, *args, **more)
 
-        return on_train_batch_end
-
-    with replaced(lr_finder._LRCallback, "on_train_batch_end", observe):
+    with replaced(lr_finder._LRCallback, "on_train_batch_end", on_train_batch_end):
         yield
 
 
 @contextmanager
 def known_warnings_filtered() -> Iterator[None]:
-    """Hide two warnings that every run gives, whatever the user does.
+    """Hide two warnings that every run gives: torch's about a line of Lightning's, and that evaluation may count samples twice.
 
-    One is torch's, about a line of Lightning's. The other says that evaluation may count items twice; `warn_of_repeated_items` says it where it
-    is so, with the numbers.
+    `warn_of_repeated_samples` gives the second one where it is true, with the numbers.
     """
     before = list(warnings.filters)
     pattern = r"`isinstance\(treespec, LeafSpec\)` is deprecated"

@@ -40,7 +40,7 @@ def test_one_that_works_element_by_element() -> None:
 def test_parameters_that_are_not_the_modules() -> None:
     optimizer = torch.optim.SGD([*parameters(), *parameters(False)])
     with pytest.raises(
-        TPError, match=r"`here`: 1 parameters of SGD are not the module's any more \(the first has the shape \(3, 2\)\)"
+        TPError, match=r"`here`: 1 parameters of SGD no longer belong to the module \(the first has the shape \(3, 2\)\)"
     ):
         check(optimizer)
     assert check(optimizer, plain=False) == []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch.distributed as dist
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.tuner import Tuner
 from torchmetrics import metric
 
 import lightning_tp as ltp
+from lightning_tp import errors
 from lightning_tp.testing import run_ranks
-from lightning_tp.trainer.adapt.metrics import GatherOverDataParallel
+from lightning_tp.trainer.patches.replaced import ORIGINAL
 
 QUIET: dict[str, Any] = dict(
     accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
@@ -29,7 +33,7 @@ class Looks(BoringModel):
         self.found = {
             "sampler": trainer._accelerator_connector.use_distributed_sampler,
             "inference": [loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop)],
-            "gather": isinstance(metric.gather_all_tensors, GatherOverDataParallel),
+            "gather": hasattr(metric.gather_all_tensors, ORIGINAL),
             "accumulates": trainer.accumulate_grad_batches,
         }
 
@@ -40,7 +44,7 @@ def test_during_a_run(dp: int) -> None:
         strategy = ltp.TPStrategy(tp=1, global_batch=4)
         trainer = L.Trainer(devices=dist.get_world_size() if dist.is_initialized() else dp, strategy=strategy, max_steps=1, **QUIET)
         trainer.fit(model := Looks())  # loaders with a batch size of 1
-        assert trainer.accumulate_grad_batches == 1 and not isinstance(metric.gather_all_tensors, GatherOverDataParallel)
+        assert trainer.accumulate_grad_batches == 1 and not hasattr(metric.gather_all_tensors, ORIGINAL)
         return model.found
 
     expected = {"sampler": dp > 1, "inference": [dp == 1] * 3, "gather": True, "accumulates": 4 // dp}
@@ -55,3 +59,27 @@ def test_an_average_starts_once_the_model_is_split() -> None:
         return type(ema._average_model).__name__
 
     assert run_ranks(body, 1, init=False) == ["ShardAverage"]
+
+
+class Sized(BoringModel):
+    batch_size = 2
+
+
+def test_batch_sizes_are_not_searched(tmp_path: Path) -> None:
+    """Before any rank is started; as a callback, when it starts. Other strategies have their own error, or their search."""
+    trainer = L.Trainer(devices=2, strategy=ltp.TPStrategy(tp=2), **QUIET)
+    with pytest.raises(ltp.TPError, match=r"`Tuner\.scale_batch_size` does not work.*one short run for each size"):
+        Tuner(trainer).scale_batch_size(Sized())
+    with pytest.raises(ValueError, match="not supported with distributed strategies"):
+        Tuner(L.Trainer(devices=2, strategy="ddp", **QUIET)).scale_batch_size(Sized())
+    assert Tuner(L.Trainer(devices=1, default_root_dir=tmp_path, **QUIET)).scale_batch_size(Sized(), max_trials=2) == 4
+
+    def body() -> str:
+        errors.HEAD_START = 0.0
+        trainer = L.Trainer(devices=2, strategy=ltp.TPStrategy(tp=2), callbacks=[BatchSizeFinder()], **QUIET)
+        with pytest.raises((ltp.TPError, SystemExit)) as info:
+            trainer.fit(Sized())
+        dist.barrier()  # rank 0 holds the store, with which the other may not have met yet
+        return str(info.value)
+
+    assert "`BatchSizeFinder` does not work" in run_ranks(body, 2, init=False, timeout=60)[0]

@@ -48,27 +48,27 @@ def other(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_an_object_a_class_and_a_module(other: Any) -> None:
     loop, second = other.Loop(), other.Loop()
-    with replaced(loop, "run", lambda own: lambda *args: f"mine around {own(*args)}"):
+    with replaced(loop, "run", lambda own, *args: f"mine around {own(*args)}"):
         assert (loop.run(1), second.run(1)) == ("mine around own 1 3", "own 1 3")
     assert "run" not in vars(loop)
-    with replaced(other.Loop, "run", lambda own: lambda self, *args: f"mine {own(self, *args)}"):
+    with replaced(other.Loop, "run", lambda own, self, *args: f"mine {own(self, *args)}"):
         assert second.run(2, 4) == "mine own 2 4"
-    with replaced(other.Loop, "helper", lambda own: staticmethod(lambda x: -own(x))):
+    with replaced(other.Loop, "helper", lambda own, x: -own(x)):
         assert second.helper(3) == -3 and original_of(patch_of(other.Loop, "helper"))(3) == 3
-    with replaced(other, "function", lambda own: lambda a, b: own(a, b) * 10):
+    with replaced(other, "function", lambda own, a, b: own(a, b) * 10):
         assert other.function(1, 2) == 30 and original_of(patch_of(other, "function")) is function
     assert second.helper(3) == 3 and second.run(2) == "own 2 3" and other.function is function
 
 
 def test_it_is_undone_after_an_error(other: Any) -> None:
-    with pytest.raises(RuntimeError), replaced(other, "function", lambda own: lambda a, b: 0):
+    with pytest.raises(RuntimeError), replaced(other, "function", lambda own, a, b: 0):
         raise RuntimeError
     assert other.function is function
 
 
 def test_for_good_once(other: Any) -> None:
     for _ in range(2):
-        replace(other, "function", lambda own: lambda a, b: own(a, b) + 1)
+        replace(other, "function", lambda own, a, b: own(a, b) + 1)
     assert other.function(1, 2) == 4 and other.function.__name__ == "function"
     assert original_of(patch_of(other, "function")) is function
 
@@ -76,7 +76,7 @@ def test_for_good_once(other: Any) -> None:
 def test_a_new_parameter_with_a_default_is_passed_on(other: Any) -> None:
     other.Loop.run = lambda self, state, limit=3, new=None: f"{state} {new}"
     assert change_of(patch_of(other.Loop, "run")) is None
-    with replaced(other.Loop, "run", lambda own: lambda self, *args, **kwargs: own(self, *args, **kwargs)):
+    with replaced(other.Loop, "run", lambda own, self, *args, **kwargs: own(self, *args, **kwargs)):
         assert other.Loop().run(1, new=2) == "1 2"
 
 
@@ -91,7 +91,7 @@ def test_a_new_parameter_with_a_default_is_passed_on(other: Any) -> None:
 )
 def test_what_changed_is_named_and_the_original_stays(other: Any, changed: Any, shown: str) -> None:
     other.Loop.run = changed
-    with pytest.warns(UserWarning) as caught, replaced(other.Loop, "run", lambda own: lambda *args: "mine"):
+    with pytest.warns(UserWarning) as caught, replaced(other.Loop, "run", lambda own, *args: "mine"):
         assert other.Loop.run is changed
     (message,) = [str(w.message) for w in caught]
     assert f"other changed `Loop.run(self, state)` to `Loop.run{shown}`. Its own version stays in place" in message

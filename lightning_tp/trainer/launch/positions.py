@@ -1,4 +1,4 @@
-"""Describe where each rank was when a collective timed out: its collective, its line of the user's code, its module and its step.
+"""Find the user's own line in a stack or a traceback, and report where each rank was when a collective timed out.
 
 All of it is read from the stack of a thread, so that it costs nothing while training runs.
 """
@@ -7,52 +7,64 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import linecache
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
+import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch import Callback
-
-from lightning_tp.trainer.launch.user_code import THIS_PACKAGE, TORCH, outwards, source_line, user_frame
 
 SHOWN = 8  # ranks of which a report has a line
 _CALL = re.compile(
     r"\b_?(all_?reduce|all_?gather\w*|reduce_?scatter\w*|broadcast\w*|barrier|all_?to_?all\w*|scatter|gather|recv|send|wait)\b",
 )
 _DISTRIBUTED = str(Path(dist.__file__).parent) + os.sep
+_TORCH = str(Path(dist.__file__).parent.parent) + os.sep
+_THIS_PACKAGE = str(Path(__file__).parents[2]) + os.sep
+_OTHERS = (_THIS_PACKAGE, _TORCH, str(Path(pl.__file__).parent.parent) + os.sep, str(Path(os.__file__).parent) + os.sep, "<")
+
+
+def outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield the frames of a stack, the innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def user_frame(frames: list[FrameType]) -> FrameType | None:
+    """Find the innermost frame that is not in torch, Lightning, this package or Python itself; else the innermost one."""
+    return next((f for f in frames if not f.f_code.co_filename.startswith(_OTHERS)), frames[0] if frames else None)
+
+
+def raised_at(trace: TracebackType | None) -> str:
+    """Name the file and the line of the user's code at which an exception was raised, as ` (at file:line)`; empty if there is none."""
+    place = ""
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith(_OTHERS):
+            place = f" (at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return place
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank is.
+    """Where a rank is: what a report says of it."""
 
-    Args:
-        collective: The collective that it waits in; None outside of one.
-        line: The innermost line of the user's code.
-        module: The module whose forward runs, or the callback.
-        step: `trainer.global_step`.
-    """
-
-    collective: str | None
-    line: str
-    module: str | None = None
-    step: int | None = None
+    collective: str | None  # that it waits in
+    line: str  # the innermost one of the user's code
+    module: str | None = None  # whose forward runs; or the callback
+    step: int | None = None  # `trainer.global_step`
 
 
 def position_of(frame: FrameType | None, trainer: Any, *, but: Callback) -> Position:
-    """Read the position of a rank from the stack of its main thread.
-
-    Args:
-        frame: The innermost frame.
-        trainer: The Trainer that runs there, whatever its state.
-        but: A callback that is not meant, the one that asks.
-    """
+    """Read the position of a rank from the innermost frame of its main thread; `but` is the callback that asks."""
     frames = list(outwards(frame))
     module, step = None, None
     with contextlib.suppress(Exception):  # in whatever state the run is, the rest is worth reporting
@@ -66,25 +78,15 @@ def position_of(frame: FrameType | None, trainer: Any, *, but: Callback) -> Posi
 
 
 def hang_report(positions: Mapping[int, Position | None], waited: int, timeout: timedelta | None) -> str:
-    """Report a collective that timed out: which one, which ranks did not join it, and where each of them was.
+    """Report a collective of the rank `waited` that timed out: which one, which ranks did not join it, and where each of them was.
 
-    Args:
-        positions: Rank -> its position; None for a rank that does not respond.
-        waited: The rank whose collective timed out.
-        timeout: After which it did.
-
-    Example:
-        >>> here, there = Position("all_reduce", "train.py:7"), Position("barrier", "train.py:9")
-        >>> print(hang_report({0: there, 1: here}, 1, timedelta(seconds=20)).splitlines()[0])
-        Collective mismatch: rank 1 timed out after 20 s in all_reduce while rank 0 was in another collective.
+    A rank that does not respond has the position None.
     """
     mine = positions[waited]
     assert mine is not None
-    others = {rank: at for rank, at in positions.items() if rank != waited}
-    absent = [rank for rank, at in others.items() if at is None or at.collective is None]
-    elsewhere = [
-        rank for rank, at in others.items() if at and at.collective and (at.collective, at.line) != (mine.collective, mine.line)
-    ]
+    absent = [rank for rank, at in positions.items() if rank != waited and (at is None or at.collective is None)]
+    joined = {rank: (at.collective, at.line) for rank, at in positions.items() if at is not None and at.collective is not None}
+    elsewhere = [rank for rank, call in joined.items() if rank != waited and call != (mine.collective, mine.line)]
     if absent:
         what = f"{_ranks(absent)} did not join it"
     elif elsewhere:
@@ -118,12 +120,12 @@ def _described(at: Position | None) -> str:
 
 def _collective(frames: list[FrameType]) -> str | None:
     """The collective in which the innermost of these frames is, by its name in `torch.distributed` or by the call in its source line."""
-    inner = list(itertools.takewhile(lambda f: f.f_code.co_filename.startswith((TORCH, THIS_PACKAGE)), frames))
+    inner = list(itertools.takewhile(lambda f: f.f_code.co_filename.startswith((_TORCH, _THIS_PACKAGE)), frames))
     for frame in inner[::-1]:  # the outermost that has a name
         if frame.f_code.co_filename.startswith(_DISTRIBUTED) and _CALL.fullmatch(frame.f_code.co_name):
             return frame.f_code.co_name
     for frame in frames[:3]:
-        if call := _CALL.search(source_line(frame)):
+        if call := _CALL.search(_source_line(frame)):
             return call[1]
     return None
 
@@ -131,4 +133,8 @@ def _collective(frames: list[FrameType]) -> str | None:
 def _line(frame: FrameType | None) -> str:
     if frame is None:
         return "an unknown line"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}: `{source_line(frame)[:120]}`"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}: `{_source_line(frame)[:120]}`"
+
+
+def _source_line(frame: FrameType) -> str:
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()

@@ -11,10 +11,12 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_tp.trainer.launch.hang_report import Position, hang_report, position_of
+from lightning_tp.plan.plan import Plan
+from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of, raised_at, user_frame
 
 LIMIT = timedelta(seconds=60)
 
@@ -110,3 +112,31 @@ def test_the_collective_is_that_of_torch() -> None:
     group = SimpleNamespace(_allgather_base=lambda: found.append(position_of(sys._getframe(1), None, but=Asks()).collective))
     group._allgather_base()
     assert found[1] == "allgather_base"
+
+
+class Calls(nn.Module):
+    def forward(self, look: Any) -> Any:
+        return look()  # the user's line
+
+
+def test_torchs_frames_are_passed_over() -> None:
+    frames: list[Any] = []
+    code = compile("def inner(probe):\n    return probe()\n", torch.__file__, "exec")
+    exec(code, torchs := {})  # type: ignore[var-annotated]
+    Calls()(lambda: torchs["inner"](lambda: frames.extend(outwards(sys._getframe(1)))))
+    assert frames[0].f_code.co_filename == torch.__file__
+    found = user_frame(frames)
+    assert found is not None and found.f_code.co_filename == __file__ and found.f_code.co_name == "<lambda>"
+    assert user_frame(frames[:1]) is frames[0] and user_frame([]) is None
+    assert [f.f_code.co_name for f in frames].index("forward") < [f.f_code.co_name for f in frames].index("_call_impl")
+
+
+def test_where_an_exception_was_raised() -> None:
+    """The innermost line of the user's, though torch or this package has raised it."""
+    line = 0
+    try:
+        line = sys._getframe().f_lineno + 1
+        Plan({"a": "no such style"})
+    except Exception as error:
+        assert raised_at(error.__traceback__) == f" (at {__file__}:{line})"
+    assert line and raised_at(None) == ""
