@@ -98,8 +98,8 @@ def row(e: Estimate) -> list[str]:
 
 
 COLUMNS = [
-    "devices", "tp", "dp", "sequences of a group", "micro-batch, checkpointing", "memory", "step", "tokens/s/device", "MFU",
-    "kernels", "TP's collectives", "FSDP2's, not hidden", "of these latency",
+    "devices", "tp", "dp", "sequences per TP group", "micro-batch, checkpointing", "memory", "step", "tokens/s/device", "MFU",
+    "kernels", "TP communication", "FSDP2 communication: total, exposed", "FSDP2 latency",
 ]  # fmt: skip
 
 
@@ -157,8 +157,8 @@ def main() -> None:
         text += ["", f"## On {hardware(kind).name}", "", "2,048 devices:", ""]
         at = [row(s.best[2048, tp]) for tp in TPS if (2048, tp) in s.best]
         text += table([row(s.more), *at])
-        text += ["", "Not possible there:", "", *(f"- {what}: {why}" for what, why in s.refused[2048])]
-        text += ["", "The fastest for each size of the tensor-parallel axis, at 1,024 sequences a step:", ""]
+        text += ["", "Rejected configurations:", "", *(f"- {what}: {why}" for what, why in s.refused[2048])]
+        text += ["", "The fastest configuration for each tp, at 1,024 sequences per step:", ""]
         text += table([row(s.best[n, tp]) for n in GPUS for tp in TPS if (n, tp) in s.best])
     print("\n".join(text))
     if args.write:
