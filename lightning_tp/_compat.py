@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import errno
 import functools
+import math
 import os
 import socket
 import stat
@@ -390,3 +391,15 @@ def fake_process_group(rank: int, size: int) -> Any:
     from torch._C._distributed_c10d import FakeProcessGroup
 
     return FakeProcessGroup._create_internal(rank, size)
+
+
+def math_attention_weights(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, *, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """Return the attention weights (.., L, S) of `F.scaled_dot_product_attention`'s math kernel, before dropout."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    _, weights = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )
+    return weights

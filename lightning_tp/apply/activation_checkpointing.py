@@ -32,7 +32,7 @@ from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
 from lightning_tp.core.comm.collectives import all_reduce, reduce_scatter
 from lightning_tp.core.comm.transitions import outside
 from lightning_tp.core.modules.swap_class import swap_class
-from lightning_tp.core.ops.random_numbers import run_block
+from lightning_tp.core.ops.intercept import run_checkpointed
 from lightning_tp.errors import TPError
 
 ActivationCheckpointing: TypeAlias = Literal["block", "selective"] | Callable[[str, nn.Module], bool]
@@ -98,7 +98,7 @@ class _Checkpointed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        run = partial(run_block, self, super().forward)
+        run = partial(run_checkpointed, self, super().forward)
         if any(hasattr(a, "get_seq_length") for a in (*args, *kwargs.values())):
             run = partial(_with_caches, run, [])
         axis = self._axis_of_block

@@ -30,6 +30,7 @@ from torch import nn
 from lightning_tp._compat import backend_of, compile_function, function_modes, is_compiler_error, take_compiled
 from lightning_tp.core.comm import transitions
 from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.core.ops.intercept import per_rank_calls_of
 from lightning_tp.core.ops.random_numbers import RandomCallPolicy
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.local_ops import changes_calls
@@ -98,7 +99,7 @@ class BlockCompiler:
     def is_looked_into(self) -> bool:
         """Whether something looks at every call now, which it could not in compiled code."""
         draws = self.draws
-        if draws is not None and (draws.on or draws.running):
+        if draws is not None and (draws.interceptor.mode_active or draws.interceptor.running):
             return True
         return any(changes_calls(mode) for mode in function_modes())
 
@@ -119,7 +120,7 @@ class _Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         of = self._compiling
-        if of.off or "_sites" in self.__dict__ or of.is_looked_into():
+        if of.off or per_rank_calls_of(self) or of.is_looked_into():
             return super().forward(*args, **kwargs)
         before = transitions.left_compiled_code
         try:

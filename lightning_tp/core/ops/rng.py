@@ -43,15 +43,15 @@ def seed_mesh(mesh: DeviceMesh) -> None:
         torch.cuda.manual_seed(seed % 2**63)
 
 
-def on_own_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
+def on_rank_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
     """`draw()`, with this rank's own random numbers; the shared stream goes on by the same on all ranks, whatever is drawn.
 
     Example:
         >>> cpu = torch.device("cpu")
         >>> state = torch.get_rng_state()
-        >>> a, after = on_own_stream(0, cpu, lambda: torch.rand(2)), torch.rand(2)
+        >>> a, after = on_rank_stream(0, cpu, lambda: torch.rand(2)), torch.rand(2)
         >>> torch.set_rng_state(state)
-        >>> b, same = on_own_stream(1, cpu, lambda: torch.rand(2)), torch.rand(2)
+        >>> b, same = on_rank_stream(1, cpu, lambda: torch.rand(2)), torch.rand(2)
         >>> torch.equal(a, b), torch.equal(after, same)
         (False, True)
     """

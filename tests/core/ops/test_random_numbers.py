@@ -279,7 +279,7 @@ def test_a_model_without_dropout_is_left_alone() -> None:
         names = {n.replace("blocks.*", "blocks.*.block"): s for n, s in plan(False).items()}
         ltp.parallelize(model, make_mesh("cpu", 1, 2), names)
         steps(model)
-        assert not any("_sites" in m.__dict__ for m in model.modules())
+        assert not any("_per_rank_calls" in m.__dict__ for m in model.modules())
 
     class Plain(nn.Module):
         def __init__(self, block: Block) -> None:
@@ -313,7 +313,7 @@ class Noise(nn.Module):
         (lambda x: x + torch.rand(x.shape), "draws `rand` of shape"),
         (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), "draws `bernoulli` of shape"),
         (lambda x: F.alpha_dropout(x, 0.5, True), r"draws random numbers \(`alpha_dropout`\) for a shard of shape \(2, 3, 8\)"),
-        (lambda x: F.dropout(x.flatten(), 0.5, True).view_as(x), "it can't be told which part of the whole"),
+        (lambda x: F.dropout(x.flatten(), 0.5, True).view_as(x), "it can't be told which region of the full activation"),
     ],
 )
 def test_what_cant_be_exact_is_refused(how: Callable[[Tensor], Tensor], message: str) -> None:

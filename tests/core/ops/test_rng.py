@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
-from lightning_tp.core.ops.rng import on_own_stream, rng_state, seed_mesh, set_rng_state
+from lightning_tp.core.ops.rng import on_rank_stream, rng_state, seed_mesh, set_rng_state
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from lightning_tp.testing.fixtures import run_if
 
@@ -98,7 +98,7 @@ def test_dropout_of_whole_activations_is_that_of_one_process() -> None:
 
 def own_streams(device: str) -> None:
     where = torch.device(device)
-    draw = lambda rank, n=8: on_own_stream(rank, where, lambda: torch.rand(n, device=where))  # noqa: E731
+    draw = lambda rank, n=8: on_rank_stream(rank, where, lambda: torch.rand(n, device=where))  # noqa: E731
     torch.manual_seed(0)
     if where.type == "cuda":
         torch.cuda.manual_seed(0)
@@ -114,7 +114,7 @@ def own_streams(device: str) -> None:
     assert torch.equal(draw(0), first[0])  # replayed
     seed = generator.initial_seed()
     with pytest.raises(ZeroDivisionError):
-        on_own_stream(0, where, lambda: 1 / 0)
+        on_rank_stream(0, where, lambda: 1 / 0)
     assert generator.initial_seed() == seed
     generator.set_state(state)
     many = torch.stack([draw(rank, 1000) for rank in range(16) for _ in range(16)]).double()

@@ -1,0 +1,275 @@
+"""Intercept the calls of torch functions that draw random numbers: those of a whole training step, or those of single modules.
+
+There are two ways. A `TorchFunctionMode` sees the calls of all torch functions, at about a microsecond each. Wrappers that take the place of
+`F.dropout` and `F.scaled_dot_product_attention` while one module runs cost nothing elsewhere, but miss code that holds these functions under
+another name. An observed step has both; a module whose calls are known has the cheaper one that sees them.
+
+A call is known by its place in the code of a module's forward (`call_site`). Compiled code has no places: these modules run uncompiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.overrides import TorchFunctionMode
+
+from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.transitions import outside
+from lightning_tp.core.modules.call_site import MODULE_CALL, call_site
+from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.core.ops.exact_dropout import DropoutRegion
+from lightning_tp.core.ops.random_calls import FUNCTIONAL, RANDOM_FUNCTIONS, FunctionCall
+from lightning_tp.core.ops.replication import CallKey, NoiseTracker
+from lightning_tp.core.ops.rng import on_rank_stream
+
+
+class Policy(Protocol):
+    """Makes the calls that are intercepted: `RandomCallPolicy`."""
+
+    axis: Axis
+    noise: NoiseTracker
+    interceptor: CallInterceptor
+
+    def run_random_call(self, call: FunctionCall, frame: FrameType) -> Any:
+        """Make a call of one of `RANDOM_FUNCTIONS` that comes from `frame`."""
+
+    def run_other_call(self, call: FunctionCall) -> Any:
+        """Make a call of another torch function, while noise is followed."""
+
+
+class CallInterceptor:
+    """Hand the calls of torch functions that draw random numbers to a policy.
+
+    Attributes:
+        mode_active: the `TorchFunctionMode` is on.
+        running: the per-rank calls of the modules that run now, those of the innermost last.
+        functional_name: the wrapper that is passing a call on to the mode.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.mode = _Mode(self)
+        self.mode_active = False
+        self.running: list[dict[CallKey, PerRankCall]] = []
+        self.functional_name: str | None = None
+        self.wrappers = {name: self._wrapper(name, func) for name, func in FUNCTIONAL.items()}
+        self.originals = {self.wrappers[name]: func for name, func in FUNCTIONAL.items()}
+        self._inside_call = False  # what torch calls inside of a random call, by whatever name, is part of it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallInterceptor:
+        return copy.deepcopy(self.policy, memo).interceptor
+
+    @contextlib.contextmanager
+    def all_calls(self) -> Iterator[None]:
+        """Intercept every call until this exits; what users have compiled runs uncompiled meanwhile."""
+        uncompiled = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+        self.mode_active = True
+        try:
+            with self.mode, _in_functional(self.wrappers), uncompiled:
+                yield
+        finally:
+            self.mode_active = self._inside_call = False
+            self.running.clear()
+
+    def run(self, call: FunctionCall, frame: FrameType) -> Any:
+        """Hand one call to the policy, and none of those that torch makes inside of it."""
+        if self._inside_call:
+            return call.run()
+        self._inside_call = True
+        try:
+            return self.policy.run_random_call(call, frame)
+        finally:
+            self._inside_call = False
+
+    def _wrapper(self, name: str, func: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(func)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if self._inside_call:
+                return func(*args, **kwargs)
+            if not self.mode_active:
+                return self.run(FunctionCall(func, args, kwargs), sys._getframe(1))
+            self.functional_name = name
+            try:
+                return func(*args, **kwargs)  # comes to the mode
+            finally:
+                self.functional_name = None
+
+        return wrapper
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, interceptor: CallInterceptor) -> None:
+        super().__init__()
+        self.interceptor = interceptor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = self.interceptor.originals.get(func, func)  # Python code of torch finds the wrapper under the function's name
+        if func in RANDOM_FUNCTIONS:
+            return self.interceptor.run(FunctionCall(func, args, kwargs or {}), sys._getframe(1))
+        if self.interceptor.policy.noise:
+            return self.interceptor.policy.run_other_call(FunctionCall(func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _in_functional:
+    """Put functions into `torch.nn.functional`, until this exits."""
+
+    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
+        self.functions = functions
+
+    def __enter__(self) -> None:
+        namespace = F.__dict__
+        self.before = {name: namespace[name] for name in self.functions}
+        namespace.update(self.functions)
+
+    def __exit__(self, *error: Any) -> None:
+        F.__dict__.update(self.before)
+
+
+# -------------------------------------------------------------------------------------------------------- single modules
+
+
+@dataclass(frozen=True)
+class PerRankCall:
+    """A call that draws random numbers for this rank's shard.
+
+    Args:
+        functional_name: the attribute of `torch.nn.functional` that the code calls; None if it has the function from elsewhere.
+        region: with `dropout="exact"`, the region of the full activation that the shard is.
+    """
+
+    functional_name: str | None = None
+    region: DropoutRegion | None = None
+
+
+@dataclass
+class PerRankCalls:
+    """The per-rank calls of one module, which has them as its attribute `_per_rank_calls`.
+
+    Args:
+        interceptor: what intercepts them, while the module runs.
+        calls: those found so far.
+        functional_names: of the wrappers that see all of these calls; None if only the mode does.
+    """
+
+    interceptor: CallInterceptor
+    calls: dict[CallKey, PerRankCall] = field(default_factory=dict)
+    functional_names: set[str] | None = field(default_factory=set)
+
+    def add(self, key: CallKey, call: PerRankCall) -> None:
+        """Intercept this call from now on."""
+        self.calls[key] = call
+        if self.functional_names is not None and call.functional_name is not None and call.region is None:
+            self.functional_names.add(call.functional_name)
+        else:
+            self.functional_names = None
+
+
+class _intercepted:
+    """Intercept the per-rank calls of a module that runs, until this exits."""
+
+    def __init__(self, known: PerRankCalls) -> None:
+        self.calls, interceptor = known.calls, known.interceptor
+        self.interceptor = interceptor
+        self.context: Any = None
+        if not interceptor.mode_active:
+            names = known.functional_names
+            self.context = interceptor.mode if names is None else _in_functional({n: interceptor.wrappers[n] for n in names})
+
+    def __enter__(self) -> None:
+        interceptor = self.interceptor
+        interceptor.running.append(self.calls)
+        if self.context is not None:
+            self.context.__enter__()
+            interceptor.mode_active = self.context is interceptor.mode
+
+    def __exit__(self, *error: Any) -> None:
+        interceptor = self.interceptor
+        if self.context is not None:
+            interceptor.mode_active = False
+            self.context.__exit__(*error)
+        if interceptor.running:
+            interceptor.running.pop()
+
+
+def per_rank_calls_of(module: nn.Module) -> dict[CallKey, PerRankCall]:
+    """Return the calls in a module's forward that are known to draw for this rank's shard."""
+    known: PerRankCalls | None = module.__dict__.get("_per_rank_calls")
+    return {} if known is None else known.calls
+
+
+def intercept_call(module: nn.Module, key: CallKey, call: PerRankCall, interceptor: CallInterceptor) -> None:
+    """Intercept a call in a module's forward in every step from now on, and where activation checkpointing recomputes it."""
+    if "_per_rank_calls" not in module.__dict__:
+        is_dropout = type(module).forward is nn.Dropout.forward and call.region is None
+        swap_class(module, _PerRankDropout if is_dropout else _Intercepted, _per_rank_calls=PerRankCalls(interceptor))
+    module.__dict__["_per_rank_calls"].add(key, call)
+
+
+class _Intercepted(nn.Module):
+    """A module with calls that draw for this rank's shard."""
+
+    _per_rank_calls: PerRankCalls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return outside(self._call_impl, *args, **kwargs)
+        return self._call_impl(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _intercepted(self._per_rank_calls):
+            return super().forward(*args, **kwargs)
+
+
+class _PerRankDropout(nn.Module):
+    """An `nn.Dropout` of shards: its only call need not be intercepted."""
+
+    _per_rank_calls: PerRankCalls
+    p: float
+    __call__ = _Intercepted.__call__
+
+    def forward(self, x: Tensor) -> Tensor:
+        interceptor = self._per_rank_calls.interceptor
+        if interceptor.mode_active or not self.training or not self.p:
+            with _intercepted(self._per_rank_calls):
+                return super().forward(x)
+        return on_rank_stream(interceptor.policy.axis.rank, x.device, partial(super().forward, x))
+
+
+def run_checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a block under activation checkpointing, with its calls intercepted both times that it runs."""
+    if "_per_rank_calls" not in block.__dict__:
+        return forward(*args, **kwargs)
+    with _intercepted(block.__dict__["_per_rank_calls"]):
+        return forward(*args, **kwargs)
+
+
+_FORWARDS = frozenset({MODULE_CALL, run_checkpointed.__code__})  # code that calls the forward of a module
+
+
+def key_of(call: FunctionCall, frame: FrameType) -> CallKey:
+    """Return what a call is known by: the function's name, and the place in the code of a module's forward that calls it."""
+    return call.name, call_site(frame, _FORWARDS)
+
+
+def module_calling(frame: FrameType | None) -> tuple[nn.Module | None, bool]:
+    """Return the module whose forward runs, and whether `torch.utils.checkpoint` runs a mere function inside of it."""
+    function_only = False
+    while frame is not None:
+        if frame.f_code in _FORWARDS:
+            return frame.f_locals["self" if frame.f_code is MODULE_CALL else "block"], function_only
+        function_only |= frame.f_code.co_filename == torch.utils.checkpoint.__file__
+        frame = frame.f_back
+    return None, function_only
