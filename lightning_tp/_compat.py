@@ -403,3 +403,31 @@ def math_attention_weights(
         query, key, value, mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )
     return weights
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number of a tensor's storage: equal for tensors that share memory. It may be used again once the storage is gone."""
+    return storage_address(tensor.untyped_storage())
+
+
+def storage_address(storage: torch.UntypedStorage) -> int:
+    return storage._cdata
+
+
+@functools.cache
+def written_arguments(operator: Any) -> list[tuple[int, str]]:
+    """Return (position, name) of the arguments that an operator of `torch.ops` writes to."""
+    arguments = enumerate(operator._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def without_torch_function() -> Any:
+    return torch._C.DisableTorchFunction()
+
+
+def without_torch_dispatch() -> Any:
+    return torch._C._DisableTorchDispatch()
+
+
+def negative_view(tensor: Tensor) -> Tensor:
+    return torch._neg_view(tensor)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.core.modules.tape import InitTape, _is_meta
+from lightning_tp.core.modules.tape import InitTape, is_meta
 from lightning_tp.errors import TPError
 
 _LITERALS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}  # copy data where no mode can see it
@@ -61,7 +61,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        on_meta = bool(args) and _is_meta(args[0])
+        on_meta = bool(args) and is_meta(args[0])
         literal = func in _LITERALS and (not on_meta or func is Tensor.new_tensor)
         if literal and torch.device(kwargs.get("device") or "meta").type == "meta":
             value = func(*args, **{**kwargs, "device": "cpu"})
@@ -77,7 +77,7 @@ class _Calls(TorchFunctionMode):
                 code, given = frame.f_code, frame.f_locals
                 call = FunctionType(code, frame.f_globals)
                 bound = {name: given[name] for name in code.co_varnames[: code.co_argcount]}
-                self._tape._note(call, (), bound, draws=True, changes=args, overwrites=True)
+                self._tape.record(call, (), bound, draws=True, changes=args, overwrites=True)
         return func(*args, **kwargs)
 
 
@@ -110,7 +110,7 @@ def deferred_init() -> Iterator[InitTape]:
         ) from error
     finally:
         _recording = False
-        tape._close()
+        tape.close()
 
 
 def values(model: nn.Module, tape: InitTape, skip: Collection[str] = ()) -> Iterator[tuple[list[str], Tensor]]:
@@ -162,6 +162,6 @@ def _attributes(model: nn.Module, registered: set[int]) -> list[tuple[str, Any, 
             if not isinstance(container, (dict, list)) or attribute in ("_parameters", "_buffers", "_modules"):
                 continue
             for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-                if _is_meta(value) and id(value) not in registered:
+                if is_meta(value) and id(value) not in registered:
                     found.append((".".join(filter(None, (prefix, attribute, str(key)))), container, key))
     return found
