@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 SDPA = F.scaled_dot_product_attention
@@ -120,3 +121,19 @@ class without_dropout(TorchFunctionMode):
         if "dropout" in call.name and func is not torch.native_dropout and call.is_random:
             return call.input
         return call.run()
+
+
+@contextmanager
+def comparable_runs(model: nn.Module) -> Iterator[None]:
+    """Run a model in this context several times and compare: dropout is off; buffers and the default generator are restored on exit."""
+    buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
+    state = torch.get_rng_state()
+    try:
+        with without_dropout():
+            yield
+    finally:
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                if n in buffers and b.shape == buffers[n].shape:
+                    b.copy_(buffers[n])

@@ -15,7 +15,7 @@ import lightning_tp as ltp
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.call_site import call_site
-from lightning_tp.core.modules.rewrite import rewritten
+from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.styles import BindContext
 from lightning_tp.styles.calls.call import Call
 from lightning_tp.styles.calls.local_ops import LocalOps
@@ -130,7 +130,7 @@ def test_closures_and_code_without_source() -> None:
 
     with Places("view") as places:
         Closed()(torch.zeros(2, 8))
-    made = rewritten(Closed, places.found, "_seen")
+    made = rewrite_methods(Closed, places.found, "_seen")
     assert made is not None
     seen = []
 
@@ -144,9 +144,9 @@ def test_closures_and_code_without_source() -> None:
 
     space: dict[str, Any] = {"nn": nn}
     exec("class Typed(nn.Module):\n    def forward(self, x):\n        return x.view(-1, 8)", space)
-    assert rewritten(space["Typed"], [("view", (("forward", "1:15-1:28"),))], "_seen") is None
-    assert rewritten(Closed, [("view", (("forward", "1:19-1:33"),))], "_seen") is None  # no call ends there
-    assert rewritten(Closed, [("softmax", places.found[0][1])], "_seen") is None  # torch rearranges what it is given
+    assert rewrite_methods(space["Typed"], [("view", (("forward", "1:15-1:28"),))], "_seen") is None
+    assert rewrite_methods(Closed, [("view", (("forward", "1:19-1:33"),))], "_seen") is None  # no call ends there
+    assert rewrite_methods(Closed, [("softmax", places.found[0][1])], "_seen") is None  # torch rearranges what it is given
 
 
 def test_the_calls_of_a_rule_are_numbered_as_they_stand() -> None:
@@ -154,5 +154,5 @@ def test_the_calls_of_a_rule_are_numbered_as_they_stand() -> None:
     randomize_(module)
     style = next(r.style for r in ltp.infer_plan(module, (torch.randn(2, 6, 16),), tp=2).rules if isinstance(r.style, LocalOps))
     assert all(isinstance(c, Call) for c in style.calls)
-    made = rewritten(Attention, [(c.name, c.at) for c in style.calls], "_local_call")
+    made = rewrite_methods(Attention, [(c.name, c.at) for c in style.calls], "_local_call")
     assert made is not None and sorted(made) == ["forward", "heads"]
