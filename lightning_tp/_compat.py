@@ -417,7 +417,9 @@ def storage_address(storage: torch.UntypedStorage) -> int:
 @functools.cache
 def written_arguments(operator: Any) -> list[tuple[int, str]]:
     """Return (position, name) of the arguments that an operator of `torch.ops` writes to."""
-    arguments = enumerate(operator._schema.arguments)
+    arguments = list(enumerate(operator._schema.arguments))
+    if operator.namespace == "c10d" and operator.overloadpacket.__name__.endswith("_"):
+        return [(i, a.name) for i, a in arguments[:1]]  # collectives, whose schemas don't say
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
@@ -431,3 +433,21 @@ def without_torch_dispatch() -> Any:
 
 def negative_view(tensor: Tensor) -> Tensor:
     return torch._neg_view(tensor)
+
+
+def without_dispatch_modes() -> Any:
+    """Enter a context in which no `TorchDispatchMode` sees what is called."""
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+def without_torch_function_subclass() -> Any:
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def wrapper_tensor(cls: type, sizes: list[int], dtype: torch.dtype, device: torch.device) -> Any:
+    return Tensor._make_wrapper_subclass(cls, sizes, dtype=dtype, device=device)
+
+
+def graph_is_retained() -> bool:
+    """Return whether the backward pass that runs now was asked to keep what was saved for it (`retain_graph`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -254,7 +254,7 @@ def test_a_target_out_of_range_raises() -> None:
         case = Case(11, (6,))
         for wrong in (11, -1, -100):
             case.target[2] = wrong
-            with pytest.raises(TPError, match=f"target {wrong} is out of range for a vocabulary of 11 .1 of 6"):
+            with pytest.raises(TPError, match=f"target {wrong} is out of range for a vocabulary of 11, and so are 1 of 6"):
                 F.cross_entropy(case.split(), case.target, ignore_index=-7)
         F.cross_entropy(case.split(), case.target)  # -100 is ignored
         with pytest.raises((ValueError, RuntimeError)):

@@ -152,7 +152,7 @@ def test_states_of_all_coordinates(tmp_path: Path) -> None:
         expected = draws()
         set_rng_state(mesh, torch.load(tmp_path / "state.pt", weights_only=True))
         assert draws() == expected
-        with pytest.raises(ltp.TPError, match="a mesh of 2 x 2 ranks can't be given to one of 1 x 4"):
+        with pytest.raises(ltp.TPError, match="a mesh of 2 x 2 ranks can't be restored on one of 1 x 4"):
             set_rng_state(make_mesh("cpu", 1, 4), state)
         return [expected]
 

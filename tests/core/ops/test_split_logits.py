@@ -486,21 +486,21 @@ def test_writing_in_place_while_a_gradient_is_recorded_raises() -> None:
             "mul_": lambda: x.mul_(2),
             "add_": lambda: x.detach().add_(PER_WORD),
         }.items():
-            with pytest.raises(TPError, match=f"`{name}` writes in place to split logits .2, 5, 11. while a gradient"):
+            with pytest.raises(TPError, match=f"`{name}` writes in place to vocab-parallel logits .2, 5, 11. while a gradient"):
                 write()
-        with torch.no_grad(), pytest.raises(TPError, match="`unsqueeze_` would change the shape of split logits"):
+        with torch.no_grad(), pytest.raises(TPError, match="`unsqueeze_` would change the shape of vocab-parallel logits"):
             x.clone().unsqueeze_(0)
-        with pytest.raises(TPError, match="`exp` would write its result into split logits"):
+        with pytest.raises(TPError, match="`exp` would write its result into vocab-parallel logits"):
             torch.exp(torch.zeros(2, 5, V), out=x.detach())
-        with pytest.raises(TPError, match="`allreduce_` would write its result into split logits"):
+        with pytest.raises(TPError, match="`allreduce_` would write its result into vocab-parallel logits"):
             dist.all_reduce(x.detach())
         for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
             y = x.detach()
             with mode():
                 y[..., 8:].fill_(-torch.inf)
-                with pytest.raises(TPError, match="A slice of split logits along the vocabulary was written in place"):
+                with pytest.raises(TPError, match="A slice of vocab-parallel logits along the vocabulary was written in place"):
                     y.argmax(-1)
-                with pytest.raises(TPError, match="A slice of split logits along the vocabulary was written in place"):
+                with pytest.raises(TPError, match="A slice of vocab-parallel logits along the vocabulary was written in place"):
                     F.cross_entropy(y[0], torch.zeros(5, dtype=torch.long))
 
     run_ranks(body, 2)
