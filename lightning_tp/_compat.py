@@ -66,9 +66,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(row: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """(n,) of each rank of the group -> (ranks, n)."""
+    """(..) of each rank of the group -> (ranks, ..)."""
     every = row.new_empty((group.size(), *row.shape))
-    group._allgather_base(every.view(-1), row).wait()
+    group._allgather_base(every.view(-1), row.view(-1)).wait()
     return every
 
 

@@ -27,7 +27,7 @@ from lightning_tp.checkpoint.weights.pretrained import read_shards, waiting
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import check_mesh
 from lightning_tp.core.modules.blocks import find_blocks
-from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls, policy_of
+from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls
 from lightning_tp.errors import TPError
 from lightning_tp.plan.check import any_split, refuse_wrapped, splits_nothing
 from lightning_tp.plan.declared import declared_plan
@@ -104,7 +104,7 @@ def parallelize(
     blocks = [block for _, block in find_blocks(model)]
     again = modules_to_checkpoint(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
     stored = waiting(model)
-    whole_values = materialize.source_of(model, stored)
+    whole_values = materialize.initial_values(model, stored)
     if whole_values is not None and backend == "dtensor":
         raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
     same_weights_everywhere(model, mesh)
@@ -116,14 +116,15 @@ def parallelize(
     split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
     if tp_mesh.size() > 1:
         bind_styles(model, plan, axis, loss_parallel=loss_parallel)
-    compiling = compile_blocks(blocks, compile) if compile else None
+    if compile:
+        compile_blocks(blocks, compile)
     if activation_checkpointing is not None:
         checkpoint_modules(again, axis, activation_checkpointing)
     shards = {name: p._tp_shard for name, p in model.named_parameters()}  # type: ignore[attr-defined]
     if dp_mesh.size() > 1:
         apply_fsdp(fsdp_root or model, blocks, dp_mesh, precision=precision)
     if whole_values is not None:
-        materialize.fill(model, same_values_everywhere(whole_values, mesh), shards, device or torch.device(mesh.device_type))
+        materialize.fill_shards(model, same_values_everywhere(whole_values, mesh), shards, device or torch.device(mesh.device_type))
     gradients = grad.PartialGradients(axis, sum_groups(plan, mesh))
     model._tp_registry = ParamRegistry(shards, gradients)  # type: ignore[assignment]
     tag_parameters(model)
@@ -131,8 +132,6 @@ def parallelize(
     state_dict.attach_state_dict(model)
     if tp_mesh.size() > 1:
         bind_random_calls(model, axis, dropout)
-    if compiling is not None:
-        compiling.draws = policy_of(model)
     return model
 
 

@@ -40,9 +40,9 @@ class Counting:
 
 def past_observation(model: nn.Module) -> nn.Module:
     """The first steps are observed and not compiled: begin at the 10th, behind which none is until the 17th."""
-    draws = policy_of(model)
-    if draws is not None:
-        draws.steps = 9
+    policy = policy_of(model)
+    if policy is not None:
+        policy.steps = 9
     return model
 
 
@@ -99,7 +99,7 @@ def test_a_compiler_that_fails_is_left_out_with_one_line() -> None:
 
     for rank, (run, pieces, lines) in enumerate(run_ranks(body, 2)):
         assert pieces == 1
-        assert lines == [f"`compile`: goes on without (rank {rank}): RuntimeError: no compiler"]
+        assert lines == [f"`compile`: failed, runs uncompiled on rank {rank}: RuntimeError: no compiler"]
         assert_same_run(run, reference(case), rtol=2e-4)
 
 
@@ -107,19 +107,19 @@ def test_a_compiler_that_fails_is_left_out_with_one_line() -> None:
 def test_what_torch_cannot_cut_into_pieces_runs_once(collectives: int) -> None:
     """As it is, if nothing has run yet; else it must not run again on this rank alone."""
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
-    of = compile_blocks(blocks, "eager")
+    compiler = compile_blocks(blocks, "eager")
 
     def fails(*args: Any) -> Any:
         for _ in range(collectives):
             outside(max, 1, 2)
         raise torch._dynamo.exc.InternalTorchDynamoError("lost")
 
-    of.compiled = lambda forward: fails  # type: ignore[method-assign]
+    compiler.compiled = lambda forward: fails  # type: ignore[method-assign]
     if collectives:
         with pytest.raises(ltp.TPError, match="in the middle of a block"):
             blocks[0](torch.ones(1, 2))
     else:
-        with pytest.warns(UserWarning, match="goes on without"):
+        with pytest.warns(UserWarning, match="runs uncompiled"):
             assert torch.equal(blocks[0](torch.ones(1, 2)), blocks[0][0](torch.ones(1, 2)))
 
 
@@ -253,7 +253,7 @@ def test_what_users_compile_themselves() -> None:
 
 def test_what_does_not_go_together() -> None:
     for how, message in [
-        (dict(compile="nothing"), "there are .*aot_eager"),
+        (dict(compile="nothing"), "unknown backend.*aot_eager"),
         (dict(compile=True, activation_checkpointing="selective"), "selective"),
         (dict(compile=True, dropout="exact"), "exact"),
         (dict(compile=True, backend="dtensor"), "dtensor"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp._compat import function_modes
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.transitions import outside
 from lightning_tp.core.modules.call_site import MODULE_CALL, call_site
@@ -106,6 +107,7 @@ class CallInterceptor:
             finally:
                 self.functional_name = None
 
+        wrapper._intercepts = True  # type: ignore[attr-defined]
         return wrapper
 
 
@@ -121,6 +123,12 @@ class _Mode(TorchFunctionMode):
         if self.interceptor.policy.noise:
             return self.interceptor.policy.run_other_call(FunctionCall(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def is_intercepting() -> bool:
+    """Return whether calls are intercepted now, which they could not be in compiled code."""
+    in_functional = any(hasattr(F.__dict__[name], "_intercepts") for name in FUNCTIONAL)
+    return in_functional or any(isinstance(mode, _Mode) for mode in function_modes())
 
 
 class _in_functional:
