@@ -1,4 +1,8 @@
-"""The only file that names versions, or private parts of torch."""
+"""Private parts of torch, and differences between versions: the only file of this package that names them.
+
+A comment above each function says which private name it wraps, and what would stop working if that went away. All of them were checked with
+torch 2.11 and 2.13 (`tests/test__compat.py`); where the two differ, the function says how.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +22,48 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401
-from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401
-from torch.amp.grad_scaler import OptState as OptState
+from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401  # list of tensors -> one, for the sum of many small gradients
+from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401  # and back
+from torch.amp.grad_scaler import OptState as OptState  # how far a GradScaler is with an optimizer's step
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 
+# -------------------------------------------------------------------------------------------------------------- packages
 def version_of(package: str) -> str | None:
-    """The version that is installed; None for one that is not, such as this package run from its sources."""
+    """Return the version of a package that is installed; None for one that is not, such as this one when run from its sources."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
+def patched(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of an object, and return a function that undoes it."""
+    had = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+    return undo
+
+
+# -------------------------------------------------------------------------------------------------------------- autograd
+# private: `Variable._execution_engine.queue_callback`. Without it partial gradients would not be summed at the end of a backward pass.
 def queue_after_backward(callback: Callable[[], None]) -> None:
-    """Call back once the backward pass that is running now is done, after what FSDP2 has queued before."""
+    """Call back at the end of the backward pass that is running now, after what FSDP2 has queued before."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+# private: `torch._C._will_engine_execute_node`, and the words of its error. Without it gradients of the second kind would not be summed.
 def backward_kind(parameter: torch.Tensor) -> Literal["backward", "grad"] | None:
-    """What the backward pass that is running now is of: a `backward` that adds to this parameter's `.grad`, a `torch.autograd.grad` that gives
-    its gradient back, or neither."""
+    """Tell what is running now: a `backward` that adds to this parameter's `.grad`, a `torch.autograd.grad` that returns it, or neither."""
     with torch.enable_grad():
         node: Any = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     try:
@@ -50,8 +72,15 @@ def backward_kind(parameter: torch.Tensor) -> Literal["backward", "grad"] | None
         return "grad" if "autograd.grad()" in str(error) else None
 
 
+# private: `torch._C._autograd._get_current_graph_task_keep_graph`. Without it cross entropy could not write its gradient in place.
+def graph_is_retained() -> bool:
+    """Return whether the backward pass that is running now has to keep what was saved for it (`retain_graph=True`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# private: `torch._C._are_functorch_transforms_active`, and that `Function.apply` calls the `apply` of its base class. Only speed depends on it.
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without the wrapper that torch puts around it for its functional transforms: half of a small call's cost."""
+    """Return `function.apply` without the wrapper for functional transforms: half of the cost of a small call."""
     direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
@@ -60,76 +89,139 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
+# private: `torch._C._autograd._get_sequence_nr`. Without it a trace could not tell which backward belongs to which forward.
+def sequence_number() -> int:
+    """Return the number that the next node of autograd's graph gets."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+# private: `torch._C._current_autograd_node`. As `sequence_number`.
+def sequence_number_of_backward() -> int | None:
+    """Return the number of the node whose backward is running now; None outside of a backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
+
+
+# private: `torch.autograd.graph._engine_run_backward`. Without it a trace would miss recomputed calls: `backward` itself goes by all modes.
+def backward_under_modes(loss: Tensor) -> None:
+    """Call `loss.backward()` so that recomputed code sees the `TorchFunctionMode`s that are on, as in the forward."""
+    engine: Any = torch.autograd.graph._engine_run_backward
+    engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+# ---------------------------------------------------------------------------------------- function and dispatch modes
+# private: `torch._C._len_torch_function_stack`, `_get_current_function_mode_stack`. Without it compiled blocks would go by these modes.
+def function_modes() -> list[Any]:
+    """Return the `TorchFunctionMode`s that are on, the outermost first."""
+    if not torch._C._len_torch_function_stack():
+        return []
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
+# private: `torch._C.DisableTorchFunction`. Without it modes would see calls that are no code of the model.
+def without_torch_function() -> Any:
+    """Return a context in which neither a `TorchFunctionMode` nor a tensor's `__torch_function__` sees calls."""
+    return torch._C.DisableTorchFunction()
+
+
+# private: `torch._C.DisableTorchFunctionSubclass`, which the documentation of `__torch_function__` uses. Without it `SplitLogits` would recurse.
+def without_torch_function_subclass() -> Any:
+    """Return a context in which tensors' `__torch_function__` does not see calls, and modes do."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+# private: `torch._C._DisableTorchDispatch`. Without it a playback inside a recording would record itself.
+def without_torch_dispatch() -> Any:
+    """Return a context in which neither a `TorchDispatchMode` nor a tensor's `__torch_dispatch__` sees operators."""
+    return torch._C._DisableTorchDispatch()
+
+
+# private: `torch.utils._python_dispatch._disable_current_modes`. Without it a trace would see operators that are no code of the model.
+def without_dispatch_modes() -> Any:
+    """Return a context in which no `TorchDispatchMode` sees operators."""
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+# private: `OpOverload._schema`. Without it in-place operators could not be told from others.
+@functools.cache
+def written_arguments(operator: Any) -> list[tuple[int, str]]:
+    """Return (position, name) of the arguments that an operator of `torch.ops` writes to."""
+    arguments = list(enumerate(operator._schema.arguments))
+    if operator.namespace == "c10d" and operator.overloadpacket.__name__.endswith("_"):
+        return [(i, a.name) for i, a in arguments[:1]]  # collectives, whose schemas don't say
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+# --------------------------------------------------------------------------------------------------------------- tensors
+def storage_key(tensor: Tensor) -> int:
+    """Return a number of a tensor's storage: equal for tensors that share memory. It may be used again once the storage is gone."""
+    return storage_address(tensor.untyped_storage())
+
+
+# private: `UntypedStorage._cdata`. `data_ptr` would not do: on the meta device it is 0.
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """Return the number that `storage_key` gives for tensors of this storage."""
+    return storage._cdata
+
+
+# private: `torch._neg_view`. Without it such a tensor could not be recorded.
+def negative_view(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor with its negative bit set (`Tensor.is_neg`), as `.imag` of a conjugated tensor is."""
+    return torch._neg_view(tensor)
+
+
+# private: `Tensor._make_wrapper_subclass`, which torch's notes on extending it use. Without it there would be no `SplitLogits`.
+def wrapper_tensor(cls: type, sizes: list[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """Make a tensor of a subclass that shows these sizes and has no memory."""
+    return Tensor._make_wrapper_subclass(cls, sizes, dtype=dtype, device=device)
+
+
+# private: `torch.ops.aten._scaled_dot_product_attention_math`. Without it exact dropout would have to compute them itself.
+def math_attention_weights(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, *, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """Return the attention weights (.., L, S) of the math kernel of `F.scaled_dot_product_attention`, before dropout."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
+    _, weights = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )
+    return weights
+
+
+# --------------------------------------------------------------------------------------------------------------- DTensor
+# private: `DTensor._local_tensor`. Its public `to_local` records a node of autograd.
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds, without a copy and without autograd: of FSDP2's DTensor its shard, of a plain tensor itself."""
+    """Return what this rank holds of a DTensor, without a copy and without autograd; a plain tensor as it is."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def gather_rows(row: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
-    """(..) of each rank of the group -> (ranks, ..)."""
-    every = row.new_empty((group.size(), *row.shape))
-    group._allgather_base(every.view(-1), row.view(-1)).wait()
-    return every
-
-
-def non_finite_check_and_unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """Multiply these by `inv_scale` in place, and write 1 into `found_inf` if one of them is not finite."""
-    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
-
-
-def remember_dtypes(unit: Any) -> None:
-    """Let a unit of FSDP2 whose parameters are all frozen at its first forward know in what they are reduced when they are thawed.
-
-    It looks at parameters that require gradients, once; `toggle_optimizer` and fine-tuning freeze whole blocks for a while.
-    """
-    state = unit._get_fsdp_state()
-    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-        if group is not None:
-            group._init_mp_dtypes = _WithFrozen(group)
-
-
-class _WithFrozen:
-    def __init__(self, group: Any) -> None:
-        self.group, self.own = group, group._init_mp_dtypes
-
-    def __call__(self) -> None:
-        group = self.group
-        self.own()
-        if group._orig_dtype is None and group.fsdp_params:
-            group._orig_dtype, group._reduce_dtype = group.fsdp_params[0].orig_dtype, group.fsdp_params[0].reduce_dtype
-
-
+# private: `placement_types._StridedShard`. Without it state dicts of both axes could not be described as DTensors.
 def strided_shard(dim: int, split_factor: int) -> Placement:
-    """The placement of an axis that cuts what a later axis has cut already (FSDP2 over a column-wise weight)."""
+    """Return the placement of a mesh axis that shards what a later axis has sharded already (FSDP2 over a column-parallel weight)."""
     return _StridedShard(dim, split_factor=split_factor)
 
 
+# private: `DTensorSpec`, `TensorMeta`, `LocalShardsWrapper`. Without them fused weights and shared heads could not be saved as one tensor.
 def dtensor_of_pieces(
-    pieces: list[Tensor],
-    offsets: list[tuple[int, ...]],
-    mesh: DeviceMesh,
-    placements: tuple[Placement, ...],
-    shape: torch.Size,
+    pieces: list[Tensor], offsets: list[tuple[int, ...]], mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size
 ) -> DTensor:
-    """A DTensor whose local value is several boxes of the global tensor, each at its offset; for distributed checkpoint."""
+    """Make a DTensor whose local value is several boxes of the global tensor, each at its offset; for distributed checkpoint."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
     from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-    meta = TensorMeta(shape, _strides(shape), pieces[0].dtype)
+    meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), pieces[0].dtype)
     return DTensor(LocalShardsWrapper(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
 
 
-def _strides(shape: Iterable[int]) -> tuple[int, ...]:
-    return torch.empty(tuple(shape), device="meta").stride()
-
-
 def is_in_pieces(tensor: DTensor) -> bool:
-    """Whether this was made by `dtensor_of_pieces`."""
+    """Return whether a DTensor was made by `dtensor_of_pieces`."""
     return hasattr(tensor._local_tensor, "local_shards")
 
 
+# private: `DTensor.__create_chunk_list__`, by which distributed checkpoint asks. Without it the offsets of uneven shards would be unknown.
 def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
-    """(offset, box) of what this rank holds of a DTensor."""
+    """Return (offset, box) of what this rank holds of a DTensor."""
     local: Any = tensor._local_tensor
     if is_in_pieces(tensor):
         return [(tuple(o), t) for o, t in zip(local.local_offsets(), local.local_shards(), strict=True)]
@@ -137,8 +229,9 @@ def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
     return [(tuple(chunk.offsets), local)]
 
 
+# private: `DTensor._spec`, and those of `dtensor_of_pieces`. Without them a checkpoint could not be saved in the background.
 def copy_dtensor(tensor: DTensor, copy: Callable[[Tensor, str], Tensor]) -> DTensor:
-    """The same DTensor of copies: `copy` gets each tensor that this rank holds of it, and a name for that."""
+    """Return the same DTensor of copies: `copy` gets each tensor that this rank holds of it, and a name for that."""
     from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
     local: Any = tensor._local_tensor
@@ -149,16 +242,196 @@ def copy_dtensor(tensor: DTensor, copy: Callable[[Tensor, str], Tensor]) -> DTen
     return DTensor(copy(local, ""), tensor._spec, requires_grad=False)
 
 
+# ----------------------------------------------------------------------------------------- FSDP2, precision, grad norm
+# private: `_get_fsdp_state`, `_fsdp_param_group(s)`, their `_init_mp_dtypes`, `_orig_dtype`, `_reduce_dtype`. Without it the backward fails.
+def remember_dtypes(unit: Any) -> None:
+    """Let an FSDP2 unit whose parameters are all frozen at its first forward know their dtypes when they are unfrozen.
+
+    It looks at parameters that require gradients, once; `toggle_optimizer` and fine-tuning freeze whole blocks for a while.
+    """
+    state = unit._get_fsdp_state()
+    for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:  # one in torch 2.11
+        if group is not None:
+            group._init_mp_dtypes = _InitDtypesOfFrozen(group)
+
+
+class _InitDtypesOfFrozen:
+    def __init__(self, group: Any) -> None:
+        self.group, self.original = group, group._init_mp_dtypes
+
+    def __call__(self) -> None:
+        group = self.group
+        self.original()
+        if group._orig_dtype is None and group.fsdp_params:
+            group._orig_dtype, group._reduce_dtype = group.fsdp_params[0].orig_dtype, group.fsdp_params[0].reduce_dtype
+
+
+# private: `torch._amp_foreach_non_finite_check_and_unscale_`, which `GradScaler` calls. Without it fp16 gradients would be unscaled one by one.
+def non_finite_check_and_unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """Multiply these by `inv_scale` in place, and write 1 into `found_inf` if one of them is not finite."""
+    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
+
+
+# private: `clip_grad._get_total_norm`. Without it gradients would be clipped by the norm of this rank's shards.
+def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+    """Replace the gradient norm that `torch.nn.utils.clip_grad_norm_` takes by `make(torch's own)`, once."""
+    from torch.nn import utils
+    from torch.nn.utils import clip_grad
+
+    if hasattr(clip_grad._get_total_norm, "_lightning_tp"):
+        return
+    wrapped: Any = make(clip_grad._get_total_norm)
+    wrapped._lightning_tp = True
+    clip_grad._get_total_norm = wrapped  # what clip_grad_norm_ calls, however that was imported
+    utils.get_total_norm = wrapped
+
+
+# -------------------------------------------------------------------------------------------------------- process groups
+# private: `ProcessGroup._allgather_base`. Its public wrapper costs as much as a small collective.
+def gather_rows(row: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """All-gather equal shapes into one tensor: (..) of each rank -> (ranks, ..). `row` has to be contiguous."""
+    every = row.new_empty((group.size(), *row.shape))
+    group._allgather_base(every.view(-1), row.view(-1)).wait()
+    return every
+
+
+# private: `torch.testing._internal`. Without it there would be no `fake_world`.
+def fake_store() -> Any:
+    """Return a store for torch's `fake` backend; importing it registers the backend."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+# private: `FakeProcessGroup._create_internal`. Without it there would be no `FakeGroup`.
+def fake_process_group(rank: int, size: int) -> Any:
+    """Return a group of torch's `fake` backend by itself, without `init_process_group`."""
+    from torch._C._distributed_c10d import FakeProcessGroup
+
+    return FakeProcessGroup._create_internal(rank, size)
+
+
+# private: `_set_pg_timeout`. Without it the groups of a mesh would have torch's default of half an hour, whatever the user asks for.
+def limit_waiting(groups: Iterable[torch.distributed.ProcessGroup], timeout: timedelta) -> None:
+    """Let the collectives of these groups fail after this time."""
+    for group in groups:
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _tcp_store() -> tuple[Any, torch.distributed.TCPStore | None]:
+    """The default process group's store, and the one over TCP beneath it."""
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    inner = store
+    while isinstance(inner, torch.distributed.PrefixStore):
+        inner = inner.underlying_store
+    return store, inner if isinstance(inner, torch.distributed.TCPStore) else None
+
+
+# private: `_get_default_store`. Without it the watchdog could not tell which rank a collective waits for.
+def clone_store() -> torch.distributed.Store | None:
+    """Return another connection to the store of the process group, for another thread; None if it isn't one over TCP."""
+    store, tcp_store = _tcp_store()
+    return store.clone() if tcp_store is not None and hasattr(store, "clone") else None
+
+
+# private: as `clone_store`, and that the store's socket is found among the process's own. Without it the watchdog would hang as well.
+def let_store_fail(after: timedelta) -> None:
+    """Let calls of the process group's store fail if its machine has not acknowledged for this long; `check` would wait forever. Linux only."""
+    _, store = _tcp_store()
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    if option is None or store is None:
+        return
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        try:
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                if connection.getpeername()[1:2] == (store.port,):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, int(after.total_seconds() * 1000))
+        except (OSError, TypeError):  # closed by now, or not connected
+            continue
+
+
+@functools.cache
+def wait_for_gloo_at_exit() -> None:
+    """Give gloo's threads a moment before Python exits.
+
+    The last to release a tensor of a collective needs the interpreter; if that is gone, the process dies with "terminate called without an
+    active exception". Destroying the process group does not help while anything refers to it.
+    """
+    atexit.register(time.sleep, 0.1)
+
+
+# -------------------------------------------------------------------------------------------------------------- compiler
+def compile_function(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
+    """Call `torch.compile` with this backend, apart from what else is compiled of the same code.
+
+    `limit` (not with torch 2.11) says how often one piece of code may be recompiled, for layers that know their number, say.
+    """
+    compile: Callable[..., Callable[..., Any]] = torch.compile
+    try:
+        return compile(function, backend=backend, recompile_limit=limit, isolate_recompiles=True)
+    except TypeError:
+        return compile(function, backend=backend)
+
+
+# private: `torch._inductor.compile_fx`, `torch._dynamo.lookup_backend`. Without them a failing compiler could not be left out piece by piece.
+def backend_of(name: str) -> Callable[..., Any]:
+    """Return the compiler that `torch.compile(backend=name)` calls.
+
+    Raises:
+        ValueError: names those that there are.
+    """
+    if name == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx
+    try:
+        backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    except torch._dynamo.exc.InvalidBackend:
+        raise ValueError(f"there are {', '.join(torch._dynamo.list_backends(None))}") from None
+    return backend
+
+
+# private: `torch._dynamo.exc.TorchDynamoException`. Without it a block that can't be compiled would be an error.
+def is_compiler_error(error: Exception) -> bool:
+    """Return whether `torch.compile` could not compile, or raised while it tried to."""
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+
+
+# private: `OptimizedModule` and its `_orig_mod` and `dynamo_ctx`, `Module._compiled_call_impl`. Without them such a model could not be split.
+def take_compiled(model: torch.nn.Module) -> dict[str, Any]:
+    """Undo what users have compiled inside of a model, in place: wrappers are replaced by what they wrap.
+
+    Returns:
+        The backend of each module that was compiled, by name.
+    """
+    found: dict[str, Any] = {}
+    for prefix, module in list(model.named_modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, torch._dynamo.OptimizedModule):
+                found[f"{prefix}.{name}" if prefix else name] = backend_of_context(child.dynamo_ctx)
+                module._modules[name] = child._orig_mod
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:  # `module.compile()`
+            found[name] = "inductor"
+            module._compiled_call_impl = None
+    return found
+
+
+# private: `torch._dynamo.eval_frame.innermost_backend`. Without it blocks would be compiled with another backend than the user's.
+def backend_of_context(context: Any) -> Any:
+    """Return the backend that `torch.compile` was given, from the context that its wrapper keeps."""
+    return torch._dynamo.eval_frame.innermost_backend(context.callback)
+
+
+# ----------------------------------------------------------------------------------------------------------------- files
+
 # What torch pickles into the `.metadata` of a distributed checkpoint, by module and name; and what makes a dtype, a layout.
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -167,11 +440,11 @@ METADATA_CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-}
+}  # fmt: skip
 
 
 def rename_exchange(a: str, b: str) -> bool:
-    """Let two names of a file system change places, at one instant; False if the system or the file system can't.
+    """Exchange two names of a file system atomically, by Linux's `renameat2`; False if the system or the file system can't.
 
     Raises:
         OSError: for other reasons (one of them is missing).
@@ -189,265 +462,31 @@ def rename_exchange(a: str, b: str) -> bool:
     raise OSError(code, os.strerror(code), a, None, b)
 
 
-def compile_function(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
-    """`torch.compile` with this backend, apart from what else is compiled of the same code.
-
-    `limit`: how often one piece of code may be compiled anew (for layers that know their number, say).
-    """
-    compile: Callable[..., Callable[..., Any]] = torch.compile
-    try:
-        return compile(function, backend=backend, recompile_limit=limit, isolate_recompiles=True)
-    except TypeError:  # older than 2.13
-        return compile(function, backend=backend)
-
-
-def backend_of(name: str) -> Callable[..., Any]:
-    """The compiler that `torch.compile(backend=name)` calls.
-
-    Raises:
-        ValueError: it names those that there are.
-    """
-    if name == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx
-    try:
-        backend: Callable[..., Any] = torch._dynamo.lookup_backend(name)
-    except torch._dynamo.exc.InvalidBackend:
-        raise ValueError(f"there are {', '.join(torch._dynamo.list_backends(None))}") from None
-    return backend
-
-
-def is_compiler_error(error: Exception) -> bool:
-    """Whether `torch.compile` could not compile, or raised while it tried to."""
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
-
-
-def take_compiled(model: torch.nn.Module) -> dict[str, Any]:
-    """Undo what users have compiled inside of a model, in place: wrappers are replaced by what they wrap.
-
-    Returns:
-        For the name of each module that was compiled, its backend.
-    """
-    found: dict[str, Any] = {}
-    for prefix, module in list(model.named_modules()):
-        for name, child in module._modules.items():
-            if isinstance(child, torch._dynamo.OptimizedModule):
-                found[f"{prefix}.{name}" if prefix else name] = backend_of_context(child.dynamo_ctx)
-                module._modules[name] = child._orig_mod
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None:  # `module.compile()`
-            found[name] = "inductor"
-            module._compiled_call_impl = None
-    return found
-
-
-def is_compiled_wrapper(module: Any) -> bool:
-    """Whether this is what `torch.compile(module)` gives."""
-    return isinstance(module, torch._dynamo.OptimizedModule)
-
-
-def backend_of_context(context: Any) -> Any:
-    """What `torch.compile` was told to compile with, from the context that it gives a wrapper."""
-    return getattr(torch._dynamo.eval_frame, "innermost_backend", lambda backend: backend)(context.callback)
-
-
-def function_modes() -> list[Any]:
-    """The `TorchFunctionMode`s that are on, the outermost first."""
-    if not torch._C._len_torch_function_stack():
-        return []
-    return list(torch.overrides._get_current_function_mode_stack())
-
-
-def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
-    """Let the gradient norm that `torch.nn.utils.clip_grad_norm_` takes be that of `make(torch's own)`; once."""
-    from torch.nn import utils
-    from torch.nn.utils import clip_grad
-
-    if hasattr(clip_grad._get_total_norm, "_lightning_tp"):
-        return
-    wrapped: Any = make(clip_grad._get_total_norm)
-    wrapped._lightning_tp = True
-    clip_grad._get_total_norm = wrapped  # what clip_grad_norm_ calls, however that was imported
-    utils.get_total_norm = wrapped
-
-
-def let_store_fail(after: timedelta) -> None:
-    """Let calls of the process group's store fail where its machine has not taken what was sent for this long: `check` would wait forever."""
-    under: Any = torch.distributed.distributed_c10d._get_default_store()
-    while isinstance(under, torch.distributed.PrefixStore):
-        under = under.underlying_store
-    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
-    if option is None or not isinstance(under, torch.distributed.TCPStore):
-        return
-    for name in os.listdir("/proc/self/fd"):
-        descriptor = int(name)
-        try:
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(descriptor)) as connection:
-                if connection.getpeername()[1:2] == (under.port,):
-                    connection.setsockopt(socket.IPPROTO_TCP, option, int(after.total_seconds() * 1000))
-        except (OSError, TypeError):  # closed by now, or not connected
-            continue
-
-
-def clone_store() -> torch.distributed.Store | None:
-    """A connection of the caller's own to the store of the process group, for another thread; None if it isn't one over TCP."""
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
-    under = store
-    while isinstance(under, torch.distributed.PrefixStore):
-        under = under.underlying_store
-    return store.clone() if isinstance(under, torch.distributed.TCPStore) and hasattr(store, "clone") else None
-
-
-def limit_waiting(groups: Iterable[torch.distributed.ProcessGroup], timeout: timedelta) -> None:
-    """Let the collectives of these groups fail after this time: those of a mesh are made with torch's own default of half an hour."""
-    for group in groups:
-        torch.distributed.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-@functools.cache
-def wait_for_gloo_at_exit() -> None:
-    """Leave gloo's threads a moment before Python ends.
-
-    The last of them to let go of a tensor of a collective asks for the interpreter, and if that is gone, brings the process down with
-    "terminate called without an active exception". Destroying the process group does not help while anybody refers to it.
-    """
-    atexit.register(time.sleep, 0.1)
-
-
-def patched(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute, and hand back what undoes it: Lightning and torchmetrics have no other way in for some things."""
-    had = name in vars(owner)
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-
-    def undo() -> None:
-        if had:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-    return undo
-
-
+# private: `FakeTensorMode`. Without it a checkpoint file would have to be loaded in full to read one tensor.
 def fake_tensors() -> Any:
-    """A context in which new tensors have no memory; `torch.load` then says of each where in the file it lies."""
+    """Return a context in which new tensors have no memory; `torch.load` then says of each where in the file it lies."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+# private: `UntypedStorage._checkpoint_offset`. As `fake_tensors`.
 def offset_in_file(fake: Tensor) -> int | None:
-    """At what byte of a file that was loaded under `fake_tensors` the storage of this tensor begins."""
+    """Return at what byte of a file that was loaded under `fake_tensors` the storage of this tensor begins."""
     offset: int | None = getattr(fake.untyped_storage(), "_checkpoint_offset", None)
     return offset
 
 
-@functools.cache
-def _fakes() -> Any:
-    return fake_tensors()
+_shared_fake_tensors = functools.cache(fake_tensors)
 
 
 def fake_like(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU without memory, for `saved_without_data`."""
-    with _fakes():
+    """Return a tensor on the CPU without memory, for `saved_without_data`."""
+    with _shared_fake_tensors():
         return torch.empty(shape, dtype=dtype)
 
 
 def saved_without_data(tree: Any, path: Any) -> None:
-    """`torch.save` of tensors without memory: a file with room for their bytes."""
+    """Call `torch.save` for tensors without memory: the file has room for their bytes."""
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(tree, path)
-
-
-def sequence_number() -> int:
-    """The number that the next node of autograd's graph gets."""
-    return torch._C._autograd._get_sequence_nr()
-
-
-def sequence_number_of_backward() -> int | None:
-    """The number of the node whose backward runs now; None outside of a backward pass."""
-    node = torch._C._current_autograd_node()
-    return None if node is None else int(node._sequence_nr())
-
-
-def backward_under_modes(loss: Tensor) -> None:
-    """`loss.backward()`; code that is run again for it sees the `TorchFunctionMode`s that are on, as in the forward."""
-    engine: Any = torch.autograd.graph._engine_run_backward
-    engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-
-def fake_store() -> Any:
-    """A store that torch's `fake` backend takes; importing it registers the backend."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    return FakeStore()
-
-
-def fake_process_group(rank: int, size: int) -> Any:
-    """A group of torch's `fake` backend by itself, without `init_process_group`."""
-    from torch._C._distributed_c10d import FakeProcessGroup
-
-    return FakeProcessGroup._create_internal(rank, size)
-
-
-def math_attention_weights(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, *, scale: float | None, enable_gqa: bool
-) -> Tensor:
-    """Return the attention weights (.., L, S) of `F.scaled_dot_product_attention`'s math kernel, before dropout."""
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
-    _, weights = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )
-    return weights
-
-
-def storage_key(tensor: Tensor) -> int:
-    """Return a number of a tensor's storage: equal for tensors that share memory. It may be used again once the storage is gone."""
-    return storage_address(tensor.untyped_storage())
-
-
-def storage_address(storage: torch.UntypedStorage) -> int:
-    return storage._cdata
-
-
-@functools.cache
-def written_arguments(operator: Any) -> list[tuple[int, str]]:
-    """Return (position, name) of the arguments that an operator of `torch.ops` writes to."""
-    arguments = list(enumerate(operator._schema.arguments))
-    if operator.namespace == "c10d" and operator.overloadpacket.__name__.endswith("_"):
-        return [(i, a.name) for i, a in arguments[:1]]  # collectives, whose schemas don't say
-    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-def without_torch_function() -> Any:
-    return torch._C.DisableTorchFunction()
-
-
-def without_torch_dispatch() -> Any:
-    return torch._C._DisableTorchDispatch()
-
-
-def negative_view(tensor: Tensor) -> Tensor:
-    return torch._neg_view(tensor)
-
-
-def without_dispatch_modes() -> Any:
-    """Enter a context in which no `TorchDispatchMode` sees what is called."""
-    return torch.utils._python_dispatch._disable_current_modes()
-
-
-def without_torch_function_subclass() -> Any:
-    return torch._C.DisableTorchFunctionSubclass()
-
-
-def wrapper_tensor(cls: type, sizes: list[int], dtype: torch.dtype, device: torch.device) -> Any:
-    return Tensor._make_wrapper_subclass(cls, sizes, dtype=dtype, device=device)
-
-
-def graph_is_retained() -> bool:
-    """Return whether the backward pass that runs now was asked to keep what was saved for it (`retain_graph`)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -55,7 +55,7 @@ def damage(place: StoragePath, world: Peers) -> str | None:
             mine = next((p for p in problems if p is not None), None)
     except OSError as error:
         mine = f"{_CLOSED}: {error.strerror or error} ({error.filename})"
-    return world.first_said(mine)
+    return world.first_message(mine)
 
 
 def candidates(folder: StoragePath) -> list[StoragePath]:

@@ -150,7 +150,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         >>> L.Trainer(accelerator="cpu", devices=4, strategy=TPStrategy(tp=3), logger=False)
         Traceback (most recent call last):
         ...
-        lightning_tp.errors.TPError: `tp=3` does not divide a world of 4 ranks. Use tp=1, 2, 4, or another number of devices.
+        lightning_tp.errors.TPError: `tp=3` needs a multiple of 3 ranks, and the world size is 4. Use tp=1, 2, 4, or another number of devices.
     """
 
     strategy_name = "tp"

@@ -87,13 +87,13 @@ def fit(
 
 def test_tp_does_not_divide_the_world() -> None:
     """When the Trainer is made, before any process is started."""
-    with pytest.raises(ltp.TPError, match=r"`tp=3` does not divide a world of 4 ranks\. Use tp=1, 2, 4"):
+    with pytest.raises(ltp.TPError, match=r"`tp=3` needs a multiple of 3 ranks, and the world size is 4\. Use tp=1, 2, 4"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=3), **QUIET)
-    with pytest.raises(ltp.TPError, match=r"`dp=2` x `tp=4` are 8 ranks, and the world has 4"):
+    with pytest.raises(ltp.TPError, match=r"`dp=2` x `tp=4` are 8 ranks, and the world size is 4"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=4, dp=2), **QUIET)
     with pytest.raises(ltp.TPError, match=r"`tp=0`: give a number of ranks"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=0), **QUIET)
-    assert "`tp=3` does not divide a world of 2" in message_of(lambda: trainer(strategy=ltp.TPStrategy(tp=3)))
+    assert "`tp=3` needs a multiple of 3 ranks, and the world size is 2" in message_of(lambda: trainer(strategy=ltp.TPStrategy(tp=3)))
 
 
 def test_tp_is_larger_than_the_heads() -> None:
@@ -298,7 +298,7 @@ if __name__ == "__main__":
 MISTAKES = {
     "rule": ("tp=2, plan={'attention.wrong': 'colwise'}", "LlamaModule", "matches no module and no parameter"),
     "data": ("tp=2, plan=PLAN", "Other", "differs inside a tensor-parallel group"),
-    "size": ("tp=3, plan=PLAN", "LlamaModule", "does not divide a world of 2"),
+    "size": ("tp=3, plan=PLAN", "LlamaModule", "and the world size is 2"),
 }
 
 

@@ -359,7 +359,7 @@ def test_fake_world_pretends_and_cleans_up() -> None:
     assert not dist.is_initialized()
     with fake_world(2):
         assert dist.get_world_size() == 2
-        with pytest.raises(TPError, match="found a process group of 2 ranks"), fake_world(4):
+        with pytest.raises(TPError, match="this process has a process group of 2 ranks"), fake_world(4):
             pass
     with pytest.raises(TPError, match="has ranks 0 to 1"), fake_world(2, rank=2):
         pass
