@@ -65,23 +65,14 @@ class RecordedOp:
 
 @dataclass
 class Recording:
-    """What a tape has recorded.
-
-    Args:
-        ops: in the order in which they ran.
-        order: in which a playback runs them; empty: the same.
-        storages: all meta storages, which keeps their keys from being used again.
-        foreign: those of which the tape did not see how they were made.
-        generators: as they were found.
-        resumed: draws after which their stream goes on later, and not with the next draw.
-    """
+    """What a tape has recorded."""
 
     ops: list[RecordedOp] = field(default_factory=list)
-    order: list[int] = field(default_factory=list)
-    storages: dict[int, UntypedStorage] = field(default_factory=dict)
-    foreign: set[int] = field(default_factory=set)
-    generators: dict[Generator, Tensor] = field(default_factory=dict)
-    resumed: set[int] = field(default_factory=set)
+    order: list[int] = field(default_factory=list)  # in which a playback runs them, if it isn't that in which they ran
+    storages: dict[int, UntypedStorage] = field(default_factory=dict)  # kept, so that their keys are not used again
+    foreign: set[int] = field(default_factory=set)  # storages of which the tape did not see how they were made
+    generators: dict[Generator, Tensor] = field(default_factory=dict)  # and their states, as they were found
+    resumed: set[int] = field(default_factory=set)  # draws after which their stream continues later, and not with the next draw
 
     def schedule(self, wanted: set[int], end: DrawPoint) -> deque[PlaybackStep]:
         """Walk back from the storages `wanted` and from the draw `end`: what must run, and when a storage is complete or free.

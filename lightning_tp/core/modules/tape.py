@@ -133,16 +133,10 @@ class InitTape(TorchDispatchMode):
         changes: Sequence[Any] = (),
         overwrites: bool = False,
     ) -> None:
-        """Append a call to the tape.
+        """Append a call, which a playback makes with real tensors instead of the meta tensors in its arguments.
 
-        Args:
-            call: run by a playback, with real tensors instead of the meta tensors in `args` and `kwargs`.
-            args: of the call.
-            kwargs: of the call.
-            draws: it draws random numbers from `kwargs["generator"]`, or from the default generator.
-            makes: its outputs.
-            changes: those of its arguments that it writes to.
-            overwrites: it writes all of them, without reading them.
+        `draws` says that it draws random numbers, from `kwargs["generator"]` or the default generator; `makes` are its outputs, `changes` those of
+        its arguments that it writes to, and `overwrites` says that it does not read them.
         """
         storages = self._recording.storages
         given = [storage_key(leaf) for leaf in leaves_of((args, kwargs)) if is_meta(leaf)]

@@ -73,18 +73,9 @@ def run_exact(call: FunctionCall, region: DropoutRegion, axis: Axis) -> Tensor:
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    region: DropoutRegion,
-    axis: Axis,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
+    scale: float | None = None, enable_gqa: bool = False, region: DropoutRegion, axis: Axis,
+) -> Tensor:  # fmt: skip
     """`F.scaled_dot_product_attention` by its math kernel, with this rank's heads of the mask."""
     if query.is_cuda and (torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()):
         raise TPError(
@@ -102,17 +93,11 @@ def _attention(
 
 @dataclass(frozen=True)
 class LayerOutput:
-    """What the last layer with a sharded weight gave.
+    """What a layer with a sharded weight gave."""
 
-    Args:
-        shape: of its local output.
-        column_parallel: its output features are sharded; else what follows is a shard of the sequence, or replicated.
-        in_rank_order: the shards of its features lie behind each other in the order of the ranks.
-    """
-
-    shape: torch.Size
-    column_parallel: bool
-    in_rank_order: bool
+    shape: torch.Size  # of its local output
+    column_parallel: bool  # its output features are sharded; else what follows is a shard of the sequence, or replicated
+    in_rank_order: bool  # the shards of its features lie behind each other in the order of the ranks
 
 
 class LastSplitLayer:
@@ -138,21 +123,13 @@ class LastSplitLayer:
 
 @dataclass(frozen=True)
 class ShardedInput:
-    """A shard that is to be dropped out, and what is known about it.
-
-    Args:
-        shape: of the shard.
-        shapes: of the shards of all ranks.
-        axis: the tensor-parallel axis.
-        module: whose forward calls dropout.
-        layer: the output of the last layer with a sharded weight.
-    """
+    """A shard that is to be dropped out, and what is known about it."""
 
     shape: tuple[int, ...]
-    shapes: list[tuple[int, ...]]
+    shapes: list[tuple[int, ...]]  # of all ranks
     axis: Axis
-    module: nn.Module | None
-    layer: LayerOutput | None
+    module: nn.Module | None  # whose forward calls dropout
+    layer: LayerOutput | None  # of the last layer with a sharded weight
 
     @property
     def features(self) -> torch.Size | None:

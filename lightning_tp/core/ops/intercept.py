@@ -43,11 +43,9 @@ class Policy(Protocol):
     noise: NoiseTracker
     interceptor: CallInterceptor
 
-    def run_random_call(self, call: FunctionCall, frame: FrameType) -> Any:
-        """Make a call of one of `RANDOM_FUNCTIONS` that comes from `frame`."""
+    def run_random_call(self, call: FunctionCall, frame: FrameType) -> Any: ...
 
-    def run_other_call(self, call: FunctionCall) -> Any:
-        """Make a call of another torch function, while noise is followed."""
+    def run_other_call(self, call: FunctionCall) -> Any: ...
 
 
 class CallInterceptor:
@@ -151,30 +149,23 @@ class _in_functional:
 
 @dataclass(frozen=True)
 class PerRankCall:
-    """A call that draws random numbers for this rank's shard.
+    """A call that draws random numbers for this rank's shard."""
 
-    Args:
-        functional_name: the attribute of `torch.nn.functional` that the code calls; None if it has the function from elsewhere.
-        region: with `dropout="exact"`, the region of the full activation that the shard is.
-    """
-
-    functional_name: str | None = None
-    region: DropoutRegion | None = None
+    functional_name: str | None = (
+        None  # the attribute of `torch.nn.functional` that the code calls; None if it has the function from elsewhere
+    )
+    region: DropoutRegion | None = None  # with `dropout="exact"`: what the shard is of the full activation
 
 
 @dataclass
 class PerRankCalls:
-    """The per-rank calls of one module, which has them as its attribute `_per_rank_calls`.
-
-    Args:
-        interceptor: what intercepts them, while the module runs.
-        calls: those found so far.
-        functional_names: of the wrappers that see all of these calls; None if only the mode does.
-    """
+    """The per-rank calls of one module, which has them as its attribute `_per_rank_calls`."""
 
     interceptor: CallInterceptor
     calls: dict[CallKey, PerRankCall] = field(default_factory=dict)
-    functional_names: set[str] | None = field(default_factory=set)
+    functional_names: set[str] | None = field(
+        default_factory=set
+    )  # of the wrappers that see all these calls; None if only the mode does
 
     def add(self, key: CallKey, call: PerRankCall) -> None:
         """Intercept this call from now on."""

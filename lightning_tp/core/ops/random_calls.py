@@ -54,7 +54,6 @@ class FunctionCall(NamedTuple):
     kwargs: dict[str, Any]
 
     def run(self) -> Any:
-        """Make the call."""
         return self.func(*self.args, **self.kwargs)
 
     def argument(self, name: str, position: int, default: Any = False) -> Any:
@@ -63,7 +62,6 @@ class FunctionCall(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The function's name."""
         return str(getattr(self.func, "__name__", self.func))
 
     @property
@@ -93,7 +91,6 @@ class FunctionCall(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The arguments that are tensors."""
         return [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
 
     @property
