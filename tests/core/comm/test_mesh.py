@@ -38,13 +38,25 @@ def test_sizes(tp: Any, dp: Any, world: int, per_node: int | None, sizes: tuple[
 @pytest.mark.parametrize(
     "tp, dp, world, per_node, message",
     [
-        (3, "auto", 8, None, r"`tp=3` needs a multiple of 3 ranks, and the world size is 8. Use tp=1, 2, 4, 8, or another number of devices"),
+        (
+            3,
+            "auto",
+            8,
+            None,
+            r"`tp=3` needs a multiple of 3 ranks, and the world size is 8. Use tp=1, 2, 4, 8, or another number of devices",
+        ),
         (16, "auto", 8, None, r"`tp=16` needs a multiple of 16 ranks, and the world size is 8"),
         (2, 3, 8, None, r"`dp=3` x `tp=2` are 6 ranks, and the world size is 8. Leave one of them 'auto'.*or start 6 ranks"),
         (4, 4, 8, None, r"`dp=4` x `tp=4` are 16 ranks, and the world size is 8.*start 16 ranks"),
         ("auto", 3, 8, None, r"`dp=3` x `tp=\d+` are \d+ ranks, and the world size is 8"),
         ("auto", 16, 8, None, r"`dp=16` x `tp=\d+` are \d+ ranks, and the world size is 8"),
-        ("auto", "auto", 10, 4, r"`tp='auto'` means the 4 ranks of a node, and the world size 10 is no multiple of that. Use tp=1, 2, 5, 10"),
+        (
+            "auto",
+            "auto",
+            10,
+            4,
+            r"`tp='auto'` means the 4 ranks of a node, and the world size 10 is no multiple of that. Use tp=1, 2, 5, 10",
+        ),
         (0, "auto", 8, None, r"`tp=0`: give a number of ranks, 1 or more, or 'auto'"),
         (-2, "auto", 8, None, r"`tp=-2`: give a number"),
         (2, 0, 8, None, r"`dp=0`: give a number"),
