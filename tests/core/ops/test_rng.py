@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import numpy
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
@@ -158,72 +154,3 @@ def test_states_of_all_coordinates(tmp_path: Path) -> None:
 
     ranks = run_ranks(body, 4)
     assert len({each for (each,) in ranks}) == 4
-
-
-class Dropped(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = randomize_(MLP())
-        self.losses: list[float] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        tokens = batch["tokens"]
-        return F.cross_entropy(self.model(tokens).flatten(0, 1), tokens.flatten())
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(outputs["loss"].item())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-class MLP(Net):
-    """Dropout on whole activations, and on shards."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = F.dropout(self.embed(tokens), 0.5, self.training)
-        return self.head(self.down(F.dropout(self.up(x).relu(), 0.5, self.training)))
-
-
-PLAN = {"embed": "vocab_embedding", "up": "colwise", "down": "rowwise", "head": "vocab_head"}
-QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "distributed"),
-    [((1, 2), True), ((1, 2), False), ((2, 2), True), pytest.param((2, 2), False, marks=pytest.mark.slow)],
-    ids=["tp2-folder", "tp2-file", "2x2-folder", "2x2-file"],
-)
-def test_a_resumed_run_drops_what_the_uninterrupted_one_did(mesh: tuple[int, int], distributed: bool, tmp_path: Path) -> None:
-    """From the end of an epoch and from the middle of one; on another mesh it goes on, differently."""
-
-    def fit(mesh: tuple[int, int], start: Path | None, save: bool = False) -> tuple[list[float], dict[str, Tensor]]:
-        torch.manual_seed(5)
-        saves = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=mesh[0] * mesh[1],
-            strategy=ltp.TPStrategy(tp=mesh[1], plan=PLAN, save_distributed_checkpoint=distributed),
-            max_epochs=2,
-            callbacks=[saves] if save else [],
-            enable_checkpointing=save,
-            **QUIET,
-        )
-        module = Dropped()
-        items = [ltp.RandomTokens(1, 6, 11)[0]] * 12  # all alike: Lightning begins the data anew in the middle of an epoch
-        trainer.fit(module, DataLoader(items, batch_size=4 // mesh[0], num_workers=0), ckpt_path=start)
-        return module.losses, ltp.full_state_dict(module)
-
-    def body() -> None:
-        losses, weights = fit(mesh, None, save=True)
-        saved = {int(p.stem.rpartition("=")[2]): p for p in tmp_path.glob("*.ckpt")}
-        assert sorted(saved) == [1, 2, 3, 4, 5, 6]
-        for step in (3, 2, 4):
-            again, end = fit(mesh, saved[step])
-            assert again == losses[step:], (step, again, losses)
-            assert all(torch.equal(t, weights[n]) for n, t in end.items())
-        if mesh == (2, 2):
-            again, _ = fit((4, 1), saved[3])
-            assert again != losses[3:] and len(again) == 3
-
-    run_ranks(body, mesh[0] * mesh[1], init=False)
