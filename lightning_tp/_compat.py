@@ -61,7 +61,7 @@ def queue_after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-# private: `torch._C._will_engine_execute_node`, and the words of its error. Without it gradients of the second kind would not be summed.
+# private: `torch._C._will_engine_execute_node`, and the words of its error. Without it `autograd.grad` would return partial sums.
 def backward_kind(parameter: torch.Tensor) -> Literal["backward", "grad"] | None:
     """Tell what is running now: a `backward` that adds to this parameter's `.grad`, a `torch.autograd.grad` that returns it, or neither."""
     with torch.enable_grad():

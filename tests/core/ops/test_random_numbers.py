@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.core.ops.intercept import is_intercepting, per_rank_calls_of
+from lightning_tp.core.ops.random_numbers import bind_random_calls, policy_of
 from lightning_tp.core.ops.rng import seed_mesh
-from lightning_tp.testing import randomize_, run_ranks
+from lightning_tp.testing import fake_world, randomize_, run_ranks
 from tests.core.ops.dropout_models import DIM, HEADS, Attention, Block, Net, batch, plan, steps
 
 
@@ -260,5 +265,140 @@ def test_places_that_are_drawn_are_those_of_one_process() -> None:
         model = ltp.parallelize(randomize_(Seeded(None, sampled=True)), make_mesh("cpu", 1, 2), SEEDED_PLAN)
         torch.manual_seed(3)
         assert seeded_steps(model) == pytest.approx(ref, rel=1e-5)
+
+    run_ranks(body, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- who decides what
+
+
+class Noisy(nn.Module):
+    """Random numbers of one kind between two split layers, in the code of the module that this is in."""
+
+    def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.noise = nn.Linear(DIM, 48), nn.Linear(48, DIM), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shard = self.noise(self.up(x)).detach()
+        return self.down(self.shard)
+
+
+KINDS: dict[str, tuple[Callable[[Tensor], Tensor], bool, bool]] = {  # and whether ranks differ in the first step, and in later ones
+    "dropout": (lambda x: F.dropout(x, 0.5), True, True),
+    "in place": (lambda x: F.dropout(x.clone(), 0.5, True, True), True, True),
+    "alpha_dropout": (lambda x: F.alpha_dropout(x, 0.5, True), True, True),
+    "by another name": (lambda x: torch.dropout(x, 0.5, True), True, True),
+    "rand": (lambda x: x * (torch.rand(x.shape) > 0.5), False, True),  # decided when it meets the shard: it has drawn then
+    "bernoulli": (lambda x: x * torch.bernoulli(torch.full(x.shape, 0.5)), False, True),
+    "through functions": (lambda x: torch.where(torch.rand(x.shape).sub(0.5).gt(0), x, 0), False, True),
+    "one for each sample": (lambda x: x * torch.rand(x.shape[0], 1, 1), False, False),
+    "its own generator": (lambda x: x * torch.rand(x.shape, generator=torch.Generator().manual_seed(4)), False, False),
+    "not in training": (lambda x: F.dropout(x, 0.5, False), False, False),
+}
+
+
+def test_which_calls_draw_for_shards() -> None:
+    """Both ranks have the same weights in their shards: what differs between them are the random numbers."""
+
+    def body() -> dict[str, list[Tensor]]:
+        found = {}
+        for name, (noise, *_) in KINDS.items():
+            model = Noisy(noise)
+            with torch.no_grad():
+                model.up.weight[24:] = model.up.weight[:24] * (1 + 1e-2)
+                model.up.bias.zero_()
+            ltp.parallelize(model, make_mesh("cpu", 1, 2), SEEDED_PLAN)
+            torch.manual_seed(3)
+            x, shards = torch.ones(2, 9, DIM), []
+            for _ in range(4):  # the fourth is one that nobody observes
+                model(x)
+                shards.append(model.shard / (model.up(x).detach() + 1e-12))
+            found[name] = shards
+            assert bool(per_rank_calls_of(model)) is KINDS[name][2], name
+            policy = policy_of(model)
+            assert policy is not None and not policy.noise and not policy.interceptor.running and policy.steps == 4
+        return found
+
+    a, b = run_ranks(body, 2)
+    for name, (_, first, later) in KINDS.items():
+        differ = [not torch.allclose(x, y, atol=1e-3) for x, y in zip(a[name], b[name])]
+        assert differ == [first, later, later, later], name
+
+
+def test_steps_that_are_observed() -> None:
+    seen: list[bool] = []
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(is_intercepting())
+            return x
+
+    with fake_world(2):
+        axis = Axis(dist.group.WORLD)
+        for how in ("independent", "exact"):
+            seen.clear()
+            model = Asks()
+            bind_random_calls(model, axis, how)  # type: ignore[arg-type]
+            for _ in range(10):
+                model(torch.ones(1))
+            assert [i for i, observed in enumerate(seen) if observed] == (
+                [0, 1, 2, 4, 8] if how == "independent" else list(range(10))
+            )
+            model.eval()(torch.ones(1))
+            assert not seen[-1] and policy_of(nn.Sequential(model)).steps == 10
+        policy = policy_of(model.train())
+        with policy.step():
+            model(torch.ones(1))  # a step inside of a step
+        assert policy.steps == 12 and not is_intercepting()
+        lightning_module = Asks()
+        lightning_module.training_step = lambda: None
+        bind_random_calls(lightning_module, axis, "independent")
+        lightning_module(torch.ones(1))
+        assert not seen[-1] and policy_of(lightning_module).steps == 0  # the strategy begins its steps
+    assert policy_of(nn.Identity()) is None
+
+
+def test_a_function_that_is_checkpointed_is_refused() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(DIM, 48), nn.Linear(48, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+        def inner(self, x: Tensor) -> Tensor:
+            return self.down(F.dropout(self.up(x), 0.5, self.training))
+
+    def body() -> None:
+        model = ltp.parallelize(randomize_(Outer()), make_mesh("cpu", 1, 2), SEEDED_PLAN)
+        with pytest.raises(
+            ltp.TPError, match=r"Outer: `dropout` draws random numbers for a shard .* passed to `torch.utils.checkpoint`"
+        ):
+            model(torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(0)))
+        assert not is_intercepting()
+
+    run_ranks(body, 2)
+
+
+@pytest.mark.parametrize("how", ["independent", "exact"])
+def test_a_copy_draws_by_itself(how: str) -> None:
+    def body() -> None:
+        model = ltp.parallelize(randomize_(Net()), make_mesh("cpu", 1, 2), plan(True), dropout=how)
+        torch.manual_seed(3)
+        first = steps(model, (0, 1, 2, 3))
+        fresh = ltp.parallelize(randomize_(Net()), make_mesh("cpu", 1, 2), plan(True), dropout=how)
+        torch.manual_seed(3)
+        steps(fresh, (0, 1))
+        twin = copy.deepcopy(fresh)
+        policies = policy_of(fresh), policy_of(twin)
+        assert policies[1] is not policies[0] and policies[1].steps == 0 and policies[1].exact == (how == "exact")
+        held = twin.blocks[0].inner.__dict__["_per_rank_calls"].interceptor
+        assert held is policies[1].interceptor
+        state = torch.get_rng_state()
+        assert steps(twin, (2, 3)) == first[2:]
+        torch.set_rng_state(state)
+        assert steps(fresh, (2, 3)) == first[2:]
 
     run_ranks(body, 2)
