@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
-from lightning_tp.core.ops.rng import on_rank_stream, rng_state, seed_mesh, set_rng_state
-from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from lightning_tp.core.ops.rng import on_rank_stream, rng_state, seed_mesh, set_rng_state, set_shared_state
+from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 from lightning_tp.testing.fixtures import run_if
 
 
@@ -154,3 +154,30 @@ def test_states_of_all_coordinates(tmp_path: Path) -> None:
 
     ranks = run_ranks(body, 4)
     assert len({each for (each,) in ranks}) == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "shared"),
+    [
+        ((2, 2), {0: 0, 1: 1, 2: 2, 3: 3}),  # the same mesh: each rank its own
+        ((1, 4), {0: 0, 3: 0}),  # one group: the shared stream of the first
+        ((2, 1), {0: 0, 1: 2}),  # the first ranks of the groups that there were
+        ((4, 1), {0: 0, 1: 2, 2: None, 3: None}),  # more groups than there were: streams of their own
+    ],
+)
+def test_streams_on_another_mesh(shape: tuple[int, int], shared: dict[int, int | None]) -> None:
+    states = [
+        {"cpu": torch.Generator().manual_seed(rank).get_state(), "python": random.Random(rank).getstate()} for rank in range(4)
+    ]
+    saved = {"mesh": (2, 2), "ranks": states}
+    expected = [(torch.rand(1, generator=torch.Generator().manual_seed(r)).item(), random.Random(r).random()) for r in range(4)]
+    news = []
+    for rank, of in shared.items():
+        with fake_world(shape[0] * shape[1], rank=rank):
+            set_shared_state(make_mesh("cpu", *shape), saved)
+            got = torch.rand(1).item(), random.random()
+        if of is None:
+            news.append(got[0])
+        else:
+            assert got == expected[of], rank
+    assert len({*news, *(e[0] for e in expected)}) == 4 + len(news)
