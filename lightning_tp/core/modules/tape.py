@@ -57,7 +57,6 @@ class InitTape(TorchDispatchMode):
 
     @property
     def peak_bytes(self) -> int:
-        """The most that the last playback held at once."""
         return self._playback.peak_bytes
 
     def holds(self, tensor: Tensor) -> bool:
@@ -205,7 +204,7 @@ class InitTape(TorchDispatchMode):
     def close(self) -> None:
         """Stop recording: give the generators back as they were found, and choose the order of a playback.
 
-        What does not draw is to run right after what it is made from, so that `model.half()` holds no whole model.
+        What does not draw runs right after what it is made from, so that a playback of `model.half()` never holds the full model.
         """
         self._end = self._draw_point(torch.default_generator)
         for generator, state in self._recording.generators.items():

@@ -54,10 +54,7 @@ def vocab_parallel_cross_entropy(
         target: class indices in [0, vocab), or `ignore_index`; the same on all ranks.
         axis: the tensor-parallel axis.
         vocab: number of classes.
-        weight: of each class, (vocab,).
-        ignore_index: as in `F.cross_entropy`.
-        reduction: as in `F.cross_entropy`.
-        label_smoothing: as in `F.cross_entropy`.
+        weight: of each class, (vocab,); this and the others as in `F.cross_entropy`.
 
     Raises:
         TPError: if a target is out of range. Not on a GPU, which would have to synchronize with the host.
@@ -150,15 +147,9 @@ class _LogProbability(Function):
 
 
 def cross_entropy_of_split(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
     """`F.cross_entropy` of `SplitLogits` (V,), (N, V) or (N, V, d1, ..); NotImplemented where it has to all-gather them."""
     if not isinstance(input, SplitLogits) or any(isinstance(other, SplitLogits) for other in (target, weight)):
         return NotImplemented
@@ -171,16 +162,8 @@ def cross_entropy_of_split(
     local = to_local(input)
     if local.ndim != 2:  # (N, V_local, d1, ..) -> (N d1 .., V_local)
         local = local.movedim(dim, -1).reshape(target.numel(), local.shape[dim])
-    loss = vocab_parallel_cross_entropy(
-        local,
-        target.reshape(-1),
-        input.axis,
-        input.vocab,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    options: Any = dict(weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    loss = vocab_parallel_cross_entropy(local, target.reshape(-1), input.axis, input.vocab, **options)
     return loss.view(tokens) if reduction == "none" else loss
 
 

@@ -37,7 +37,7 @@ from lightning_tp.core.ops.rng import on_rank_stream
 
 
 class Policy(Protocol):
-    """Makes the calls that are intercepted: `RandomCallPolicy`."""
+    """What makes the calls that are intercepted: `RandomCallPolicy`."""
 
     axis: Axis
     noise: NoiseTracker
@@ -49,7 +49,7 @@ class Policy(Protocol):
 
 
 class CallInterceptor:
-    """Hand the calls of torch functions that draw random numbers to a policy.
+    """Hands the calls of torch functions that draw random numbers to a policy.
 
     Attributes:
         mode_active: the `TorchFunctionMode` is on.

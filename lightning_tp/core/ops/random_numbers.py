@@ -49,7 +49,7 @@ Dropout = Literal["independent", "exact"]
 
 
 class RandomCallPolicy:
-    """Decide for each call that draws random numbers whether it draws for all ranks or for this one, and make it.
+    """Decides for each call that draws random numbers whether it draws for all ranks or for this one, and makes it.
 
     Args:
         axis: the tensor-parallel axis.
