@@ -29,7 +29,7 @@ from torch import nn
 from lightning_tp._compat import backend_of, compile_function, function_modes, is_compiler_error, take_compiled
 from lightning_tp.core.comm import transitions
 from lightning_tp.core.modules.swap_class import swap_class
-from lightning_tp.core.ops.intercept import is_intercepting, per_rank_calls_of
+from lightning_tp.core.ops.intercept import is_intercepting
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.local_ops import changes_calls
 
@@ -111,7 +111,7 @@ class _Compiled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiler = self._compiler
-        if compiler.off or per_rank_calls_of(self) or _calls_are_intercepted():
+        if compiler.off or _calls_are_intercepted():
             return super().forward(*args, **kwargs)
         before = transitions.left_compiled_code
         try:
