@@ -22,12 +22,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401  # list of tensors -> one, for the sum of many small gradients
-from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401  # and back
-from torch.amp.grad_scaler import OptState as OptState  # how far a GradScaler is with an optimizer's step
+from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401
+from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401
+from torch.amp.grad_scaler import OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn.modules.module import _IncompatibleKeys as incompatible_keys  # noqa: F401
 
 
 # -------------------------------------------------------------------------------------------------------------- packages
@@ -142,6 +143,11 @@ def without_dispatch_modes() -> Any:
     return torch.utils._python_dispatch._disable_current_modes()
 
 
+def is_in_place(operator: Any) -> bool:
+    """Return whether an operator of `torch.ops` writes into one of its arguments."""
+    return bool(operator._schema.is_mutable)
+
+
 # private: `OpOverload._schema`. Without it in-place operators could not be told from others.
 @functools.cache
 def written_arguments(operator: Any) -> list[tuple[int, str]]:
@@ -187,6 +193,10 @@ def math_attention_weights(
         query, key, value, mask, 0.0, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )
     return weights
+
+
+# flash attention as it runs without a device: it saves for the backward what the kernels of all devices save
+flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 # --------------------------------------------------------------------------------------------------------------- DTensor
@@ -266,6 +276,19 @@ class _InitDtypesOfFrozen:
             group._orig_dtype, group._reduce_dtype = group.fsdp_params[0].orig_dtype, group.fsdp_params[0].reduce_dtype
 
 
+# private: the fields of `GradScaler`. Without them a scaler could not be replaced by one that is told of all ranks' infinities.
+def scaler_settings(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """Return the arguments with which a gradient scaler was made."""
+    names = ("device", "init_scale", "growth_factor", "backoff_factor", "growth_interval", "enabled")
+    return {name: getattr(scaler, f"_{name}") for name in names}
+
+
+# private: `GradScaler._per_optimizer_states`. Without it gradients would be clipped before they are unscaled.
+def is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the gradients of an optimizer were unscaled since the last backward pass."""
+    return scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY
+
+
 # private: `torch._amp_foreach_non_finite_check_and_unscale_`, which `GradScaler` calls. Without it fp16 gradients would be unscaled one by one.
 def non_finite_check_and_unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     """Multiply these by `inv_scale` in place, and write 1 into `found_inf` if one of them is not finite."""
@@ -278,20 +301,30 @@ def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor
     from torch.nn import utils
     from torch.nn.utils import clip_grad
 
-    if hasattr(clip_grad._get_total_norm, "_lightning_tp"):
+    if hasattr(clip_grad._get_total_norm, "_tp_original"):
         return
     wrapped: Any = make(clip_grad._get_total_norm)
-    wrapped._lightning_tp = True
+    wrapped._tp_original = clip_grad._get_total_norm
     clip_grad._get_total_norm = wrapped  # what clip_grad_norm_ calls, however that was imported
     utils.get_total_norm = wrapped
 
 
 # -------------------------------------------------------------------------------------------------------- process groups
-# private: `ProcessGroup._allgather_base`. Its public wrapper costs as much as a small collective.
-def gather_rows(row: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+# private: `ProcessGroup._allgather_base`, `_reduce_scatter_base`. Their public wrappers cost as much as a small collective.
+def all_gather_into(output: Tensor, input: Tensor, group: Any) -> None:
+    """All-gather on the process group itself."""
+    group._allgather_base(output, input).wait()
+
+
+def reduce_scatter_into(output: Tensor, input: Tensor, group: Any) -> None:
+    """Reduce-scatter on the process group itself."""
+    group._reduce_scatter_base(output, input).wait()
+
+
+def gather_rows(row: Tensor, group: Any) -> Tensor:
     """All-gather equal shapes into one tensor: (..) of each rank -> (ranks, ..). `row` has to be contiguous."""
     every = row.new_empty((group.size(), *row.shape))
-    group._allgather_base(every.view(-1), row.view(-1)).wait()
+    all_gather_into(every.view(-1), row.view(-1), group)
     return every
 
 
@@ -424,6 +457,12 @@ def take_compiled(model: torch.nn.Module) -> dict[str, Any]:
 def backend_of_context(context: Any) -> Any:
     """Return the backend that `torch.compile` was given, from the context that its wrapper keeps."""
     return torch._dynamo.eval_frame.innermost_backend(context.callback)
+
+
+# ------------------------------------------------------------------------------------------------------------- Lightning
+def loaders_to_run(trainer: Any) -> Any:
+    """Return the loader, or loaders, that a Trainer is about to use. Lightning has no public name for it, and `cli` and `trainer` need it."""
+    return trainer._active_loop._data_source.dataloader()
 
 
 # ----------------------------------------------------------------------------------------------------------------- files

@@ -113,13 +113,13 @@ class _Compiled(nn.Module):
         compiler = self._compiler
         if compiler.off or _calls_are_intercepted():
             return super().forward(*args, **kwargs)
-        before = transitions.left_compiled_code
+        before = transitions.graph_breaks
         try:
             return compiler.compiled(super().forward.__func__)(self, *args, **kwargs)  # type: ignore[attr-defined]
         except Exception as error:
             if not is_compiler_error(error):
                 raise
-            if transitions.left_compiled_code != before:
+            if transitions.graph_breaks != before:
                 raise TPError(
                     f"`compile`: failed in the middle of a block, after some of its collectives: {type(error).__name__}: {error}. "
                     "Leave `compile` out for this model."

@@ -13,13 +13,13 @@ from lightning_tp._compat import gather_rows
 from lightning_tp.apply.materialize import Values
 from lightning_tp.core.checksum import byte_sums
 from lightning_tp.errors import TPError
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 BUCKET = 2**23  # elements that are broadcast at once
 
 
-def same_plan_everywhere(plan: Plan, mesh: DeviceMesh) -> None:
-    """Compare the hash of the plan over all ranks of the mesh. A collective.
+def same_plan_everywhere(plan: CheckedPlan, mesh: DeviceMesh) -> None:
+    """Compare the hash of the plan over all ranks of the mesh.
 
     Raises:
         TPError: on all ranks, if they differ.

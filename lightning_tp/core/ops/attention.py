@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_tp._compat import without_dispatch_modes, without_torch_function
 from lightning_tp.core.comm.axis import Axis
-from lightning_tp.core.comm.transitions import partial_to_replicate
+from lightning_tp.core.comm.transitions import partial_to_invariant
 from lightning_tp.core.modules.call_site import MODEL_CODE
 from lightning_tp.core.modules.swap_class import swap_class
 
@@ -110,7 +110,7 @@ def _returned_weights(weights: Tensor, average: bool, batched: bool, heads: int,
     if average:
         with without_torch_function(), without_dispatch_modes():
             mean = weights.sum(1) / heads  # over the heads of this rank
-        weights = mean if axis is None else partial_to_replicate(mean, axis)
+        weights = mean if axis is None else partial_to_invariant(mean, axis)
     return weights if batched else weights.squeeze(0)
 
 

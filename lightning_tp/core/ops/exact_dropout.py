@@ -108,10 +108,11 @@ class LastSplitLayer:
     def watch(self, model: nn.Module) -> None:
         """See the outputs of all layers of a model whose weight is sharded."""
         for module in model.modules():
-            split = getattr(getattr(getattr(module, "weight", None), "_tp_shard", None), "split", None)
-            if split is not None and split.dim is not None:
+            shard = getattr(getattr(module, "weight", None), "_tp_shard", None)
+            if shard is not None and shard.split.dim is not None:
+                split = shard.split
                 output_dim = 0 if isinstance(module, nn.Linear) else 1 if hasattr(module, "nf") else None  # `nf`: Conv1D of GPT-2
-                in_order = split.sum_over > 1 or all(
+                in_order = shard.sum_over > 1 or all(
                     len(a) == len(b) and all(i[1] == j[0] for i, j in zip(a, b)) for a, b in zip(split.ranges, split.ranges[1:])
                 )
                 module.register_forward_hook(partial(self._remember, split.dim == output_dim, in_order))

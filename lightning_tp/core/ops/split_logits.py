@@ -35,7 +35,7 @@ from torch.autograd import Function
 
 from lightning_tp._compat import without_torch_function_subclass, wrapper_tensor, written_arguments
 from lightning_tp.core.comm.axis import Axis, even_shard
-from lightning_tp.core.comm.transitions import replicate_to_width, width_to_replicate
+from lightning_tp.core.comm.transitions import invariant_to_width, width_to_invariant
 from lightning_tp.errors import TPError
 
 # name of a function, or of an operator -> what it does with split logits; filled by `logits_rules.py`, whose `split_logits` makes the first of them
@@ -212,13 +212,13 @@ def _gather(x: SplitLogits) -> Tensor:
         with torch.inference_mode(False):
             return _gather(x)
     with torch.no_grad():
-        full = width_to_replicate(x.local.movedim(x.vocab_dim, -1), x.axis, x.vocab)
+        full = width_to_invariant(x.local.movedim(x.vocab_dim, -1), x.axis, x.vocab)
         return full.movedim(-1, x.vocab_dim).contiguous()
 
 
 def local_columns(full: Tensor, dim: int, axis: Axis) -> Tensor:
     """Return this rank's shard of a tensor along `dim`; backward all-gather."""
-    return replicate_to_width(full.movedim(dim, -1), axis).movedim(-1, dim)
+    return invariant_to_width(full.movedim(dim, -1), axis).movedim(-1, dim)
 
 
 def full_sizes(x: SplitLogits) -> tuple[int, ...]:

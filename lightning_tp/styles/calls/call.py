@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_tp.core.comm.axis import State
+from lightning_tp.core.comm.state import I, State
 from lightning_tp.styles.split import Ownership
 
 SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
@@ -67,7 +67,7 @@ class Call:
         leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
         logits: its result stays split for the loss: the length of the vocabulary.
         groups: for each rank, how many groups of channels a convolution has.
-        to: with `leave`, what the terms become: "replicate", "sequence" (this rank's tokens), or "partial" (terms, as they are).
+        to: with `leave`, what the terms become: `I`, `S(1)` (this rank's tokens), or `P` (terms, as they are).
     """
 
     name: str
@@ -79,7 +79,7 @@ class Call:
     leave: bool = False
     logits: int | None = None
     groups: tuple[int, ...] = ()
-    to: State = "replicate"
+    to: State = I
 
     @property
     def changes(self) -> bool:
@@ -98,8 +98,8 @@ def _call_of(plain: dict[str, Any]) -> Call:
         )
         for o in plain["operands"]
     )
-    rest = {k: _tuples(v) for k, v in plain.items() if k not in ("operands", "name")}
-    return Call(plain["name"], operands=operands, **rest)
+    rest = {k: _tuples(v) for k, v in plain.items() if k not in ("operands", "name", "to")}
+    return Call(plain["name"], operands=operands, to=State.of(plain["to"]), **rest)
 
 
 def _tuples(x: Any) -> Any:

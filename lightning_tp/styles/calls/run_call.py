@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_tp.core.comm.axis import Axis
-from lightning_tp.core.comm.transitions import length_of, replicate_to_gathered, transition
+from lightning_tp.core.comm.sequence import full_length
+from lightning_tp.core.comm.state import P
+from lightning_tp.core.comm.transitions import invariant_to_replicate, transition
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.call import CONVOLUTIONS, COUNTS, FIRST_SIZE, READS, WITH_BIAS, Call, Operand
 from lightning_tp.styles.split import Ownership
@@ -48,7 +50,7 @@ def run_call(call: Call, func: Callable[..., Any], args: tuple[Any, ...], kwargs
             bias = bias if kwargs.get("beta", 1) == 1 else bias * kwargs["beta"]
             args, func = (args[0] * kwargs.get("alpha", 1), args[1]), WITH_BIAS[call.name]
             kwargs = {}
-        leave = transition("partial", call.to)
+        leave = transition(P, call.to)
         out = func(*args, **kwargs)
         if leave is not None:
             out = leave(out, axis)
@@ -68,7 +70,7 @@ def _whole_read(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], axis:
     sizes = list(args[0].size())
     for at, num, den in call.sizes[axis.rank] if call.sizes else ():
         if den == -1:
-            sizes[at] = length_of(args[0], axis)
+            sizes[at] = full_length(args[0], axis)
         else:
             sizes[at] = sizes[at] * num // den if den else num
     if call.name in COUNTS:
@@ -88,7 +90,7 @@ def _with_operands(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], ax
         holder = _holder(operand.path, new, kwargs)
         x = holder[operand.path[-1]]
         if operand.enter and x.requires_grad:
-            x = replicate_to_gathered(x, axis)
+            x = invariant_to_replicate(x, axis)
         if operand.part is not None and not _made_local(x, operand, new, kwargs):
             x = part_of(x, operand.part, axis.rank)
         holder[operand.path[-1]] = x

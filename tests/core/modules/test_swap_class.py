@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.styles import BindContext, Replicate
 
 
 class Plus(nn.Module):
@@ -101,3 +102,9 @@ def test_a_class_with_other_bases_before_module() -> None:
     assert torch.equal(nn.Module.__call__(odd, X, factor=3.0), X * 9)
     other: Any = Odd()
     assert torch.equal(nn.Module.__call__(other, X), X * 3)
+
+
+def test_replicate_swaps_nothing() -> None:
+    layer = nn.Linear(4, 4)
+    Replicate().bind(layer, BindContext("x", None))  # type: ignore[arg-type]
+    assert type(layer) is nn.Linear
