@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp._compat import gather_rows
 from lightning_tp.apply.materialize import Values
-from lightning_tp.core.checksum import byte_sums
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 
@@ -73,6 +72,13 @@ def _make_equal(tensors: list[Tensor], mesh: DeviceMesh) -> None:
 def _checksums(tensors: list[Tensor], device: torch.device) -> Tensor:
     """(tensors, 2) of int64."""
     return torch.stack([byte_sums(t).to(device) for t in tensors])
+
+
+def byte_sums(t: Tensor) -> Tensor:
+    """(2,) of int64 on the tensor's device: the sum of all its bytes, and that of the first half of them, which tells their order."""
+    flat = t.detach().reshape(-1)
+    raw = (flat.to(torch.uint8) if flat.dtype == torch.bool or not flat.numel() else flat.contiguous()).view(torch.uint8)
+    return torch.stack((raw.sum(dtype=torch.int64), raw[: raw.numel() // 2].sum(dtype=torch.int64)))
 
 
 def _broadcast(tensors: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:

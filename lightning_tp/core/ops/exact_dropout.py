@@ -8,7 +8,6 @@ hidden features and attention heads behind a column-parallel layer, and shards o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,9 +87,6 @@ def _attention(
     return (weights * region.mask(weights.detach().contiguous(), axis, dropout_p)) @ value
 
 
-# ---------------------------------------------------------------------------------------------------- finding the region
-
-
 @dataclass(frozen=True)
 class LayerOutput:
     """What a layer with a sharded weight gave."""
@@ -122,79 +118,54 @@ class LastSplitLayer:
             self.output = LayerOutput(out.shape, column_parallel, in_order)
 
 
-@dataclass(frozen=True)
-class ShardedInput:
-    """A shard that is to be dropped out, and what is known about it."""
+def dropout_region(
+    call: FunctionCall, shapes: list[tuple[int, ...]], axis: Axis, module: nn.Module | None, layer: LayerOutput | None
+) -> DropoutRegion:
+    """Find out which region of the full activation the input of a call is.
 
-    shape: tuple[int, ...]
-    shapes: list[tuple[int, ...]]  # of all ranks
-    axis: Axis
-    module: nn.Module | None  # whose forward calls dropout
-    layer: LayerOutput | None  # of the last layer with a sharded weight
-
-    @property
-    def features(self) -> torch.Size | None:
-        """The shape (B, S, local features) that the layer gave, if the shards of its features are in order and of one kind on all ranks."""
-        usable = self.layer is not None and self.layer.in_rank_order and len({len(shape) for shape in self.shapes}) == 1
-        return self.layer.shape if self.layer is not None and usable and len(self.layer.shape) == 3 else None
-
-    def span(self, dim: int) -> tuple[int, int, int] | None:
-        """(length of the full dim, start, stop) of the shard; None if all shards are of one length."""
-        lengths = [shape[dim] for shape in self.shapes]
-        start = sum(lengths[: self.axis.rank])
-        return None if len(set(lengths)) == 1 else (sum(lengths), start, start + lengths[self.axis.rank])
-
-
-def dropout_region(call: FunctionCall, x: ShardedInput) -> DropoutRegion:
-    """Find out which region of the full activation a shard is.
+    Args:
+        call: of a function that drops elements of a shard.
+        shapes: of the shards of all ranks.
+        axis: the tensor-parallel axis.
+        module: the one whose forward makes the call.
+        layer: what the last layer with a sharded weight gave.
 
     Raises:
         TPError: if that can't be told, or one process would draw another kind of mask.
     """
-    region = None
-    if x.module is not None and call.func in SUPPORTED:
-        rules = _AFTER_COLUMN_PARALLEL if x.layer is not None and x.layer.column_parallel else _ELSEWHERE
-        region = next((found for rule in rules if (found := rule(call, x)) is not None), None)
+    shape = tuple(call.input.shape)
+    region = _region(call.func, shape, shapes, axis, module, layer) if module is not None and call.func in SUPPORTED else None
     if region is None:
         raise TPError(
-            f'`dropout="exact"`: {type(x.module).__name__} draws random numbers (`{call.name}`) for a shard of shape {x.shape}, and it can\'t '
+            f'`dropout="exact"`: {type(module).__name__} draws random numbers (`{call.name}`) for a shard of shape {shape}, and it can\'t '
             'be told which region of the full activation that is, nor what one process would draw for it. Use `dropout="independent"`.'
         )
     return region
 
 
-def _weights_of_multihead_attention(call: FunctionCall, x: ShardedInput) -> DropoutRegion | None:
-    """(N, local heads, L, S) in the code of `attention.py`."""
-    return DropoutRegion(1) if isinstance(x.module, nn.MultiheadAttention) and len(x.shape) == 4 else None
-
-
-def _hidden_features(call: FunctionCall, x: ShardedInput) -> DropoutRegion | None:
-    """(B, S, local features), as the column-parallel layer gave them."""
-    matches = (features := x.features) is not None and len(x.shape) == 3 and x.shape[:2] == features[:2] and call.func is not SDPA
-    return DropoutRegion(2, span=x.span(2)) if matches else None
-
-
-def _heads(call: FunctionCall, x: ShardedInput) -> DropoutRegion | None:
-    """(B, local heads, ..), where the column-parallel layer gave (B, S, ..) or (S, B, ..)."""
-    matches = (features := x.features) is not None and len(x.shape) == 4 and x.shape[0] in features[:2]
-    return DropoutRegion(1, span=x.span(1)) if matches else None
-
-
-def _heads_in_batch(call: FunctionCall, x: ShardedInput) -> DropoutRegion | None:
-    """(B * local heads, S, ..), where the column-parallel layer gave (B, S, ..)."""
-    if (features := x.features) is None or len(x.shape) != 3 or any(shape != x.shape for shape in x.shapes):
+def _region(
+    func: Any, shape: tuple[int, ...], shapes: list[tuple[int, ...]], axis: Axis, module: nn.Module, layer: LayerOutput | None
+) -> DropoutRegion | None:
+    if isinstance(module, nn.MultiheadAttention) and len(shape) == 4:
+        return DropoutRegion(1)  # (N, local heads, L, S) in the code of `attention.py`
+    if layer is None or not layer.column_parallel:
+        seq_len = axis.seq_len
+        is_shard = seq_len is not None and len(shape) == 3 and shape[SEQUENCE_DIM] == math.ceil(seq_len / axis.size)
+        return DropoutRegion(SEQUENCE_DIM, sequence=True) if is_shard else None  # (B, local tokens, ..)
+    if not layer.in_rank_order or len(layer.shape) != 3 or any(len(other) != len(shape) for other in shapes):
         return None
-    batch, tokens = features[:2]
-    return DropoutRegion(0, heads=x.shape[0] // batch) if x.shape[0] % batch == 0 and x.shape[1] == tokens else None
+    batch, tokens = layer.shape[:2]
+    if len(shape) == 3 and shape[:2] == (batch, tokens) and func is not SDPA:
+        return DropoutRegion(2, span=_span(shapes, 2, axis.rank))  # (B, S, local features), as the layer gave them
+    if len(shape) == 4 and shape[0] in (batch, tokens):
+        return DropoutRegion(1, span=_span(shapes, 1, axis.rank))  # (B, local heads, ..), where the layer gave (B, S, ..) or (S, B, ..)
+    if len(shape) == 3 and shape[0] % batch == 0 and shape[1] == tokens and all(other == shape for other in shapes):
+        return DropoutRegion(0, heads=shape[0] // batch)  # (B * local heads, S, ..), where the layer gave (B, S, ..)
+    return None
 
 
-def _sequence_shard(call: FunctionCall, x: ShardedInput) -> DropoutRegion | None:
-    """(B, local tokens, ..)."""
-    seq_len = x.axis.seq_len
-    matches = seq_len is not None and len(x.shape) == 3 and x.shape[SEQUENCE_DIM] == math.ceil(seq_len / x.axis.size)
-    return DropoutRegion(SEQUENCE_DIM, sequence=True) if matches else None
-
-
-Rule = Callable[[FunctionCall, ShardedInput], "DropoutRegion | None"]
-_AFTER_COLUMN_PARALLEL: tuple[Rule, ...] = (_weights_of_multihead_attention, _hidden_features, _heads, _heads_in_batch)
-_ELSEWHERE: tuple[Rule, ...] = (_weights_of_multihead_attention, _sequence_shard)
+def _span(shapes: list[tuple[int, ...]], dim: int, rank: int) -> tuple[int, int, int] | None:
+    """(length of the full dim, start, stop) of a rank's shard; None if all shards are of one length."""
+    lengths = [shape[dim] for shape in shapes]
+    start = sum(lengths[:rank])
+    return None if len(set(lengths)) == 1 else (sum(lengths), start, start + lengths[rank])

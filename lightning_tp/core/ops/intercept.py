@@ -129,22 +129,16 @@ def is_intercepting() -> bool:
     return in_functional or any(isinstance(mode, _Mode) for mode in function_modes())
 
 
-class _in_functional:
+@contextlib.contextmanager
+def _in_functional(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Put functions into `torch.nn.functional`, until this exits."""
-
-    def __init__(self, functions: dict[str, Callable[..., Any]]) -> None:
-        self.functions = functions
-
-    def __enter__(self) -> None:
-        namespace = F.__dict__
-        self.before = {name: namespace[name] for name in self.functions}
-        namespace.update(self.functions)
-
-    def __exit__(self, *error: Any) -> None:
-        F.__dict__.update(self.before)
-
-
-# -------------------------------------------------------------------------------------------------------- single modules
+    namespace = F.__dict__
+    before = {name: namespace[name] for name in functions}
+    namespace.update(functions)
+    try:
+        yield
+    finally:
+        namespace.update(before)
 
 
 @dataclass(frozen=True)
@@ -152,7 +146,7 @@ class PerRankCall:
     """A call that draws random numbers for this rank's shard."""
 
     functional_name: str | None = (
-        None  # the attribute of `torch.nn.functional` that the code calls; None if it has the function from elsewhere
+        None  # the attribute of `torch.nn.functional` that the code calls; None if it has the function elsewhere
     )
     region: DropoutRegion | None = None  # with `dropout="exact"`: what the shard is of the full activation
 
@@ -165,7 +159,7 @@ class PerRankCalls:
     calls: dict[CallKey, PerRankCall] = field(default_factory=dict)
     functional_names: set[str] | None = field(
         default_factory=set
-    )  # of the wrappers that see all these calls; None if only the mode does
+    )  # of wrappers that see all these calls; None if only the mode does
 
     def add(self, key: CallKey, call: PerRankCall) -> None:
         """Intercept this call from now on."""
@@ -176,29 +170,23 @@ class PerRankCalls:
             self.functional_names = None
 
 
-class _intercepted:
+@contextlib.contextmanager
+def _intercepted(known: PerRankCalls) -> Iterator[None]:
     """Intercept the per-rank calls of a module that runs, until this exits."""
-
-    def __init__(self, known: PerRankCalls) -> None:
-        self.calls, interceptor = known.calls, known.interceptor
-        self.interceptor = interceptor
-        self.context: Any = None
-        if not interceptor.mode_active:
-            names = known.functional_names
-            self.context = interceptor.mode if names is None else _in_functional({n: interceptor.wrappers[n] for n in names})
-
-    def __enter__(self) -> None:
-        interceptor = self.interceptor
-        interceptor.running.append(self.calls)
-        if self.context is not None:
-            self.context.__enter__()
-            interceptor.mode_active = self.context is interceptor.mode
-
-    def __exit__(self, *error: Any) -> None:
-        interceptor = self.interceptor
-        if self.context is not None:
+    interceptor, names = known.interceptor, known.functional_names
+    by_mode = names is None and not interceptor.mode_active
+    if by_mode:
+        context: Any = interceptor.mode
+    else:
+        context = _in_functional({} if interceptor.mode_active else {n: interceptor.wrappers[n] for n in names or ()})
+    interceptor.running.append(known.calls)
+    interceptor.mode_active |= by_mode
+    try:
+        with context:
+            yield
+    finally:
+        if by_mode:
             interceptor.mode_active = False
-            self.context.__exit__(*error)
         if interceptor.running:
             interceptor.running.pop()
 

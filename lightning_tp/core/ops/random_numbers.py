@@ -38,7 +38,7 @@ from torch.compiler import is_compiling
 from lightning_tp._compat import patched
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.modules.swap_class import swap_class
-from lightning_tp.core.ops.exact_dropout import LastSplitLayer, ShardedInput, dropout_region, run_exact
+from lightning_tp.core.ops.exact_dropout import LastSplitLayer, dropout_region, run_exact
 from lightning_tp.core.ops.intercept import CallInterceptor, PerRankCall, intercept_call, key_of, module_calling, per_rank_calls_of
 from lightning_tp.core.ops.random_calls import GENERATING, INDEXING, FunctionCall
 from lightning_tp.core.ops.replication import CallKey, NoiseSource, NoiseTracker, is_broadcast_over_shards, shapes_if_sharded
@@ -82,18 +82,13 @@ class RandomCallPolicy:
             yield
             return
         unpatch = patched(torch, "seed", self.seed)
+        self._observing = self.exact or not number & (number - 1)
         try:
-            if number & (number - 1) and not self.exact:
+            with self.interceptor.all_calls() if self._observing else contextlib.nullcontext():
                 yield
-                return
-            self._observing = True
-            try:
-                with self.interceptor.all_calls():
-                    yield
-            finally:
-                self._observing = False
-                self.noise.clear()
         finally:
+            self._observing = False
+            self.noise.clear()
             unpatch()
 
     def seed(self) -> int:
@@ -130,12 +125,9 @@ class RandomCallPolicy:
             self._decide_noise(call, *meeting)
         return out
 
-    # ------------------------------------------------------------------------------------------------------- deciding
-
     def _decide(self, call: FunctionCall, key: CallKey, module: nn.Module | None, function_only: bool) -> PerRankCall | None:
         """Decide whether a call is on a shard (then it gives what it is from now on) or on a replicated activation (None). A collective."""
-        x = call.input
-        shapes = shapes_if_sharded(x, self.axis)
+        shapes = shapes_if_sharded(call.input, self.axis)
         if shapes is None:
             return None
         if function_only:
@@ -144,13 +136,11 @@ class RandomCallPolicy:
                 "`torch.utils.checkpoint`, and its recomputation in the backward pass can't be intercepted. Pass a module instead (the block "
                 "itself), or use `activation_checkpointing='block'`."
             )
-        region = None
-        if self.exact:
-            region = dropout_region(call, ShardedInput(tuple(x.shape), shapes, self.axis, module, self.last_split_layer.output))
+        region = dropout_region(call, shapes, self.axis, module, self.last_split_layer.output) if self.exact else None
         decided = PerRankCall(self.interceptor.functional_name, region)
         if (
             module is not None
-        ):  # else in the step itself: nothing is recomputed there, and steps that are not observed draw for all ranks
+        ):  # else in the step itself: nothing is recomputed there; steps that are not observed draw for all ranks
             intercept_call(module, key, decided, self.interceptor)
         return decided
 
@@ -176,9 +166,6 @@ class RandomCallPolicy:
         if decided.region is None:
             return on_rank_stream(self.axis.rank, call.device, call.run)
         return run_exact(call, decided.region, self.axis)
-
-
-# ------------------------------------------------------------------------------------------------------- binding a model
 
 
 class _ObservedModel(nn.Module):

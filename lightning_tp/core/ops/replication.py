@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_tp._compat import gather_rows
 from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
 from lightning_tp.core.ops.random_calls import FunctionCall
+from lightning_tp.core.ops.rng import default_generator
 from lightning_tp.errors import TPError
 
 SAMPLE, TOLERANCE = 512, 1e-3  # elements of an activation that are compared over ranks; the relative difference that is rounding
@@ -62,11 +63,7 @@ def _fingerprint(x: Tensor) -> Tensor:
 
 def _generator_state(device: torch.device) -> int:
     """Hash the state of torch's default generator to 48 bits, which float64 holds exactly."""
-    if device.type == "cuda":
-        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-        state = f"{generator.initial_seed()} {generator.get_offset()}".encode()
-    else:
-        state = torch.get_rng_state().numpy().tobytes()
+    state = default_generator(device).get_state().numpy().tobytes()
     return int.from_bytes(hashlib.sha256(state).digest()[:6], "little")
 
 

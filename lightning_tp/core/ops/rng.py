@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
-from lightning_tp.errors import TPError
 
 T = TypeVar("T")
 _OFFSET_STEP = 4  # the offset of a CUDA generator is a multiple of this
@@ -55,8 +54,8 @@ def on_rank_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
         >>> torch.equal(a, b), torch.equal(after, same)
         (False, True)
     """
+    generator = default_generator(device)
     if device.type == "cuda":
-        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
         seed, offset = generator.initial_seed(), generator.get_offset()
         generator.manual_seed(_mixed(_mixed(seed, offset), rank))
         try:
@@ -64,7 +63,6 @@ def on_rank_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
         finally:
             generator.manual_seed(seed)
             generator.set_offset(offset + _OFFSET_STEP)
-    generator = torch.default_generator
     seed = int(torch.empty((), dtype=torch.int64).random_())
     state = generator.get_state()
     generator.manual_seed(_mixed(seed, rank))
@@ -74,15 +72,19 @@ def on_rank_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
         generator.set_state(state)
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return torch's default generator for a device."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
 def _mixed(seed: int, rank: int) -> int:
     """A seed unrelated to those of neighbouring seeds and ranks (the finalizer of splitmix64)."""
     z = (seed + (rank + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return (z ^ (z >> 31)) % 2**63
-
-
-# --------------------------------------------------------------------------------------------------- saved and restored
 
 
 def local_state(*, cuda: bool = False) -> dict[str, Any]:
@@ -129,37 +131,21 @@ def rng_state(mesh: DeviceMesh) -> dict[str, Any]:
     return {"mesh": tuple(mesh.mesh.shape), "ranks": [every[rank] for rank in mesh.mesh.flatten().tolist()]}
 
 
-def set_rng_state(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned: this rank continues with the random numbers that its mesh coordinate was about to draw.
-
-    Raises:
-        TPError: if it was saved on a mesh of another shape.
-    """
-    if tuple(state["mesh"]) != tuple(mesh.mesh.shape):
-        raise TPError(
-            f"Random states of a mesh of {' x '.join(map(str, state['mesh']))} ranks can't be restored on one of "
-            f"{' x '.join(map(str, mesh.mesh.shape))}: each rank has its own. Resume on the same mesh, or seed again."
-        )
-    mine = state["ranks"][mesh.mesh.flatten().tolist().index(dist.get_rank())]
-    set_local_state(mine, cuda=mesh.device_type == "cuda")
-
-
 def set_shared_state(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned, on a mesh of any shape.
+    """Restore what `rng_state` returned: each rank continues with the random numbers that its mesh coordinate was about to draw.
 
-    On another mesh the shared stream of each tensor-parallel group continues, so that what one process would draw (the order of the data,
-    masks of replicated activations) is drawn. Groups further along the data-parallel axis than there were start a stream of their own.
+    On a mesh of another shape the shared stream of each tensor-parallel group continues, so that what one process would draw (the order of the
+    data, masks of replicated activations) is drawn. Groups further along the data-parallel axis than there were start a stream of their own.
     """
     dp, tp = state["mesh"]
-    dp_rank = mesh.get_local_rank(DATA_PARALLEL)
+    cuda, dp_rank = mesh.device_type == "cuda", mesh.get_local_rank(DATA_PARALLEL)
     if (dp, tp) == tuple(mesh.mesh.shape):
-        set_rng_state(mesh, state)
+        set_local_state(state["ranks"][mesh.mesh.flatten().tolist().index(dist.get_rank())], cuda=cuda)
         return
-    first = state["ranks"][dp_rank * tp if dp_rank < dp else 0]
-    set_local_state({k: v for k, v in first.items() if k != "cuda"})
+    set_local_state(state["ranks"][dp_rank * tp if dp_rank < dp else 0])
     if dp_rank >= dp:
         torch.manual_seed(_mixed(int(torch.empty((), dtype=torch.int64).random_()), dp_rank))
-    elif mesh.device_type == "cuda":
+    elif cuda:
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())  # a copy: the default one must not advance
         torch.cuda.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=generator)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.core.ops.exact_dropout import DropoutRegion, LayerOutput, ShardedInput, dropout_region, run_exact
+from lightning_tp.core.ops.exact_dropout import DropoutRegion, LayerOutput, dropout_region, run_exact
 from lightning_tp.core.ops.random_calls import SDPA, FunctionCall
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.core.ops.dropout_models import Net, plan, steps
@@ -129,9 +129,9 @@ def test_attention_of_some_heads(name: str) -> None:
 def region(shape: tuple[int, ...], layer: LayerOutput | None, **more: Any) -> DropoutRegion | None:
     """Of rank 0 of 2; None if it can't be told."""
     shapes = more.get("shapes", [shape, shape])
-    x = ShardedInput(shape, shapes, axis_of(0, seq_len=more.get("seq_len")), more.get("module", nn.Linear(1, 1)), layer)
+    call = FunctionCall(more.get("func", F.dropout), (torch.empty(shape),), {})
     try:
-        return dropout_region(FunctionCall(more.get("func", F.dropout), (torch.empty(0),), {}), x)
+        return dropout_region(call, shapes, axis_of(0, seq_len=more.get("seq_len")), more.get("module", nn.Linear(1, 1)), layer)
     except ltp.TPError as error:
         assert f"for a shard of shape {shape}, and it can't be told which region of the full activation that is" in str(error)
         return None
