@@ -1,6 +1,6 @@
 """Private parts of torch, and differences between versions: the only file of this package that names them.
 
-A comment above each function says which private name it wraps, and what would stop working if that went away. All of them were checked with
+Comments say which private name each function wraps, and what would stop working if that went away. All of them were checked with
 torch 2.11 and 2.13 (`tests/test__compat.py`); where the two differ, the function says how.
 """
 
@@ -31,7 +31,6 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.nn.modules.module import _IncompatibleKeys as incompatible_keys  # noqa: F401
 
 
-# -------------------------------------------------------------------------------------------------------------- packages
 def version_of(package: str) -> str | None:
     """Return the version of a package that is installed; None for one that is not, such as this one when run from its sources."""
     try:
@@ -55,7 +54,38 @@ def patched(owner: Any, name: str, value: Any) -> Callable[[], None]:
     return undo
 
 
-# -------------------------------------------------------------------------------------------------------------- autograd
+# ---- aliases: what each is, and what it is for
+graph_is_retained = (
+    torch._C._autograd._get_current_graph_task_keep_graph
+)  # `retain_graph=True`: cross entropy can't write in place then
+sequence_number = (
+    torch._C._autograd._get_sequence_nr
+)  # of the next node of autograd's graph: traces match forward and backward by it
+without_torch_function = torch._C.DisableTorchFunction  # neither modes nor tensors see calls: for what is no code of the model
+without_torch_function_subclass = torch._C.DisableTorchFunctionSubclass  # tensors don't, modes do; torch documents it for this use
+without_torch_dispatch = torch._C._DisableTorchDispatch  # neither modes nor tensors see operators: a playback inside a recording
+without_dispatch_modes = torch.utils._python_dispatch._disable_current_modes  # tensors see operators, modes don't
+negative_view = torch._neg_view  # a view with the negative bit set (`Tensor.is_neg`), as `.imag` of a conjugated tensor is
+wrapper_tensor: Any = Tensor._make_wrapper_subclass  # a tensor of a subclass without memory; torch's notes on extending it use it
+non_finite_check_and_unscale_ = (
+    torch._amp_foreach_non_finite_check_and_unscale_
+)  # (gradients, found_inf, inv_scale), as `GradScaler` calls it
+flash_attention_on_meta: Any = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+)  # it saves what the kernels of all devices save
+call_impl: Any = torch.nn.Module._call_impl  # `Module.__call__` without what `Module.compile` puts in front: hooks and `forward`
+
+
+def num_writes(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place, which autograd counts (`Tensor._version`)."""
+    return tensor._version
+
+
+def tensor_tables(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a module's own parameters and buffers by name, the dicts themselves: there is no public way to replace one by another class."""
+    return module._parameters, module._buffers
+
+
 # private: `Variable._execution_engine.queue_callback`. Without it partial gradients would not be summed at the end of a backward pass.
 def queue_after_backward(callback: Callable[[], None]) -> None:
     """Call back at the end of the backward pass that is running now, after what FSDP2 has queued before."""
@@ -73,12 +103,6 @@ def backward_kind(parameter: torch.Tensor) -> Literal["backward", "grad"] | None
         return "grad" if "autograd.grad()" in str(error) else None
 
 
-# private: `torch._C._autograd._get_current_graph_task_keep_graph`. Without it cross entropy could not write its gradient in place.
-def graph_is_retained() -> bool:
-    """Return whether the backward pass that is running now has to keep what was saved for it (`retain_graph=True`)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
-
-
 # private: `torch._C._are_functorch_transforms_active`, and that `Function.apply` calls the `apply` of its base class. Only speed depends on it.
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Return `function.apply` without the wrapper for functional transforms: half of the cost of a small call."""
@@ -88,12 +112,6 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return function.apply(*args) if torch._C._are_functorch_transforms_active() else direct(*args)
 
     return apply
-
-
-# private: `torch._C._autograd._get_sequence_nr`. Without it a trace could not tell which backward belongs to which forward.
-def sequence_number() -> int:
-    """Return the number that the next node of autograd's graph gets."""
-    return torch._C._autograd._get_sequence_nr()
 
 
 # private: `torch._C._current_autograd_node`. As `sequence_number`.
@@ -110,37 +128,12 @@ def backward_under_modes(loss: Tensor) -> None:
     engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-# ---------------------------------------------------------------------------------------- function and dispatch modes
 # private: `torch._C._len_torch_function_stack`, `_get_current_function_mode_stack`. Without it compiled blocks would go by these modes.
 def function_modes() -> list[Any]:
     """Return the `TorchFunctionMode`s that are on, the outermost first."""
     if not torch._C._len_torch_function_stack():
         return []
     return list(torch.overrides._get_current_function_mode_stack())
-
-
-# private: `torch._C.DisableTorchFunction`. Without it modes would see calls that are no code of the model.
-def without_torch_function() -> Any:
-    """Return a context in which neither a `TorchFunctionMode` nor a tensor's `__torch_function__` sees calls."""
-    return torch._C.DisableTorchFunction()
-
-
-# private: `torch._C.DisableTorchFunctionSubclass`, which the documentation of `__torch_function__` uses. Without it `SplitLogits` would recurse.
-def without_torch_function_subclass() -> Any:
-    """Return a context in which tensors' `__torch_function__` does not see calls, and modes do."""
-    return torch._C.DisableTorchFunctionSubclass()
-
-
-# private: `torch._C._DisableTorchDispatch`. Without it a playback inside a recording would record itself.
-def without_torch_dispatch() -> Any:
-    """Return a context in which neither a `TorchDispatchMode` nor a tensor's `__torch_dispatch__` sees operators."""
-    return torch._C._DisableTorchDispatch()
-
-
-# private: `torch.utils._python_dispatch._disable_current_modes`. Without it a trace would see operators that are no code of the model.
-def without_dispatch_modes() -> Any:
-    """Return a context in which no `TorchDispatchMode` sees operators."""
-    return torch.utils._python_dispatch._disable_current_modes()
 
 
 def is_in_place(operator: Any) -> bool:
@@ -158,28 +151,10 @@ def written_arguments(operator: Any) -> list[tuple[int, str]]:
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
-# --------------------------------------------------------------------------------------------------------------- tensors
-def storage_key(tensor: Tensor) -> int:
-    """Return a number of a tensor's storage: equal for tensors that share memory. It may be used again once the storage is gone."""
-    return storage_address(tensor.untyped_storage())
-
-
 # private: `UntypedStorage._cdata`. `data_ptr` would not do: on the meta device it is 0.
-def storage_address(storage: torch.UntypedStorage) -> int:
-    """Return the number that `storage_key` gives for tensors of this storage."""
-    return storage._cdata
-
-
-# private: `torch._neg_view`. Without it such a tensor could not be recorded.
-def negative_view(tensor: Tensor) -> Tensor:
-    """Return a view of a tensor with its negative bit set (`Tensor.is_neg`), as `.imag` of a conjugated tensor is."""
-    return torch._neg_view(tensor)
-
-
-# private: `Tensor._make_wrapper_subclass`, which torch's notes on extending it use. Without it there would be no `SplitLogits`.
-def wrapper_tensor(cls: type, sizes: list[int], dtype: torch.dtype, device: torch.device) -> Any:
-    """Make a tensor of a subclass that shows these sizes and has no memory."""
-    return Tensor._make_wrapper_subclass(cls, sizes, dtype=dtype, device=device)
+def storage_key(tensor: Tensor | torch.UntypedStorage) -> int:
+    """Return a number of a storage: equal for tensors that share memory. It may be used again once the storage is gone."""
+    return (tensor.untyped_storage() if isinstance(tensor, Tensor) else tensor)._cdata
 
 
 # private: `torch.ops.aten._scaled_dot_product_attention_math`. Without it exact dropout would have to compute them itself.
@@ -195,11 +170,6 @@ def math_attention_weights(
     return weights
 
 
-# flash attention as it runs without a device: it saves for the backward what the kernels of all devices save
-flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-# --------------------------------------------------------------------------------------------------------------- DTensor
 # private: `DTensor._local_tensor`. Its public `to_local` records a node of autograd.
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a DTensor, without a copy and without autograd; a plain tensor as it is."""
@@ -252,7 +222,6 @@ def copy_dtensor(tensor: DTensor, copy: Callable[[Tensor, str], Tensor]) -> DTen
     return DTensor(copy(local, ""), tensor._spec, requires_grad=False)
 
 
-# ----------------------------------------------------------------------------------------- FSDP2, precision, grad norm
 # private: `_get_fsdp_state`, `_fsdp_param_group(s)`, their `_init_mp_dtypes`, `_orig_dtype`, `_reduce_dtype`. Without it the backward fails.
 def remember_dtypes(unit: Any) -> None:
     """Let an FSDP2 unit whose parameters are all frozen at its first forward know their dtypes when they are unfrozen.
@@ -262,18 +231,13 @@ def remember_dtypes(unit: Any) -> None:
     state = unit._get_fsdp_state()
     for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:  # one in torch 2.11
         if group is not None:
-            group._init_mp_dtypes = _InitDtypesOfFrozen(group)
+            group._init_mp_dtypes = functools.partial(_init_dtypes_of_frozen, group, group._init_mp_dtypes)
 
 
-class _InitDtypesOfFrozen:
-    def __init__(self, group: Any) -> None:
-        self.group, self.original = group, group._init_mp_dtypes
-
-    def __call__(self) -> None:
-        group = self.group
-        self.original()
-        if group._orig_dtype is None and group.fsdp_params:
-            group._orig_dtype, group._reduce_dtype = group.fsdp_params[0].orig_dtype, group.fsdp_params[0].reduce_dtype
+def _init_dtypes_of_frozen(group: Any, original: Callable[[], None]) -> None:
+    original()
+    if group._orig_dtype is None and group.fsdp_params:
+        group._orig_dtype, group._reduce_dtype = group.fsdp_params[0].orig_dtype, group.fsdp_params[0].reduce_dtype
 
 
 # private: the fields of `GradScaler`. Without them a scaler could not be replaced by one that is told of all ranks' infinities.
@@ -287,12 +251,6 @@ def scaler_settings(scaler: torch.amp.GradScaler) -> dict[str, Any]:
 def is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the gradients of an optimizer were unscaled since the last backward pass."""
     return scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY
-
-
-# private: `torch._amp_foreach_non_finite_check_and_unscale_`, which `GradScaler` calls. Without it fp16 gradients would be unscaled one by one.
-def non_finite_check_and_unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
-    """Multiply these by `inv_scale` in place, and write 1 into `found_inf` if one of them is not finite."""
-    torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inv_scale)
 
 
 # private: `clip_grad._get_total_norm`. Without it gradients would be clipped by the norm of this rank's shards.
@@ -309,7 +267,6 @@ def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor
     utils.get_total_norm = wrapped
 
 
-# -------------------------------------------------------------------------------------------------------- process groups
 # private: `ProcessGroup._allgather_base`, `_reduce_scatter_base`. Their public wrappers cost as much as a small collective.
 def all_gather_into(output: Tensor, input: Tensor, group: Any) -> None:
     """All-gather on the process group itself."""
@@ -396,7 +353,6 @@ def wait_for_gloo_at_exit() -> None:
     atexit.register(time.sleep, 0.1)
 
 
-# -------------------------------------------------------------------------------------------------------------- compiler
 def compile_function(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
     """Call `torch.compile` with this backend, apart from what else is compiled of the same code.
 
@@ -411,11 +367,7 @@ def compile_function(function: Callable[..., Any], backend: Callable[..., Any], 
 
 # private: `torch._inductor.compile_fx`, `torch._dynamo.lookup_backend`. Without them a failing compiler could not be left out piece by piece.
 def backend_of(name: str) -> Callable[..., Any]:
-    """Return the compiler that `torch.compile(backend=name)` calls.
-
-    Raises:
-        ValueError: names those that there are.
-    """
+    """Return the compiler that `torch.compile(backend=name)` calls; for an unknown name raise a ValueError with those that there are."""
     if name == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
@@ -435,11 +387,7 @@ def is_compiler_error(error: Exception) -> bool:
 
 # private: `OptimizedModule` and its `_orig_mod` and `dynamo_ctx`, `Module._compiled_call_impl`. Without them such a model could not be split.
 def take_compiled(model: torch.nn.Module) -> dict[str, Any]:
-    """Undo what users have compiled inside of a model, in place: wrappers are replaced by what they wrap.
-
-    Returns:
-        The backend of each module that was compiled, by name.
-    """
+    """Undo what users have compiled inside of a model, in place, and return the backend of each module that was, by name."""
     found: dict[str, Any] = {}
     for prefix, module in list(model.named_modules()):
         for name, child in module._modules.items():
@@ -459,13 +407,10 @@ def backend_of_context(context: Any) -> Any:
     return torch._dynamo.eval_frame.innermost_backend(context.callback)
 
 
-# ------------------------------------------------------------------------------------------------------------- Lightning
 def loaders_to_run(trainer: Any) -> Any:
     """Return the loader, or loaders, that a Trainer is about to use. Lightning has no public name for it, and `cli` and `trainer` need it."""
     return trainer._active_loop._data_source.dataloader()
 
-
-# ----------------------------------------------------------------------------------------------------------------- files
 
 # What torch pickles into the `.metadata` of a distributed checkpoint, by module and name; and what makes a dtype, a layout.
 METADATA_CLASSES = {

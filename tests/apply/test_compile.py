@@ -145,16 +145,16 @@ def test_blocks_run_uncompiled_where_calls_are_intercepted() -> None:
     assert compiled == [own]
     with fake_world(2):
         policy = RandomCallPolicy(Axis(dist.group.WORLD))
-    with policy.interceptor.all_calls():
+    with policy.all_calls():
         policy.run_random_call = lambda call, frame: call.run()  # type: ignore[method-assign]
         outer(x)
     assert len(compiled) == 1
-    intercept_call(outer, ("dropout", ()), PerRankCall("dropout"), policy.interceptor)
+    intercept_call(outer, ("dropout", ()), PerRankCall("dropout"), policy)
     outer(x)
     assert len(compiled) == 1
     block(x)
     assert len(compiled) == 2
-    intercept_call(block, ("dropout", ()), PerRankCall("dropout"), policy.interceptor)
+    intercept_call(block, ("dropout", ()), PerRankCall("dropout"), policy)
     block(x)
     assert len(compiled) == 2
     other = nn.Sequential(nn.Linear(2, 2))

@@ -9,11 +9,12 @@ from types import CodeType, FrameType
 from typing import TypeAlias
 
 import torch
-from torch import nn
+
+from lightning_tp._compat import call_impl
 
 CallSite: TypeAlias = "tuple[tuple[str, str], ...]"  # (function, instruction), from the call up to the forward of the module
 
-MODULE_CALL: CodeType = nn.Module._call_impl.__code__
+MODULE_CALL: CodeType = call_impl.__code__
 MODEL_CODE: set[str] = set()  # files of this package that count as code of a model; they add themselves
 
 _TORCH = str(torch.__path__[0])

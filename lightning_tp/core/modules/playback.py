@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Generator, Tensor, UntypedStorage
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_tp._compat import negative_view, storage_address, storage_key, without_torch_dispatch, without_torch_function
+from lightning_tp._compat import negative_view, storage_key, without_torch_dispatch, without_torch_function
 from lightning_tp.errors import TPError
 
 DrawPoint: TypeAlias = "int | Tensor"  # a point in a random stream: after which recorded operation, or a state of the generator
@@ -169,8 +170,8 @@ class Playback:
         if op.generator is not None:
             self._process.latest[op.generator] = index
         torch.set_default_dtype(op.default_dtype)
-        out = leaves_of(op.call(*map_leaves(decode, op.args), **map_leaves(decode, op.kwargs)))
-        held = {storage_address(storage) for storage in self._memory.values()}
+        out = tree_leaves(op.call(*tree_map(decode, op.args), **tree_map(decode, op.kwargs)))
+        held = {storage_key(storage) for storage in self._memory.values()}
         for position, view in op.makes.items():
             real = out[position]
             if (real.size(), real.stride(), real.storage_offset()) != (view.size, view.stride, view.offset) or (
@@ -211,19 +212,3 @@ class PlaybackProcess:
         self._state = torch.default_generator.get_state()
         torch.default_generator.set_state(self._before[0])
         torch.set_default_dtype(self._before[1])
-
-
-def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return nested lists, tuples and dicts with `function(leaf)` instead of each leaf; tuples become lists."""
-    if isinstance(tree, (list, tuple)):
-        return [map_leaves(function, item) for item in tree]
-    if isinstance(tree, dict):
-        return {key: map_leaves(function, item) for key, item in tree.items()}
-    return function(tree)
-
-
-def leaves_of(tree: Any) -> list[Any]:
-    """Return the leaves of nested lists, tuples and dicts."""
-    if isinstance(tree, (list, tuple, dict)):
-        return [leaf for item in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves_of(item)]
-    return [tree]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tp._compat import tensor_tables
+
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
@@ -88,8 +90,7 @@ class MetaWeights:
         self.swaps: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []  # (parameters or buffers of a module, name, real, meta)
         on_meta: dict[int, Tensor] = {}
         for module in model.modules():
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for table in tables:
+            for table in tensor_tables(module):
                 for name, t in table.items():
                     if t is not None and not t.is_meta:
                         on_meta.setdefault(id(t), _without_values(t))

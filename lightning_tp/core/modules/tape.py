@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_tp._compat import storage_key, without_torch_function, written_arguments
 from lightning_tp.core.modules.playback import (
@@ -19,8 +20,6 @@ from lightning_tp.core.modules.playback import (
     Recording,
     StorageView,
     Wanted,
-    leaves_of,
-    map_leaves,
 )
 from lightning_tp.errors import TPError
 
@@ -90,58 +89,47 @@ class InitTape(TorchDispatchMode):
         if to_the_end:
             self.rng_state = self._playback.states[self._end] if isinstance(self._end, int) else self._end
 
-    # ------------------------------------------------------------------------------------------------------ recording
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with without_torch_function():
             return self._run_and_record(func, args, kwargs or {})
 
     def _run_and_record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         draws, name = _is_random(func), func.overloadpacket.__name__
-        leaves = leaves_of((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
         if not any(map(is_meta, leaves)) and torch.device("meta") not in leaves:
             if draws:  # a real draw, now
                 self._set_real_state(self._known(kwargs.get("generator")))
             return func(*args, **kwargs)
         written = [args[i] if i < len(args) else kwargs.get(n) for i, n in written_arguments(func)]
-        changes = [t for argument in written for t in leaves_of(argument)]
+        changes = [t for argument in written for t in tree_leaves(argument)]
         if changes:  # recorded before it runs: `resize_` and `t_` change how their argument looks
             self.record(func, args, kwargs, draws=draws, changes=changes, overwrites=name in _OVERWRITING)
         elif any(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in leaves):  # a real tensor among meta ones
-            on_meta = map_leaves(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            on_meta = tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, (args, kwargs))
             out = func(*on_meta[0], **on_meta[1])
-            self.record(func, args, kwargs, draws=draws, makes=leaves_of(out))
+            self.record(func, args, kwargs, draws=draws, makes=tree_leaves(out))
             return out
         out = func(*args, **kwargs)
         storages = self._recording.storages
-        if not changes and any(is_meta(t) and storage_key(t) not in storages for t in leaves_of(out)):  # not just a view
+        if not changes and any(is_meta(t) and storage_key(t) not in storages for t in tree_leaves(out)):  # not just a view
             if name in _WITHOUT_VALUE:
                 storages[storage_key(out)] = out.untyped_storage()
             else:
-                self.record(func, args, kwargs, draws=draws, makes=leaves_of(out))
+                self.record(func, args, kwargs, draws=draws, makes=tree_leaves(out))
         return out
 
     def record(
-        self,
-        call: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        *,
-        draws: bool,
-        makes: Sequence[Any] = (),
-        changes: Sequence[Any] = (),
+        self, call: Callable[..., Any], args: Any, kwargs: Any, *, draws: bool, makes: Sequence[Any] = (), changes: Sequence[Any] = (),
         overwrites: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Append a call, which a playback makes with real tensors instead of the meta tensors in its arguments.
 
         `draws` says that it draws random numbers, from `kwargs["generator"]` or the default generator; `makes` are its outputs, `changes` those of
         its arguments that it writes to, and `overwrites` says that it does not read them.
         """
         storages = self._recording.storages
-        given = [storage_key(leaf) for leaf in leaves_of((args, kwargs)) if is_meta(leaf)]
-        op = RecordedOp(
-            call, map_leaves(self._encode, args), map_leaves(self._encode, kwargs), torch.get_default_dtype(), set(given)
-        )
+        given = [storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if is_meta(leaf)]
+        op = RecordedOp(call, tree_map(self._encode, args), tree_map(self._encode, kwargs), torch.get_default_dtype(), set(given))
         for tensor in filter(is_meta, changes):
             key = storage_key(tensor)
             op.writes.add(key)

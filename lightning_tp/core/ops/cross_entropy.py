@@ -37,16 +37,9 @@ from lightning_tp.errors import TPError
 
 
 def vocab_parallel_cross_entropy(
-    logits_local: Tensor,
-    target: Tensor,
-    axis: Axis,
-    vocab: int,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
+    logits_local: Tensor, target: Tensor, axis: Axis, vocab: int, *, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Compute `F.cross_entropy` of (N, V_local) logits and (N,) targets, equal on all ranks: () or, with reduction "none", (N,).
 
     Args:

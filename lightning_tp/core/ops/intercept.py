@@ -10,13 +10,12 @@ A call is known by its place in the code of a module's forward (`call_site`). Co
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp._compat import function_modes
+from lightning_tp._compat import call_impl, function_modes
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.transitions import outside
 from lightning_tp.core.modules.call_site import MODULE_CALL, call_site
@@ -36,39 +35,37 @@ from lightning_tp.core.ops.replication import CallKey, NoiseTracker
 from lightning_tp.core.ops.rng import on_rank_stream
 
 
-class Policy(Protocol):
-    """What makes the calls that are intercepted: `RandomCallPolicy`."""
-
-    axis: Axis
-    noise: NoiseTracker
-    interceptor: CallInterceptor
-
-    def run_random_call(self, call: FunctionCall, frame: FrameType) -> Any: ...
-
-    def run_other_call(self, call: FunctionCall) -> Any: ...
-
-
 class CallInterceptor:
-    """Hands the calls of torch functions that draw random numbers to a policy.
+    """Intercepts the calls of torch functions that draw random numbers; what becomes of them is up to a subclass, `RandomCallPolicy`.
+
+    Args:
+        axis: the tensor-parallel axis.
 
     Attributes:
         mode_active: the `TorchFunctionMode` is on.
         running: the per-rank calls of the modules that run now, those of the innermost last.
         functional_name: the wrapper that is passing a call on to the mode.
+        noise: random numbers that have not met an activation yet.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
         self.mode = _Mode(self)
         self.mode_active = False
         self.running: list[dict[CallKey, PerRankCall]] = []
         self.functional_name: str | None = None
+        self.noise = NoiseTracker()
         self.wrappers = {name: self._wrapper(name, func) for name, func in FUNCTIONAL.items()}
         self.originals = {self.wrappers[name]: func for name, func in FUNCTIONAL.items()}
         self._inside_call = False  # what torch calls inside of a random call, by whatever name, is part of it
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CallInterceptor:
-        return copy.deepcopy(self.policy, memo).interceptor
+    def run_random_call(self, call: FunctionCall, frame: FrameType) -> Any:
+        """Make a call of a function that draws; `frame` is the code that calls it."""
+        raise NotImplementedError
+
+    def run_other_call(self, call: FunctionCall) -> Any:
+        """Make a call of another function, while noise has not met an activation yet."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def all_calls(self) -> Iterator[None]:
@@ -83,12 +80,12 @@ class CallInterceptor:
             self.running.clear()
 
     def run(self, call: FunctionCall, frame: FrameType) -> Any:
-        """Hand one call to the policy, and none of those that torch makes inside of it."""
+        """Intercept one call, and none of those that torch makes inside of it."""
         if self._inside_call:
             return call.run()
         self._inside_call = True
         try:
-            return self.policy.run_random_call(call, frame)
+            return self.run_random_call(call, frame)
         finally:
             self._inside_call = False
 
@@ -105,7 +102,7 @@ class CallInterceptor:
             finally:
                 self.functional_name = None
 
-        wrapper._intercepts = True  # type: ignore[attr-defined]
+        wrapper._tp_intercepts = True  # type: ignore[attr-defined]
         return wrapper
 
 
@@ -118,14 +115,14 @@ class _Mode(TorchFunctionMode):
         func = self.interceptor.originals.get(func, func)  # Python code of torch finds the wrapper under the function's name
         if func in RANDOM_FUNCTIONS:
             return self.interceptor.run(FunctionCall(func, args, kwargs or {}), sys._getframe(1))
-        if self.interceptor.policy.noise:
-            return self.interceptor.policy.run_other_call(FunctionCall(func, args, kwargs or {}))
+        if self.interceptor.noise:
+            return self.interceptor.run_other_call(FunctionCall(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 def is_intercepting() -> bool:
     """Return whether calls are intercepted now, which they could not be in compiled code."""
-    in_functional = any(hasattr(F.__dict__[name], "_intercepts") for name in FUNCTIONAL)
+    in_functional = any(hasattr(F.__dict__[name], "_tp_intercepts") for name in FUNCTIONAL)
     return in_functional or any(isinstance(mode, _Mode) for mode in function_modes())
 
 
@@ -145,9 +142,7 @@ def _in_functional(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
 class PerRankCall:
     """A call that draws random numbers for this rank's shard."""
 
-    functional_name: str | None = (
-        None  # the attribute of `torch.nn.functional` that the code calls; None if it has the function elsewhere
-    )
+    functional_name: str | None = None  # under which the code calls a function of `torch.nn.functional`; None if it imported it
     region: DropoutRegion | None = None  # with `dropout="exact"`: what the shard is of the full activation
 
 
@@ -157,9 +152,7 @@ class PerRankCalls:
 
     interceptor: CallInterceptor
     calls: dict[CallKey, PerRankCall] = field(default_factory=dict)
-    functional_names: set[str] | None = field(
-        default_factory=set
-    )  # of wrappers that see all these calls; None if only the mode does
+    functional_names: set[str] | None = field(default_factory=set)  # wrappers that see all these calls; None if only the mode does
 
     def add(self, key: CallKey, call: PerRankCall) -> None:
         """Intercept this call from now on."""
@@ -212,8 +205,8 @@ class _Intercepted(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            return outside(self._call_impl, *args, **kwargs)
-        return self._call_impl(*args, **kwargs)
+            return outside(call_impl, self, *args, **kwargs)
+        return call_impl(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _intercepted(self._per_rank_calls):
@@ -232,7 +225,7 @@ class _PerRankDropout(nn.Module):
         if interceptor.mode_active or not self.training or not self.p:
             with _intercepted(self._per_rank_calls):
                 return super().forward(x)
-        return on_rank_stream(interceptor.policy.axis.rank, x.device, partial(super().forward, x))
+        return on_rank_stream(interceptor.axis.rank, x.device, partial(super().forward, x))
 
 
 def run_checkpointed(block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

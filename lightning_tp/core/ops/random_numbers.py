@@ -41,14 +41,14 @@ from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.exact_dropout import LastSplitLayer, dropout_region, run_exact
 from lightning_tp.core.ops.intercept import CallInterceptor, PerRankCall, intercept_call, key_of, module_calling, per_rank_calls_of
 from lightning_tp.core.ops.random_calls import GENERATING, INDEXING, FunctionCall
-from lightning_tp.core.ops.replication import CallKey, NoiseSource, NoiseTracker, is_broadcast_over_shards, shapes_if_sharded
+from lightning_tp.core.ops.replication import CallKey, NoiseSource, is_broadcast_over_shards, shapes_if_sharded
 from lightning_tp.core.ops.rng import on_rank_stream
 from lightning_tp.errors import TPError
 
 Dropout = Literal["independent", "exact"]
 
 
-class RandomCallPolicy:
+class RandomCallPolicy(CallInterceptor):
     """Decides for each call that draws random numbers whether it draws for all ranks or for this one, and makes it.
 
     Args:
@@ -60,11 +60,9 @@ class RandomCallPolicy:
     """
 
     def __init__(self, axis: Axis, how: Dropout = "independent") -> None:
-        self.axis = axis
+        super().__init__(axis)
         self.exact = how == "exact"
         self.steps = 0
-        self.noise = NoiseTracker()
-        self.interceptor = CallInterceptor(self)
         self.last_split_layer = LastSplitLayer()  # for `exact`
         self._observing = False
         self._seeds: random.Random | None = None  # the same on all ranks of the group, from the first `torch.seed()` on
@@ -78,13 +76,13 @@ class RandomCallPolicy:
     def step(self) -> Iterator[None]:
         """Run a training step in this context; the first, second, third, fifth, ninth, .. are observed."""
         number, self.steps = self.steps, self.steps + 1
-        if self.interceptor.mode_active or is_compiling():
+        if self.mode_active or is_compiling():
             yield
             return
         unpatch = patched(torch, "seed", self.seed)
         self._observing = self.exact or not number & (number - 1)
         try:
-            with self.interceptor.all_calls() if self._observing else contextlib.nullcontext():
+            with self.all_calls() if self._observing else contextlib.nullcontext():
                 yield
         finally:
             self._observing = False
@@ -102,12 +100,11 @@ class RandomCallPolicy:
         return seed
 
     def run_random_call(self, call: FunctionCall, frame: FrameType) -> Any:
-        """Make a call of a function that draws; `frame` is the code that calls it."""
         if call.kwargs.get("generator") is not None or not call.is_random:
             return call.run()
         key = key_of(call, frame)
         if not self._observing:
-            running = self.interceptor.running
+            running = self.running
             return self._run(call, running[-1].get(key) if running else None)
         module, function_only = module_calling(frame)
         known = None if module is None else per_rank_calls_of(module).get(key)
@@ -119,7 +116,6 @@ class RandomCallPolicy:
         return out
 
     def run_other_call(self, call: FunctionCall) -> Any:
-        """Make a call of another function, while noise has not met an activation yet."""
         out = call.run()
         if (meeting := self.noise.meeting(call, out)) is not None:
             self._decide_noise(call, *meeting)
@@ -137,11 +133,11 @@ class RandomCallPolicy:
                 "itself), or use `activation_checkpointing='block'`."
             )
         region = dropout_region(call, shapes, self.axis, module, self.last_split_layer.output) if self.exact else None
-        decided = PerRankCall(self.interceptor.functional_name, region)
+        decided = PerRankCall(self.functional_name, region)
         if (
             module is not None
         ):  # else in the step itself: nothing is recomputed there; steps that are not observed draw for all ranks
-            intercept_call(module, key, decided, self.interceptor)
+            intercept_call(module, key, decided, self)
         return decided
 
     def _decide_noise(self, call: FunctionCall, noise: Tensor, activation: Tensor, source: NoiseSource) -> None:
@@ -158,7 +154,7 @@ class RandomCallPolicy:
                 '`dropout="independent"`.'
             )
         if source.module is not None:
-            intercept_call(source.module, source.key, PerRankCall(), self.interceptor)
+            intercept_call(source.module, source.key, PerRankCall(), self)
 
     def _run(self, call: FunctionCall, decided: PerRankCall | None) -> Any:
         if decided is None:

@@ -91,22 +91,11 @@ class NoiseSource:
     key: CallKey
 
 
-class NoiseTracker:
-    """Follow noise (`torch.rand`, ..) through the functions that it is given to, until one of them is given an activation as well."""
-
-    def __init__(self) -> None:
-        self._sources: dict[int, tuple[Tensor, NoiseSource]] = {}  # by id; the tensor is kept so that no other gets this id
-
-    def __bool__(self) -> bool:
-        return bool(self._sources)
+class NoiseTracker(dict[int, tuple[Tensor, NoiseSource]]):
+    """Noise (`torch.rand`, ..) and where it is from, by id: followed from function to function, until one is given an activation as well."""
 
     def add(self, noise: Tensor, source: NoiseSource) -> None:
-        """Follow this tensor."""
-        self._sources[id(noise)] = noise, source
-
-    def clear(self) -> None:
-        """Follow nothing any more."""
-        self._sources.clear()
+        self[id(noise)] = noise, source  # kept, so that no other tensor gets this id
 
     def meeting(self, call: FunctionCall, out: Any) -> tuple[Tensor, Tensor, NoiseSource] | None:
         """Return (noise, activation, source of the noise) if this call was given both; its noise is then followed no longer.
@@ -114,15 +103,16 @@ class NoiseTracker:
         Where it was given noise alone, its result `out` is noise of the same source.
         """
         tensors = call.tensors
-        found = next((self._sources[id(t)] for t in tensors if id(t) in self._sources), None)
+        found = next((self[id(t)] for t in tensors if id(t) in self), None)
         if found is None:
             return None
         noise, source = found
-        others = (t for t in tensors if id(t) not in self._sources)
+        others = (t for t in tensors if id(t) not in self)
         activation = next((t for t in others if t.ndim and t.numel() > 1 and t.is_floating_point()), None)
         if activation is None:
             if isinstance(out, Tensor):
                 self.add(out, source)
             return None
-        self._sources = {i: entry for i, entry in self._sources.items() if entry[1] is not source}
+        for i in [i for i, entry in self.items() if entry[1] is source]:
+            del self[i]
         return noise, activation, source

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import Function
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_tp._compat import without_torch_function_subclass, wrapper_tensor, written_arguments
+from lightning_tp._compat import num_writes, without_torch_function_subclass, wrapper_tensor, written_arguments
 from lightning_tp.core.comm.axis import Axis, even_shard
 from lightning_tp.core.comm.transitions import invariant_to_width, width_to_invariant
 from lightning_tp.errors import TPError
@@ -66,7 +67,7 @@ class SplitLogits(Tensor):
         """Make one without autograd history."""
         sizes = list(local.shape)
         sizes[vocab_dim] = vocab
-        x = wrapper_tensor(cls, sizes, local.dtype, local.device)
+        x = wrapper_tensor(cls, sizes, dtype=local.dtype, device=local.device)
         x.local, x.axis, x.vocab, x.vocab_dim = local.detach() if local.requires_grad else local, axis, vocab, vocab_dim
         x._writes = [0] if writes is None else writes
         x._gathered = None
@@ -90,7 +91,7 @@ class SplitLogits(Tensor):
         """
         if self._gathered is None or self._gathered_version[0] != self._writes[0]:
             return None
-        if self._gathered._version != self._gathered_version[1]:
+        if num_writes(self._gathered) != self._gathered_version[1]:
             raise TPError(
                 "A slice of vocab-parallel logits along the vocabulary was written in place, which does not change the logits. Write to the "
                 "logits themselves under `torch.no_grad()` (`logits[..., 5] = value`), or use `full = logits.full_tensor()` from the start."
@@ -98,7 +99,7 @@ class SplitLogits(Tensor):
         return self._gathered
 
     def _keep_full(self, full: Tensor) -> None:
-        self._gathered, self._gathered_version = full, (self._writes[0], full._version)
+        self._gathered, self._gathered_version = full, (self._writes[0], num_writes(full))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return (
@@ -228,18 +229,11 @@ def full_sizes(x: SplitLogits) -> tuple[int, ...]:
 
 def _gathered_in(tree: Any) -> Any:
     """The same arguments with every SplitLogits in them all-gathered."""
-    if isinstance(tree, SplitLogits):
-        return tree.full_tensor()
-    if isinstance(tree, (tuple, list)):
-        items = [_gathered_in(item) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    if isinstance(tree, dict):
-        return {key: _gathered_in(value) for key, value in tree.items()}
-    return tree
+    return tree_map_only(SplitLogits, SplitLogits.full_tensor, tree)
 
 
 def _holds_split(tree: Any) -> bool:
-    return isinstance(tree, SplitLogits) or (isinstance(tree, (tuple, list)) and any(_holds_split(item) for item in tree))
+    return any(isinstance(leaf, SplitLogits) for leaf in tree_leaves(tree))
 
 
 def _in_place(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -15,8 +15,6 @@ from lightning_tp.core.modules.playback import (
     RecordedOp,
     Recording,
     StorageView,
-    leaves_of,
-    map_leaves,
 )
 from lightning_tp.errors import TPError
 
@@ -201,9 +199,3 @@ def test_the_process_is_as_it_was_whenever_the_caller_has_control() -> None:
     with process:
         assert torch.rand(1) != inside  # its own stream went on
     assert torch.equal(torch.get_rng_state(), mine)
-
-
-def test_trees() -> None:
-    tree = [1, (2, {"a": 3, "b": [4]})]
-    assert leaves_of(tree) == [1, 2, 3, 4] and leaves_of(5) == [5]
-    assert map_leaves(lambda n: n * 2, tree) == [2, [4, {"a": 6, "b": [8]}]]

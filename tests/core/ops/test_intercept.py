@@ -25,18 +25,16 @@ from lightning_tp.core.ops.intercept import (
     run_checkpointed,
 )
 from lightning_tp.core.ops.random_calls import FUNCTIONAL, FunctionCall
-from lightning_tp.core.ops.replication import CallKey, NoiseTracker
+from lightning_tp.core.ops.replication import CallKey
 
 ORIGINALS = dict(FUNCTIONAL)
 
 
-class Recorder:
+class Recorder(CallInterceptor):
     """A policy that notes the calls and makes them."""
 
     def __init__(self) -> None:
-        self.axis: Any = SimpleNamespace(rank=3)
-        self.noise = NoiseTracker()
-        self.interceptor = CallInterceptor(self)
+        super().__init__(SimpleNamespace(rank=3))  # type: ignore[arg-type]
         self.calls: list[tuple[str, str | None]] = []
         self.keys: list[CallKey] = []
         self.known: list[bool] = []
@@ -52,10 +50,10 @@ class Recorder:
         return twin
 
     def run_random_call(self, call: FunctionCall, frame: FrameType) -> Any:
-        self.calls.append((call.name, self.interceptor.functional_name))
+        self.calls.append((call.name, self.functional_name))
         self.keys.append(key_of(call, frame))
         self.callers.append(module_calling(frame))
-        running = self.interceptor.running
+        running = self.running
         self.known.append(bool(running) and self.keys[-1] in running[-1])
         F.dropout(torch.ones(1), 0.5, False)  # part of this call, whoever makes it
         return call.run()
@@ -89,8 +87,8 @@ X = torch.ones(4)
 def test_all_calls_of_a_step() -> None:
     policy = Recorder()
     assert in_place()
-    with pytest.raises(ZeroDivisionError), policy.interceptor.all_calls():
-        assert is_intercepting() and policy.interceptor.mode_active and F.dropout is not ORIGINALS["dropout"]
+    with pytest.raises(ZeroDivisionError), policy.all_calls():
+        assert is_intercepting() and policy.mode_active and F.dropout is not ORIGINALS["dropout"]
         F.dropout(X)
         dropout_under_another_name(X)
         torch.dropout(X, 0.5, True)
@@ -101,14 +99,14 @@ def test_all_calls_of_a_step() -> None:
     names = ["dropout", "dropout", "dropout", "rand", "dropout", "dropout", "scaled_dot_product_attention"]
     by_name = ["dropout", None, None, None, "dropout", "dropout", "scaled_dot_product_attention"]
     assert policy.calls == list(zip(names, by_name))
-    assert in_place() and not policy.interceptor.mode_active and policy.others == []
+    assert in_place() and not policy.mode_active and policy.others == []
     F.dropout(X)
     assert len(policy.calls) == 7
 
 
 def test_other_calls_while_noise_is_followed() -> None:
     policy = Recorder()
-    with policy.interceptor.all_calls():
+    with policy.all_calls():
         X.add(1)
         policy.noise.add(X, None)  # type: ignore[arg-type]
         X.mul(2)
@@ -118,10 +116,10 @@ def test_other_calls_while_noise_is_followed() -> None:
 def known(block: nn.Module, policy: Recorder, *, functional_name: str | None = "dropout", index: int = 0) -> CallKey:
     """Intercept the call of a block that came as number `index`."""
     policy.forget()
-    with policy.interceptor.all_calls():
+    with policy.all_calls():
         block(X)
     key = policy.keys[index]
-    intercept_call(policy.callers[index][0], key, PerRankCall(functional_name), policy.interceptor)  # type: ignore[arg-type]
+    intercept_call(policy.callers[index][0], key, PerRankCall(functional_name), policy)  # type: ignore[arg-type]
     policy.forget()
     return key
 
@@ -134,17 +132,17 @@ def test_known_calls_of_a_module_by_the_wrappers() -> None:
     F.dropout(X)
     assert policy.calls == []  # outside of it
     inside: list[bool] = []
-    block.drop.register_forward_hook(lambda *_: inside.append(is_intercepting() and not policy.interceptor.mode_active))
+    block.drop.register_forward_hook(lambda *_: inside.append(is_intercepting() and not policy.mode_active))
     block(X)
     assert inside == [True]
     assert policy.calls == [("dropout", None)] * 2  # the layer's own call is seen as well, since it runs inside
     assert policy.known == [True, False] and policy.keys[0] == key
     assert [module for module, _ in policy.callers] == [block, block.drop]
-    assert in_place() and policy.interceptor.running == []
+    assert in_place() and policy.running == []
     block.drop = Failing()
     with pytest.raises(KeyError):
         block(X)
-    assert in_place() and policy.interceptor.running == []
+    assert in_place() and policy.running == []
 
 
 class Failing(nn.Module):
@@ -156,15 +154,15 @@ def test_known_calls_of_a_module_by_the_mode() -> None:
     policy, other = Recorder(), Other()
     known(other, policy, functional_name=None)
     modes: list[bool] = []
-    other.register_forward_pre_hook(lambda *_: modes.append(policy.interceptor.mode_active))
+    other.register_forward_pre_hook(lambda *_: modes.append(policy.mode_active))
     other(X)
     assert policy.calls == [("dropout", None)] and policy.known == [True]
-    assert modes == [False] and in_place() and not policy.interceptor.mode_active
+    assert modes == [False] and in_place() and not policy.mode_active
     # once one call of a module needs the mode, it is on for all of them
     block = Block()
     known(block, policy)
-    intercept_call(block, ("rand", ()), PerRankCall(None), policy.interceptor)
-    block.drop.register_forward_hook(lambda *_: modes.append(policy.interceptor.mode_active))
+    intercept_call(block, ("rand", ()), PerRankCall(None), policy)
+    block.drop.register_forward_hook(lambda *_: modes.append(policy.mode_active))
     block(X)
     assert modes == [False, True] and policy.known == [True, False]
 
@@ -193,11 +191,11 @@ def test_a_layer_of_dropout_draws_from_the_ranks_stream() -> None:
     assert layer.eval()(x) is not None and torch.equal(layer(x), x) and torch.equal(state, torch.get_rng_state())
     layer.train()
     policy.forget()
-    with policy.interceptor.all_calls():
+    with policy.all_calls():
         layer(x)
     assert policy.calls == [("dropout", "dropout")]
     exact = nn.Dropout(0.5)
-    intercept_call(exact, ("dropout", ()), PerRankCall("dropout", region=object()), policy.interceptor)  # type: ignore[arg-type]
+    intercept_call(exact, ("dropout", ()), PerRankCall("dropout", region=object()), policy)  # type: ignore[arg-type]
     policy.calls.clear()
     exact(x)
     assert policy.calls == [("dropout", None)]  # the policy has to see it
@@ -210,10 +208,10 @@ def test_a_copy_is_intercepted_by_the_copy_of_its_policy() -> None:
     known(model[1], policy, functional_name=None)
     twin = copy.deepcopy(model)
     mine, theirs = (m[0].__dict__["_per_rank_calls"].interceptor for m in (model, twin))
-    assert mine is policy.interceptor and theirs is not mine and theirs.policy is not policy
+    assert mine is policy and theirs is not mine and isinstance(theirs, Recorder)
     assert twin[1].__dict__["_per_rank_calls"].interceptor is theirs
     twin(X)
-    assert policy.calls == [] and theirs.policy.known == [True, False, True]
+    assert policy.calls == [] and theirs.known == [True, False, True]
 
 
 def test_the_module_that_calls() -> None:
@@ -223,7 +221,7 @@ def test_the_module_that_calls() -> None:
     def function(y: Tensor) -> Tensor:
         return F.dropout(y, 0.5)
 
-    with policy.interceptor.all_calls():
+    with policy.all_calls():
         F.dropout(X)
         checkpoint(block, x, use_reentrant=False)
         checkpoint(function, x, use_reentrant=False)
@@ -256,7 +254,7 @@ def test_two_calls_in_one_module_have_two_keys() -> None:
             return F.dropout(x) + F.dropout(x)
 
     policy = Recorder()
-    with policy.interceptor.all_calls():
+    with policy.all_calls():
         Twice()(X)
         Twice()(X)
     a, b, c, d = policy.keys

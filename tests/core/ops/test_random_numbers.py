@@ -317,7 +317,7 @@ def test_which_calls_draw_for_shards() -> None:
             found[name] = shards
             assert bool(per_rank_calls_of(model)) is KINDS[name][2], name
             policy = policy_of(model)
-            assert policy is not None and not policy.noise and not policy.interceptor.running and policy.steps == 4
+            assert policy is not None and not policy.noise and not policy.running and policy.steps == 4
         return found
 
     a, b = run_ranks(body, 2)
@@ -395,7 +395,7 @@ def test_a_copy_draws_by_itself(how: str) -> None:
         policies = policy_of(fresh), policy_of(twin)
         assert policies[1] is not policies[0] and policies[1].steps == 0 and policies[1].exact == (how == "exact")
         held = twin.blocks[0].inner.__dict__["_per_rank_calls"].interceptor
-        assert held is policies[1].interceptor
+        assert held is policies[1]
         state = torch.get_rng_state()
         assert steps(twin, (2, 3)) == first[2:]
         torch.set_rng_state(state)
