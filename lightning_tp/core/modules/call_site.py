@@ -25,11 +25,8 @@ def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MO
     """Return the chain of (function, instruction) from a frame that calls a torch function up to the forward of the module that runs.
 
     Two calls in one helper that is called from different places are told apart. A function that calls itself counts once: a class whose
-    `__init_subclass__` wraps `forward` has one more wrapper in each subclass, such as styles and FSDP2 make them.
-
-    Args:
-        frame: that calls the torch function.
-        ends: the code that calls the forward of a module.
+    `__init_subclass__` wraps `forward` has one more wrapper in each subclass, such as styles and FSDP2 make them. `ends` is the code that calls
+    the forward of a module.
     """
     chain: list[tuple[str, str]] = []
     while frame is not None:

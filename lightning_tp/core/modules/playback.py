@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -140,7 +140,7 @@ class Playback:
         states_to_keep = self.recording.resumed | ({end} if isinstance(end, int) else set())
         while steps:
             ready: list[tuple[list[int], Tensor]] = []
-            with self._process:  # left whenever the caller has control
+            with self._process.entered():  # left whenever the caller has control
                 while steps and not ready:
                     index, complete, free = steps.popleft()
                     if index is not None:
@@ -200,15 +200,15 @@ class PlaybackProcess:
         self.latest: dict[Generator | None, int] = {}  # the draw after which each stands
         self._state = torch.default_generator.get_state()
 
-    def __enter__(self) -> None:
-        self._before = torch.default_generator.get_state(), torch.get_default_dtype()
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Give the process this state until this exits."""
+        state, dtype = torch.default_generator.get_state(), torch.get_default_dtype()
         torch.default_generator.set_state(self._state)
-        self._guards = ExitStack()
-        for guard in (torch.no_grad(), without_torch_function(), without_torch_dispatch()):
-            self._guards.enter_context(guard)
-
-    def __exit__(self, *_: object) -> None:
-        self._guards.close()
-        self._state = torch.default_generator.get_state()
-        torch.default_generator.set_state(self._before[0])
-        torch.set_default_dtype(self._before[1])
+        try:
+            with torch.no_grad(), without_torch_function(), without_torch_dispatch():
+                yield
+        finally:
+            self._state = torch.default_generator.get_state()
+            torch.default_generator.set_state(state)
+            torch.set_default_dtype(dtype)

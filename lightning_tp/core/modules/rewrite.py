@@ -53,10 +53,7 @@ def rewrite_methods(cls: type, calls: Iterable[tuple[str, CallSite]], handler: s
 
 
 def _locate(cls: type, name: str, site: CallSite, callers: dict[str, str]) -> tuple[str, CallEnd] | None:
-    """Return the method that makes a call, and where the call ends; None if it can't be told apart from others there.
-
-    `callers` keeps, for each method on the way, the one that calls it.
-    """
+    """Return the method that makes a call, and where the call ends; None if it can't be told apart. `callers`: who calls each method."""
     chain = [function for function, _ in site if not function.startswith("<")]
     is_readable = name in AS_WRITTEN and bool(site) and not any(function.startswith("<lambda") for function, _ in site)
     if not is_readable or chain[-1] != "forward":
@@ -172,16 +169,11 @@ def _compiled(definition: ast.FunctionDef, original: types.FunctionType) -> type
 
 
 class _HandOver(ast.NodeTransformer):
-    """Replaces the calls that end at given places.
-
-    Attributes:
-        missing: calls that were not found so far.
-        assigned: names that the code assigns to.
-    """
+    """Replaces the calls that end at given places."""
 
     def __init__(self, numbers: dict[CallEnd, int], self_name: str, handler: str) -> None:
-        self.missing, self.self_name, self.handler = numbers, self_name, handler
-        self.assigned: set[str] = set()
+        self.missing, self.self_name, self.handler = numbers, self_name, handler  # `missing`: not found so far
+        self.assigned: set[str] = set()  # names that the code assigns to
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if not isinstance(node.ctx, ast.Load):

@@ -51,11 +51,7 @@ def _copies_of_containers(module: nn.Module) -> list[tuple[Any, Any]]:
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Disable Python's garbage collector of cycles until this exits.
-
-    One pass over all that is imported beside a model takes up to a third of the time of inferring its plan, and what that leaves behind is
-    freed by reference counts.
-    """
+    """Disable Python's collector of cycles until this exits: its passes take up to a third of the time of inferring a plan."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -123,12 +123,7 @@ def dropout_region(
 ) -> DropoutRegion:
     """Find out which region of the full activation the input of a call is.
 
-    Args:
-        call: of a function that drops elements of a shard.
-        shapes: of the shards of all ranks.
-        axis: the tensor-parallel axis.
-        module: the one whose forward makes the call.
-        layer: what the last layer with a sharded weight gave.
+    `shapes` are those of all ranks, `module` is the one whose forward makes the call, `layer` is what the last layer with a sharded weight gave.
 
     Raises:
         TPError: if that can't be told, or one process would draw another kind of mask.

@@ -70,11 +70,7 @@ def _generator_state(device: torch.device) -> int:
 def is_broadcast_over_shards(noise: Sequence[int], activation: Sequence[int], axis: Axis) -> bool:
     """Return whether noise of this shape has one number for all that the ranks hold of the sharded dim: drop path has one for each sample.
 
-    Args:
-        noise: shape of the random numbers.
-        activation: shape of the local activation that they meet. Its dim 1 is sharded if it has 4 dims (heads) or is a shard of the
-            sequence, else the last one.
-        axis: the tensor-parallel axis.
+    Dim 1 of the local activation is sharded if it has 4 dims (heads) or is a shard of the sequence, else the last one.
     """
     num_tokens = None if axis.seq_len is None else math.ceil(axis.seq_len / axis.size)
     heads = len(activation) == 4

@@ -191,11 +191,11 @@ def test_the_process_is_as_it_was_whenever_the_caller_has_control() -> None:
     assert process.generators[generator] is not generator and process.generators[DEFAULT] is DEFAULT
     torch.manual_seed(7)
     mine = torch.get_rng_state()
-    with process:
+    with process.entered():
         torch.set_default_dtype(torch.float64)
         assert not torch.is_grad_enabled()
         inside = torch.rand(1)
     assert torch.equal(torch.get_rng_state(), mine) and torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
-    with process:
+    with process.entered():
         assert torch.rand(1) != inside  # its own stream went on
     assert torch.equal(torch.get_rng_state(), mine)
