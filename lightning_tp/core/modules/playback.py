@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor, UntypedStorage
@@ -40,6 +40,9 @@ class StorageView:
         return cls(storage_key(t), t.dtype, tuple(t.size()), t.stride(), int(t.storage_offset()), t.is_conj(), t.is_neg())
 
 
+PlaybackStep: TypeAlias = (
+    "tuple[int | None, set[int], set[int]]"  # an operation that runs (None: none), storages complete, to free after it
+)
 Wanted: TypeAlias = "dict[int, dict[StorageView, list[int]]]"  # storage -> view of it -> positions in what the caller asked for
 
 
@@ -92,7 +95,7 @@ class Recording:
             if not matters and index not in draws:
                 continue
             touched = op.reads | op.writes | op.made
-            steps.appendleft(PlaybackStep(index, touched & pending, (touched & pending) | (touched - live)))
+            steps.appendleft((index, touched & pending, (touched & pending) | (touched - live)))
             pending -= touched
             if matters:
                 live = (live | op.writes) - op.overwrites - op.made
@@ -107,16 +110,8 @@ class Recording:
                 " `torch.tensor([...])`."
             )
         if pending:  # made by `torch.empty` and never written
-            steps.appendleft(PlaybackStep(None, pending, pending))
+            steps.appendleft((None, pending, pending))
         return steps
-
-
-class PlaybackStep(NamedTuple):
-    """Which operation runs (None: none), and the wanted storages that are complete, and those to free, after it."""
-
-    op: int | None
-    complete: set[int]
-    free: set[int]
 
 
 class Playback:
@@ -124,6 +119,7 @@ class Playback:
 
     Attributes:
         peak_bytes: the most that it has held at once; what was handed out counts until then.
+        generators: those that stand for the recorded ones.
         states: of the generators, after the draws to which a stream returns.
     """
 
@@ -131,7 +127,10 @@ class Playback:
         self.recording = recording
         self.peak_bytes = 0
         self.states: dict[int, Tensor] = {}
-        self._process = PlaybackProcess(recording.generators)
+        self.generators: dict[Generator | None, Generator] = {generator: Generator() for generator in recording.generators}
+        self.generators[torch.default_generator] = torch.default_generator  # most operations take no other
+        self._latest: dict[Generator | None, int] = {}  # the draw after which each stands
+        self._state = torch.default_generator.get_state()
         self._memory: dict[int, UntypedStorage] = {}
 
     def run(self, wanted: Wanted, end: DrawPoint) -> Iterator[tuple[list[int], Tensor]]:
@@ -140,13 +139,13 @@ class Playback:
         states_to_keep = self.recording.resumed | ({end} if isinstance(end, int) else set())
         while steps:
             ready: list[tuple[list[int], Tensor]] = []
-            with self._process.entered():  # left whenever the caller has control
+            with self.process():  # left whenever the caller has control
                 while steps and not ready:
                     index, complete, free = steps.popleft()
                     if index is not None:
                         self._run_op(index)
                         if index in states_to_keep:
-                            self.states[index] = self._process.generators[self.recording.ops[index].generator].get_state()
+                            self.states[index] = self.generators[self.recording.ops[index].generator].get_state()
                     for key in complete:
                         ready += [(positions, self._tensor(view)) for view, positions in wanted[key].items()]
                     self.peak_bytes = max(self.peak_bytes, sum(storage.nbytes() for storage in self._memory.values()))
@@ -156,7 +155,7 @@ class Playback:
                 yield ready.pop(0)
 
     def _run_op(self, index: int) -> None:
-        op, generators = self.recording.ops[index], self._process.generators
+        op, generators = self.recording.ops[index], self.generators
 
         def decode(leaf: Any) -> Any:
             if isinstance(leaf, StorageView):
@@ -165,10 +164,10 @@ class Playback:
 
         if isinstance(op.start, Tensor):
             generators[op.generator].set_state(op.start)
-        elif op.start is not None and op.start != self._process.latest.get(op.generator):
+        elif op.start is not None and op.start != self._latest.get(op.generator):
             generators[op.generator].set_state(self.states[op.start])
         if op.generator is not None:
-            self._process.latest[op.generator] = index
+            self._latest[op.generator] = index
         torch.set_default_dtype(op.default_dtype)
         out = tree_leaves(op.call(*tree_map(decode, op.args), **tree_map(decode, op.kwargs)))
         held = {storage_key(storage) for storage in self._memory.values()}
@@ -190,19 +189,9 @@ class Playback:
         tensor = tensor.conj() if view.conj else tensor
         return negative_view(tensor) if view.neg else tensor
 
-
-class PlaybackProcess:
-    """The state of the process that a playback needs: random streams and a default dtype of its own, no modes, no autograd."""
-
-    def __init__(self, generators: dict[Generator, Tensor]) -> None:
-        self.generators: dict[Generator | None, Generator] = {generator: Generator() for generator in generators}
-        self.generators[torch.default_generator] = torch.default_generator  # most operations take no other
-        self.latest: dict[Generator | None, int] = {}  # the draw after which each stands
-        self._state = torch.default_generator.get_state()
-
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Give the process this state until this exits."""
+    def process(self) -> Iterator[None]:
+        """Give the process random streams and a default dtype of the playback's own, no modes and no autograd, until this exits."""
         state, dtype = torch.default_generator.get_state(), torch.get_default_dtype()
         torch.default_generator.set_state(self._state)
         try:

@@ -27,7 +27,11 @@ def preserve_modules(model: nn.Module) -> Iterator[None]:
         >>> hasattr(layer, "cache")
         False
     """
-    saved = [(m, type(m), dict(m.__dict__), _copies_of_containers(m)) for m in model.modules()]
+    # most containers are empty, such as the hooks that a module has not: these need no copy
+    saved = [
+        (m, type(m), dict(m.__dict__), [(v, v.copy() if v else ()) for v in m.__dict__.values() if type(v) in _CONTAINERS])
+        for m in model.modules()
+    ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         yield
@@ -42,11 +46,6 @@ def preserve_modules(model: nn.Module) -> Iterator[None]:
                 if container or content:
                     container.clear()
                     container.extend(content) if isinstance(container, list) else container.update(content)
-
-
-def _copies_of_containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    # most of them are empty, such as the hooks that a module has not: these need no copy
-    return [(v, v.copy() if v else ()) for v in module.__dict__.values() if type(v) in _CONTAINERS]
 
 
 @contextmanager

@@ -13,14 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_tp._compat import storage_key, without_torch_function, written_arguments
-from lightning_tp.core.modules.playback import (
-    DrawPoint,
-    Playback,
-    RecordedOp,
-    Recording,
-    StorageView,
-    Wanted,
-)
+from lightning_tp.core.modules.playback import DrawPoint, Playback, RecordedOp, Recording, StorageView, Wanted
 from lightning_tp.errors import TPError
 
 _TOKEN = 0x7A9E << 40  # a generator whose seed is _TOKEN + k stands after operation k of the tape

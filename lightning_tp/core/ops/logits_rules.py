@@ -6,7 +6,7 @@ A rule is called with the function and its arguments, and gives the result, or `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import NoneType
 from typing import Any
 
@@ -114,45 +114,19 @@ def _without_values(a: Any) -> Any:
 def _reshape(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """`logits.view(-1, V)`, `flatten(0, 1)`, ..: where the vocabulary is one of the dims of the result too."""
     x, *others = args
-    if not isinstance(x, SplitLogits) or (others and isinstance(others[0], torch.dtype)):
+    if not isinstance(x, SplitLogits) or any(isinstance(a, torch.dtype) for a in (*others, *kwargs.values())):
         return NotImplemented
     sizes = full_sizes(x)
-    new = _resolve_minus_one(_NEW_SIZES[func.__name__.split(".")[0]](sizes, *others, **kwargs), math.prod(sizes))
+    try:
+        new = list(_like(func, (torch.empty(sizes, device="meta"), *others), kwargs).shape)
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return NotImplemented  # torch says it better of the full tensor
     before, after = math.prod(sizes[: x.vocab_dim]), math.prod(sizes[x.vocab_dim + 1 :])
     for dim, size in enumerate(new):
         if size == x.vocab and math.prod(new[:dim]) == before and math.prod(new[dim + 1 :]) == after:
             new[dim] = x.local.shape[x.vocab_dim]
             return wrap_columns_like(to_local(x).reshape(new), dim, x)
     return NotImplemented
-
-
-def _sizes_given(sizes: tuple[int, ...], *new: Any, **kwargs: Any) -> list[int]:
-    """`view(2, 3)`, `view((2, 3))`, `reshape(shape=(2, 3))`."""
-    (first, *_) = new = new or tuple(kwargs.values())
-    return list(first if isinstance(first, (tuple, list)) else new)
-
-
-def _sizes_of_other(sizes: tuple[int, ...], other: Tensor) -> list[int]:
-    return list(other.shape)
-
-
-def _sizes_flattened(sizes: tuple[int, ...], start_dim: int = 0, end_dim: int = -1) -> list[int]:
-    start, end = start_dim % len(sizes), end_dim % len(sizes) + 1
-    return [*sizes[:start], math.prod(sizes[start:end]), *sizes[end:]]
-
-
-def _sizes_unflattened(sizes: tuple[int, ...], dim: int, new: Sequence[int]) -> list[int]:
-    dim %= len(sizes)
-    return [*sizes[:dim], *_resolve_minus_one(list(new), sizes[dim]), *sizes[dim + 1 :]]
-
-
-def _resolve_minus_one(sizes: list[int], numel: int) -> list[int]:
-    """Replace -1 by the size that it stands for; where there is none, it stays for torch to complain about."""
-    if sizes.count(-1) == 1:
-        known = -math.prod(sizes)
-        if known and numel % known == 0:
-            sizes[sizes.index(-1)] = numel // known
-    return sizes
 
 
 def _move_dims(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -258,13 +232,6 @@ def _num_dims_taken(entry: Any) -> int:
     return entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
 
 
-_NEW_SIZES: dict[str, Callable[..., list[int]]] = {
-    **dict.fromkeys(["view", "reshape", "_unsafe_view"], _sizes_given),
-    **dict.fromkeys(["view_as", "reshape_as"], _sizes_of_other),
-    "flatten": _sizes_flattened,
-    "unflatten": _sizes_unflattened,
-}
-
 _POINTWISE = """add sub mul div true_divide multiply divide subtract rsub __rsub__ __rdiv__ pow neg negative abs absolute square sqrt rsqrt exp
     expm1 log log1p tanh sigmoid relu gelu silu softplus clamp clip clamp_min clamp_max minimum maximum nan_to_num masked_fill where clone"""
 _LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor"
@@ -277,7 +244,7 @@ RULES.update(
         **dict.fromkeys(_POINTWISE.split(), _pointwise),
         **dict.fromkeys(["to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"], _cast),
         **dict.fromkeys(_LIKE.split(), _like),
-        **dict.fromkeys(_NEW_SIZES, _reshape),
+        **dict.fromkeys(["view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"], _reshape),
         **dict.fromkeys(_MOVE_DIMS.split(), _move_dims),
     }
 )

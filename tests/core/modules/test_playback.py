@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_tp._compat import storage_key
 from lightning_tp.core.modules.playback import (
     Playback,
-    PlaybackProcess,
     RecordedOp,
     Recording,
     StorageView,
@@ -187,15 +186,15 @@ def test_a_stream_that_is_resumed_later() -> None:
 
 def test_the_process_is_as_it_was_whenever_the_caller_has_control() -> None:
     generator = torch.Generator().manual_seed(1)
-    process = PlaybackProcess({generator: generator.get_state()})
-    assert process.generators[generator] is not generator and process.generators[DEFAULT] is DEFAULT
+    playback = Playback(Recording(generators={generator: generator.get_state()}))
+    assert playback.generators[generator] is not generator and playback.generators[DEFAULT] is DEFAULT
     torch.manual_seed(7)
     mine = torch.get_rng_state()
-    with process.entered():
+    with playback.process():
         torch.set_default_dtype(torch.float64)
         assert not torch.is_grad_enabled()
         inside = torch.rand(1)
     assert torch.equal(torch.get_rng_state(), mine) and torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
-    with process.entered():
+    with playback.process():
         assert torch.rand(1) != inside  # its own stream went on
     assert torch.equal(torch.get_rng_state(), mine)
