@@ -55,24 +55,16 @@ def patched(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 # ---- aliases: what each is, and what it is for
-graph_is_retained = (
-    torch._C._autograd._get_current_graph_task_keep_graph
-)  # `retain_graph=True`: cross entropy can't write in place then
-sequence_number = (
-    torch._C._autograd._get_sequence_nr
-)  # of the next node of autograd's graph: traces match forward and backward by it
+graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph  # then cross entropy can't write in place
+sequence_number = torch._C._autograd._get_sequence_nr  # of autograd's next node: traces match forward and backward by it
 without_torch_function = torch._C.DisableTorchFunction  # neither modes nor tensors see calls: for what is no code of the model
 without_torch_function_subclass = torch._C.DisableTorchFunctionSubclass  # tensors don't, modes do; torch documents it for this use
 without_torch_dispatch = torch._C._DisableTorchDispatch  # neither modes nor tensors see operators: a playback inside a recording
 without_dispatch_modes = torch.utils._python_dispatch._disable_current_modes  # tensors see operators, modes don't
 negative_view = torch._neg_view  # a view with the negative bit set (`Tensor.is_neg`), as `.imag` of a conjugated tensor is
 wrapper_tensor: Any = Tensor._make_wrapper_subclass  # a tensor of a subclass without memory; torch's notes on extending it use it
-non_finite_check_and_unscale_ = (
-    torch._amp_foreach_non_finite_check_and_unscale_
-)  # (gradients, found_inf, inv_scale), as `GradScaler` calls it
-flash_attention_on_meta: Any = (
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-)  # it saves what the kernels of all devices save
+non_finite_check_and_unscale_ = torch._amp_foreach_non_finite_check_and_unscale_  # as `GradScaler` calls it
+flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # saves what all devices' do
 call_impl: Any = torch.nn.Module._call_impl  # `Module.__call__` without what `Module.compile` puts in front: hooks and `forward`
 
 

@@ -153,9 +153,7 @@ sequence_to_replicate = _pair("sequence_to_replicate", _gather_sequence, _scatte
 partial_to_sequence = _pair("partial_to_sequence", _scatter_sum, _gather_sequence_gradient)
 invariant_to_sequence = _pair("invariant_to_sequence", _slice_sequence, _gather_sequence_gradient)
 sequence_to_invariant = _pair("sequence_to_invariant", _gather_sequence, _slice_sequence_gradient)
-width_to_invariant = _pair(
-    "width_to_invariant", _gather_width, _slice_width
-)  # has to be told the full width: not in the table below
+width_to_invariant = _pair("width_to_invariant", _gather_width, _slice_width)  # has to be told the width: not below
 invariant_to_width = _pair("invariant_to_width", _slice_width, _gather_width)
 
 _TRANSITIONS: dict[tuple[State, State], Transition] = {

@@ -40,9 +40,7 @@ class StorageView:
         return cls(storage_key(t), t.dtype, tuple(t.size()), t.stride(), int(t.storage_offset()), t.is_conj(), t.is_neg())
 
 
-PlaybackStep: TypeAlias = (
-    "tuple[int | None, set[int], set[int]]"  # an operation that runs (None: none), storages complete, to free after it
-)
+PlaybackStep: TypeAlias = "tuple[int | None, set[int], set[int]]"  # operation (or none), storages complete, to free
 Wanted: TypeAlias = "dict[int, dict[StorageView, list[int]]]"  # storage -> view of it -> positions in what the caller asked for
 
 

@@ -153,9 +153,7 @@ def _region(
     if len(shape) == 3 and shape[:2] == (batch, tokens) and func is not SDPA:
         return DropoutRegion(2, span=_span(shapes, 2, axis.rank))  # (B, S, local features), as the layer gave them
     if len(shape) == 4 and shape[0] in (batch, tokens):
-        return DropoutRegion(
-            1, span=_span(shapes, 1, axis.rank)
-        )  # (B, local heads, ..), where the layer gave (B, S, ..) or (S, B, ..)
+        return DropoutRegion(1, span=_span(shapes, 1, axis.rank))  # (B, local heads, ..), after (B, S, ..) or (S, B, ..)
     if len(shape) == 3 and shape[0] % batch == 0 and shape[1] == tokens and all(other == shape for other in shapes):
         return DropoutRegion(0, heads=shape[0] // batch)  # (B * local heads, S, ..), where the layer gave (B, S, ..)
     return None

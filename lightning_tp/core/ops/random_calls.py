@@ -83,9 +83,8 @@ class FunctionCall(NamedTuple):
     @property
     def input(self) -> Tensor:
         """The activation that one of `CHANGING` is applied to."""
-        found = (
-            self.args[0] if self.args else next((self.kwargs[k] for k in ("input", "query", "logits") if k in self.kwargs), None)
-        )
+        named = (self.kwargs[k] for k in ("input", "query", "logits") if k in self.kwargs)
+        found = self.args[0] if self.args else next(named, None)
         assert isinstance(found, Tensor)
         return found
 

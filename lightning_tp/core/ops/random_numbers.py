@@ -104,8 +104,7 @@ class RandomCallPolicy(CallInterceptor):
             return call.run()
         key = key_of(call, frame)
         if not self._observing:
-            running = self.running
-            return self._run(call, running[-1].get(key) if running else None)
+            return self._run(call, self.running[-1].get(key) if self.running else None)
         module, function_only = module_calling(frame)
         known = None if module is None else per_rank_calls_of(module).get(key)
         if known is None and call.func not in GENERATING:
@@ -134,9 +133,7 @@ class RandomCallPolicy(CallInterceptor):
             )
         region = dropout_region(call, shapes, self.axis, module, self.last_split_layer.output) if self.exact else None
         decided = PerRankCall(self.functional_name, region)
-        if (
-            module is not None
-        ):  # else in the step itself: nothing is recomputed there; steps that are not observed draw for all ranks
+        if module is not None:  # else in the step itself: nothing is recomputed, steps that are not observed draw for all
             intercept_call(module, key, decided, self)
         return decided
 
