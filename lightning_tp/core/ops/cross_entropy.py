@@ -51,9 +51,6 @@ def vocab_parallel_cross_entropy(
 
     Raises:
         TPError: if a target is out of range. Not on a GPU, which would have to synchronize with the host.
-
-    Example:
-        >>> loss = vocab_parallel_cross_entropy(logits[:, mine], target, axis, 1003)  # doctest: +SKIP
     """
     if target.device.type == "cpu":
         _check_range(target, vocab, ignore_index)

@@ -35,11 +35,6 @@ def split_logits(local: Tensor, axis: Axis, vocab: int) -> SplitLogits:
 
     Raises:
         TPError: if `local` does not have the columns of `even_shard(vocab, axis.rank, axis.size)`.
-
-    Example:
-        >>> logits = split_logits(x @ weight_local.T, axis, 1003)  # doctest: +SKIP
-        >>> logits.shape, logits.local.shape  # doctest: +SKIP
-        (torch.Size([2, 16, 1003]), torch.Size([2, 16, 502]))
     """
     columns = len(even_shard(vocab, axis.rank, axis.size))
     if local.ndim == 0 or local.shape[-1] != columns:
