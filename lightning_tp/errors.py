@@ -1,4 +1,4 @@
-"""The one kind of error that a user can cause: says where, the numbers, and what to do."""
+"""Errors that a user can cause, and how they end processes: `TPError` says where, the numbers, and what to do; one rank shows it."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HEAD_START = 5.0  # seconds that rank 0 has to speak: a launcher (torchrun) stops all ranks as soon as one has ended
+HEAD_START = 5.0  # seconds that rank 0 has to print its error: torchrun stops all ranks as soon as one has exited
 
 
 class TPError(ValueError):
-    """A mistake in a plan, a mesh, a model or its data that the user can mend.
+    """A mistake in a plan, a mesh, a model or its data that the user can fix.
 
     The message names the place (a module, an argument), gives the numbers, and says what to do instead.
 
     Example:
-        >>> raise TPError("`tp=3` does not divide a world of 4 ranks. Use tp=1, 2 or 4.")
+        >>> raise TPError("`tp=3` needs a multiple of 3 ranks, and the world size is 4. Use tp=1, 2, 4.")
         Traceback (most recent call last):
         ...
-        lightning_tp.errors.TPError: `tp=3` does not divide a world of 4 ranks. Use tp=1, 2 or 4.
+        lightning_tp.errors.TPError: `tp=3` needs a multiple of 3 ranks, and the world size is 4. Use tp=1, 2, 4.
     """
 
 
 class SecondaryError(TPError):
-    """What a rank raises because another one has failed, which shows its own error: under a Trainer one line is said of it, no traceback."""
+    """The error of a rank on which nothing failed: another rank failed and shows why. Under a Trainer it is one line, without a traceback."""
 
 
 @contextmanager
 def raise_on_rank_zero(rank: int, head_start: float | None = None) -> Iterator[None]:
-    """Let an error that every rank meets at the same place be seen once: rank 0 raises it, the others leave with status 1.
+    """Show a `TPError` that every rank raises in this context once: rank 0 raises it, the others exit with status 1.
 
     Args:
-        rank: this one's.
-        head_start: seconds until the others leave. Default: `HEAD_START`.
+        rank: this process's.
+        head_start: seconds until the others exit. Default: `HEAD_START`.
 
     Example:
         >>> with raise_on_rank_zero(rank=1, head_start=0):
@@ -55,7 +55,7 @@ def raise_on_rank_zero(rank: int, head_start: float | None = None) -> Iterator[N
 
 @contextmanager
 def default_sigterm() -> Iterator[None]:
-    """Let a launcher's SIGTERM end this process as it is; Lightning's handler would talk to ranks that are gone, and say so."""
+    """Let a launcher's SIGTERM end this process without Lightning's handler, which would communicate with ranks that are gone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

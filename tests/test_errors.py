@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import threading
 import time
 
 import pytest
 
 import lightning_tp as ltp
-from lightning_tp.errors import HEAD_START, TPError, raise_on_rank_zero
+from lightning_tp.errors import HEAD_START, SecondaryError, TPError, default_sigterm, raise_on_rank_zero
 from lightning_tp.testing import RankError, run_ranks
 
 
@@ -38,6 +40,32 @@ def test_what_is_no_mistake_of_the_user_is_shown_by_all() -> None:
         with raise_on_rank_zero(rank):
             done = True
         assert done
+
+
+def test_a_launcher_ends_a_process_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's handler of SIGTERM is off meanwhile, and back afterwards."""
+    handler = lambda *args: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        found: list[object] = []
+        monkeypatch.setattr(time, "sleep", lambda seconds: found.append(signal.getsignal(signal.SIGTERM)))
+        with pytest.raises(SystemExit), raise_on_rank_zero(rank=1):
+            raise SecondaryError("another rank failed")
+        assert found == [signal.SIG_DFL] and signal.getsignal(signal.SIGTERM) is handler
+        with pytest.raises(ZeroDivisionError), default_sigterm():
+            1 / 0  # noqa: B018
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+        def elsewhere() -> None:
+            with default_sigterm():
+                found.append(signal.getsignal(signal.SIGTERM))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        assert found[1:] == [handler]  # only the main thread may set handlers
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_on_real_ranks() -> None:

@@ -26,15 +26,6 @@ OUR_PREFIX = "_tp_"  # of attributes that this package sets on parameters and mo
 
 # Files that still name some; the list only gets shorter.
 STILL = {
-    "core/comm/axis.py",
-    "core/comm/collectives.py",
-    "core/modules/call_site.py",
-    "core/modules/snapshot.py",
-    "core/modules/tape.py",
-    "core/ops/attention.py",
-    "core/ops/cross_entropy.py",
-    "core/ops/random_numbers.py",
-    "core/ops/split_logits.py",
     "estimate/trace/device_kernels.py",
     "estimate/trace/optimizer.py",
     "estimate/trace/rank.py",

@@ -1,25 +1,24 @@
-"""`torch.compile` of a split model: each repeated block by itself, after its styles and before FSDP2, as torchtitan does it.
+"""`torch.compile` of a split model: each repeated block by itself, after its styles are bound and before FSDP2, as torchtitan does it.
 
-A block is compiled in pieces. What stands between them runs as it would without `torch.compile`:
+A block is compiled in pieces. What stands between them runs uncompiled:
 
 | what | why |
 |---|---|
-| the collectives of `comm.py` | all ranks make them in the order of the program; a compiler may move what is inside of a graph |
-| modules whose calls are changed (`styles/local_ops.py`) | a call is known by its place in the code, which compiled code has not |
-| modules that draw random numbers for shards (`dropout.py`) | the same, and they have a stream of their own |
-| training steps that are observed for random numbers (the 1st, 2nd, 3rd, 5th, ..) | every call is looked at |
-| split logits (`logits.py`) | they are no plain tensors |
+| the collectives of `core/comm` | all ranks call them in the order of the program; a compiler may reorder what is inside of a graph |
+| modules whose calls are changed (`styles/calls`) | a call is known by its place in the code, which compiled code has not |
+| modules that draw random numbers for shards (`core/ops/random_numbers.py`) | the same, and they have a random stream of their own |
+| training steps that are observed for random numbers (the 1st, 2nd, 3rd, 5th, ..) | every call is intercepted |
+| vocab-parallel logits (`core/ops/split_logits.py`) | they are no plain tensors |
 
-Alike blocks share the compiled code. Where the compiler fails, that piece runs as it is, on this rank alone if need be, with one line of
-warning: no collective is made twice or left out. Where torch can't even make the pieces and has run some of a block by then, it is an error.
+Blocks of the same code share the compiled code. Where the compiler fails, that piece runs uncompiled, if need be on this rank alone, with one
+warning: no collective is called twice or left out. Where torch can't even make the pieces, after some of a block has run, it is an error.
 
-What users have compiled themselves (`torch.compile(model)`, `model.compile()`, `torch.compile(LitModule())`) is taken back before the model is
+What users have compiled themselves (`torch.compile(model)`, `model.compile()`, `torch.compile(LitModule())`) is unwrapped before the model is
 split, and compiled in this way with the same backend.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,7 +29,7 @@ from torch import nn
 from lightning_tp._compat import backend_of, compile_function, function_modes, is_compiler_error, take_compiled
 from lightning_tp.core.comm import transitions
 from lightning_tp.core.modules.swap_class import swap_class
-from lightning_tp.core.ops.random_numbers import RandomCallPolicy
+from lightning_tp.core.ops.intercept import is_intercepting
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.local_ops import changes_calls
 
@@ -38,107 +37,105 @@ Compile = bool | str | Callable[..., Any]
 
 
 def check_compile(how: Any) -> None:
-    """Refuse a backend that there is not.
+    """Refuse a value of the option `compile` that is no backend.
 
     Raises:
-        TPError: it names those that there are.
+        TPError: names the backends there are.
     """
     if isinstance(how, bool) or (callable(how) and not isinstance(how, type)):
         return
     try:
         backend_of(str(how))
     except ValueError as error:
-        raise TPError(f"`compile={how!r}`: {error}; True is 'inductor', and a function like a backend is one.") from None
+        raise TPError(
+            f"`compile={how!r}`: unknown backend. Use True for 'inductor', the name of a backend ({error}), or a function that is one."
+        ) from None
 
 
 class BlockCompiler:
-    """How the blocks of one model are compiled.
+    """Compiles the blocks of one model.
 
     Args:
-        backend: the name of one of `torch.compile`'s, or a function like one.
-        limit: how often one piece of code may be compiled anew.
+        backend: the name of one of `torch.compile`'s, or a function that is one.
+        limit: how often one piece of code may be recompiled.
     """
 
     def __init__(self, backend: str | Callable[..., Any], limit: int) -> None:
-        self.inner = backend_of(backend) if isinstance(backend, str) else backend
+        self.inner_backend = backend_of(backend) if isinstance(backend, str) else backend
         self.limit = limit
-        self.draws: RandomCallPolicy | None = None
-        self.failed = False
-        self.off = False
+        self.failed = False  # new pieces run uncompiled
+        self.off = False  # all blocks run uncompiled
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockCompiler:
-        memo[id(self)] = twin = BlockCompiler(self.inner, self.limit)
-        twin.draws = copy.deepcopy(self.draws, memo)
+        memo[id(self)] = twin = BlockCompiler(self.inner_backend, self.limit)
         return twin
 
     def compiled(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled function of a class of blocks; it is not bound to a module, so that modules can be copied."""
+        """Return the compiled function of a class of blocks; it is not bound to a module, so that modules can be copied."""
         if forward not in self._compiled:
             self._compiled[forward] = compile_function(forward, self.backend, self.limit)
         return self._compiled[forward]
 
     def backend(self, graph: Any, inputs: Any) -> Any:
-        """What dynamo calls with each piece: where the compiler fails, the piece as it is."""
+        """Compile one piece, as dynamo asks for it; where the compiler fails, return the piece as it is."""
         if not self.failed:
             try:
-                return self.inner(graph, inputs)
+                return self.inner_backend(graph, inputs)
             except Exception as error:  # whatever a compiler raises
-                self.fail(error)
+                self.warn_once(error)
         return graph.forward
 
-    def fail(self, error: Exception) -> None:
-        """Say once that this is not compiled, and why."""
+    def warn_once(self, error: Exception) -> None:
+        """Warn that this model runs uncompiled from now on, and why."""
         if not self.failed:
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            where = f" (rank {dist.get_rank()})" if dist.is_initialized() else ""
-            warnings.warn(f"`compile`: goes on without{where}: {type(error).__name__}: {said}"[:400], stacklevel=2)
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            where = f" on rank {dist.get_rank()}" if dist.is_initialized() else ""
+            warnings.warn(f"`compile`: failed, runs uncompiled{where}: {type(error).__name__}: {reason}"[:400], stacklevel=2)
         self.failed = True
-
-    def is_looked_into(self) -> bool:
-        """Whether something looks at every call now, which it could not in compiled code."""
-        draws = self.draws
-        if draws is not None and (draws.on or draws.running):
-            return True
-        return any(changes_calls(mode) for mode in function_modes())
 
 
 def compile_blocks(blocks: Iterable[nn.Module], how: Compile) -> BlockCompiler:
-    """Let each of these compile itself when it first runs; state dict keys stay as they are."""
+    """Compile each of these modules when it first runs; state dict keys stay as they are."""
     blocks = list(blocks)
     if not blocks:
-        warnings.warn("`compile`: there are no repeated blocks to compile; the model runs as it is.", stacklevel=2)
-    of = BlockCompiler("inductor" if how is True else how, limit=max(8, len(blocks) + 4))  # type: ignore[arg-type]
+        warnings.warn("`compile`: the model has no repeated blocks to compile, and runs uncompiled.", stacklevel=2)
+    compiler = BlockCompiler("inductor" if how is True else how, limit=max(8, len(blocks) + 4))  # type: ignore[arg-type]
     for block in blocks:
-        swap_class(block, _Compiled, _compiling=of)
-    return of
+        swap_class(block, _Compiled, _compiler=compiler)
+    return compiler
 
 
 class _Compiled(nn.Module):
-    _compiling: BlockCompiler
+    _compiler: BlockCompiler
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        of = self._compiling
-        if of.off or "_sites" in self.__dict__ or of.is_looked_into():
+        compiler = self._compiler
+        if compiler.off or _calls_are_intercepted():
             return super().forward(*args, **kwargs)
         before = transitions.graph_breaks
         try:
-            return of.compiled(super().forward.__func__)(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return compiler.compiled(super().forward.__func__)(self, *args, **kwargs)  # type: ignore[attr-defined]
         except Exception as error:
             if not is_compiler_error(error):
                 raise
             if transitions.graph_breaks != before:
                 raise TPError(
-                    f"`compile`: failed in the middle of a block, when some of its collectives had been made: {type(error).__name__}: {error}. "
+                    f"`compile`: failed in the middle of a block, after some of its collectives: {type(error).__name__}: {error}. "
                     "Leave `compile` out for this model."
                 ) from error
-            of.fail(error)
-            of.off = True
+            compiler.warn_once(error)
+            compiler.off = True
         return super().forward(*args, **kwargs)
 
 
+def _calls_are_intercepted() -> bool:
+    """Whether something sees every call now, which it could not in compiled code."""
+    return is_intercepting() or any(changes_calls(mode) for mode in function_modes())
+
+
 def unwrap_compiled(model: nn.Module) -> Any:
-    """Undo what users have compiled in a model; says so once. Before a plan is made.
+    """Undo what users have compiled in a model, before a plan is made; warn once that blocks are compiled instead.
 
     Returns:
         The backend of what was compiled, or None.
@@ -149,7 +146,7 @@ def unwrap_compiled(model: nn.Module) -> Any:
     name, backend = next(iter(found.items()))
     if not dist.is_initialized() or dist.get_rank() == 0:
         warnings.warn(
-            f"`{name or 'the model'}` was compiled as a whole, and a split model is compiled block by block: done so, as by `compile=True`.",
+            f"`{name or 'the model'}` was compiled as a whole, but a split model is compiled block by block: doing that, as with `compile=True`.",
             stacklevel=2,
         )
     return backend

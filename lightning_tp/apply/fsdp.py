@@ -1,4 +1,4 @@
-"""FSDP2 over the data-parallel axis: which modules are units, in what precision, when shards are let go again."""
+"""FSDP2 over the data-parallel axis: which modules are units, in what precision, and when they are resharded."""
 
 from __future__ import annotations
 
@@ -16,16 +16,12 @@ if TYPE_CHECKING:
 
 
 def apply_fsdp(
-    model: nn.Module,
-    blocks: list[nn.Module],
-    dp_mesh: DeviceMesh,
-    *,
-    precision: MixedPrecisionPolicy | None = None,
+    model: nn.Module, blocks: list[nn.Module], dp_mesh: DeviceMesh, *, precision: MixedPrecisionPolicy | None = None
 ) -> None:
-    """Shard every parameter over the data-parallel axis: one unit a block, the root holds the rest (embedding, norm, head).
+    """Shard every parameter over the data-parallel axis: each block is a unit, the root has the rest (embedding, norm, head).
 
-    Blocks are let go after their forward and gathered again in the backward (`reshard_after_forward`); the root's own
-    parameters stay, since the backward begins with them. A block that shares a parameter with something outside is no unit.
+    Blocks are resharded after their forward and all-gathered again in the backward; the root's own parameters stay gathered, since the
+    backward begins with them. A block that shares a parameter with a module outside of it is no unit.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -38,10 +34,10 @@ def apply_fsdp(
 
 
 def own_units(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of the blocks that are units by themselves: their parameters are used nowhere else."""
-    uses = _uses(model)
-    return [block for block in blocks if all(uses[i] == n for i, n in _uses(block).items())]
+    """Return the blocks that are FSDP units of their own: their parameters are used nowhere else."""
+    uses = _num_uses(model)
+    return [block for block in blocks if all(uses[i] == n for i, n in _num_uses(block).items())]
 
 
-def _uses(module: nn.Module) -> Counter[int]:
+def _num_uses(module: nn.Module) -> Counter[int]:
     return Counter(id(p) for m in module.modules() for p in own_parameters(m).values() if p is not None)

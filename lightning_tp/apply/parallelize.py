@@ -28,7 +28,7 @@ from lightning_tp.checkpoint.weights.pretrained import read_shards, take_pending
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import check_mesh
 from lightning_tp.core.modules.blocks import find_blocks
-from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls, policy_of
+from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls
 from lightning_tp.errors import TPError
 from lightning_tp.plan.check import refuse_distributed
 from lightning_tp.plan.checked import CheckedPlan
@@ -117,14 +117,15 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     how = options.activation_checkpointing
     recomputed = modules_to_checkpoint(model, blocks, how) if how is not None else []
     stored = take_pending(model)
-    full_values = materialize.source_of(model, stored)
+    full_values = materialize.initial_values(model, stored)
     same_weights_everywhere(model, mesh)
     model._tp_applied_plan = plan  # type: ignore[assignment]
     axis = Axis(tp_mesh.get_group())
     split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
     if tp_mesh.size() > 1:
         bind_styles(model, plan, axis, loss_parallel=options.loss_parallel)
-    compiling = compile_blocks(blocks, options.compile) if options.compile else None
+    if options.compile:
+        compile_blocks(blocks, options.compile)
     if how is not None:
         checkpoint_modules(recomputed, axis, how)
     shards = {name: p._tp_shard for name, p in model.named_parameters()}  # type: ignore[attr-defined]
@@ -132,15 +133,13 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
         apply_fsdp(options.fsdp_root or model, blocks, dp_mesh, precision=options.precision)
     if full_values is not None:
         device = options.device or torch.device(mesh.device_type)
-        materialize.fill(model, same_values_everywhere(full_values, mesh), shards, device)
+        materialize.fill_shards(model, same_values_everywhere(full_values, mesh), shards, device)
     model._tp_registry = ParamRegistry(shards, PartialGradients(axis, sum_groups(plan, mesh)))  # type: ignore[assignment]
     tag_parameters(model)
     read_shards(model, stored)
     attach_state_dict(model)
     if tp_mesh.size() > 1:
         bind_random_calls(model, axis, options.dropout)
-    if compiling is not None:
-        compiling.draws = policy_of(model)
     return model
 
 
@@ -198,7 +197,7 @@ def _by_torchs_styles(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, opt
     from torch.distributed.tensor.parallel import parallelize_module
 
     dp_mesh, tp_mesh = check_mesh(mesh)
-    if materialize.source_of(model, take_pending(model)) is not None:
+    if materialize.initial_values(model, take_pending(model)) is not None:
         raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
     tied = sorted(plan.tied)
     if tied and any(plan.splits[n].dim is not None for n in tied if n in plan.splits):

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_tp.apply import materialize
+from lightning_tp._compat import gather_rows
+from lightning_tp.apply.materialize import Values
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 
@@ -26,7 +27,7 @@ def same_plan_everywhere(plan: CheckedPlan, mesh: DeviceMesh) -> None:
     for axis in mesh.mesh_dim_names or ():
         gathered: list[Any] = [None] * mesh[axis].size()
         dist.all_gather_object(gathered, digests, group=mesh.get_group(axis))
-        digests = [d for of in gathered for d in of]
+        digests = [digest for of_rank in gathered for digest in of_rank]
     if len(set(digests)) > 1:
         raise TPError(
             f"The ranks have {len(set(digests))} different plans ({', '.join(dict.fromkeys(digests))}): their models or rules differ. "
@@ -36,47 +37,48 @@ def same_plan_everywhere(plan: CheckedPlan, mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def same_weights_everywhere(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Give every rank the first one's parameters and buffers, where they are not equal already.
+    """Give every rank the first one's parameters and buffers, where theirs differ. A collective.
 
-    Ranks that were not seeded alike draw different weights, and nothing in torch or Lightning makes replicated ones equal.
+    Ranks with different seeds draw different weights, and nothing in torch or Lightning makes replicated ones equal.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.numel() and not t.is_meta}
     _make_equal(list(tensors.values()), mesh)
 
 
 @torch.no_grad()
-def same_values_everywhere(values: materialize.Values, mesh: DeviceMesh) -> materialize.Values:
-    """The same for values that are drawn one after the other."""
-    for names, whole in values:
-        _make_equal([whole] if whole.numel() else [], mesh)
-        yield names, whole
+def same_values_everywhere(values: Values, mesh: DeviceMesh) -> Values:
+    """Do what `same_weights_everywhere` does with values that are drawn one after the other."""
+    for names, full in values:
+        _make_equal([full] if full.numel() else [], mesh)
+        yield names, full
 
 
 def _make_equal(tensors: list[Tensor], mesh: DeviceMesh) -> None:
     if not tensors:
         return
-    target = torch.device(mesh.device_type)
-    sums = torch.stack([_checksum(t) for t in tensors]).to(target)
+    device = torch.device(mesh.device_type)
+    sums = _checksums(tensors, device)
     for axis in mesh.mesh_dim_names or ():
         group = mesh.get_group(axis)
         if group.size() == 1:
             continue
-        every = sums.new_empty((group.size() * sums.shape[0], *sums.shape[1:]))
-        group._allgather_base(every, sums).wait()
-        differ = (every.view(group.size(), *sums.shape) != sums).flatten(2).any(2).any(0)
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
-        flags = differ.to(torch.int32)
-        group.allreduce([flags], options).wait()
-        _broadcast([t for t, d in zip(tensors, flags.tolist(), strict=True) if d], group, target)
-        sums = torch.stack([_checksum(t) for t in tensors]).to(target) if bool(flags.any()) else sums
+        differ = (gather_rows(sums, group) != sums).any(2).any(0).to(torch.int32)  # (tensors,)
+        dist.all_reduce(differ, dist.ReduceOp.MAX, group=group)
+        if bool(differ.any()):
+            _broadcast([t for t, d in zip(tensors, differ.tolist(), strict=True) if d], group, device)
+            sums = _checksums(tensors, device)
 
 
-def _checksum(t: Tensor) -> Tensor:
-    """Two exact sums over the bytes of a tensor, of which one knows their order."""
-    raw = t.detach().contiguous().view(-1).view(torch.uint8) if t.dtype != torch.bool else t.detach().reshape(-1).to(torch.uint8)
-    half = raw[: raw.numel() // 2].sum(dtype=torch.int64)
-    return torch.stack((raw.sum(dtype=torch.int64), half)).cpu()
+def _checksums(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """(tensors, 2) of int64."""
+    return torch.stack([byte_sums(t).to(device) for t in tensors])
+
+
+def byte_sums(t: Tensor) -> Tensor:
+    """(2,) of int64 on the tensor's device: the sum of all its bytes, and that of the first half of them, which tells their order."""
+    flat = t.detach().reshape(-1)
+    raw = (flat.to(torch.uint8) if flat.dtype == torch.bool or not flat.numel() else flat.contiguous()).view(torch.uint8)
+    return torch.stack((raw.sum(dtype=torch.int64), raw[: raw.numel() // 2].sum(dtype=torch.int64)))
 
 
 def _broadcast(tensors: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:

@@ -36,7 +36,7 @@ def damage(path: StoragePath, peers: Peers) -> str | None:
             mine = next((p for p in problems if p is not None), None)
     except OSError as error:
         mine = f"{_CLOSED}: {error.strerror or error} ({error.filename})"
-    return peers.first_said(mine)
+    return peers.first_message(mine)
 
 
 def _first_look(path: StoragePath) -> tuple[str | None, Manifest | None, bool]:

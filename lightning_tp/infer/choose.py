@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_buffers_and_rng, preserve_modules
+from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_modules
+from lightning_tp.core.ops.random_calls import comparable_runs
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_by_call
 from lightning_tp.infer.dry_run import dry_run
@@ -62,7 +63,7 @@ def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any
     except TPError:
         return None  # not believed
     large = has_more_than(model, MOST_REAL)
-    with preserve_buffers_and_rng(model):
+    with comparable_runs(model):
         with MetaWeights(model) if large else nullcontext(), preserve_modules(model):
             alike = alike_blocks(model, call, inputs)
         return declared if dry_run(model, call, inputs, declared, tp, alike) is None else None

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.state import I
 from lightning_tp.core.modules.blocks import starred
-from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than, preserve_buffers_and_rng, preserve_modules
+from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than, preserve_modules
 from lightning_tp.core.ops.attention import readable_attention
+from lightning_tp.core.ops.random_calls import comparable_runs
 from lightning_tp.errors import TPError
 from lightning_tp.infer.assign import (
     MOST_SHARES,
@@ -92,7 +93,7 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
-    with preserve_buffers_and_rng(model), gc_disabled():
+    with comparable_runs(model), gc_disabled():
         if has_more_than(model, MOST_REAL):
             try:
                 with MetaWeights(model) as twin:

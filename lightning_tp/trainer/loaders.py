@@ -78,5 +78,5 @@ def check_batch_everywhere(batch: Any, mesh: DeviceMesh, device: torch.device, w
         check_same_batch(batch, mesh.get_group(TENSOR_PARALLEL), device, where)
     except TPError as error:
         found = str(error)
-    if message := Peers().first_said(found):
+    if message := Peers().first_message(found):
         raise TPError(message)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,10 +17,15 @@ from torch.utils.data import DataLoader
 import lightning_tp as ltp
 from examples.llama import PLAN
 from lightning_tp.apply.compile import compile_blocks
+from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.comm.transitions import outside
-from lightning_tp.core.ops.random_numbers import policy_of
-from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from lightning_tp.core.ops.intercept import PerRankCall, intercept_call
+from lightning_tp.core.ops.random_numbers import RandomCallPolicy, policy_of
+from lightning_tp.styles import BindContext
+from lightning_tp.styles.calls.call import Call
+from lightning_tp.styles.calls.local_ops import LocalOps
+from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 from tests.apply.test_parallelize import BLOCK, NO_SP, Case, assert_same_run, reference, train
 
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -40,9 +46,9 @@ class Counting:
 
 def past_observation(model: nn.Module) -> nn.Module:
     """The first steps are observed and not compiled: begin at the 10th, behind which none is until the 17th."""
-    draws = policy_of(model)
-    if draws is not None:
-        draws.steps = 9
+    policy = policy_of(model)
+    if policy is not None:
+        policy.steps = 9
     return model
 
 
@@ -99,7 +105,7 @@ def test_a_compiler_that_fails_is_left_out_with_one_line() -> None:
 
     for rank, (run, pieces, lines) in enumerate(run_ranks(body, 2)):
         assert pieces == 1
-        assert lines == [f"`compile`: goes on without (rank {rank}): RuntimeError: no compiler"]
+        assert lines == [f"`compile`: failed, runs uncompiled on rank {rank}: RuntimeError: no compiler"]
         assert_same_run(run, reference(case), rtol=2e-4)
 
 
@@ -107,20 +113,57 @@ def test_a_compiler_that_fails_is_left_out_with_one_line() -> None:
 def test_what_torch_cannot_cut_into_pieces_runs_once(collectives: int) -> None:
     """As it is, if nothing has run yet; else it must not run again on this rank alone."""
     blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
-    of = compile_blocks(blocks, "eager")
+    compiler = compile_blocks(blocks, "eager")
 
     def fails(*args: Any) -> Any:
         for _ in range(collectives):
             outside(max, 1, 2)
         raise torch._dynamo.exc.InternalTorchDynamoError("lost")
 
-    of.compiled = lambda forward: fails  # type: ignore[method-assign]
+    compiler.compiled = lambda forward: fails  # type: ignore[method-assign]
     if collectives:
         with pytest.raises(ltp.TPError, match="in the middle of a block"):
             blocks[0](torch.ones(1, 2))
     else:
-        with pytest.warns(UserWarning, match="goes on without"):
+        with pytest.warns(UserWarning, match="runs uncompiled"):
             assert torch.equal(blocks[0](torch.ones(1, 2)), blocks[0][0](torch.ones(1, 2)))
+
+
+def test_blocks_run_uncompiled_where_calls_are_intercepted() -> None:
+    """In an observed step; inside of a module whose calls are intercepted or changed; and where they have such calls themselves."""
+    block = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    compiler, compiled = compile_blocks([block], "eager"), []
+    own = nn.Sequential.forward
+
+    def count(forward: Any) -> Any:
+        compiled.append(forward)
+        return own
+
+    compiler.compiled = count  # type: ignore[method-assign]
+    outer, x = nn.Sequential(block), torch.ones(1, 2)
+    outer(x)
+    assert compiled == [own]
+    with fake_world(2):
+        policy = RandomCallPolicy(Axis(dist.group.WORLD))
+    with policy.all_calls():
+        policy.run_random_call = lambda call, frame: call.run()  # type: ignore[method-assign]
+        outer(x)
+    assert len(compiled) == 1
+    intercept_call(outer, ("dropout", ()), PerRankCall("dropout"), policy)
+    outer(x)
+    assert len(compiled) == 1
+    block(x)
+    assert len(compiled) == 2
+    intercept_call(block, ("dropout", ()), PerRankCall("dropout"), policy)
+    block(x)
+    assert len(compiled) == 2
+    other = nn.Sequential(nn.Linear(2, 2))
+    compile_blocks([other], "eager")._compiled[own] = lambda *args: compiled.append(args) or own(*args)
+    LocalOps(calls=(Call("view", (("forward", "0"),)),)).bind(holder := nn.Sequential(other), BindContext("x", None))  # type: ignore[arg-type]
+    holder(x)
+    assert len(compiled) == 2
+    other(x)
+    assert len(compiled) == 3
 
 
 def gpt2(dropout: float) -> nn.Module:
@@ -253,7 +296,7 @@ def test_what_users_compile_themselves() -> None:
 
 def test_what_does_not_go_together() -> None:
     for how, message in [
-        (dict(compile="nothing"), "there are .*aot_eager"),
+        (dict(compile="nothing"), "unknown backend.*aot_eager"),
         (dict(compile=True, activation_checkpointing="selective"), "selective"),
         (dict(compile=True, dropout="exact"), "exact"),
         (dict(compile=True, backend="dtensor"), "dtensor"),

@@ -92,7 +92,7 @@ def test_tp_does_not_divide_the_world() -> None:
         match=r"tp=3 needs a multiple of 3 devices, but the Trainer has 4\. Pass `Trainer\(devices=6\)`, or",
     ):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=3), **QUIET)
-    with pytest.raises(ltp.TPError, match=r"`dp=2` x `tp=4` are 8 ranks, and the world has 4"):
+    with pytest.raises(ltp.TPError, match=r"`dp=2` x `tp=4` are 8 ranks, and the world size is 4"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=4, dp=2), **QUIET)
     with pytest.raises(ltp.TPError, match=r"`tp=0`: give a number of ranks"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=0), **QUIET)

@@ -1,4 +1,4 @@
-"""The ranks that read or write a checkpoint together, and how they agree; also one process without a process group."""
+"""Let ranks that do something together agree on its outcome; one process without a process group agrees with itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ T = TypeVar("T")
 
 
 class Peers:
-    """This rank among those of a group (default: all), or alone, whatever the others do.
+    """This rank and the others of its group.
+
+    Args:
+        group: default: all ranks.
+        alone: without the others, even if there is a process group.
 
     Example:
         >>> Peers().gather("here")
@@ -26,7 +30,7 @@ class Peers:
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if here else (0, 1)
 
     def gather(self, value: Any) -> list[Any]:
-        """Each rank's value, on every rank. A collective."""
+        """Return each rank's value on every rank. A collective."""
         if self.size == 1:
             return [value]
         every: list[Any] = [None] * self.size
@@ -34,16 +38,16 @@ class Peers:
         return every
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What the first rank's `work()` gives, on every rank; the others don't call it. A collective.
+        """Call `work` on the first rank, and return its result on every rank. A collective.
 
         Raises:
-            TPError: on every rank, with the words of what it raised on the first.
+            TPError: on every rank, with the message of what it raised on the first.
         """
         answer: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 answer[0] = work()
-            except Exception as error:  # the others wait for an answer
+            except Exception as error:  # the others wait for the answer
                 if self.size == 1:
                     raise
                 answer[1] = str(error) if isinstance(error, TPError) else f"{type(error).__name__}: {error}"
@@ -56,6 +60,6 @@ class Peers:
         result: T = answer[0]
         return result
 
-    def first_said(self, message: str | None) -> str | None:
-        """The message of the lowest rank that has one, on every rank. A collective."""
+    def first_message(self, message: str | None) -> str | None:
+        """Return the message of the lowest rank that has one, on every rank. A collective."""
         return next((m for m in self.gather(message) if m is not None), None)

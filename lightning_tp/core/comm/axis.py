@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from lightning_tp._compat import num_writes
+
 SEQUENCE_DIM = 1  # of activations (B, S, d)
 
 
@@ -53,7 +55,7 @@ class Axis:
             return self._share(x, enter)
         if x.is_inference():
             return enter(x, self)  # counts no versions: it could have been written to
-        state = (x._version, x.requires_grad, torch.is_grad_enabled())
+        state = (num_writes(x), x.requires_grad, torch.is_grad_enabled())
         shared = self._shared
         if shared is not None and shared[0] is x and shared[1] == state:
             return shared[2]

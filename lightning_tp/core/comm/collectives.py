@@ -8,10 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import all_gather_into, reduce_scatter_into
+from lightning_tp._compat import all_gather_into, reduce_scatter_into, without_torch_function
 from lightning_tp.core.comm.axis import Axis, even_shard
-
-unseen = torch._C.DisableTorchFunction  # by function modes: a module that has its calls changed would look at each one in here
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
@@ -32,7 +30,7 @@ def reduce_over(x: Tensor, groups: Iterable[dist.ProcessGroup], *, largest: bool
 
 def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
     """All-gather shards (.., ceil(length / tp), ..) to (.., length, ..), without the padding of the last ones."""
-    with unseen():
+    with without_torch_function():  # a module that has its calls changed would look at each one in here
         x = x.contiguous()
         shape, tp = x.shape, axis.size
         out = x.new_empty((tp * shape[0], *shape[1:]))
@@ -48,7 +46,7 @@ def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """Sum terms (.., length, ..) over the ranks and return this rank's shard (.., ceil(length / tp), ..), padded with zeros."""
-    with unseen():
+    with without_torch_function():
         tp, shape = axis.size, x.shape
         if dim == 1 and shape[0] > 1 and x.stride(0) < x.stride(1) and x.transpose(0, 1).is_contiguous():
             return reduce_scatter(x.transpose(0, 1), 0, axis).transpose(0, 1)  # sequence first in memory: no copy, and it stays so

@@ -1,4 +1,4 @@
-"""A world of any size in one process, by torch's `fake` backend: collectives return at once and move no data."""
+"""A world of any size in one process, with torch's `fake` backend: collectives return at once and move no data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_tp.errors import TPError
 
 @contextlib.contextmanager
 def single_rank_mesh() -> Iterator[DeviceMesh]:
-    """A mesh of one rank, data-parallel x tensor-parallel, in this process: what an applied model needs, without other ranks.
+    """Make a mesh of one rank, data-parallel x tensor-parallel, in this process: for an applied model without other ranks.
 
     Example:
         >>> with single_rank_mesh() as mesh:
@@ -32,7 +32,10 @@ def single_rank_mesh() -> Iterator[DeviceMesh]:
 def fake_world(size: int, rank: int = 0) -> Iterator[None]:
     """Make this process `rank` of a world of `size` in which collectives return at once and move no data.
 
-    Good for shapes, plans and memory at any world size; the *values* that a collective leaves are wrong.
+    For shapes, plans and memory at any world size; the *values* that a collective leaves are wrong.
+
+    Raises:
+        TPError: if there is a process group already, or the world has no such rank.
 
     Example:
         >>> with fake_world(1024, rank=3):
@@ -43,8 +46,8 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
     """
     if dist.is_initialized():
         raise TPError(
-            f"`fake_world({size})` found a process group of {dist.get_world_size()} ranks in this process."
-            " Call `torch.distributed.destroy_process_group()` first."
+            f"`fake_world({size})`: this process has a process group of {dist.get_world_size()} ranks already. "
+            "Call `torch.distributed.destroy_process_group()` first."
         )
     if not 0 <= rank < size:
         raise TPError(f"`fake_world({size}, rank={rank})`: a world of {size} has ranks 0 to {size - 1}.")
@@ -57,11 +60,11 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
 
 
 class FakeGroup(dist.ProcessGroup):
-    """One rank of a group whose other ranks are not there. An all-gather gives copies of its own shard, a sum is its own term.
+    """A process group of which only one rank exists: an all-gather returns copies of its shard, a sum its own term.
 
     Args:
-        rank: the rank that is there.
-        size: how many there would be.
+        rank: the rank that exists.
+        size: the number of ranks that the group has.
         note: called with the kind ("all-reduce", "all-gather", "reduce-scatter") and the bytes of the full tensor of each collective.
 
     Example:
@@ -80,7 +83,7 @@ class FakeGroup(dist.ProcessGroup):
         self._fake = fake_process_group(rank, size)
 
     def allreduce(self, tensors: list[Tensor], *options: Any) -> Any:  # type: ignore[override]
-        """As that of `dist.ProcessGroup`."""
+        """Do what that of `dist.ProcessGroup` does."""
         self.note("all-reduce", sum(t.nbytes for t in tensors))
         return self._fake.allreduce(tensors, *options)
 

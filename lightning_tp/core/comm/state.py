@@ -59,11 +59,6 @@ class State:
         """The state of the gradient of a tensor in this state."""
         return {"R": P, "P": R}.get(self.letter, self)
 
-    @property
-    def is_full(self) -> bool:
-        """Whether every rank holds the full tensor: `R` or `I`."""
-        return self.letter in "RI"
-
     def __repr__(self) -> str:
         return self.letter if self.dim is None else f"{self.letter}({self.dim})"
 

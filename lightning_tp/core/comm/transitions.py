@@ -50,129 +50,63 @@ def _begin_backward(axis: Axis) -> None:
         axis.on_backward()
 
 
-class _InvariantToReplicate(Function):
-    """Any shape; f of Megatron-LM."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _begin_backward(ctx.axis)
-        return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
+# A forward gets (ctx, x), a backward (ctx, gradient), and keeps in `ctx` what its pair needs.
 
 
-class _PartialToInvariant(Function):
-    """Any shape; g of Megatron-LM."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        if axis.sum is not None:
-            return axis.sum(x, False)
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _begin_backward(ctx.axis)
-        return grad, None
+def _identity(ctx: Any, x: Tensor) -> Tensor:
+    return x.view_as(x)
 
 
-class _SequenceToReplicate(Function):
+def _sum(ctx: Any, x: Tensor) -> Tensor:
+    return all_reduce(x.clone(memory_format=torch.contiguous_format), ctx.axis)
+
+
+def _sum_of_terms(ctx: Any, x: Tensor) -> Tensor:
+    return _sum(ctx, x) if ctx.axis.sum is None else ctx.axis.sum(x, False)
+
+
+def _gather_sequence(ctx: Any, x: Tensor) -> Tensor:
     """(B, ceil(S / tp), ..) -> (B, S, ..)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather(x, SEQUENCE_DIM, full_length(x, axis), axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _begin_backward(ctx.axis)
-        return reduce_scatter(grad, SEQUENCE_DIM, ctx.axis), None
+    return all_gather(x, SEQUENCE_DIM, full_length(x, ctx.axis), ctx.axis)
 
 
-class _PartialToSequence(Function):
+def _gather_sequence_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return all_gather(grad, SEQUENCE_DIM, ctx.sharded_length, ctx.axis)
+
+
+def _scatter_sum(ctx: Any, x: Tensor) -> Tensor:
     """(B, S, ..) -> (B, ceil(S / tp), ..)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        ctx.sharded_length = note_sharded(x, axis)
-        if axis.sum is not None:
-            return axis.sum(x, True)
-        return reduce_scatter(x, SEQUENCE_DIM, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _begin_backward(ctx.axis)
-        return all_gather(grad, SEQUENCE_DIM, ctx.sharded_length, ctx.axis), None
+    ctx.sharded_length = note_sharded(x, ctx.axis)
+    return reduce_scatter(x, SEQUENCE_DIM, ctx.axis) if ctx.axis.sum is None else ctx.axis.sum(x, True)
 
 
-class _InvariantToSequence(Function):
+def _scatter_sum_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return reduce_scatter(grad, SEQUENCE_DIM, ctx.axis)
+
+
+def _slice_sequence(ctx: Any, x: Tensor) -> Tensor:
     """(B, S, ..) -> (B, ceil(S / tp), ..)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        ctx.sharded_length = note_sharded(x, axis)
-        return shard_of(x, SEQUENCE_DIM, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _begin_backward(ctx.axis)
-        return all_gather(grad, SEQUENCE_DIM, ctx.sharded_length, ctx.axis), None
+    ctx.sharded_length = note_sharded(x, ctx.axis)
+    return shard_of(x, SEQUENCE_DIM, ctx.axis)
 
 
-class _SequenceToInvariant(Function):
-    """(B, ceil(S / tp), ..) -> (B, S, ..)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather(x, SEQUENCE_DIM, full_length(x, axis), axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _begin_backward(ctx.axis)
-        return shard_of(grad, SEQUENCE_DIM, ctx.axis), None
+def _slice_sequence_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return shard_of(grad, SEQUENCE_DIM, ctx.axis)
 
 
-class _WidthToInvariant(Function):
-    """(.., this rank's columns) -> (.., width)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, width: int) -> Tensor:
-        ctx.axis = axis
-        return _gather_width(x, width, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        _begin_backward(ctx.axis)
-        return width_shard_of(grad, ctx.axis), None, None
-
-
-class _InvariantToWidth(Function):
-    """(.., width) -> (.., this rank's columns)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.width = axis, x.shape[-1]
-        return width_shard_of(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _begin_backward(ctx.axis)
-        return _gather_width(grad, ctx.width, ctx.axis), None
-
-
-def _gather_width(x: Tensor, width: int, axis: Axis) -> Tensor:
-    shard = math.ceil(width / axis.size)
+def _gather_width(ctx: Any, x: Tensor, width: int | None = None) -> Tensor:
+    """(.., this rank's columns) -> (.., width); a gradient has the width of what was sharded."""
+    width = ctx.width if width is None else width
+    shard = math.ceil(width / ctx.axis.size)
     if x.shape[-1] != shard:  # the last ranks of an uneven split hold less
         x = torch.cat((x, x.new_zeros((*x.shape[:-1], shard - x.shape[-1]))), -1)
-    return all_gather(x, x.ndim - 1, width, axis)
+    return all_gather(x, x.ndim - 1, width, ctx.axis)
+
+
+def _slice_width(ctx: Any, x: Tensor) -> Tensor:
+    """(.., width) -> (.., this rank's columns)."""
+    ctx.width = x.shape[-1]
+    return width_shard_of(x, ctx.axis)
 
 
 graph_breaks = 0  # how often compiled code was left: what has run once must not run again if the compiler fails further on
@@ -193,30 +127,34 @@ def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _transition_of(name: str, function: type[Function]) -> Any:
-    """Make the function that callers use; in compiled code it runs between two graphs."""
-    apply = apply_of(function)
+def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Tensor], Tensor]) -> Any:
+    """Make the function (x, axis) -> x of a conjugate pair; in compiled code it runs between two graphs."""
+
+    def run_forward(ctx: Any, x: Tensor, axis: Axis, *args: Any) -> Tensor:
+        ctx.axis = axis
+        return forward(ctx, x, *args)
+
+    def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _begin_backward(ctx.axis)
+        return backward(ctx, grad), *[None] * (len(ctx.needs_input_grad) - 1)
+
+    apply = apply_of(type(name, (Function,), {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}))
 
     def change_state(x: Tensor, axis: Axis, *args: Any) -> Tensor:
-        if is_compiling():
-            return outside(apply, x, axis, *args)
-        return apply(x, axis, *args)
+        return outside(apply, x, axis, *args) if is_compiling() else apply(x, axis, *args)
 
-    change_state.__doc__ = function.__doc__
     change_state.__name__ = change_state.__qualname__ = name
     return change_state
 
 
-invariant_to_replicate = _transition_of("invariant_to_replicate", _InvariantToReplicate)
-partial_to_invariant = _transition_of("partial_to_invariant", _PartialToInvariant)
-sequence_to_replicate = _transition_of("sequence_to_replicate", _SequenceToReplicate)
-partial_to_sequence = _transition_of("partial_to_sequence", _PartialToSequence)
-invariant_to_sequence = _transition_of("invariant_to_sequence", _InvariantToSequence)
-sequence_to_invariant = _transition_of("sequence_to_invariant", _SequenceToInvariant)
-width_to_invariant = _transition_of(
-    "width_to_invariant", _WidthToInvariant
-)  # has to be told the full width: it is not in the table below
-invariant_to_width = _transition_of("invariant_to_width", _InvariantToWidth)
+invariant_to_replicate = _pair("invariant_to_replicate", _identity, _sum)
+partial_to_invariant = _pair("partial_to_invariant", _sum_of_terms, _identity)
+sequence_to_replicate = _pair("sequence_to_replicate", _gather_sequence, _scatter_sum_gradient)
+partial_to_sequence = _pair("partial_to_sequence", _scatter_sum, _gather_sequence_gradient)
+invariant_to_sequence = _pair("invariant_to_sequence", _slice_sequence, _gather_sequence_gradient)
+sequence_to_invariant = _pair("sequence_to_invariant", _gather_sequence, _slice_sequence_gradient)
+width_to_invariant = _pair("width_to_invariant", _gather_width, _slice_width)  # has to be told the width: not below
+invariant_to_width = _pair("invariant_to_width", _slice_width, _gather_width)
 
 _TRANSITIONS: dict[tuple[State, State], Transition] = {
     (I, R): invariant_to_replicate,

@@ -1,4 +1,4 @@
-"""Where in the code a torch call comes from."""
+"""Name the place in the code of a module that calls a torch function, the same in every run of it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from torch import nn
 
-MODULE_CALL: CodeType = nn.Module._call_impl.__code__
+from lightning_tp._compat import call_impl
 
+CallSite: TypeAlias = "tuple[tuple[str, str], ...]"  # (function, instruction), from the call up to the forward of the module
+
+MODULE_CALL: CodeType = call_impl.__code__
+MODEL_CODE: set[str] = set()  # files of this package that count as code of a model; they add themselves
 
 _TORCH = str(torch.__path__[0])
+_PACKAGE = str(Path(__file__).parents[2])
 
 
-_HERE = str(Path(__file__).parents[2])
+def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> CallSite:
+    """Return the chain of (function, instruction) from a frame that calls a torch function up to the forward of the module that runs.
 
-
-def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> tuple[Any, ...]:
-    """The chain of (function, instruction) from a call of a torch function up to the forward of the module that runs.
-
-    Two calls from one helper that come from different places are told apart. A function that calls itself counts once: a class whose
-    `__init_subclass__` wraps `forward` has one wrapper more in each subclass, as the styles and FSDP2 make them.
+    Two calls in one helper that is called from different places are told apart. A function that calls itself counts once: a class whose
+    `__init_subclass__` wraps `forward` has one more wrapper in each subclass, such as styles and FSDP2 make them. `ends` is the code that calls
+    the forward of a module.
     """
     chain: list[tuple[str, str]] = []
     while frame is not None:
         code = frame.f_code
         if code in ends:
             break
-        if not _is_inner(code):
+        if not _is_machinery(code):
             here = code.co_name, _position(code, frame.f_lasti)
             if not chain or chain[-1] != here:
                 chain.append(here)
@@ -41,7 +43,7 @@ def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MO
 
 @lru_cache(maxsize=16384)
 def _position(code: CodeType, instruction: int) -> str:
-    """Where in its function an instruction stands in the source: Python replaces instructions by others as it runs them."""
+    """Where in the source of its function an instruction stands: Python replaces instructions by others as it runs them."""
     positions = getattr(code, "co_positions", None)  # Python 3.11 on
     found = next(islice(positions(), instruction // 2, None)) if positions is not None else ()
     if not found or None in found:
@@ -51,9 +53,9 @@ def _position(code: CodeType, instruction: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _is_inner(code: CodeType) -> bool:
-    """Frames of torch's and of this package's machinery, which are not the same when a plan is made and when it runs."""
+def _is_machinery(code: CodeType) -> bool:
+    """Whether this is code of torch or of this package around a model, which is not the same when a plan is made and when it runs."""
     file = code.co_filename
     if file.startswith(_TORCH):
         return "/nn/modules/" not in file or file.endswith("/module.py")
-    return file.startswith(_HERE) and not file.endswith("/core/ops/attention.py")
+    return file.startswith(_PACKAGE) and file not in MODEL_CODE

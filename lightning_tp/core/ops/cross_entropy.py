@@ -1,22 +1,21 @@
-"""Cross entropy on logits that stay split by the vocabulary ('loss parallel'), with two small all-reduces and no gather.
+"""Cross entropy of logits that stay sharded by the vocabulary (loss parallelism), with two small all-reduces and no all-gather.
 
-A vocabulary head that is split over tp ranks leaves each rank the logits of its columns. `vocab_parallel_cross_entropy` is
-`torch.nn.functional.cross_entropy` on them, for N tokens, V words and this rank's `V_local = len(even_shard(V, rank, tp))`:
+A vocabulary-parallel head over tp ranks leaves each rank the logits of its columns. `vocab_parallel_cross_entropy` is
+`torch.nn.functional.cross_entropy` of them, for N tokens, V words and this rank's `V_local = len(even_shard(V, rank, tp))`:
 
-| tensor | shape on a rank | who sees it whole |
+| tensor | shape on a rank | full on |
 |---|---|---|
-| logits, their gradient | (N, V_local) | nobody |
+| logits, their gradient | (N, V_local) | no rank |
 | largest logit of a token | (N, 1) | all ranks, after all-reduce 1 (max) |
 | sum of exp, logit of the target [, sum of logits] | (N, 2) [(N, 3)] | all ranks, after all-reduce 2 (sum) |
 | target, loss, gradient of the loss | (N,), () or (N,) | all ranks, equal |
 
-Backward is local: the gradient of a logit is `softmax - one_hot`, and both are known for this rank's columns. The sums are
-taken in float32 at least and one tensor (N, V_local) is kept for backward, which turns it into the gradient in place.
-The method is that of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053). Users call no function of this file: the head
-returns `SplitLogits` (see `logits.py`), and `F.cross_entropy` finds its way here.
+Backward is local: the gradient of a logit is `softmax - one_hot`, and both are known for this rank's columns. Sums are taken in float32 at
+least. One tensor (N, V_local) is saved for backward, which turns it into the gradient in place. The method is that of Megatron-LM (Shoeybi et
+al. 2019, arXiv 1909.08053). Users call no function of this file: the head returns `SplitLogits`, and `F.cross_entropy` finds its way here.
 
-Not covered, and done on gathered logits instead: targets that are class probabilities, the old `size_average` and `reduce`
-arguments, `nll_loss(log_softmax(..))`. Second derivatives raise.
+Not covered, and computed on all-gathered logits instead: targets that are class probabilities, the old `size_average` and `reduce` arguments,
+`nll_loss(log_softmax(..))`. Second derivatives raise.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lightning_tp._compat import graph_is_retained
 from lightning_tp.core.comm.axis import Axis, even_shard
 from lightning_tp.core.comm.collectives import all_reduce
 from lightning_tp.core.ops.split_logits import SplitLogits, to_local
@@ -37,28 +37,20 @@ from lightning_tp.errors import TPError
 
 
 def vocab_parallel_cross_entropy(
-    logits_local: Tensor,
-    target: Tensor,
-    axis: Axis,
-    vocab: int,
-    *,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """`F.cross_entropy` of (N, V_local) logits and (N,) targets, equal on all ranks: () or, with reduction "none", (N,).
+    logits_local: Tensor, target: Tensor, axis: Axis, vocab: int, *, weight: Tensor | None = None, ignore_index: int = -100,
+    reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Compute `F.cross_entropy` of (N, V_local) logits and (N,) targets, equal on all ranks: () or, with reduction "none", (N,).
 
     Args:
         logits_local: this rank's columns, `even_shard(vocab, axis.rank, axis.size)`.
         target: class indices in [0, vocab), or `ignore_index`; the same on all ranks.
-        weight: of each class, (vocab,).
+        axis: the tensor-parallel axis.
+        vocab: number of classes.
+        weight: of each class, (vocab,); this and the others as in `F.cross_entropy`.
 
     Raises:
-        TPError: if a target is out of range. Not on a GPU, which would have to wait for the answer.
-
-    Example:
-        >>> loss = vocab_parallel_cross_entropy(logits[:, mine], target, axis, 1003)  # doctest: +SKIP
+        TPError: if a target is out of range. Not on a GPU, which would have to synchronize with the host.
     """
     if target.device.type == "cpu":
         _check_range(target, vocab, ignore_index)
@@ -68,7 +60,7 @@ def vocab_parallel_cross_entropy(
     ignored = target == ignore_index
     if weight is None and label_smoothing == 0:
         log_p = _LogProbability.apply(logits_local, target, axis, vocab, None, False)
-        # One class, and a token is of that class or ignored: torch's own reductions do the rest.
+        # one class, and a token is of that class or ignored: torch's own reductions do the rest
         return F.nll_loss(log_p, ignored.long(), ignore_index=1, reduction=reduction).to(dtype)
 
     weight = None if weight is None else weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -85,15 +77,12 @@ def vocab_parallel_cross_entropy(
     elif reduction == "mean":
         loss = loss.sum() / ((~ignored) * of_target).sum()
     elif reduction != "none":
-        raise TPError(f"`reduction={reduction!r}`: cross entropy knows 'mean', 'sum' and 'none'.")
+        raise TPError(f"`reduction={reduction!r}`: valid reductions of cross entropy are 'mean', 'sum' and 'none'.")
     return loss.to(dtype)
 
 
 class _LogProbability(Function):
-    """(N, V_local) logits, (N,) targets -> the log-probability of the target (N, 1).
-
-    With `smooth` also the sum of those of all classes, weighted: (N, 1).
-    """
+    """(N, V_local) logits, (N,) targets -> log-probability of the target (N, 1); with `smooth` also the weighted sum over classes (N, 1)."""
 
     @staticmethod
     def forward(
@@ -101,7 +90,7 @@ class _LogProbability(Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         mine = even_shard(vocab, axis.rank, axis.size)
         ctx.dtype, ctx.empty = logits.dtype, len(mine) == 0
-        if ctx.empty:  # more ranks than columns: this one adds nothing to the sums
+        if ctx.empty:  # more ranks than columns: this one contributes nothing to the sums
             logits = logits.new_full((logits.shape[0], 1), -torch.inf)
 
         top = logits.amax(1, keepdim=True)  # (N, 1)
@@ -137,8 +126,8 @@ class _LogProbability(Function):
         exp, total, nearest, elsewhere = ctx.saved_tensors
         d_sum = d_target if d_all is None else d_target + d_all * ctx.weights
         scale = d_sum.neg() / total
-        # The softmax becomes the gradient in place, unless the graph is kept for another backward.
-        grad = exp * scale if _graph_is_kept() else exp.mul_(scale)
+        # the softmax becomes the gradient in place, unless the graph is kept for another backward pass
+        grad = exp * scale if graph_is_retained() else exp.mul_(scale)
         grad.scatter_add_(1, nearest, d_target.masked_fill(elsewhere, 0))
         if ctx.empty:
             grad = grad[:, :0]
@@ -148,16 +137,10 @@ class _LogProbability(Function):
 
 
 def cross_entropy_of_split(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    """What `F.cross_entropy` does on `SplitLogits` (V,), (N, V) or (N, V, d1, ..); NotImplemented where it has to gather."""
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+    reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    """`F.cross_entropy` of `SplitLogits` (V,), (N, V) or (N, V, d1, ..); NotImplemented where it has to all-gather them."""
     if not isinstance(input, SplitLogits) or any(isinstance(other, SplitLogits) for other in (target, weight)):
         return NotImplemented
     local, dim = input.local, input.vocab_dim
@@ -169,22 +152,9 @@ def cross_entropy_of_split(
     local = to_local(input)
     if local.ndim != 2:  # (N, V_local, d1, ..) -> (N d1 .., V_local)
         local = local.movedim(dim, -1).reshape(target.numel(), local.shape[dim])
-    loss = vocab_parallel_cross_entropy(
-        local,
-        target.reshape(-1),
-        input.axis,
-        input.vocab,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    options: Any = dict(weight=weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    loss = vocab_parallel_cross_entropy(local, target.reshape(-1), input.axis, input.vocab, **options)
     return loss.view(tokens) if reduction == "none" else loss
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward pass that runs now was asked to keep what was saved for it (`retain_graph`)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
@@ -196,6 +166,6 @@ def _check_range(target: Tensor, vocab: int, ignore_index: int) -> None:
     wrong = target[((target < 0) | (target >= vocab)) & (target != ignore_index)]
     if len(wrong):
         raise TPError(
-            f"Cross entropy: target {int(wrong[0])} is out of range for a vocabulary of {vocab} ({len(wrong)} of "
-            f"{target.numel()} targets are). Use indices in [0, {vocab}), or `ignore_index` (now {ignore_index})."
+            f"Cross entropy: target {int(wrong[0])} is out of range for a vocabulary of {vocab}, and so are {len(wrong)} of {target.numel()} "
+            f"targets in all. Use indices in [0, {vocab}), or `ignore_index` ({ignore_index})."
         )

@@ -1,28 +1,38 @@
-"""Cut the mask that one process would draw to this rank's part of an activation."""
+"""Exact dropout: apply the mask that one process would draw, cut to this rank's region of the activation.
+
+Every rank draws the mask of the full activation from the shared stream, which is tp times the work: for comparing runs. To cut it, the region
+has to be known. What ran last before the dropout tells it, and the shape of the shard; where that is not enough, it is an error. Known are
+hidden features and attention heads behind a column-parallel layer, and shards of the sequence.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from lightning_tp.core.comm.axis import Axis
+from lightning_tp._compat import math_attention_weights
+from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
+from lightning_tp.core.ops.random_calls import SDPA, FunctionCall
 from lightning_tp.errors import TPError
+
+SUPPORTED = frozenset({F.dropout, torch.dropout, SDPA})
 
 
 @dataclass(frozen=True)
-class Part:
-    """Which part of the whole activation a rank has.
+class DropoutRegion:
+    """The region of the full activation that a rank's shard is.
 
     Args:
-        dim: the dim that is split.
-        heads: this rank's heads, where they lie in `dim` behind the batch: (B * heads, ..).
-        span: (length of the whole, first, last + 1) along `dim`; None: as long as all the others, in the order of the ranks.
-        sequence: the tokens are split; the last rank has padding.
+        dim: the sharded dim.
+        heads: number of local heads, where `dim` is batch and heads in one: (B * heads, ..).
+        span: (length of the full dim, start, stop); None if all shards are of one length, in the order of the ranks.
+        sequence: `dim` is the sequence, of which the last rank's shard may be padded.
     """
 
     dim: int
@@ -30,66 +40,127 @@ class Part:
     span: tuple[int, int, int] | None = None
     sequence: bool = False
 
-    def of_whole(self, local: Tensor, axis: Axis, fill: Callable[[Tensor], Tensor]) -> Tensor:
-        """`fill(ones in the shape of the whole)`, of it the part in the shape of `local`."""
-        dim, size, tp, rank = self.dim, local.shape[self.dim], axis.size, axis.rank
+    def mask(self, shard: Tensor, axis: Axis, p: float) -> Tensor:
+        """Draw the mask of the full activation and return this rank's region of it, of the shard's shape: 0 or 1 / (1 - p), 0 in padding."""
+        dim, size = self.dim, shard.shape[self.dim]
         if self.heads is not None:
-            batch, rest = size // self.heads, local.shape[dim + 1 :]
-            whole = fill(local.new_ones((batch * tp * self.heads, *rest))).view(batch, tp * self.heads, *rest)
-            return whole.narrow(1, rank * self.heads, self.heads).reshape(local.shape)
-        length, start, stop = self.span or (tp * size, rank * size, (rank + 1) * size)
+            all_heads, rest = axis.size * self.heads, shard.shape[dim + 1 :]
+            full = F.dropout(shard.new_ones((size // self.heads * all_heads, *rest)), p, True)
+            full = full.view(size // self.heads, all_heads, *rest)
+            return full.narrow(1, axis.rank * self.heads, self.heads).reshape(shard.shape)
+        length, start, stop = self.span or (axis.size * size, axis.rank * size, (axis.rank + 1) * size)
         if self.sequence:
             length = axis.seq_len or length
             start, stop = min(start, length), min(stop, length)
-        shape = [length if d == dim else n for d, n in enumerate(local.shape)]
-        order = sorted(range(local.ndim), key=local.stride, reverse=True)  # torch draws in the order of the memory
-        part = fill(torch.empty_permuted(shape, order, dtype=local.dtype, device=local.device).fill_(1)).narrow(
-            dim, start, stop - start
-        )
-        if stop - start < size:  # padding
-            missing = [size - (stop - start) if d == dim else n for d, n in enumerate(local.shape)]
-            part = torch.cat((part, local.new_zeros(missing)), dim)
-        return part
+        shape = [length if d == dim else n for d, n in enumerate(shard.shape)]
+        order = sorted(range(shard.ndim), key=shard.stride, reverse=True)  # torch draws in the order of the memory
+        ones = torch.empty_permuted(shape, order, dtype=shard.dtype, device=shard.device).fill_(1)
+        region = F.dropout(ones, p, True).narrow(dim, start, stop - start)
+        if (padding := size - (stop - start)) > 0:
+            zeros = shard.new_zeros([padding if d == dim else n for d, n in enumerate(shard.shape)])
+            region = torch.cat((region, zeros), dim)
+        return region
 
 
-def _out_dim(layer: nn.Module) -> int:
-    return 0 if isinstance(layer, nn.Linear) else 1 if hasattr(layer, "nf") else -1
-
-
-def _span(lengths: list[int], rank: int) -> tuple[int, int, int] | None:
-    start = sum(lengths[:rank])
-    return None if len(set(lengths)) == 1 else (sum(lengths), start, start + lengths[rank])
+def run_exact(call: FunctionCall, region: DropoutRegion, axis: Axis) -> Tensor:
+    """Make a call of one of `SUPPORTED` on a shard, with the mask that one process would draw."""
+    if call.func is SDPA:
+        return _attention(*call.args, **call.kwargs, region=region, axis=axis)
+    x = call.input
+    out = x * region.mask(x.detach(), axis, call.p)
+    return x.copy_(out) if call.argument("inplace", 3) else out
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    part: Part,
-    axis: Axis,
-) -> Tensor:
-    """`F.scaled_dot_product_attention` by its math kernel, with this rank's part of the mask of all heads."""
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
+    scale: float | None = None, enable_gqa: bool = False, region: DropoutRegion, axis: Axis,
+) -> Tensor:  # fmt: skip
+    """`F.scaled_dot_product_attention` by its math kernel, with this rank's heads of the mask."""
     if query.is_cuda and (torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()):
         raise TPError(
-            '`dropout="exact"`: the flash and memory-efficient kernels of SDPA have masks of their own, which nothing else can draw. Let both '
-            "runs use the math kernel: `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH): trainer.fit(..)`."
+            '`dropout="exact"`: the flash and memory-efficient kernels of SDPA draw masks that nothing else can draw. Use the math kernel in '
+            "both runs: `with torch.nn.attention.sdpa_kernel(SDPBackend.MATH): trainer.fit(..)`."
         )
-    root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    weights = math_attention_weights(query, key, value, attn_mask, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
-        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-    scores = (query * root) @ (key * root).transpose(-2, -1)
-    if is_causal:
-        scores = scores.masked_fill(
-            torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().logical_not(), -math.inf
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    return (weights * region.mask(weights.detach().contiguous(), axis, dropout_p)) @ value
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """What a layer with a sharded weight gave."""
+
+    shape: torch.Size  # of its local output
+    column_parallel: bool  # its output features are sharded; else what follows is a shard of the sequence, or replicated
+    in_rank_order: bool  # the shards of its features lie behind each other in the order of the ranks
+
+
+class LastSplitLayer:
+    """Remember the output of the layer with a sharded weight that ran last."""
+
+    output: LayerOutput | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """See the outputs of all layers of a model whose weight is sharded."""
+        for module in model.modules():
+            shard = getattr(getattr(module, "weight", None), "_tp_shard", None)
+            if shard is not None and shard.split.dim is not None:
+                split = shard.split
+                output_dim = 0 if isinstance(module, nn.Linear) else 1 if hasattr(module, "nf") else None  # `nf`: Conv1D of GPT-2
+                in_order = shard.sum_over > 1 or all(
+                    len(a) == len(b) and all(i[1] == j[0] for i, j in zip(a, b)) for a, b in zip(split.ranges, split.ranges[1:])
+                )
+                module.register_forward_hook(partial(self._remember, split.dim == output_dim, in_order))
+
+    def _remember(self, column_parallel: bool, in_order: bool, module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            self.output = LayerOutput(out.shape, column_parallel, in_order)
+
+
+def dropout_region(
+    call: FunctionCall, shapes: list[tuple[int, ...]], axis: Axis, module: nn.Module | None, layer: LayerOutput | None
+) -> DropoutRegion:
+    """Find out which region of the full activation the input of a call is.
+
+    `shapes` are those of all ranks, `module` is the one whose forward makes the call, `layer` is what the last layer with a sharded weight gave.
+
+    Raises:
+        TPError: if that can't be told, or one process would draw another kind of mask.
+    """
+    shape = tuple(call.input.shape)
+    region = _region(call.func, shape, shapes, axis, module, layer) if module is not None and call.func in SUPPORTED else None
+    if region is None:
+        raise TPError(
+            f'`dropout="exact"`: {type(module).__name__} draws random numbers (`{call.name}`) for a shard of shape {shape}, and it can\'t '
+            'be told which region of the full activation that is, nor what one process would draw for it. Use `dropout="independent"`.'
         )
-    if attn_mask is not None:
-        scores = scores.masked_fill(attn_mask.logical_not(), -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = torch.softmax(scores, -1)
-    weights = weights * part.of_whole(weights.detach().contiguous(), axis, lambda ones: F.dropout(ones, dropout_p, True))
-    return weights @ value
+    return region
+
+
+def _region(
+    func: Any, shape: tuple[int, ...], shapes: list[tuple[int, ...]], axis: Axis, module: nn.Module, layer: LayerOutput | None
+) -> DropoutRegion | None:
+    if isinstance(module, nn.MultiheadAttention) and len(shape) == 4:
+        return DropoutRegion(1)  # (N, local heads, L, S) in the code of `attention.py`
+    if layer is None or not layer.column_parallel:
+        seq_len = axis.seq_len
+        is_shard = seq_len is not None and len(shape) == 3 and shape[SEQUENCE_DIM] == math.ceil(seq_len / axis.size)
+        return DropoutRegion(SEQUENCE_DIM, sequence=True) if is_shard else None  # (B, local tokens, ..)
+    if not layer.in_rank_order or len(layer.shape) != 3 or any(len(other) != len(shape) for other in shapes):
+        return None
+    batch, tokens = layer.shape[:2]
+    if len(shape) == 3 and shape[:2] == (batch, tokens) and func is not SDPA:
+        return DropoutRegion(2, span=_span(shapes, 2, axis.rank))  # (B, S, local features), as the layer gave them
+    if len(shape) == 4 and shape[0] in (batch, tokens):
+        return DropoutRegion(1, span=_span(shapes, 1, axis.rank))  # (B, local heads, ..), after (B, S, ..) or (S, B, ..)
+    if len(shape) == 3 and shape[0] % batch == 0 and shape[1] == tokens and all(other == shape for other in shapes):
+        return DropoutRegion(0, heads=shape[0] // batch)  # (B * local heads, S, ..), where the layer gave (B, S, ..)
+    return None
+
+
+def _span(shapes: list[tuple[int, ...]], dim: int, rank: int) -> tuple[int, int, int] | None:
+    """(length of the full dim, start, stop) of a rank's shard; None if all shards are of one length."""
+    lengths = [shape[dim] for shape in shapes]
+    start = sum(lengths[:rank])
+    return None if len(set(lengths)) == 1 else (sum(lengths), start, start + lengths[rank])

@@ -1,26 +1,29 @@
-"""Which torch functions draw random numbers, and how their calls are read."""
+"""Torch functions that draw random numbers, and what the arguments of one call mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# calls that change what they are handed, and those that only fill a tensor
-ON_OPERAND = frozenset(
+SDPA = F.scaled_dot_product_attention
+
+# functions that take an activation and return it changed at random
+CHANGING = frozenset(
     {
-        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.gumbel_softmax,
-        F.scaled_dot_product_attention, torch.dropout, torch.dropout_, torch.native_dropout, torch.alpha_dropout, torch.feature_dropout,
-        torch.rrelu, torch.multinomial, torch.poisson,
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.gumbel_softmax, SDPA,
+        torch.dropout, torch.dropout_, torch.native_dropout, torch.alpha_dropout, torch.feature_dropout, torch.rrelu, torch.multinomial,
+        torch.poisson,
     }
 )  # fmt: skip
 
-
-FILLS = frozenset(
+# functions that generate random numbers by themselves: noise, which meets an activation later or never
+GENERATING = frozenset(
     {
         torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_,
         Tensor.exponential_, Tensor.random_, Tensor.geometric_, Tensor.cauchy_, Tensor.log_normal_, torch.bernoulli, Tensor.bernoulli,
@@ -28,27 +31,76 @@ FILLS = frozenset(
     }
 )  # fmt: skip
 
+RANDOM_FUNCTIONS = CHANGING | GENERATING
 
-DRAWS = ON_OPERAND | FILLS
+# functions to which random integers are positions: every rank has to take the same
+INDEXING = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select, F.embedding, torch.embedding})
 
-
-BY_INDEX = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select, F.embedding, torch.embedding})
-
-
-REPLACED: dict[str, Callable[..., Any]] = {"dropout": F.dropout, "scaled_dot_product_attention": F.scaled_dot_product_attention}
-
-
-OF_ATTENTION = F.scaled_dot_product_attention
+# attributes of `torch.nn.functional` that nearly all code calls by this name
+FUNCTIONAL: dict[str, Callable[..., Any]] = {"dropout": F.dropout, "scaled_dot_product_attention": SDPA}
 
 
-EXACT = frozenset({F.dropout, torch.dropout, OF_ATTENTION})
+class FunctionCall(NamedTuple):
+    """A call of a torch function, as a `TorchFunctionMode` sees it.
 
+    Example:
+        >>> call = FunctionCall(F.dropout, (torch.ones(3), 0.1), {"training": False})
+        >>> call.name, call.p, call.is_random
+        ('dropout', 0.1, False)
+    """
 
-_P_AT = {OF_ATTENTION: ("dropout_p", 4, 0.0)}  # else ("p", 1, 0.5)
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        return self.func(*self.args, **self.kwargs)
+
+    def argument(self, name: str, position: int, default: Any = False) -> Any:
+        """Return an argument that may be given by position or by name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.func, "__name__", self.func))
+
+    @property
+    def p(self) -> float:
+        """The probability of a dropout, or of the dropout in an attention."""
+        return float(self.argument("dropout_p", 4, 0.0) if self.func is SDPA else self.argument("p", 1, 0.5))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a call of one of `RANDOM_FUNCTIONS` draws at all: dropout does not with p = 0 or outside of training."""
+        if self.func in GENERATING:
+            return True
+        if self.func is SDPA:
+            return bool(self.p)
+        if "dropout" in self.name:
+            return bool(self.p) and bool(self.argument("training", 2, self.kwargs.get("train", True)))
+        return self.func is not F.rrelu or bool(self.argument("training", 3))
+
+    @property
+    def input(self) -> Tensor:
+        """The activation that one of `CHANGING` is applied to."""
+        named = (self.kwargs[k] for k in ("input", "query", "logits") if k in self.kwargs)
+        found = self.args[0] if self.args else next(named, None)
+        assert isinstance(found, Tensor)
+        return found
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (*self.args, *self.kwargs.values()) if isinstance(t, Tensor)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the random numbers are drawn."""
+        given = next(iter(self.tensors), None)
+        return given.device if given is not None else torch.empty(0, device=self.kwargs.get("device")).device
 
 
 class without_dropout(TorchFunctionMode):
-    """Dropout drops nothing while this is on: how a model splits does not depend on it, and runs can be compared.
+    """Turn dropout off for as long as this is entered, so that two runs of a model can be compared.
 
     Example:
         >>> with without_dropout():
@@ -57,47 +109,27 @@ class without_dropout(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is OF_ATTENTION and _p(func, args, kwargs):
-            return func(*args[:4], **{**dict(zip(("dropout_p", "is_causal"), args[4:])), **kwargs, "dropout_p": 0.0})
-        if (
-            func in ON_OPERAND
-            and "dropout" in func.__name__
-            and func is not torch.native_dropout
-            and _is_random(func, args, kwargs)
-        ):
-            return _operand(args, kwargs)
-        return func(*args, **kwargs)
+        if func not in CHANGING:
+            return func(*args, **(kwargs or {}))
+        call = FunctionCall(func, args, kwargs or {})
+        if func is SDPA and call.p:
+            return func(*args[:4], **{**dict(zip(("dropout_p", "is_causal"), args[4:])), **call.kwargs, "dropout_p": 0.0})
+        if "dropout" in call.name and func is not torch.native_dropout and call.is_random:
+            return call.input
+        return call.run()
 
 
-def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call draws at all: no dropout of nothing, or outside of training."""
-    if func in FILLS:
-        return True
-    if func is OF_ATTENTION:
-        return bool(_p(func, args, kwargs))
-    if "dropout" in getattr(func, "__name__", ""):
-        return bool(_p(func, args, kwargs)) and _flag(args, kwargs, "training", 2, kwargs.get("train", True))
-    return func is not F.rrelu or _flag(args, kwargs, "training", 3)
-
-
-def _p(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    name, at, default = _P_AT.get(func, ("p", 1, 0.5))
-    return float(args[at] if len(args) > at else kwargs.get(name, default))
-
-
-def _flag(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, at: int, default: bool = False) -> bool:
-    return bool(args[at] if len(args) > at else kwargs.get(name, default))
-
-
-def _operand(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found = args[0] if args else next((kwargs[name] for name in ("input", "query", "logits") if name in kwargs), None)
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    found = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-    if found is not None:
-        return found.device
-    return torch.empty(0, device=kwargs.get("device")).device
+@contextmanager
+def comparable_runs(model: nn.Module) -> Iterator[None]:
+    """Run a model in this context several times and compare: dropout is off; buffers and the default generator are restored on exit."""
+    buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
+    state = torch.get_rng_state()
+    try:
+        with without_dropout():
+            yield
+    finally:
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for n, b in model.named_buffers():
+                if n in buffers and b.shape == buffers[n].shape:
+                    b.copy_(buffers[n])

@@ -1,9 +1,9 @@
-"""Random streams of the ranks: one shared inside each tensor-parallel group, one of each rank's own derived from it; saved and restored.
+"""Random streams of the ranks: one shared inside each tensor-parallel group, and each rank's own; saved and restored.
 
-The shared stream is torch's default generator. Ranks of one tensor-parallel group have it in the same state, and draw from it what is whole on
-all of them (dropout of whole activations); ranks further along the data-parallel axis have another one. What is drawn for a rank's shard
-comes from a stream of its own, which begins anew for each such draw, at a point that the shared stream and the rank decide: so it needs no state,
-and activation checkpointing, which puts the shared stream back, replays it. Which draw is which: `dropout.py`.
+The shared stream is torch's default generator. Ranks of one tensor-parallel group have it in the same state and draw from it what is for
+replicated activations; ranks further along the data-parallel axis have another one. What is drawn for a rank's shard comes from a stream of
+its own, which is seeded anew for each such draw by the state of the shared stream and the rank. So it has no state to save, and activation
+checkpointing, which restores the shared stream, replays it. Which call draws from which stream: `random_numbers.py`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
-from lightning_tp.errors import TPError
 
 T = TypeVar("T")
-_STEP = 4  # by which torch counts the offset of a CUDA generator
+_OFFSET_STEP = 4  # the offset of a CUDA generator is a multiple of this
 
 
 def seed_mesh(mesh: DeviceMesh) -> None:
-    """Give every rank the random state of the first one; further along the data-parallel axis, a stream of its own.
+    """Give every rank the random state of the first one, and those further along the data-parallel axis a stream of their own. A collective.
 
-    Without it, ranks that the user has not seeded would drop different elements of one whole activation. The first data-parallel rank goes
-    on just as one process would.
+    Otherwise ranks that the user has not seeded would drop different elements of one replicated activation. The first data-parallel rank
+    continues just as one process would.
     """
     first = int(mesh.mesh.flatten()[0])
     payload: list[Any] = [(torch.get_rng_state(), torch.initial_seed())]
@@ -43,61 +42,64 @@ def seed_mesh(mesh: DeviceMesh) -> None:
         torch.cuda.manual_seed(seed % 2**63)
 
 
-def on_own_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
-    """`draw()`, with this rank's own random numbers; the shared stream goes on by the same on all ranks, whatever is drawn.
+def on_rank_stream(rank: int, device: torch.device, draw: Callable[[], T]) -> T:
+    """Call `draw` with this rank's own random numbers; the shared stream advances equally on all ranks, whatever is drawn.
 
     Example:
         >>> cpu = torch.device("cpu")
         >>> state = torch.get_rng_state()
-        >>> a, after = on_own_stream(0, cpu, lambda: torch.rand(2)), torch.rand(2)
+        >>> a, after = on_rank_stream(0, cpu, lambda: torch.rand(2)), torch.rand(2)
         >>> torch.set_rng_state(state)
-        >>> b, same = on_own_stream(1, cpu, lambda: torch.rand(2)), torch.rand(2)
+        >>> b, same = on_rank_stream(1, cpu, lambda: torch.rand(2)), torch.rand(2)
         >>> torch.equal(a, b), torch.equal(after, same)
         (False, True)
     """
+    generator = default_generator(device)
     if device.type == "cuda":
-        generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
         seed, offset = generator.initial_seed(), generator.get_offset()
         generator.manual_seed(_mixed(_mixed(seed, offset), rank))
         try:
             return draw()
         finally:
             generator.manual_seed(seed)
-            generator.set_offset(offset + _STEP)
-    generator = torch.default_generator
-    point = int(torch.empty((), dtype=torch.int64).random_())
+            generator.set_offset(offset + _OFFSET_STEP)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
     state = generator.get_state()
-    generator.manual_seed(_mixed(point, rank))
+    generator.manual_seed(_mixed(seed, rank))
     try:
         return draw()
     finally:
         generator.set_state(state)
 
 
-def _mixed(point: int, rank: int) -> int:
-    """A seed that has nothing in common with those of neighbouring points and ranks (the finalizer of splitmix64)."""
-    z = (point + (rank + 1) * 0x9E3779B97F4A7C15) % 2**64
+def default_generator(device: torch.device) -> torch.Generator:
+    """Return torch's default generator for a device."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+
+
+def _mixed(seed: int, rank: int) -> int:
+    """A seed unrelated to those of neighbouring seeds and ranks (the finalizer of splitmix64)."""
+    z = (seed + (rank + 1) * 0x9E3779B97F4A7C15) % 2**64
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return (z ^ (z >> 31)) % 2**63
 
 
-# --------------------------------------------------------------------------------------------------- saved and restored
-
-
 def local_state(*, cuda: bool = False) -> dict[str, Any]:
-    """The random states of this process (torch, Python, NumPy if it is loaded): plain data and tensors."""
-    mine: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    """Return the random states of this process (torch, Python, NumPy if it is imported) as plain data and tensors."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
     if cuda:
-        mine["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        mine["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
-    return mine
+        state["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), *rest)
+    return state
 
 
-def set_local_state(mine: Mapping[str, Any], *, cuda: bool = False) -> None:
-    """The inverse of `local_state`.
+def set_local_state(state: Mapping[str, Any], *, cuda: bool = False) -> None:
+    """Restore what `local_state` returned.
 
     Example:
         >>> state = local_state()
@@ -106,20 +108,20 @@ def set_local_state(mine: Mapping[str, Any], *, cuda: bool = False) -> None:
         >>> torch.equal(torch.rand(2), a[0]), random.random() == a[1]
         (True, True)
     """
-    torch.set_rng_state(mine["cpu"])
-    version, numbers, gauss = mine["python"]
+    torch.set_rng_state(state["cpu"])
+    version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    if cuda and "cuda" in mine:
-        torch.cuda.set_rng_state(mine["cuda"])
-    if "numpy" in mine:
+    if cuda and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state:
         import numpy
 
-        kind, keys, *rest = mine["numpy"]
+        kind, keys, *rest = state["numpy"]
         numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
 
 
 def rng_state(mesh: DeviceMesh) -> dict[str, Any]:
-    """The random states of all ranks, for a checkpoint. A collective.
+    """Return the random states of all ranks, for a checkpoint. A collective.
 
     Returns:
         `{"mesh": (dp, tp), "ranks": [state of rank 0, ..]}`, ranks in the order of the mesh; the same on every rank.
@@ -129,41 +131,21 @@ def rng_state(mesh: DeviceMesh) -> dict[str, Any]:
     return {"mesh": tuple(mesh.mesh.shape), "ranks": [every[rank] for rank in mesh.mesh.flatten().tolist()]}
 
 
-def set_rng_state(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
-    """The inverse of `rng_state`: this rank goes on with the random numbers that its coordinate was about to draw.
-
-    Raises:
-        TPError: if it was saved on a mesh of another shape.
-    """
-    if tuple(state["mesh"]) != tuple(mesh.mesh.shape):
-        raise TPError(
-            f"Random states of a mesh of {' x '.join(map(str, state['mesh']))} ranks can't be given to one of "
-            f"{' x '.join(map(str, mesh.mesh.shape))}: each rank has its own. Resume on the same mesh, or seed anew."
-        )
-    mine = state["ranks"][mesh.mesh.flatten().tolist().index(dist.get_rank())]
-    set_local_state(mine, cuda=mesh.device_type == "cuda")
-
-
 def set_shared_state(mesh: DeviceMesh, state: Mapping[str, Any]) -> None:
-    """As `set_rng_state`, from a mesh of any shape: the shared stream of each tensor-parallel group goes on, so that what one process would draw
-    (the order of the data, masks of whole activations) is drawn. Groups further along the data-parallel axis than there were begin a
-    stream of their own."""
+    """Restore what `rng_state` returned: each rank continues with the random numbers that its mesh coordinate was about to draw.
+
+    On a mesh of another shape the shared stream of each tensor-parallel group continues, so that what one process would draw (the order of the
+    data, masks of replicated activations) is drawn. Groups further along the data-parallel axis than there were start a stream of their own.
+    """
     dp, tp = state["mesh"]
-    dp_rank = mesh.get_local_rank(DATA_PARALLEL)
-    same = (dp, tp) == tuple(mesh.mesh.shape)
-    if same:
-        set_rng_state(mesh, state)
+    cuda, dp_rank = mesh.device_type == "cuda", mesh.get_local_rank(DATA_PARALLEL)
+    if (dp, tp) == tuple(mesh.mesh.shape):
+        set_local_state(state["ranks"][mesh.mesh.flatten().tolist().index(dist.get_rank())], cuda=cuda)
         return
-    first = state["ranks"][dp_rank * tp if dp_rank < dp else 0]
-    set_local_state({k: v for k, v in first.items() if k != "cuda"})
+    set_local_state(state["ranks"][dp_rank * tp if dp_rank < dp else 0])
     if dp_rank >= dp:
         torch.manual_seed(_mixed(int(torch.empty((), dtype=torch.int64).random_()), dp_rank))
-    elif mesh.device_type == "cuda":
-        torch.cuda.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=_copy_of_default())))
-
-
-def _copy_of_default() -> torch.Generator:
-    """A generator at the point where torch's default one is."""
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    return generator
+    elif cuda:
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())  # a copy: the default one must not advance
+        torch.cuda.manual_seed(int(torch.empty((), dtype=torch.int64).random_(generator=generator)))

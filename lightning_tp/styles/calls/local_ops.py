@@ -24,7 +24,7 @@ from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.core.comm.transitions import outside
 from lightning_tp.core.modules.call_site import call_site
-from lightning_tp.core.modules.rewrite import rewritten
+from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.attention import WRITTEN_OUT, bind_attention, written_out
 from lightning_tp.styles.base import BindContext, Style
@@ -150,7 +150,7 @@ def _own_functions(cls: type[nn.Module], calls: tuple[Call, ...]) -> type | None
     """A mixin with the functions of this class that hand these calls over; None if its source does not show them."""
     if any(c.__module__.startswith(f"{__package__}.") for c in cls.__mro__):
         return None  # another style runs around its forward
-    functions = rewritten(cls, [(c.name, c.at) for c in calls], "_local_call")
+    functions = rewrite_methods(cls, [(c.name, c.at) for c in calls], "_local_call")
     own = {"__call__": _LocalOps.__call__, "_local_call": _local_call}
     return None if functions is None else type("_LocalOps", (nn.Module,), {**own, **functions})
 

@@ -1,4 +1,4 @@
-"""A world of any size in one process, which is gone afterwards."""
+"""Worlds of any size in one process, and groups of which one rank exists."""
 
 from __future__ import annotations
 
@@ -6,19 +6,53 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_tp.core.comm.fake_world import fake_world
+from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.collectives import all_gather, all_reduce, reduce_scatter
+from lightning_tp.core.comm.fake_world import FakeGroup, fake_world, single_rank_mesh
+from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.errors import TPError
 
 
-def test_fake_world_pretends_and_cleans_up() -> None:
-    with pytest.raises(RuntimeError, match="from the body"), fake_world(1024, rank=7):
-        assert (dist.get_world_size(), dist.get_rank()) == (1024, 7)
+def test_a_world_ends_with_its_context() -> None:
+    with pytest.raises(ZeroDivisionError), fake_world(64, rank=5):
+        assert (dist.get_world_size(), dist.get_rank()) == (64, 5)
         dist.all_reduce(torch.ones(2))
-        raise RuntimeError("from the body")
+        1 / 0  # noqa: B018
     assert not dist.is_initialized()
     with fake_world(2):
-        assert dist.get_world_size() == 2
-        with pytest.raises(TPError, match="found a process group of 2 ranks"), fake_world(4):
+        dist.destroy_process_group()  # the body may do it
+    with fake_world(3, rank=2):
+        assert dist.get_rank() == 2
+
+
+def test_a_world_in_a_world_and_ranks_that_are_not_there() -> None:
+    with fake_world(4):
+        with pytest.raises(TPError, match=r"`fake_world\(8\)`: this process has a process group of 4 ranks already"), fake_world(8):
             pass
-    with pytest.raises(TPError, match="has ranks 0 to 1"), fake_world(2, rank=2):
-        pass
+        assert dist.get_world_size() == 4
+    for rank in (-1, 2):
+        with (
+            pytest.raises(TPError, match=rf"`fake_world\(2, rank={rank}\)`: a world of 2 has ranks 0 to 1"),
+            fake_world(2, rank=rank),
+        ):
+            pass
+    assert not dist.is_initialized()
+
+
+def test_a_mesh_of_one_rank() -> None:
+    with single_rank_mesh() as mesh:
+        assert mesh.mesh_dim_names == (DATA_PARALLEL, TENSOR_PARALLEL) and mesh.size() == 1
+        assert mesh.get_local_rank(TENSOR_PARALLEL) == 0
+    assert not dist.is_initialized()
+
+
+def test_a_group_of_which_one_rank_exists() -> None:
+    sent: list[tuple[str, int]] = []
+    axis = Axis(FakeGroup(2, 4, note=lambda kind, size: sent.append((kind, size))))
+    assert (axis.rank, axis.size) == (2, 4)
+    x = torch.arange(6.0).view(1, 3, 2)
+    assert torch.equal(all_reduce(x.clone(), axis), x)
+    assert torch.equal(all_gather(x, 1, 12, axis), x.repeat(1, 4, 1))
+    assert reduce_scatter(torch.ones(2, 8, 2), 1, axis).shape == (2, 2, 2)
+    assert sent == [("all-reduce", 24), ("all-gather", 96), ("reduce-scatter", 128)]
+    assert FakeGroup(0, 2).allreduce([torch.ones(1)]).wait()  # nobody has to note

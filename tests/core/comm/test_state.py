@@ -21,7 +21,6 @@ def test_a_state_is_its_name(state: State) -> None:
 def test_names() -> None:
     assert [str(s) for s in ALL] == ["R", "I", "P", "S(1)", "S(-1)", "S(0)"]
     assert [s.dim for s in ALL] == [None, None, None, 1, -1, 0]
-    assert [s.is_full for s in ALL] == [True, True, False, False, False, False]
 
 
 def test_the_gradient_of_the_gradient_is_in_the_state_of_the_tensor() -> None:

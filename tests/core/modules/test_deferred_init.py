@@ -433,6 +433,25 @@ def test_takes_less_than_twice_the_time() -> None:
     assert best(deferred) < 2 * best(ordinary) + 0.1
 
 
+def test_what_is_known_from_elsewhere_is_not_drawn() -> None:
+    """Of the rest each value is the ordinary one, though what is left out comes before it in the stream."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+
+    torch.manual_seed(3)
+    ordinary = tensors_of(make())
+    torch.manual_seed(3)
+    with deferred_init() as tape:
+        model = make()
+    skip = {"0.weight", "1.bias", "2.weight", "2.bias"}
+    got = {names[0]: value for names, value in values(model, tape, skip)}
+    assert got.keys() == ordinary.keys() - skip and all(same_bits(got[name], ordinary[name]) for name in got)
+    assert tape.rng_state is None  # what comes behind the last one was not drawn
+    list(values(model, tape))
+    assert tape.rng_state is not None
+
+
 # ---- errors
 
 

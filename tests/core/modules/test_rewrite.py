@@ -15,7 +15,7 @@ import lightning_tp as ltp
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.call_site import call_site
-from lightning_tp.core.modules.rewrite import rewritten
+from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.styles import BindContext
 from lightning_tp.styles.calls.call import Call
 from lightning_tp.styles.calls.local_ops import LocalOps
@@ -130,7 +130,7 @@ def test_closures_and_code_without_source() -> None:
 
     with Places("view") as places:
         Closed()(torch.zeros(2, 8))
-    made = rewritten(Closed, places.found, "_seen")
+    made = rewrite_methods(Closed, places.found, "_seen")
     assert made is not None
     seen = []
 
@@ -144,9 +144,94 @@ def test_closures_and_code_without_source() -> None:
 
     space: dict[str, Any] = {"nn": nn}
     exec("class Typed(nn.Module):\n    def forward(self, x):\n        return x.view(-1, 8)", space)
-    assert rewritten(space["Typed"], [("view", (("forward", "1:15-1:28"),))], "_seen") is None
-    assert rewritten(Closed, [("view", (("forward", "1:19-1:33"),))], "_seen") is None  # no call ends there
-    assert rewritten(Closed, [("softmax", places.found[0][1])], "_seen") is None  # torch rearranges what it is given
+    assert rewrite_methods(space["Typed"], [("view", (("forward", "1:15-1:28"),))], "_seen") is None
+    assert rewrite_methods(Closed, [("view", (("forward", "1:19-1:33"),))], "_seen") is None  # no call ends there
+    assert rewrite_methods(Closed, [("softmax", places.found[0][1])], "_seen") is None  # torch rearranges what it is given
+
+
+class Unshared(nn.Module):
+    def half(self, x: Tensor) -> Tensor:
+        return x.view(-1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.half(x) + 1
+
+
+class Shared(nn.Module):
+    def half(self, x: Tensor) -> Tensor:
+        return x.view(-1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.half(x) + self.half(x + 1)
+
+
+class SharedElsewhere(Unshared):
+    def other(self, x: Tensor) -> Tensor:
+        return self.half(x)
+
+
+class Passed(Unshared):
+    def forward(self, x: Tensor) -> Tensor:
+        return next(map(lambda y: y.view(-1, 8), [x]))
+
+
+class Assigned(Unshared):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.view(-1, 8)
+        self = None  # noqa: F841
+        return y
+
+
+class Superclass(Unshared):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(-1, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rewritten"),
+    [(Unshared, ["half"]), (Shared, None), (SharedElsewhere, None), (Passed, None), (Assigned, None), (Superclass, None)],
+)
+def test_a_method_that_is_called_from_elsewhere_is_left_alone(kind: type[nn.Module], rewritten: list[str] | None) -> None:
+    """The call that is to be changed is known from one place; from another it may have to stay. And code that is not plain."""
+    with Places("view") as places:
+        kind()(torch.zeros(2, 8))
+    made = rewrite_methods(kind, places.found[-1:], "_seen")
+    assert (None if made is None else list(made)) == rewritten
+
+
+def test_two_calls_at_one_place_are_left_alone() -> None:
+    class Loop(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = x.view(-1, 8)
+            return x
+
+    with Places("view") as places:
+        Loop()(torch.zeros(2, 8))
+    assert len(places.found) == 2 and rewrite_methods(Loop, places.found, "_seen") is None
+    assert rewrite_methods(Loop, places.found[:1], "_seen") is not None
+
+
+def test_reads_of_shapes_and_keywords() -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.shape, x.expand(*x.shape[:1], size := -1), x.chunk(2, dim=1), size
+
+    with Places("__get__", "expand", "chunk") as places:
+        Sizes()(torch.zeros(2, 8))
+    made = rewrite_methods(Sizes, places.found, "_seen")
+    assert made is not None
+    seen: list[Any] = []
+
+    def spy(self: Any, number: int, func: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((number, kwargs, args[0] if func is None else args))
+        return args[0].shape if func is None else func(*args, **kwargs)
+
+    x = torch.zeros(2, 8)
+    shape, expanded, _, size = type("Seen", (Sizes,), {**made, "_seen": spy})()(x)
+    assert shape == expanded.shape == (2, 8) and size == -1
+    assert [number for number, *_ in seen] == [0, 1, 2, 3]
+    assert seen[0][2] is seen[1][2] is x and seen[2][2] == (2, -1) and seen[3][1:] == ({"dim": 1}, (2,))
 
 
 def test_the_calls_of_a_rule_are_numbered_as_they_stand() -> None:
@@ -154,5 +239,5 @@ def test_the_calls_of_a_rule_are_numbered_as_they_stand() -> None:
     randomize_(module)
     style = next(r.style for r in ltp.infer_plan(module, (torch.randn(2, 6, 16),), tp=2).rules if isinstance(r.style, LocalOps))
     assert all(isinstance(c, Call) for c in style.calls)
-    made = rewritten(Attention, [(c.name, c.at) for c in style.calls], "_local_call")
+    made = rewrite_methods(Attention, [(c.name, c.at) for c in style.calls], "_local_call")
     assert made is not None and sorted(made) == ["forward", "heads"]

@@ -15,70 +15,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tp import TPError
-from lightning_tp.core.comm.axis import Axis, even_shard
 from lightning_tp.core.ops.cross_entropy import vocab_parallel_cross_entropy
-from lightning_tp.core.ops.logits_rules import split_logits
-from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.testing import run_ranks
+from tests.core.ops.logits import Case
 
 SPLITS = [(2, 1003), (4, 1003), (2, 64), (4, 64), (4, 5)]  # 1003 over 4: 251, 251, 251, 250; 5 over 4: 2, 2, 1, 0
-
-
-class Recorder:
-    """A process group that notes what it is asked for, in `sent`: [(name, bytes of the tensors given)]."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.sent = group, []
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self.group, name)
-
-        def call(*args: Any) -> Any:
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            self.sent.append((name, sum(t.numel() * t.itemsize for t in tensors)))
-            return method(*args)
-
-        return method if name in ("rank", "size") else call
-
-
-class Case:
-    """Random logits, whole and as this rank holds them, both leaves of autograd."""
-
-    def __init__(self, vocab: int, tokens: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        self.comm = Recorder(dist.group.WORLD)
-        self.axis, self.vocab = Axis(self.comm), vocab
-        random = torch.Generator().manual_seed(seed)
-        self.whole = (torch.randn(*tokens, vocab, generator=random) * 3).to(dtype).requires_grad_()
-        self.target = torch.randint(0, vocab, tokens, generator=random)
-        self.class_weight = torch.rand(vocab, generator=random)
-        self.mine = even_shard(vocab, self.axis.rank, self.axis.size)
-        self.local = self.columns(self.whole.detach()).clone().requires_grad_()
-
-    def columns(self, whole: Tensor) -> Tensor:
-        return whole[..., self.mine.start : self.mine.stop]
-
-    def split(self) -> SplitLogits:
-        return split_logits(self.local, self.axis, self.vocab)
-
-    def compare(self, loss_fn: Callable[[Tensor, Tensor], Tensor], rtol: float = 1e-5, what: str = "") -> list[Any]:
-        """`loss_fn(logits, target)` on whole and on split logits: same value and gradient. Returns what was sent."""
-        self.whole.grad = self.local.grad = None
-        expected = loss_fn(self.whole, self.target)
-        upstream = torch.linspace(1, 2, expected.numel()).view(expected.shape).to(expected.dtype)
-        expected.backward(upstream)
-        self.comm.sent.clear()
-        loss = loss_fn(self.split(), self.target)
-        loss.backward(upstream)
-        close(loss, expected, rtol, f"{what}: value")
-        close(self.local.grad, self.columns(self.whole.grad), rtol, f"{what}: gradient")
-        return self.comm.sent
-
-
-def close(got: Tensor, expected: Tensor, rtol: float, what: str) -> None:
-    """Close relative to each value, with a floor relative to the largest; NaN where NaN is expected."""
-    assert type(got) is Tensor and got.dtype == expected.dtype, f"{what}: {type(got)} {got.dtype}, not {expected.dtype}"
-    top = expected.detach().double().abs().nan_to_num().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(got, expected, rtol=rtol, atol=rtol * top, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 
 # -------------------------------------------------------------------------------------------------- against torch
@@ -254,7 +195,7 @@ def test_a_target_out_of_range_raises() -> None:
         case = Case(11, (6,))
         for wrong in (11, -1, -100):
             case.target[2] = wrong
-            with pytest.raises(TPError, match=f"target {wrong} is out of range for a vocabulary of 11 .1 of 6"):
+            with pytest.raises(TPError, match=f"target {wrong} is out of range for a vocabulary of 11, and so are 1 of 6"):
                 F.cross_entropy(case.split(), case.target, ignore_index=-7)
         F.cross_entropy(case.split(), case.target)  # -100 is ignored
         with pytest.raises((ValueError, RuntimeError)):

@@ -1,129 +1,26 @@
-"""Masks of split models: whose are equal, whose differ, what is run again, and those of one process."""
+"""Whose masks are equal over the ranks, whose differ, and what is replayed."""
 
 from __future__ import annotations
 
-import os
+import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.checkpoint import checkpoint
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.core.ops.intercept import is_intercepting, per_rank_calls_of
+from lightning_tp.core.ops.random_numbers import bind_random_calls, policy_of
 from lightning_tp.core.ops.rng import seed_mesh
-from lightning_tp.styles import Colwise
-from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-
-DIM, HEADS, VOCAB = 32, 4, 23
-
-
-class Attention(nn.Module):
-    """Three ways to drop attention weights."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
-        self.weights_dropout, self.out_dropout = nn.Dropout(0.3), nn.Dropout(0.3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, DIM // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        if self.how == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.3 if self.training else 0.0)
-        else:
-            weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, -1)
-            weights = self.weights_dropout(weights) if self.how == "module" else F.dropout(weights, 0.3, self.training)
-            y = weights @ v
-        return self.out_dropout(self.o(y.transpose(1, 2).flatten(2)))
-
-
-class DropPath(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 0.7 + torch.rand((x.shape[0], *(1 for _ in x.shape[1:])), dtype=x.dtype, device=x.device)
-        return x.div(0.7) * keep.floor()
-
-
-class Block(nn.Module):
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.norm1, self.attention, self.norm2 = nn.LayerNorm(DIM), Attention(how), nn.LayerNorm(DIM)
-        self.up, self.down, self.inner, self.path = nn.Linear(DIM, 50), nn.Linear(50, DIM), nn.Dropout(0.3), DropPath()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.path(self.attention(self.norm1(x)))
-        y = self.down(self.inner(F.gelu(self.up(self.norm2(x)))))
-        return x + self.path(F.dropout(y, 0.3, self.training))  # in the block's own code
-
-
-class Net(nn.Module):
-    def __init__(self, how: str = "sdpa") -> None:
-        super().__init__()
-        self.embed, self.drop, self.head = nn.Embedding(VOCAB, DIM), nn.Dropout(0.3), nn.Linear(DIM, VOCAB)
-        self.blocks = nn.Sequential(Block(how), Block(how))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.blocks(self.drop(self.embed(tokens))))
-
-
-def plan(sequence: bool) -> dict[str, Any]:
-    return {
-        "embed": "vocab_embedding",
-        "blocks.*.norm*": "sequence" if sequence else "replicate",
-        **{f"blocks.*.attention.{name}": Colwise(heads=HEADS) for name in "qkv"},
-        "blocks.*.attention.o": "rowwise",
-        "blocks.*.up": "colwise",
-        "blocks.*.down": "rowwise",
-        "head": "vocab_head",
-    }
-
-
-def batch(seed: int, length: int = 10) -> Tensor:
-    return torch.randint(0, VOCAB, (3, length), generator=torch.Generator().manual_seed(seed))
-
-
-def steps(model: nn.Module, seeds: tuple[int, ...] = (0, 1, 2, 3)) -> list[float]:
-    """A few steps of SGD, on batches of several lengths; step 3 is one that nobody observes."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for seed in seeds:
-        tokens = batch(seed, 9 + seed)
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize("sequence", [False, True], ids=["whole stream", "sequence parallel"])
-def test_exact_masks_are_those_of_one_process(sequence: bool) -> None:
-    ways = ("sdpa", "module", "function")
-    refs: dict[str, tuple[list[float], dict[str, Tensor]]] = {}
-    for how in ways:
-        model = randomize_(Net(how))
-        torch.manual_seed(7)
-        refs[how] = steps(model), ltp.full_state_dict(model)
-
-    def body() -> None:
-        mesh = make_mesh("cpu", 1, dist.get_world_size())
-        for how in ways:
-            for checkpointing in (None, "block"):
-                model = randomize_(Net(how))
-                ltp.parallelize(model, mesh, plan(sequence), dropout="exact", activation_checkpointing=checkpointing)
-                torch.manual_seed(7)
-                assert steps(model) == pytest.approx(refs[how][0], rel=1e-5), how
-                assert_trees_close(ltp.full_state_dict(model), refs[how][1], rtol=1e-4, name=f"{how}, {checkpointing}")
-
-    run_ranks(body, 2)
+from lightning_tp.testing import fake_world, randomize_, run_ranks
+from tests.core.ops.dropout_models import DIM, HEADS, Attention, Block, Net, batch, plan, steps
 
 
 def test_nothing_is_there_to_be_exact_about_in_evaluation() -> None:
@@ -134,9 +31,6 @@ def test_nothing_is_there_to_be_exact_about_in_evaluation() -> None:
         assert torch.equal(state, torch.get_rng_state())
 
     run_ranks(body, 2)
-
-
-# ------------------------------------------------------------------------------------------------------------ independent
 
 
 def alike(model: nn.Module) -> nn.Module:
@@ -279,7 +173,7 @@ def test_a_model_without_dropout_is_left_alone() -> None:
         names = {n.replace("blocks.*", "blocks.*.block"): s for n, s in plan(False).items()}
         ltp.parallelize(model, make_mesh("cpu", 1, 2), names)
         steps(model)
-        assert not any("_sites" in m.__dict__ for m in model.modules())
+        assert not any("_per_rank_calls" in m.__dict__ for m in model.modules())
 
     class Plain(nn.Module):
         def __init__(self, block: Block) -> None:
@@ -293,41 +187,6 @@ def test_a_model_without_dropout_is_left_alone() -> None:
     run_ranks(body, 2)
 
 
-# --------------------------------------------------------------------------------------------------------------- refused
-
-
-class Noise(nn.Module):
-    """An MLP with random numbers of some kind inside."""
-
-    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.up, self.down, self.how = nn.Linear(8, 16), nn.Linear(16, 8), how
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.how(self.up(x)))
-
-
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        (lambda x: x + torch.rand(x.shape), "draws `rand` of shape"),
-        (lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)), "draws `bernoulli` of shape"),
-        (lambda x: F.alpha_dropout(x, 0.5, True), r"draws random numbers \(`alpha_dropout`\) for a shard of shape \(2, 3, 8\)"),
-        (lambda x: F.dropout(x.flatten(), 0.5, True).view_as(x), "it can't be told which part of the whole"),
-    ],
-)
-def test_what_cant_be_exact_is_refused(how: Callable[[Tensor], Tensor], message: str) -> None:
-    def body() -> None:
-        model = ltp.parallelize(
-            randomize_(Noise(how)), make_mesh("cpu", 1, 2), {"up": "colwise", "down": "rowwise"}, dropout="exact"
-        )
-        x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-        with pytest.raises(ltp.TPError, match=message):
-            model(x)
-
-    run_ranks(body, 2)
-
-
 def test_options() -> None:
     def body() -> None:
         for options in ({"dropout": "exactly"}, {"dropout": "exact", "backend": "dtensor"}):
@@ -335,111 +194,6 @@ def test_options() -> None:
                 ltp.parallelize(Net(), make_mesh("cpu", 1, 2), plan(False), **options)
 
     run_ranks(body, 2)
-
-
-# ------------------------------------------------------------------------------------------- models that nobody here wrote
-
-
-def of_others(name: str, attention: str) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    p, common = 0.2, dict(num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48)
-    drop = dict(hidden_dropout_prob=p, attention_probs_dropout_prob=p, attn_implementation=attention)
-    if name == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            resid_pdrop=p,
-            embd_pdrop=p,
-            attn_pdrop=p,
-            use_cache=False,
-            attn_implementation=attention,
-        )
-        return transformers.GPT2LMHeadModel(config)
-    if name == "bert":
-        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCAB, **common, **drop))
-    if name == "bart":
-        config = transformers.BartConfig(
-            vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=48, decoder_ffn_dim=48, dropout=p, attention_dropout=p, activation_dropout=p, use_cache=False,
-            attn_implementation=attention,
-        )  # fmt: skip
-        return transformers.BartForConditionalGeneration(config)
-    if name == "encoder":
-        return Encoder(need_weights=attention == "eager")
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(image_size=8, patch_size=2, num_labels=VOCAB, **common, **drop)
-    )
-
-
-class Encoder(nn.Module):
-    """Layers of torch, whose attention is one call that is written out when it is split."""
-
-    def __init__(self, need_weights: bool) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(VOCAB, 32), nn.Linear(32, VOCAB)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 48, 0.2, batch_first=True, norm_first=True) for _ in range(2))
-        self.need_weights = need_weights
-        if need_weights:
-            for block in self.blocks:
-                block._sa_block = lambda x, *_, b=block, **__: b.dropout1(b.self_attn(x, x, x, need_weights=True)[0])
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
-        x = self.embed(input_ids)
-        for block in self.blocks:
-            x = block(x)
-        return SimpleNamespace(loss=F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten()))
-
-
-class Module(L.LightningModule):
-    def __init__(self, name: str, attention: str) -> None:
-        super().__init__()
-        self.name, self.model, self.losses = name, randomize_(of_others(name, attention)), []
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        tokens = batch["tokens"]
-        if self.name == "vit":
-            images = F.one_hot(tokens, VOCAB).float()[:, :, :12].reshape(len(tokens), 3, 8, 8)  # 16 tokens
-            return self.model(pixel_values=images, labels=tokens[:, 0]).loss
-        return self.model(input_ids=tokens, labels=tokens).loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(outputs["loss"].item())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(name: str, attention: str, how: Any) -> tuple[list[float], dict[str, Tensor]]:
-    L.seed_everything(3, verbose=False)  # before anything of the Trainer: nothing of ours may draw
-    module = Module(name, attention)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy=how, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(ltp.RandomTokens(20, 16, VOCAB), batch_size=4))
-    return module.losses, ltp.full_state_dict(module)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_models_of_others_under_a_trainer(attention: str) -> None:
-    """Derived plans: exact masks are those of one process; independent ones are others, and keep what is whole equal."""
-    names = ["gpt2", "bert", "vit", "bart", "encoder"]
-    refs = run_ranks(lambda: [fit(n, attention, "auto") for n in names], 1, init=False)[0]
-
-    def body() -> list[Any]:
-        exact = [fit(n, attention, ltp.TPStrategy(tp=2, dropout="exact")) for n in names]
-        return [exact, [fit(n, attention, ltp.TPStrategy(tp=2, activation_checkpointing="block")) for n in names]]
-
-    (exact, one), (_, other) = run_ranks(body, 2, init=False, timeout=150)
-    for i, (name, (losses, weights)) in enumerate(zip(names, refs)):
-        assert exact[i][0] == pytest.approx(losses, rel=1e-5), name
-        assert_trees_close(exact[i][1], weights, rtol=1e-4, name=name)
-        assert one[i][0] == other[i][0] and one[i][0] != pytest.approx(losses, rel=1e-3), name
-        assert one[i][0] == pytest.approx(losses, rel=0.3), name
-        assert all(torch.equal(t, other[i][1][n]) for n, t in one[i][1].items()), name
 
 
 # ------------------------------------------------------------------------------------------------- seeds and indices
@@ -511,5 +265,140 @@ def test_places_that_are_drawn_are_those_of_one_process() -> None:
         model = ltp.parallelize(randomize_(Seeded(None, sampled=True)), make_mesh("cpu", 1, 2), SEEDED_PLAN)
         torch.manual_seed(3)
         assert seeded_steps(model) == pytest.approx(ref, rel=1e-5)
+
+    run_ranks(body, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- who decides what
+
+
+class Noisy(nn.Module):
+    """Random numbers of one kind between two split layers, in the code of the module that this is in."""
+
+    def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.noise = nn.Linear(DIM, 48), nn.Linear(48, DIM), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shard = self.noise(self.up(x)).detach()
+        return self.down(self.shard)
+
+
+KINDS: dict[str, tuple[Callable[[Tensor], Tensor], bool, bool]] = {  # and whether ranks differ in the first step, and in later ones
+    "dropout": (lambda x: F.dropout(x, 0.5), True, True),
+    "in place": (lambda x: F.dropout(x.clone(), 0.5, True, True), True, True),
+    "alpha_dropout": (lambda x: F.alpha_dropout(x, 0.5, True), True, True),
+    "by another name": (lambda x: torch.dropout(x, 0.5, True), True, True),
+    "rand": (lambda x: x * (torch.rand(x.shape) > 0.5), False, True),  # decided when it meets the shard: it has drawn then
+    "bernoulli": (lambda x: x * torch.bernoulli(torch.full(x.shape, 0.5)), False, True),
+    "through functions": (lambda x: torch.where(torch.rand(x.shape).sub(0.5).gt(0), x, 0), False, True),
+    "one for each sample": (lambda x: x * torch.rand(x.shape[0], 1, 1), False, False),
+    "its own generator": (lambda x: x * torch.rand(x.shape, generator=torch.Generator().manual_seed(4)), False, False),
+    "not in training": (lambda x: F.dropout(x, 0.5, False), False, False),
+}
+
+
+def test_which_calls_draw_for_shards() -> None:
+    """Both ranks have the same weights in their shards: what differs between them are the random numbers."""
+
+    def body() -> dict[str, list[Tensor]]:
+        found = {}
+        for name, (noise, *_) in KINDS.items():
+            model = Noisy(noise)
+            with torch.no_grad():
+                model.up.weight[24:] = model.up.weight[:24] * (1 + 1e-2)
+                model.up.bias.zero_()
+            ltp.parallelize(model, make_mesh("cpu", 1, 2), SEEDED_PLAN)
+            torch.manual_seed(3)
+            x, shards = torch.ones(2, 9, DIM), []
+            for _ in range(4):  # the fourth is one that nobody observes
+                model(x)
+                shards.append(model.shard / (model.up(x).detach() + 1e-12))
+            found[name] = shards
+            assert bool(per_rank_calls_of(model)) is KINDS[name][2], name
+            policy = policy_of(model)
+            assert policy is not None and not policy.noise and not policy.running and policy.steps == 4
+        return found
+
+    a, b = run_ranks(body, 2)
+    for name, (_, first, later) in KINDS.items():
+        differ = [not torch.allclose(x, y, atol=1e-3) for x, y in zip(a[name], b[name])]
+        assert differ == [first, later, later, later], name
+
+
+def test_steps_that_are_observed() -> None:
+    seen: list[bool] = []
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(is_intercepting())
+            return x
+
+    with fake_world(2):
+        axis = Axis(dist.group.WORLD)
+        for how in ("independent", "exact"):
+            seen.clear()
+            model = Asks()
+            bind_random_calls(model, axis, how)  # type: ignore[arg-type]
+            for _ in range(10):
+                model(torch.ones(1))
+            assert [i for i, observed in enumerate(seen) if observed] == (
+                [0, 1, 2, 4, 8] if how == "independent" else list(range(10))
+            )
+            model.eval()(torch.ones(1))
+            assert not seen[-1] and policy_of(nn.Sequential(model)).steps == 10
+        policy = policy_of(model.train())
+        with policy.step():
+            model(torch.ones(1))  # a step inside of a step
+        assert policy.steps == 12 and not is_intercepting()
+        lightning_module = Asks()
+        lightning_module.training_step = lambda: None
+        bind_random_calls(lightning_module, axis, "independent")
+        lightning_module(torch.ones(1))
+        assert not seen[-1] and policy_of(lightning_module).steps == 0  # the strategy begins its steps
+    assert policy_of(nn.Identity()) is None
+
+
+def test_a_function_that_is_checkpointed_is_refused() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(DIM, 48), nn.Linear(48, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+        def inner(self, x: Tensor) -> Tensor:
+            return self.down(F.dropout(self.up(x), 0.5, self.training))
+
+    def body() -> None:
+        model = ltp.parallelize(randomize_(Outer()), make_mesh("cpu", 1, 2), SEEDED_PLAN)
+        with pytest.raises(
+            ltp.TPError, match=r"Outer: `dropout` draws random numbers for a shard .* passed to `torch.utils.checkpoint`"
+        ):
+            model(torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(0)))
+        assert not is_intercepting()
+
+    run_ranks(body, 2)
+
+
+@pytest.mark.parametrize("how", ["independent", "exact"])
+def test_a_copy_draws_by_itself(how: str) -> None:
+    def body() -> None:
+        model = ltp.parallelize(randomize_(Net()), make_mesh("cpu", 1, 2), plan(True), dropout=how)
+        torch.manual_seed(3)
+        first = steps(model, (0, 1, 2, 3))
+        fresh = ltp.parallelize(randomize_(Net()), make_mesh("cpu", 1, 2), plan(True), dropout=how)
+        torch.manual_seed(3)
+        steps(fresh, (0, 1))
+        twin = copy.deepcopy(fresh)
+        policies = policy_of(fresh), policy_of(twin)
+        assert policies[1] is not policies[0] and policies[1].steps == 0 and policies[1].exact == (how == "exact")
+        held = twin.blocks[0].inner.__dict__["_per_rank_calls"].interceptor
+        assert held is policies[1]
+        state = torch.get_rng_state()
+        assert steps(twin, (2, 3)) == first[2:]
+        torch.set_rng_state(state)
+        assert steps(fresh, (2, 3)) == first[2:]
 
     run_ranks(body, 2)

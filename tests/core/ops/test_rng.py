@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import numpy
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
-from lightning_tp.core.ops.rng import on_own_stream, rng_state, seed_mesh, set_rng_state
-from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from lightning_tp.core.ops.rng import on_rank_stream, rng_state, seed_mesh, set_shared_state
+from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 from lightning_tp.testing.fixtures import run_if
 
 
@@ -98,7 +94,7 @@ def test_dropout_of_whole_activations_is_that_of_one_process() -> None:
 
 def own_streams(device: str) -> None:
     where = torch.device(device)
-    draw = lambda rank, n=8: on_own_stream(rank, where, lambda: torch.rand(n, device=where))  # noqa: E731
+    draw = lambda rank, n=8: on_rank_stream(rank, where, lambda: torch.rand(n, device=where))  # noqa: E731
     torch.manual_seed(0)
     if where.type == "cuda":
         torch.cuda.manual_seed(0)
@@ -114,7 +110,7 @@ def own_streams(device: str) -> None:
     assert torch.equal(draw(0), first[0])  # replayed
     seed = generator.initial_seed()
     with pytest.raises(ZeroDivisionError):
-        on_own_stream(0, where, lambda: 1 / 0)
+        on_rank_stream(0, where, lambda: 1 / 0)
     assert generator.initial_seed() == seed
     generator.set_state(state)
     many = torch.stack([draw(rank, 1000) for rank in range(16) for _ in range(16)]).double()
@@ -150,80 +146,36 @@ def test_states_of_all_coordinates(tmp_path: Path) -> None:
             torch.save(state, tmp_path / "state.pt")
         dist.barrier()
         expected = draws()
-        set_rng_state(mesh, torch.load(tmp_path / "state.pt", weights_only=True))
+        set_shared_state(mesh, torch.load(tmp_path / "state.pt", weights_only=True))
         assert draws() == expected
-        with pytest.raises(ltp.TPError, match="a mesh of 2 x 2 ranks can't be given to one of 1 x 4"):
-            set_rng_state(make_mesh("cpu", 1, 4), state)
         return [expected]
 
     ranks = run_ranks(body, 4)
     assert len({each for (each,) in ranks}) == 4
 
 
-class Dropped(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = randomize_(MLP())
-        self.losses: list[float] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        tokens = batch["tokens"]
-        return F.cross_entropy(self.model(tokens).flatten(0, 1), tokens.flatten())
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(outputs["loss"].item())
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-class MLP(Net):
-    """Dropout on whole activations, and on shards."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = F.dropout(self.embed(tokens), 0.5, self.training)
-        return self.head(self.down(F.dropout(self.up(x).relu(), 0.5, self.training)))
-
-
-PLAN = {"embed": "vocab_embedding", "up": "colwise", "down": "rowwise", "head": "vocab_head"}
-QUIET = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
-
-
 @pytest.mark.parametrize(
-    ("mesh", "distributed"),
-    [((1, 2), True), ((1, 2), False), ((2, 2), True), pytest.param((2, 2), False, marks=pytest.mark.slow)],
-    ids=["tp2-folder", "tp2-file", "2x2-folder", "2x2-file"],
+    ("shape", "shared"),
+    [
+        ((2, 2), {0: 0, 1: 1, 2: 2, 3: 3}),  # the same mesh: each rank its own
+        ((1, 4), {0: 0, 3: 0}),  # one group: the shared stream of the first
+        ((2, 1), {0: 0, 1: 2}),  # the first ranks of the groups that there were
+        ((4, 1), {0: 0, 1: 2, 2: None, 3: None}),  # more groups than there were: streams of their own
+    ],
 )
-def test_a_resumed_run_drops_what_the_uninterrupted_one_did(mesh: tuple[int, int], distributed: bool, tmp_path: Path) -> None:
-    """From the end of an epoch and from the middle of one; on another mesh it goes on, differently."""
-
-    def fit(mesh: tuple[int, int], start: Path | None, save: bool = False) -> tuple[list[float], dict[str, Tensor]]:
-        torch.manual_seed(5)
-        saves = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
-        trainer = L.Trainer(
-            accelerator="cpu",
-            devices=mesh[0] * mesh[1],
-            strategy=ltp.TPStrategy(tp=mesh[1], plan=PLAN, save_distributed_checkpoint=distributed),
-            max_epochs=2,
-            callbacks=[saves] if save else [],
-            enable_checkpointing=save,
-            **QUIET,
-        )
-        module = Dropped()
-        items = [ltp.RandomTokens(1, 6, 11)[0]] * 12  # all alike: Lightning begins the data anew in the middle of an epoch
-        trainer.fit(module, DataLoader(items, batch_size=4 // mesh[0], num_workers=0), ckpt_path=start)
-        return module.losses, ltp.full_state_dict(module)
-
-    def body() -> None:
-        losses, weights = fit(mesh, None, save=True)
-        saved = {int(p.stem.rpartition("=")[2]): p for p in tmp_path.glob("*.ckpt")}
-        assert sorted(saved) == [1, 2, 3, 4, 5, 6]
-        for step in (3, 2, 4):
-            again, end = fit(mesh, saved[step])
-            assert again == losses[step:], (step, again, losses)
-            assert all(torch.equal(t, weights[n]) for n, t in end.items())
-        if mesh == (2, 2):
-            again, _ = fit((4, 1), saved[3])
-            assert again != losses[3:] and len(again) == 3
-
-    run_ranks(body, mesh[0] * mesh[1], init=False)
+def test_streams_on_another_mesh(shape: tuple[int, int], shared: dict[int, int | None]) -> None:
+    states = [
+        {"cpu": torch.Generator().manual_seed(rank).get_state(), "python": random.Random(rank).getstate()} for rank in range(4)
+    ]
+    saved = {"mesh": (2, 2), "ranks": states}
+    expected = [(torch.rand(1, generator=torch.Generator().manual_seed(r)).item(), random.Random(r).random()) for r in range(4)]
+    news = []
+    for rank, of in shared.items():
+        with fake_world(shape[0] * shape[1], rank=rank):
+            set_shared_state(make_mesh("cpu", *shape), saved)
+            got = torch.rand(1).item(), random.random()
+        if of is None:
+            news.append(got[0])
+        else:
+            assert got == expected[of], rank
+    assert len({*news, *(e[0] for e in expected)}) == 4 + len(news)

@@ -1,0 +1,106 @@
+"""Places in the code of a module: the same in every run, different for different calls."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_tp.core.modules.call_site import MODEL_CODE, MODULE_CALL, CallSite, call_site
+from lightning_tp.core.ops import attention
+from lightning_tp.core.ops.attention import readable_attention
+
+
+class Sites(TorchFunctionMode):
+    """The call sites of some functions."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names, self.found = names, []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.names:
+            self.found.append(call_site(sys._getframe(1)))
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def of(cls, names: str, model: nn.Module, *inputs: Any) -> list[CallSite]:
+        with cls(*names.split()) as mode:
+            model(*inputs)
+        return mode.found
+
+
+def double(x: Tensor) -> Tensor:
+    return x.mul(2)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def helper(self, x: Tensor) -> Tensor:
+        return double(x)
+
+    def forward(self, x: Tensor, depth: int = 0) -> Tensor:
+        x = double(x)
+        x = self.helper(x) + self.helper(x)
+        self.inner(x)
+        return self.again(x, depth)
+
+    def again(self, x: Tensor, depth: int) -> Tensor:
+        return self.again(x, depth - 1) if depth else double(x)
+
+
+def test_the_chain_ends_at_the_forward() -> None:
+    first, second, third, fourth = Sites.of("mul", Model(), torch.ones(1, 2))
+    assert [name for name, _ in first] == ["double", "forward"]
+    assert [name for name, _ in second] == [name for name, _ in third] == ["double", "helper", "forward"]
+    assert [name for name, _ in fourth] == ["double", "again", "forward"]
+    assert len({first, second, third, fourth}) == 4
+    assert second[:2] == third[:2] and second[2] != third[2]  # two calls of the helper in one line
+    assert first[0] == ("double", "1:11-1:19")  # line in the function, column to column
+    assert call_site(None) == ()
+
+
+def test_it_is_the_same_in_every_run() -> None:
+    model, x = Model(), torch.ones(1, 2)
+    runs = [Sites.of("mul", model, x) for _ in range(64)]  # Python replaces instructions as it runs them
+    assert all(run == runs[0] for run in runs)
+    assert Sites.of("mul", nn.Sequential(nn.Sequential(model)), x) == runs[0]  # what is around it does not count
+
+
+def test_a_function_that_calls_itself_counts_once() -> None:
+    model, x = Model(), torch.ones(1, 2)
+    once, often = (Sites.of("mul", model, x, depth)[-1] for depth in (1, 5))
+    assert once == often and [name for name, _ in once] == ["double", "again", "again", "forward"]
+
+
+def test_layers_of_torch_are_code_and_what_is_beneath_them_is_not() -> None:
+    (site,) = Sites.of("linear", Model(), torch.ones(1, 2))
+    assert [name for name, _ in site] == ["forward"]
+    (site,) = Sites.of("dropout", nn.Dropout(), torch.ones(2))
+    assert [name for name, _ in site] == ["forward"]  # F.dropout is called there
+
+
+def test_attention_that_is_written_out_is_code_of_the_model() -> None:
+    assert {attention.__file__} == MODEL_CODE
+    model = nn.MultiheadAttention(4, 2)
+    x = torch.ones(3, 1, 4)
+    with readable_attention(model):
+        sites = Sites.of("view", model, x, x, x)
+    assert len(set(sites)) == 3 and all([name for name, _ in site] == ["_multi_head_attention", "forward"] for site in sites)
+
+
+def test_other_ends() -> None:
+    def end() -> CallSite:
+        return inner()
+
+    def inner() -> CallSite:
+        return call_site(sys._getframe(), frozenset({end.__code__}))
+
+    assert [name for name, _ in end()] == ["inner"]
+    assert MODULE_CALL is nn.Module._call_impl.__code__
