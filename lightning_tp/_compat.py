@@ -10,7 +10,8 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from typing import Any, Literal
@@ -400,3 +401,17 @@ def all_gather_into(output: Tensor, input: Tensor, group: Any) -> None:
 def reduce_scatter_into(output: Tensor, input: Tensor, group: Any) -> None:
     """Reduce-scatter on the process group itself, as `all_gather_into`."""
     group._reduce_scatter_base(output, input).wait()
+
+
+@contextmanager
+def no_dispatch_modes() -> Iterator[None]:
+    """Run operations without the `TorchDispatchMode`s that are on."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Run operations without the `TorchFunctionMode`s and the `TorchDispatchMode`s that are on."""
+    with torch._C.DisableTorchFunction(), no_dispatch_modes():
+        yield

@@ -37,7 +37,7 @@ SUBFOLDERS: dict[str, list[str]] = {
     "core": ["comm", "modules", "ops"],
     "styles": ["calls"],
     "checkpoint": ["weights"],
-    "infer": ["follow", "calls", "sequence"],
+    "infer": ["follow", "calls", "blocks", "sequence"],
     "estimate": ["trace", "cost", "drawn"],
     "trainer": ["launch", "adapt"],
 }

@@ -362,7 +362,7 @@ def test_mistakes_end_with_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda: fabric_of(TP2, **options).setup(model or build())
 
     assert "Fabric has no batch on which one could be found" in message_of(setup(inputs=None))
-    assert "Following the forward of Llama to find a plan ended with" in message_of(setup(inputs=(torch.zeros(2, 12),)))
+    assert "Could not infer a plan: tracing `Llama` raised" in message_of(setup(inputs=(torch.zeros(2, 12),)))
     assert "`inputs` is a Tensor" in message_of(setup(inputs=INPUTS[0]))
     assert "matches no module" in message_of(setup(plan={"nope": "colwise"}))
     assert "`tp=2` does not divide a world of 3 ranks" in message_of(lambda: fabric_of(TP2), 3)
