@@ -20,11 +20,10 @@ from lightning_tp.cli.parser import TARGET, checked_plan_file, examples
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.drawn.pages import write_plan
 from lightning_tp.estimate.drawn.plots import picture_of, plot_plan
-from lightning_tp.estimate.predict import estimate
-from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.optimizer import KNOWN
-from lightning_tp.estimate.trace.rank import PRECISIONS
-from lightning_tp.estimate.trace.traces import check_size
+from lightning_tp.estimate.predict import Estimate, estimate
+from lightning_tp.estimate.rank.inputs import check_size
+from lightning_tp.estimate.rank.optimizer import KNOWN
+from lightning_tp.estimate.rank.settings import PRECISIONS
 from lightning_tp.estimate.tune import tune
 from lightning_tp.plan.checked import CheckedPlan
 

@@ -19,7 +19,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.cli.main import _parser, main
 from lightning_tp.cli.target import load
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 from lightning_tp.testing import run_ranks
 
 TARGETS = """
@@ -315,7 +315,7 @@ def test_a_model_that_does_not_run_split(targets: Any, tmp_path: Path, capsys: p
         (["plan", "."], "no config.json"),
         (["verify", "{llama}", "--steps", "0"], "--steps 0"),
         (["verify", "{llama}", "--rtol", "-1"], "--rtol -1"),
-        (["estimate", "{loss_fails}", "--tp", "1"], "`loss_fn` ended with AttributeError"),
+        (["estimate", "{loss_fails}", "--tp", "1"], "`loss_fn` raised AttributeError"),
         (["estimate", "{fails_forward}"], "ended with ValueError: my mistake"),
         (["verify", "{llama}", "--dp", "3"], "4 rows"),
         (["plan", "no_such_package.of_mine:build"], "ModuleNotFoundError"),
@@ -419,5 +419,5 @@ def test_the_loss_of_an_output() -> None:
     torch.testing.assert_close(default_loss(logits, (tokens,)), expected)
     torch.testing.assert_close(default_loss({"loss": expected, "logits": logits}, (tokens,)), expected)
     assert default_loss((logits,), (torch.ones(2, 5),)).ndim == 0
-    with pytest.raises(ltp.TPError, match="without a tensor of floats"):
+    with pytest.raises(ltp.TPError, match="without a floating-point tensor"):
         default_loss(tokens, (tokens,))

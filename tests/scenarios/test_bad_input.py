@@ -87,13 +87,16 @@ def fit(
 
 def test_tp_does_not_divide_the_world() -> None:
     """When the Trainer is made, before any process is started."""
-    with pytest.raises(ltp.TPError, match=r"`tp=3` does not divide a world of 4 ranks\. Use tp=1, 2, 4"):
+    with pytest.raises(
+        ltp.TPError,
+        match=r"tp=3 needs a multiple of 3 devices, but the Trainer has 4\. Pass `Trainer\(devices=6\)`, or",
+    ):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=3), **QUIET)
     with pytest.raises(ltp.TPError, match=r"`dp=2` x `tp=4` are 8 ranks, and the world has 4"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=4, dp=2), **QUIET)
     with pytest.raises(ltp.TPError, match=r"`tp=0`: give a number of ranks"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=0), **QUIET)
-    assert "`tp=3` does not divide a world of 2" in message_of(lambda: trainer(strategy=ltp.TPStrategy(tp=3)))
+    assert "tp=3 needs a multiple of 3 devices, but the Trainer has 2" in message_of(lambda: trainer(strategy=ltp.TPStrategy(tp=3)))
 
 
 def test_tp_is_larger_than_the_heads() -> None:
@@ -137,7 +140,10 @@ def test_a_plan_that_splits_nothing_or_is_none(tmp_path: Path) -> None:
 
 def test_no_plan_and_nothing_to_find_one_by() -> None:
     message = message_of(fit(plan=None, loader=lambda: iter(data())))
-    assert "There is no plan for this module, and its data can be read only once" in message
+    assert (
+        "There is no plan for this module, and none can be inferred from its first batch, since its data can be read only once"
+        in message
+    )
     assert "`example_input_array`" in message
 
 
@@ -298,7 +304,7 @@ if __name__ == "__main__":
 MISTAKES = {
     "rule": ("tp=2, plan={'attention.wrong': 'colwise'}", "LlamaModule", "matches no module or parameter"),
     "data": ("tp=2, plan=PLAN", "Other", "differs inside a tensor-parallel group"),
-    "size": ("tp=3, plan=PLAN", "LlamaModule", "does not divide a world of 2"),
+    "size": ("tp=3, plan=PLAN", "LlamaModule", "but the Trainer has 2"),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -166,3 +166,15 @@ def starred(name: str) -> str:
         'layers.*.wq'
     """
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def enclosing(name: str, modules: Container[str]) -> str:
+    """Return the innermost of `modules` that a module or parameter belongs to; "" if it belongs to none.
+
+    Example:
+        >>> enclosing("layers.3.mlp.weight", {"layers.3", "layers.4"})
+        'layers.3'
+    """
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name

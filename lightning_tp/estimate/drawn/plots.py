@@ -15,8 +15,9 @@ from lightning_tp.estimate.drawn.drawing import check_picture, under
 from lightning_tp.estimate.drawn.picture import Picture
 from lightning_tp.estimate.drawn.picture_drawing import draw_picture
 from lightning_tp.estimate.drawn.picture_from_trace import of_plan, of_world
-from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.rank import PRECISIONS, Precision, Settings, trace_step
+from lightning_tp.estimate.rank.settings import PRECISIONS, Precision, Settings
+from lightning_tp.estimate.rank.trace_step import trace_step
+from lightning_tp.estimate.report.step import StepReport
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 
@@ -24,7 +25,7 @@ from lightning_tp.plan.plan import Plan
 TRIED = (Precision("as it is"), PRECISIONS["bf16-true"])
 
 
-def plot(found: Estimate, path: str | Path) -> None:
+def plot(found: StepReport, path: str | Path) -> None:
     """Write plots of an estimate: memory over a step and at its peak, collectives of the blocks, time by part.
 
     Args:
@@ -64,7 +65,7 @@ def picture_of(
         >>> [f"{box.name}: {box.style}" for box in picture.boxes()], [border.words for border in picture.borders()]
         (['0: column-wise', '2: row-wise'], ['all-reduce'])
     """
-    from lightning_tp.estimate.trace.traces import loss_of
+    from lightning_tp.estimate.rank.inputs import loss_of
 
     whole = Plan({"**": "replicate"}).check(model, 1)
     losses = (loss_fn, None) if loss_fn is not None else (None,)  # one that holds real tensors can't be followed; the model can

@@ -55,7 +55,7 @@ def drawn(request: pytest.FixtureRequest) -> tuple[nn.Module, Plan, Picture, dic
     plan, world, whole = found.traced
     sent: dict[str, int] = {}
     for c in found.collectives:
-        if c.axis == "tp" and c.where not in ("norm of gradients", "shares of gradients"):
+        if c.axis == "tp" and c.where not in ("norm of gradients", "partial gradients"):
             sent[c.kind] = sent.get(c.kind, 0) + c.count
     return model, plan, of_world(type(model).__name__, plan, world, whole), sent
 
