@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import even_shard
-from lightning_tp.core.modules.blocks import starred
+from lightning_tp.core.modules.blocks import enclosing, starred
 from lightning_tp.infer.blocks.workload import Key, TracedRun, Workload
 from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.tracer import FeatureTrace
 from lightning_tp.styles.base import is_conv1d
-from lightning_tp.styles.linear import _runs_torchs_code
+from lightning_tp.styles.linear import runs_torchs_code
 
 SMALL_VOCAB = 64  # rows a rank, below which an embedding or a head is not sharded
 
@@ -32,10 +32,13 @@ class Assignment:
     whole: frozenset[Key]  # weights that make no features: every rank has all of them
     shared: Mapping[Key, Tensor]  # which features of a weight every rank has
     owner: Tensor  # feature -> its rank, -1 for a feature that every rank has; feature 0 is none
-    logits: Mapping[
-        str, int
-    ]  # weights whose features reach the model's output or its loss one by one -> their number, the vocabulary
+    logits: Mapping[str, int]  # weights whose features reach the model's output or its loss one by one -> the vocabulary's size
     layers: Mapping[str, str]  # weights of linear layers that a style runs -> the name of that module
+
+    @property
+    def mixed(self) -> set[str]:
+        """Parameters that meet sharded and full activations: their gradient is summed where they meet sharded ones."""
+        return set(self.trace.local_uses) & set(self.trace.whole_uses)
 
 
 def assign(
@@ -169,7 +172,7 @@ def _makers(label: Tensor, trace: FeatureTrace) -> list[Key]:
 def weights_inside(module: str, why: str, trace: FeatureTrace) -> dict[Key, str]:
     """Return the sharded weights of a module whose code raised on a rank; if there are none, of the module around it."""
     while True:
-        used = {u.name for u in trace.uses if not module or u.module == module or u.module.startswith(f"{module}.")}
+        used = {u.name for u in trace.uses if not module or enclosing(u.module, {module})}
         name = starred(module) or "the model"
         inside = {k: f"`{name}` does not run on local shards ({why})" for k in made_by_weight(trace) if k[0] in used}
         if inside:
@@ -249,6 +252,6 @@ def _styled_layers(model: nn.Module, trace: FeatureTrace, parameters: Parameters
         module = model.get_submodule(where)
         if len(modules) != 1 or getattr(module, "weight", None) is not parameters[name]:
             continue
-        if (isinstance(module, nn.Linear) and _runs_torchs_code(module)) or is_conv1d(module):
+        if (isinstance(module, nn.Linear) and runs_torchs_code(module)) or is_conv1d(module):
             layers[name] = where
     return layers

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_buffers_and_rng, preserve_modules
+from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_buffers_and_rng
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_by_call
 from lightning_tp.infer.blocks.workload import Workload
@@ -63,6 +63,6 @@ def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any
         return None
     large = has_more_than(model, MOST_REAL)
     with preserve_buffers_and_rng(model):
-        with MetaWeights(model) if large else nullcontext(), preserve_modules(model):
+        with MetaWeights(model) if large else nullcontext():
             workload = Workload(model, call, inputs, tp).with_identical_blocks()
         return declared if dry_run(workload, declared) is None else None

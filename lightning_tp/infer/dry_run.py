@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_tp.apply.bind import BindError, bind_styles, local_parameter, replace_parameters
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
+from lightning_tp.core.modules.blocks import enclosing
 from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_modules
 from lightning_tp.errors import TPError
-from lightning_tp.infer.blocks.repeated import RepeatedBlocks
-from lightning_tp.infer.blocks.skip_copies import skip_copies
+from lightning_tp.infer.blocks.repeated import RepeatedBlocks, skip_copies
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.follow.tracer import Values
 from lightning_tp.plan.checked import CheckedPlan
@@ -67,9 +68,8 @@ def dry_run(workload: Workload, plan: Plan) -> Failure | None:
     blocks = _blocks_of_one_plan(workload.blocks, checked)
     for rank in (0, tp - 1):
         with preserve_modules(model):
-            failure = _run_rank(workload, blocks, checked, rank)
-        if failure is not None:
-            return failure
+            if failure := _run_rank(workload, blocks, checked, rank):
+                return failure
     return None
 
 
@@ -78,10 +78,7 @@ def _blocks_of_one_plan(blocks: RepeatedBlocks, plan: CheckedPlan) -> RepeatedBl
     ends = {e.where for e in plan.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
     styles: dict[str, list[tuple[str, str]]] = {n: [] for n in {*blocks.copies, *blocks.copies.values()}}
     for entry in plan.entries:
-        block = entry.where
-        while block and block not in styles:
-            block = block.rpartition(".")[0]
-        if block:
+        if block := enclosing(entry.where, styles):
             styles[block].append((entry.where[len(block) :], repr(entry.style)))
     return blocks.refined({n: tuple(of_block) for n, of_block in styles.items() if n not in ends})
 
@@ -93,17 +90,14 @@ def _bind(model: nn.Module, plan: CheckedPlan, axis: Axis) -> None:
 
 def _run_rank(workload: Workload, blocks: RepeatedBlocks, plan: CheckedPlan, rank: int) -> Failure | None:
     model = workload.model
-    try:
-        _bind(model, plan, _LoneAxis(rank, workload.tp))
-    except BindError as error:
-        return Failure(error.where, _line(error))
-    except Exception as error:
-        return Failure("", _line(error))
     with _running_modules(model) as running:
         try:
+            _bind(model, plan, _LoneAxis(rank, workload.tp))
             values, inputs = _known_values(model, workload.inputs)
             with torch.no_grad(), skip_copies(model, blocks), values:
                 workload.call(model, inputs)
+        except BindError as error:
+            return Failure(error.where, _line(error))
         except Exception as error:
             if ("meta" in str(error) or "device" in str(error)) and any(p.is_meta for p in model.parameters()):
                 return None  # it decides by values, which are not there: it may run with them
@@ -116,13 +110,14 @@ def _running_modules(model: nn.Module) -> Iterator[list[str]]:
     """Yield the names of the modules whose forward runs at the moment, outermost first."""
     names = {id(m): n for n, m in model.named_modules()}
     running: list[str] = []
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if id(module) in names:
+            running.pop()
+
     handles = [
-        torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda m, _: running.append(names[id(m)]) if id(m) in names else None
-        ),
-        torch.nn.modules.module.register_module_forward_hook(
-            lambda m, _, out: (running.pop() if id(m) in names else None, None)[1]
-        ),
+        register_module_forward_pre_hook(lambda m, _: running.append(names[id(m)]) if id(m) in names else None),
+        register_module_forward_hook(leave),
     ]
     try:
         yield running

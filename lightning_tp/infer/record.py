@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.infer.assign import Assignment
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.calls.local_sizes import PerRankInt
@@ -42,8 +41,7 @@ def record_calls(workload: Workload, assignment: Assignment, prepare: Callable[[
 
     whole, shared = set(assignment.whole), dict(assignment.shared)
     while True:
-        with preserve_modules(workload.model):
-            run = workload.trace(whole, shared, recorder_of)
+        run = workload.trace(whole, shared, recorder_of)
         recorder = recorders[-1]
         computed_with = PerRankInt.diverging - full_size_reads
         computed_with = computed_with or workload.untracked_reads(whole, shared, recorder_of, recorder, run.tracer)
@@ -61,12 +59,11 @@ def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer,
     tracer.owner = shown_owner
     tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
     by_call = {name: vocabulary for name, vocabulary in logits.items() if name not in assignment.layers}
-    recorder = CallRecorder(
-        tracer, shown_owner, workload.tp, set(assignment.layers.values()), by_call, trace.nodes, full_size_reads
-    )
+    layers = set(assignment.layers.values())
+    recorder = CallRecorder(tracer, shown_owner, workload.tp, layers, by_call, trace.nodes, full_size_reads)
     recorder.param_owner = assignment.owner
     recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
     recorder.tried = trace.tried
-    recorder.mixed = set(trace.local_uses) & set(trace.whole_uses)
+    recorder.mixed = assignment.mixed
     recorder.outside = set(trace.whole_uses) - set(trace.local_uses)
     return recorder

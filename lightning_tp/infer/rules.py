@@ -6,7 +6,7 @@ Every function here decides one kind of rule. `decisions` looks up the rule of e
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.comm.state import WIDTH, I, R
-from lightning_tp.core.modules.blocks import starred
+from lightning_tp.core.modules.blocks import enclosing, starred
 from lightning_tp.infer.assign import SMALL_VOCAB, Assignment, Parameters, made_by_weight
 from lightning_tp.infer.blocks.workload import Key, Workload
 from lightning_tp.infer.calls.recorder import CallChanges
@@ -26,7 +26,7 @@ from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import CATCH_ALL, INFERRED, Rule
 from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
-from lightning_tp.styles.linear import _runs_torchs_code
+from lightning_tp.styles.linear import runs_torchs_code
 from lightning_tp.styles.split import Ownership, Ranges, even_split
 
 SMALL_OUTPUT = 8  # output features a rank, below which a layer is not sharded for memory alone
@@ -40,32 +40,24 @@ def write_plan(
     """Write the plan of an assignment.
 
     Args:
-        recording: of the calls of a run with this assignment.
+        recording: of a run with this assignment.
         kept_whole: why weights are not sharded.
         not_gathered: modules (numbers as stars) in which no layer is sharded only to have its output all-gathered; "": none of the model.
     """
-    model, parameters = workload.model, dict(workload.model.named_parameters())
+    parameters = dict(workload.model.named_parameters())
     sharded = list(_sharded_weights(workload, assignment, parameters))
-    gathered = list(_gathered_layers(workload, assignment.trace, parameters, kept_whole, not_gathered)) if sharded else []
+    may_gather = sharded and "" not in not_gathered
+    gathered = list(_gathered_layers(workload, assignment.trace, parameters, kept_whole, not_gathered)) if may_gather else []
     rules = [*sharded, *gathered, *_embeddings(workload, assignment, parameters, gathered)]
     rules += _adapted_calls(recording.changes)
-    rules += _applied_to_shards(model, assignment, recording, parameters, [r.pattern for r in sharded])
+    rules += _applied_to_shards(workload.model, assignment, recording.trace, parameters, [r.pattern for r in sharded])
     rules = workload.blocks.expand_to_copies(rules)
     rules += _aliases(workload, assignment, parameters, rules)
     return Plan([*rules, Rule(CATCH_ALL, Replicate(state=I))], source=INFERRED)
 
 
 def decisions(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, Rule]:
-    """Return for each parameter the rule that it is under, whose `reason` says why; the catch-all if there is no other.
-
-    Example:
-        >>> rules = [
-        ...     Rule("up", "colwise", "output feeds the row-parallel `down`"),
-        ...     Rule("**", "replicate", "its input is not sharded"),
-        ... ]
-        >>> {name: (rule.style.name, rule.reason) for name, rule in decisions(rules, ["up.weight", "norm.weight"]).items()}
-        {'up.weight': ('colwise', 'output feeds the row-parallel `down`'), 'norm.weight': ('replicate', 'its input is not sharded')}
-    """
+    """Return for each parameter the rule that it is under, whose `reason` says why it is sharded so; the catch-all if there is no other."""
     covering = [r for r in rules if r.style.splits_parameters]
     covering.sort(key=lambda rule: rule.pattern == CATCH_ALL)  # last
     found = {}
@@ -135,11 +127,9 @@ def _gathered_layers(
     total = sum(p.numel() for p in parameters.values())
     for where, module in workload.model.named_modules():
         name = name_of.get(id(getattr(module, "weight", None)), "")
-        if not name or name in sharded or not _runs_torchs_code(module) or getattr(module, "groups", 1) > 1:
+        if not name or name in sharded or not runs_torchs_code(module) or getattr(module, "groups", 1) > 1:
             continue
-        if any(not m or starred(where) == m or starred(where).startswith(f"{m}.") for m in not_gathered):
-            continue
-        if _used_elsewhere(workload.model, module, where, name, trace, name_of):
+        if enclosing(starred(where), not_gathered) or _used_elsewhere(workload.model, module, where, name, trace, name_of):
             continue
         if _is_large(module, total, workload.tp):
             reason = f"output all-gathered: {kept_whole.get((name, 0), 'no row-parallel weight reads it')}"
@@ -190,25 +180,19 @@ def _embeddings(workload: Workload, assignment: Assignment, parameters: Paramete
 def _adapted_calls(changes: CallChanges) -> Iterator[Rule]:
     """Calls in the code of modules that would be wrong on shards get local sizes and operands."""
     for module, calls in changes.calls.items():
-        if any(c.changes for c in calls):
-            places = {(c.name, c.at) for c in calls if c.changes}
+        if places := {(c.name, c.at) for c in calls if c.changes}:
             at_places = [c for c in calls if (c.name, c.at) in places]
             yield Rule(module, LocalOps(calls_in_turn(at_places)), "code that assumes full tensors, adapted to the local shard")
 
 
 def _applied_to_shards(
-    model: nn.Module, assignment: Assignment, recording: Recording, parameters: Parameters, sharded: Iterable[str]
+    model: nn.Module, assignment: Assignment, trace: FeatureTrace, parameters: Parameters, sharded: Container[str]
 ) -> Iterator[Rule]:
     """Replicated parameters that are applied to sharded activations get a part of their gradient on each rank."""
-    trace = assignment.trace
-    mixed = set(trace.local_uses) & set(trace.whole_uses)  # their gradient is summed where they meet a shard
-    styled = {id(parameters[n]) for n, _ in trace.nodes} | {
-        id(getattr(model.get_submodule(layer), "bias", None)) for layer in assignment.layers.values()
-    }
+    styled = {id(parameters[n]) for n, _ in assignment.trace.nodes}
+    styled |= {id(getattr(model.get_submodule(layer), "bias", None)) for layer in assignment.layers.values()}
     for name, p in parameters.items():
-        if name not in recording.trace.local_uses or name in mixed or id(p) in styled:
-            continue
-        if not any(name == s or name.startswith(f"{s}.") for s in sharded):
+        if name in trace.local_uses and name not in assignment.mixed and id(p) not in styled and not enclosing(name, sharded):
             yield Rule(name, Replicate(state=R), "applied to sharded activations: its gradient is summed over ranks")
 
 
@@ -232,7 +216,7 @@ def _aliases(workload: Workload, assignment: Assignment, parameters: Parameters,
     return [
         Rule(name, ShardParameter(*shards[id(p)]), "another name of a sharded parameter")
         for name, p in model.named_parameters(remove_duplicate=False)
-        if id(p) in shards and not any(name == n or name.startswith(f"{n}.") for n in named)
+        if id(p) in shards and not enclosing(name, named)
     ]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from lightning_tp.core.comm.state import I
 from lightning_tp.core.modules.blocks import starred
-from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than, preserve_buffers_and_rng, preserve_modules
-from lightning_tp.core.ops.attention import readable_attention
+from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than, preserve_buffers_and_rng
 from lightning_tp.errors import TPError
 from lightning_tp.infer.assign import (
     LEAKED,
@@ -29,17 +29,17 @@ from lightning_tp.infer.assign import (
     sets_smaller_than_tp,
     weights_inside,
 )
-from lightning_tp.infer.blocks.workload import Caller, Key, TracedRun, Workload
+from lightning_tp.infer.blocks.identical import Caller
+from lightning_tp.infer.blocks.workload import Key, TracedRun, Workload
 from lightning_tp.infer.dry_run import dry_run
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
-from lightning_tp.infer.record import Recording, record_calls
-from lightning_tp.infer.rules import decisions, explained, fold, write_plan
+from lightning_tp.infer.record import record_calls
+from lightning_tp.infer.rules import explained, fold, write_plan
 from lightning_tp.infer.sequence.boundaries import Replanned
 from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel
 from lightning_tp.infer.sequence.streams import with_sequence_parallel
 from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import Colwise
 
 MOST_REAL = 5_000_000  # parameters, above which a model is traced without computing
@@ -114,8 +114,7 @@ def _raised_at(error: Exception) -> str:
 
 
 def _search(workload: Workload, real_weights: Callable[[], AbstractContextManager[Any]]) -> Plan:
-    with preserve_modules(workload.model):
-        folded = workload.with_identical_blocks()
+    folded = workload.with_identical_blocks()
     try:
         return Search(folded, real_weights).find()
     except Exception:
@@ -135,7 +134,6 @@ class Search:
     shares: Counter[str] = field(default_factory=Counter)  # how often a part of a weight (stars) was shared
     not_gathered: set[str] = field(default_factory=set)  # modules (stars) in which layers with an all-gathered output did not run
     convolutions: set[str] = field(default_factory=set)  # weights of convolutions that features were followed through
-    plan: Plan | None = None  # once it is found
     parameters: Parameters = field(init=False)  # of the model, each by the first of its names
     tables: frozenset[Key] = field(init=False)  # embeddings: their columns are not sharded
 
@@ -165,8 +163,7 @@ class Search:
         if self.refuse_sets(run):
             return None
         assignment = assign(self.workload, run, self.whole, self.shared, self.parameters)
-        with readable_attention(self.workload.model):
-            recording = record_calls(self.workload, assignment)
+        recording = record_calls(self.workload, assignment)
         if refused := refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp):
             self.keep_whole(refused, run.trace)
             return None
@@ -180,13 +177,7 @@ class Search:
             self.not_gathered.add(starred(failure.module))
             self.keep_whole(weights_inside(self.workload.blocks.representative(failure.module), failure.why, run.trace), run.trace)
             return None
-        self.plan = explained(plan, self.kept_whole, self.parameters)
-        return self.plan
-
-    @property
-    def decisions(self) -> dict[str, Rule]:
-        """For each parameter the rule of the plan that it is under, whose `reason` says why it is sharded as it is, or replicated."""
-        return decisions(self.plan.rules, self.parameters) if self.plan is not None else {}
+        return explained(plan, self.kept_whole, self.parameters)
 
     @property
     def whole(self) -> frozenset[Key]:
@@ -197,8 +188,7 @@ class Search:
 
     def follow(self) -> TracedRun:
         """Follow the features of one run. Blocks that had to run, since their inputs are not those of their representative, stay in."""
-        with self._undisturbed():
-            run = self.workload.trace(set(self.whole), self.shared)
+        run = self.workload.trace(set(self.whole), self.shared)
         self.convolutions |= run.trace.convolved
         self.workload = replace(self.workload, blocks=self.workload.blocks.without(run.ran))
         return run
@@ -248,12 +238,7 @@ class Search:
     def with_sequence_parallel(self, plan: Plan, assignment: Assignment) -> Plan:
         """Return the plan with activations between sharded layers sharded along the sequence, where the code allows it; blocks folded."""
         if self.workload.tp > 1:
-
-            def replan(prepare: Callable[[FeatureTracer], None]) -> Replanned:
-                return self._replan(plan, assignment, prepare)
-
-            with self._undisturbed():
-                plan = with_sequence_parallel(self.workload, plan, replan)
+            plan = with_sequence_parallel(self.workload, plan, partial(self._replan, plan, assignment))
         return Plan(fold(plan.rules, self.workload.model), plan.source)
 
     def _replan(self, plan: Plan, assignment: Assignment, prepare: Callable[[FeatureTracer], None]) -> Replanned:
@@ -271,9 +256,8 @@ class Search:
         gathered = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == I}
         trace = self._as_full(recording.trace, gathered, assignment.trace)
         seen = replace(assignment, trace=replace(assignment.trace, local_uses=trace.local_uses, whole_uses=trace.whole_uses))
-        again = Recording(recording.changes, trace, recording.outputs)
-        mixed = frozenset(set(assignment.trace.local_uses) & set(assignment.trace.whole_uses))
-        return Replanned(write_plan(self.workload, seen, again, self.kept_whole, self.not_gathered), trace, mixed)
+        again = replace(recording, trace=trace)
+        return Replanned(write_plan(self.workload, seen, again, self.kept_whole, self.not_gathered), trace, assignment.mixed)
 
     def _as_full(self, trace: FeatureTrace, gathered: set[str], before: FeatureTrace) -> FeatureTrace:
         """Return a trace in which layers with an all-gathered output are used as before, whatever their input is now."""
@@ -283,9 +267,3 @@ class Search:
         full = {n: users for n, users in trace.whole_uses.items() if n not in names}
         full |= {n: before.whole_uses[n] for n in names if n in before.whole_uses}
         return replace(trace, local_uses=local, whole_uses=full)
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """Leave the model's modules as they are, with attention in operations that can be traced."""
-        with readable_attention(self.workload.model), preserve_modules(self.workload.model):
-            yield

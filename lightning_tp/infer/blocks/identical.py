@@ -1,30 +1,35 @@
 """Find the blocks that do the same in one call of a model, by comparing their operations.
 
 Not even this run goes through all blocks: of those with the same code, settings, shapes and inputs three run, the first two and the last.
-They differ only in their own number, where they keep one. Code that decides or computes by that number is noticed (`block_number.py`),
+They differ only in their own number, where they keep one. Code that decides or computes by that number is noticed (`WatchedNumber`),
 as is a difference between the three; then all blocks run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from lightning_tp.core.modules.blocks import block_settings, copies_of_first, find_blocks, own_numbers
-from lightning_tp.infer.blocks.block_number import watch_numbers
 from lightning_tp.infer.blocks.operation_log import OperationLog
-from lightning_tp.infer.blocks.repeated import RepeatedBlocks
-from lightning_tp.infer.blocks.skip_copies import skip_copies
+from lightning_tp.infer.blocks.repeated import RepeatedBlocks, skip_copies
 from lightning_tp.infer.follow.run import run
 
 FEWEST = 4  # blocks of a model, below which all are traced
+OPERATIONS = (
+    "eq", "ne", "lt", "le", "gt", "ge", "hash", "bool", "int", "float", "str", "repr", "format", "index", "neg",
+    "add", "radd", "sub", "rsub", "mul", "rmul", "mod", "rmod", "divmod", "pow", "floordiv", "rfloordiv", "truediv", "rtruediv",
+    "and", "rand", "or", "xor", "lshift", "rshift",
+)  # fmt: skip
 
+Caller = Callable[[nn.Module, Any], Any]
 Operations = dict[str, list[Any]]  # block -> what it did
 
 
-def identical_blocks(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any) -> RepeatedBlocks:
+def identical_blocks(model: nn.Module, call: Caller, inputs: Any) -> RepeatedBlocks:
     """Run `call(model, inputs)` and compare what the repeated blocks of the model do.
 
     Returns:
@@ -48,9 +53,7 @@ def identical_blocks(model: nn.Module, call: Callable[[nn.Module, Any], Any], in
     return RepeatedBlocks(copies)
 
 
-def _operations_of_few(
-    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, blocks: Mapping[str, nn.Module]
-) -> Operations | None:
+def _operations_of_few(model: nn.Module, call: Caller, inputs: Any, blocks: Mapping[str, nn.Module]) -> Operations | None:
     """Return what each block does, from a run of three blocks of a kind; None if that does not tell what the others do."""
     copies = copies_of_first(block_settings(blocks))
     kinds: dict[str, list[str]] = {}
@@ -70,24 +73,58 @@ def _operations_of_few(
 
 
 def _operations(
-    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, blocks: Mapping[str, nn.Module], skipped: RepeatedBlocks
+    model: nn.Module, call: Caller, inputs: Any, blocks: Mapping[str, nn.Module], skipped: RepeatedBlocks
 ) -> Operations | None:
     """Return what each block does, where copies are skipped if they are given inputs like their representative's; None if it can't be run."""
-    logs: list[OperationLog] = []
-
-    def log(model: nn.Module, whole: Any, shared: Any) -> OperationLog:
-        logs.append(OperationLog(model, blocks))
-        return logs[-1]
-
+    log = OperationLog(model, blocks)
     try:
-        run(model, call, inputs, set(), {}, tracer_of=log, during=lambda tracer: skip_copies(model, skipped, tracer))
+        run(model, call, inputs, set(), {}, tracer_of=lambda *_: log, during=lambda tracer: skip_copies(model, skipped, tracer))
     except Exception:
         return None
-    finally:
-        for one in logs:
-            one.close()
-    return logs[0].entries
+    return log.entries
 
 
 def _shapes(name: str, block: nn.Module) -> Hashable:
     return name.rpartition(".")[0], type(block), tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
+
+
+class WatchedNumber(int):
+    """A block's number that notes the operations it takes part in: comparisons, arithmetic, hashing, printing.
+
+    Used as the index of a list it goes unnoticed: what blocks store per layer, such as a cache of keys and values, is indexed by it.
+    """
+
+    uses: list[str]
+
+    def __new__(cls, value: int, uses: list[str] | None = None) -> WatchedNumber:
+        number = super().__new__(cls, value)
+        number.uses = [] if uses is None else uses  # none where it is copied: its attributes follow
+        return number
+
+
+def _noting(name: str) -> Any:
+    operation = getattr(int, name)
+
+    def method(self: WatchedNumber, *args: Any) -> Any:
+        self.uses.append(name)
+        return operation(int.__int__(self), *args)
+
+    return method
+
+
+for _name in (f"__{operation}__" for operation in OPERATIONS):
+    setattr(WatchedNumber, _name, _noting(_name))
+
+
+@contextmanager
+def watch_numbers(places: Iterable[tuple[nn.Module, str]]) -> Iterator[list[str]]:
+    """Replace the numbers in these (module, attribute) by watched ones, and yield the list of what code does with them."""
+    uses: list[str] = []
+    numbers = [(module, name, module.__dict__[name]) for module, name in places]
+    for module, name, value in numbers:
+        module.__dict__[name] = WatchedNumber(value, uses)
+    try:
+        yield uses
+    finally:
+        for module, name, value in numbers:
+            module.__dict__[name] = value

@@ -25,15 +25,18 @@ class OperationLog(Values):
         self.running: str | None = None
         self.origins: dict[int, tuple[Tensor, Any]] = {}  # of the tensors that the running block has seen
         self.outside = {id(t): (t, ("outside", n)) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-        self.handles = []
-        for name, block in blocks.items():
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Any:
+        for name, block in self.blocks.items():
             self.handles.append(block.register_forward_pre_hook(lambda module, args, name=name: self._enter(name)))
             self.handles.append(block.register_forward_hook(lambda module, args, out: self._leave()))
+        return super().__enter__()
 
-    def close(self) -> None:
-        """Remove the hooks."""
+    def __exit__(self, *error: Any) -> None:
         for handle in self.handles:
             handle.remove()
+        super().__exit__(*error)
 
     def _enter(self, name: str) -> None:
         self.running = name

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tp.infer.blocks.identical import identical_blocks
-from lightning_tp.infer.blocks.repeated import RepeatedBlocks
-from lightning_tp.infer.blocks.skip_copies import skip_copies
+from lightning_tp.core.ops.attention import readable_attention
+from lightning_tp.infer.blocks.identical import Caller, identical_blocks
+from lightning_tp.infer.blocks.repeated import RepeatedBlocks, skip_copies
 from lightning_tp.infer.calls.recorder import CallRecorder, untracked_size_reads
 from lightning_tp.infer.follow.run import leaves, run
 from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
 
-Caller = Callable[[nn.Module, Any], Any]
 Key = tuple[str, int]  # (parameter, dim)
 RecorderOf = Callable[[FeatureTracer], CallRecorder]
 
@@ -26,15 +25,13 @@ class TracedRun:
 
     trace: FeatureTrace  # the features, and what became of them
     tracer: FeatureTracer  # knows what each tensor of the run is
-    outputs: tuple[
-        Tensor, ...
-    ]  # for each tensor that the model returned, the features of its elements; without those that have none
+    outputs: tuple[Tensor, ...]  # the features of what the model returned, but for tensors that have none
     ran: frozenset[str]  # names of the repeated blocks that were not skipped
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, a call that runs it, `call(model, inputs)`, and the number of ranks that are to share it."""
+    """A model, a call that runs it, `call(model, inputs)`, and the number of ranks that are to share it. Runs leave its modules as they are."""
 
     model: nn.Module
     call: Caller
@@ -47,7 +44,7 @@ class Workload:
         return replace(self, blocks=identical_blocks(self.model, self.call, self.inputs))
 
     def trace(self, whole: set[Key], shared: dict[Key, Tensor], recorder: RecorderOf | None = None) -> TracedRun:
-        """Run the model and follow the features of its weights.
+        """Run the model, its attention in operations that can be traced, and follow the features of its weights.
 
         Args:
             whole: weights whose features are not followed: every rank has all of them.
@@ -55,15 +52,12 @@ class Workload:
             recorder: makes a mode that sees the calls of torch functions.
         """
         ran: set[str] = set()
-        trace, out, tracer = run(
-            self.model,
-            self.call,
-            self.inputs,
-            whole,
-            shared,
-            recorder,
-            during=lambda tracer: skip_copies(self.model, self.blocks, tracer, ran),
-        )
+
+        def once(tracer: FeatureTracer) -> Any:
+            return skip_copies(self.model, self.blocks, tracer, ran)
+
+        with readable_attention(self.model):
+            trace, out, tracer = run(self.model, self.call, self.inputs, whole, shared, recorder, during=once)
         labels = [tracer.shadow(t).label for t in leaves(out)]
         return TracedRun(trace, tracer, tuple(x for x in labels if x is not None), frozenset(ran))
 
@@ -75,4 +69,5 @@ class Workload:
         def once(tracer: FeatureTracer) -> Any:
             return skip_copies(self.model, self.blocks, tracer)
 
-        return untracked_size_reads(self.model, self.call, self.inputs, whole, shared, make, once, recorder, tracer)
+        with readable_attention(self.model):
+            return untracked_size_reads(self.model, self.call, self.inputs, whole, shared, make, once, recorder, tracer)

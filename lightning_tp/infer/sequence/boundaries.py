@@ -1,4 +1,7 @@
-"""Follow features from the boundaries of regions on: in a region, every rank has the full stream, with a part of its gradient."""
+"""Label tensors at the boundaries of blocks and regions while a model runs, and follow features from there on.
+
+In a region every rank has the full stream, with a part of its gradient. What hooks do is not seen as something that the model does.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_tp._compat import unobserved
 from lightning_tp.core.comm.state import WIDTH, I, R, State
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
-from lightning_tp.infer.sequence.label_hooks import LabelHooks, first_tensor, tensor_args
-from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel, Region, SequencePlan
+from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, TensorFacts
+from lightning_tp.infer.sequence.sequence_plan import Arg, NotSequenceParallel, Region, SequencePlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import Colwise
@@ -28,12 +31,62 @@ class Replanned:
 
     plan: Plan
     trace: FeatureTrace  # of the run that it is written from
-    mixed: frozenset[
+    mixed: set[
         str
-    ]  # parameters that met local and full activations before: their gradient is summed where they meet local ones
+    ]  # parameters that met sharded and full activations before: their gradient is summed where they meet sharded ones
 
 
 Replan = Callable[[Callable[[FeatureTracer], None]], Replanned]
+
+
+class LabelHooks:
+    """Hooks for one run, after which the model has none. While a region runs, the tensors by which a stream arrives have another label."""
+
+    def __init__(self, model: nn.Module, tracer: FeatureTracer) -> None:
+        self.model, self.tracer = model, tracer
+        self.entered: list[tuple[Region, list[tuple[Tensor, TensorFacts]]]] = []  # regions that run, what is known of their inputs
+
+    def hook(self, name: str, enter: Callable[..., None] | None, leave: Callable[..., None] | None) -> None:
+        """Call `enter(module, args, kwargs)` before a module runs, and `leave(module, args, out)` after."""
+        module = self.model.get_submodule(name)
+        if enter is not None:
+            module.register_forward_pre_hook(partial(_quietly, enter), with_kwargs=True)
+        if leave is not None:
+            module.register_forward_hook(partial(_quietly, leave))
+
+    def relabel(self, t: Tensor, label: Tensor | None) -> None:
+        """Give a tensor another label."""
+        self.tracer.put(t, TensorFacts(label, None, self.tracer.shadow(t).grad))
+
+    def enter_region(self, region: Region, stream: list[Tensor], label_of: Callable[[Tensor], Tensor | None]) -> None:
+        """Give the tensors of a stream the labels that code in a region is to see."""
+        tensors = {id(t): t for t in stream}.values()
+        self.entered.append((region, [(t, self.tracer.shadow(t)) for t in tensors]))
+        for t in tensors:
+            self.relabel(t, label_of(t))
+
+    def leave_region(self) -> None:
+        """Give them their own labels again."""
+        for t, facts in self.entered.pop()[1]:
+            self.tracer.put(t, facts)
+
+
+def _quietly(hook: Callable[..., None], *args: Any) -> None:
+    with unobserved():
+        hook(*args)
+
+
+def tensor_args(args: Any, kwargs: Any) -> list[tuple[Arg, Tensor]]:
+    """Return (argument, tensor) of what a module is given, without what is in containers."""
+    pairs: list[tuple[Arg, Any]] = [*enumerate(args), *kwargs.items()]
+    return [(k, t) for k, t in pairs if isinstance(t, Tensor)]
+
+
+def first_tensor(out: Any) -> Tensor | None:
+    """Return the output that may be the stream: the only one, or the first of several."""
+    if isinstance(out, (tuple, list)) and out:
+        out = out[0]
+    return out if isinstance(out, Tensor) else None
 
 
 def replan_from_boundaries(
@@ -51,15 +104,9 @@ def replan_from_boundaries(
     runs: list[_BoundaryLabels] = []
 
     def prepare(tracer: FeatureTracer) -> None:
-        for earlier in runs:
-            earlier.close()
         runs.append(_BoundaryLabels(model, tracer, rules, sequence))
 
-    try:
-        found = replan(prepare)
-    finally:
-        for run in runs:
-            run.close()
+    found = replan(prepare)
     if any(run.take_turns for run in runs):
         raise NotSequenceParallel("two streams take turns")  # the axis remembers the length of one sequence
     if found.trace.escaped:
@@ -95,7 +142,7 @@ class _BoundaryLabels(LabelHooks):
 
     def _enter(self, region: Region, module: nn.Module, args: Any, kwargs: Any) -> None:
         beside_shards = torch.zeros((), dtype=torch.int64)  # the label of what every rank has
-        stream = [t for k, t in tensor_args(args, kwargs) if k in region.args]
+        stream = [t for k, t in tensor_args(args, kwargs) if k in (region.args or ())]
         self.enter_region(region, stream, lambda t: beside_shards.expand(t.shape))
         self.tracer.deferring = region.reduces_at_return
 

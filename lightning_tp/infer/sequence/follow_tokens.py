@@ -5,8 +5,8 @@ Between the regions a token may meet only itself and parameters. In a region, co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import even_shard
-from lightning_tp.core.modules.blocks import starred
+from lightning_tp.core.modules.blocks import enclosing, starred
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.infer.blocks.workload import TracedRun, Workload
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallRecorder
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
-from lightning_tp.infer.sequence.label_hooks import LabelHooks, first_tensor, tensor_args
-from lightning_tp.infer.sequence.parameter_uses import ComputedParameters
+from lightning_tp.infer.sequence.boundaries import LabelHooks, first_tensor, tensor_args
 from lightning_tp.infer.sequence.partial_sums import PartialSums, tensors_of
+from lightning_tp.infer.sequence.rules import sharded_names
 from lightning_tp.infer.sequence.sequence_plan import Alternatives, Arg, NotSequenceParallel, Reduction, Region, SequencePlan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Colwise, Replicate, Rowwise
+from lightning_tp.styles import Colwise, Rowwise
 from lightning_tp.styles.calls.call import CONVOLUTIONS, READS, Call
 from lightning_tp.styles.calls.local_ops import LocalOps
 
@@ -34,20 +34,16 @@ LEAST_BLOCKS = 2  # that follow each other: at the ends of a stream it is all-ga
 MOST_DIMS = 8  # of a parameter
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Blocks between which a stream may be sharded along the sequence."""
-
-    blocks: tuple[str, ...]  # in the order in which they run
-    regions: Mapping[str, Region]  # of all blocks, by name
-    alternatives: Alternatives  # to how they are usually taken
-
-
-def follow_tokens(workload: Workload, rules: list[Rule], candidate: Candidate) -> SequencePlan:
+def follow_tokens(
+    workload: Workload, rules: list[Rule], blocks: tuple[str, ...], regions: Iterable[Region], alternatives: Alternatives
+) -> SequencePlan:
     """Follow the tokens of one run, and return what it takes to shard their stream.
 
     Args:
         rules: of the plan without sequence parallelism, one for each module.
+        blocks: between which the stream may be sharded, in the order in which they run.
+        regions: of all blocks.
+        alternatives: what is tried in another way than the most usual one.
 
     Raises:
         NotSequenceParallel: where the tokens do not stay apart.
@@ -56,36 +52,28 @@ def follow_tokens(workload: Workload, rules: list[Rule], candidate: Candidate) -
     trackers: list[StreamTracker] = []
 
     def recorder_of(tracer: FeatureTracer) -> CallRecorder:
-        for earlier in trackers:
-            earlier.close()
-        trackers.append(StreamTracker(workload, tracer, rules, candidate))
+        trackers.append(StreamTracker(workload, tracer, rules, blocks, regions, alternatives))
         return trackers[-1].recorder
 
-    try:
-        run = workload.trace(whole, {}, recorder_of)
-        tracker = trackers[0]
-        for refusal in tracker.refusals():
-            raise refusal
-        if unseen := workload.untracked_reads(whole, {}, recorder_of, tracker.recorder, run.tracer):
-            computing = tracker.regions_around({read[0] for read in unseen})
-            raise tracker.refusal("its code computes with the length of the sequence", computing)
-    finally:
-        for tracker in trackers:
-            tracker.close()
-    for refusal in _leaks(trackers[0], run):
-        raise refusal
-    return trackers[0].sequence_plan(run.trace)
+    run = workload.trace(whole, {}, recorder_of)
+    tracker = trackers[0]
+    tracker.check_stream()
+    if unseen := workload.untracked_reads(whole, {}, recorder_of, tracker.recorder, run.tracer):
+        computing = tracker.regions_around({read[0] for read in unseen})
+        raise tracker.refusal("its code computes with the length of the sequence", computing)
+    _check_leaks(tracker, run)
+    return tracker.sequence_plan(run.trace)
 
 
-def _leaks(tracker: StreamTracker, run: TracedRun) -> Iterator[NotSequenceParallel]:
-    """Yield what takes sharded tokens and should not."""
+def _check_leaks(tracker: StreamTracker, run: TracedRun) -> None:
+    """Refuse a stream if sharded tokens come to what should not take them."""
     if any(bool(label.any()) for label in run.outputs):
-        yield tracker.refusal("sharded tokens leave the model")
-    readers = [users for n, users in run.trace.local_uses.items() if any(n == s or n.startswith(f"{s}.") for s in tracker.sharded)]
+        raise tracker.refusal("sharded tokens leave the model")
+    readers = [users for n, users in run.trace.local_uses.items() if enclosing(n, tracker.sharded)]
     if readers:
-        yield tracker.refusal("a sharded layer reads sharded tokens", set.union(*readers))
-    if not all(any(n.startswith(f"{b}.") for b in tracker.blocks) for n in run.trace.local_uses):
-        yield tracker.refusal("something between the blocks works on sharded tokens")
+        raise tracker.refusal("a sharded layer reads sharded tokens", set.union(*readers))
+    if not all(enclosing(n, tracker.blocks) for n in run.trace.local_uses):
+        raise tracker.refusal("something between the blocks works on sharded tokens")
 
 
 class TokenRecorder(CallRecorder):
@@ -102,7 +90,7 @@ class TokenRecorder(CallRecorder):
     def _look(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
         if not self.stream.open:
             return
-        self.computed.follow(tensors_of((args, tuple(kwargs.values()))), out, module)
+        self.computed.follow(tensors_of((args, kwargs)), out, module)
         self.stream.follow_call(name, args, kwargs, out, module, frame)
         before = len(self.found.broken)
         super()._look(name, func, args, kwargs, out, module, frame)
@@ -116,30 +104,59 @@ class TokenRecorder(CallRecorder):
         return t not in self.computed and super()._enters(t)
 
 
-@dataclass
-class _RegionState:
-    """What is known of a region in the run."""
+class ComputedParameters:
+    """Tensors that are computed from parameters alone, and what they meet: pairs of a parameter and the module whose code it is."""
 
-    args: tuple[Arg, ...] | None = None  # by which the stream arrives; None before it has run
-    reduced: bool | None = None  # whether its partial sums are reduced; None before it has made any
-    full_inside: bool = False  # whether it makes partial sums that are not reduced where they stand: of another shape
-    other_width: bool = False  # and whether that differs from the stream's in the last dim only
+    def __init__(self, tracer: FeatureTracer) -> None:
+        self.tracer = tracer
+        self.computed_in: set[tuple[str, str]] = set()  # where such a tensor is computed
+        self.on_shards: set[tuple[str, str]] = set()  # where one meets the sequence shard
+        self.on_full: set[tuple[str, str]] = set()  # where one meets full activations that have a gradient
+        self._parameters: dict[int, tuple[Tensor, set[str]]] = {}  # that a tensor is computed from
+
+    def __contains__(self, t: Tensor) -> bool:
+        return id(t) in self._parameters
+
+    def follow(self, given: list[Tensor], out: Any, module: str) -> None:
+        """Note what a call makes of parameters, and of such tensors, in the code of a module."""
+        names = [self._names_of(t) for t in given]
+        if not any(names):
+            return
+        facts = [self.tracer.shadow(t) for t in given]
+        computed = {(n, module) for t, of in zip(given, names, strict=True) if t in self for n in of}
+        if any(f.label is not None for f in facts):
+            self.on_shards |= computed
+        elif any(f.grad and not of for f, of in zip(facts, names, strict=True)):
+            self.on_full |= computed
+        else:
+            every = set.union(*names)
+            self.computed_in |= {(n, module) for n in every}
+            made = [(t, self.tracer.shadow(t)) for t in tensors_of(out)]
+            self._parameters.update({id(t): (t, every) for t, f in made if f.grad and f.param is None})
+
+    def _names_of(self, t: Tensor) -> set[str]:
+        param = self.tracer.shadow(t).param
+        return {param[0]} if param is not None else self._parameters[id(t)][1] if t in self else set()
 
 
 class StreamTracker(LabelHooks):
     """Follow the tokens of one stream through a run, by hooks at its blocks, regions and row-wise layers, and by the calls in between."""
 
-    def __init__(self, workload: Workload, tracer: FeatureTracer, rules: list[Rule], candidate: Candidate) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        tracer: FeatureTracer,
+        rules: list[Rule],
+        blocks: tuple[str, ...],
+        regions: Iterable[Region],
+        alternatives: Alternatives,
+    ) -> None:
         super().__init__(workload.model, tracer)
-        self.tp, self.blocks, self.regions, self.alternatives = (
-            workload.tp,
-            candidate.blocks,
-            candidate.regions,
-            candidate.alternatives,
-        )
+        self.tp, self.blocks, self.alternatives = workload.tp, blocks, alternatives
+        self.regions = {r.name: replace(r) for r in regions}
         self.recorder = TokenRecorder(self, tracer, workload.tp, self.alternatives.full_size_reads)
         self.column_wise = {r.pattern for r in rules if isinstance(r.style, Colwise)}
-        self.sharded = {r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)}
+        self.sharded = sharded_names(rules)
         self.adapted = {r.pattern for r in rules if isinstance(r.style, LocalOps)}
         self.summing_calls = {  # (module, function, place) -> whether each call of it sums over ranks
             (r.pattern, c.name, c.at): [other.leave for other in r.style.calls if (other.name, other.at) == (c.name, c.at)]
@@ -151,7 +168,6 @@ class StreamTracker(LabelHooks):
         self.shape: tuple[int, ...] = ()  # of the stream
         self.entry: Arg | None = None
         self.open = self.finished = False  # open: between the input of the first block and the output of the last
-        self.states = {name: _RegionState() for name in self.regions}
         self.arguments: dict[int, Arg] = {}  # of the region that was entered last: by which its tensors came
         self.partial_sums = PartialSums()  # in regions that reduce when they return
         self.reduced_layers: set[str] = set()
@@ -161,7 +177,7 @@ class StreamTracker(LabelHooks):
         self.problem: tuple[str, set[str]] | None = None  # the first: why, and in which modules
         self.other_ways = Alternatives()
         for rule in rules:
-            if isinstance(rule.style, Rowwise) and any(rule.pattern.startswith(f"{b}.") for b in self.blocks):
+            if isinstance(rule.style, Rowwise) and enclosing(rule.pattern.rpartition(".")[0], self.blocks):
                 self.hook(rule.pattern, None, partial(self._after_row_wise, rule.pattern))
         for name in self.regions:
             self.hook(name, partial(self._enter_region, name), partial(self._leave_region, name))
@@ -237,17 +253,17 @@ class StreamTracker(LabelHooks):
     # --------------------------------------------------------------------------------------------------------- regions
 
     def _enter_region(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        state, sharded = self.states[name], self.alternatives.sharded_args
+        region, sharded = self.regions[name], self.alternatives.sharded_args
         arriving = [(k, t) for k, t in tensor_args(args, kwargs) if self._is_labelled(t) and (starred(name), k) not in sharded]
         if any(not self._lies_along_dim_1(t) for _, t in arriving):
             self._fail(f"`{name}` is given tokens that do not lie along dim 1", name)
         args_now = tuple(k for k, _ in arriving)
-        if state.args is not None and set(state.args) != set(args_now):
+        if region.args is not None and set(region.args) != set(args_now):
             self._fail(f"`{name}` is given the stream in one call, and full activations in another", name)
-        state.args = args_now
+        region.args = args_now
         self.gathered.update({(id(t), "" if name in self.column_wise else name): t for _, t in arriving})
         self.arguments = {id(t): k for k, t in arriving}
-        self.enter_region(self.regions[name], [t for _, t in arriving], lambda t: None)
+        self.enter_region(region, [t for _, t in arriving], lambda t: None)
 
     def _leave_region(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         self.leave_region()
@@ -263,7 +279,7 @@ class StreamTracker(LabelHooks):
         if tuple(first.shape) != self.shape:
             self._fail(f"`{name}` returns a partial sum of another shape", name)
             return
-        self.states[name].reduced = True
+        self.regions[name].reduced = True
         self.partial_sums.remove(first)
         self._label_tokens(first)
 
@@ -275,21 +291,19 @@ class StreamTracker(LabelHooks):
 
     def _reduce(self, out: Tensor, module: str, along_dim_1: bool = True) -> bool:
         """Return whether partial sums are reduced where they are made: if the tokens lie along dim 1, in the shape of the stream."""
-        region = self.entered[-1][0] if self.entered else None
-        reduction = Reduction.OF_STREAM if region is None else region.reduction
-        state = _RegionState() if region is None else self.states[region.name]
-        if reduction is Reduction.AT_RETURN:
-            state.reduced = state.reduced or False
+        region = self.entered[-1][0] if self.entered else Region("", Reduction.OF_STREAM)
+        if region.reduction is Reduction.AT_RETURN:
+            region.reduced = region.reduced or False
             self.partial_sums.add(out)
             self.deferred_layers.add(module)
             return False
         any_width = out.ndim == 3 and tuple(out.shape[:2]) == self.shape[:2]
-        if along_dim_1 and (any_width if reduction is Reduction.OF_ANY_WIDTH else tuple(out.shape) == self.shape):
-            state.reduced = True
+        if along_dim_1 and (any_width if region.reduction is Reduction.OF_ANY_WIDTH else tuple(out.shape) == self.shape):
+            region.reduced = True
             self._label_tokens(out)
             return True
-        state.full_inside = True  # the code goes on with the full tensor, and may come to another partial sum
-        state.other_width |= any_width
+        region.full_inside = True  # the code goes on with the full tensor, and may come to another partial sum
+        region.other_width |= any_width
         return False
 
     def follow_call(self, name: str, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
@@ -302,12 +316,12 @@ class StreamTracker(LabelHooks):
         elif not all(sums) or len(tensors_of(out)) != 1:
             self._fail(f"`{module}`: {name} sums over ranks here and not there", module)
         elif self._reduce(tensors_of(out)[0], module, along_dim_1=name not in CONVOLUTIONS):
-            given = [self.tracer.shadow(t).param for t in tensors_of((args, tuple(kwargs.values())))]
+            given = [self.tracer.shadow(t).param for t in tensors_of((args, kwargs))]
             self.reduced_calls[place] = next((p[0] for p in given if p is not None and p[0] not in self.sharded), None)
 
     def note_alternatives(self, args: Any, kwargs: Any, change: Call | None) -> None:
         """Note whether an argument of the region, or a size, had in another way would make a call right that is not."""
-        given = tensors_of((args, tuple(kwargs.values())))
+        given = tensors_of((args, kwargs))
         tokens = any(self._is_labelled(t) for t in given)
         found = self.other_ways
         if self.entered and tokens and len(self.entered[-1][1]) > 1:  # a residual beside what is read
@@ -323,41 +337,42 @@ class StreamTracker(LabelHooks):
 
     def refusal(self, why: str, modules: Iterable[str] = (), alternatives: Alternatives | None = None) -> NotSequenceParallel:
         """Return a refusal of this stream."""
-        return NotSequenceParallel(why, modules, alternatives, self._of_other_width())
+        return NotSequenceParallel(why, modules, alternatives, (r.name for r in self.regions.values() if r.other_width))
 
-    def _of_other_width(self) -> frozenset[str]:
-        return frozenset(name for name, state in self.states.items() if state.other_width)
+    def check_stream(self) -> None:
+        """Refuse the stream, after the run, if something keeps it from being sharded as in Megatron-LM.
 
-    def refusals(self) -> Iterator[NotSequenceParallel]:
-        """Yield what keeps the stream from being sharded as in Megatron-LM, after the run."""
-        unreduced = {name for name, state in self.states.items() if state.reduced is False}
+        Raises:
+            NotSequenceParallel: for what was found first.
+        """
+        unreduced = {name for name, region in self.regions.items() if region.reduced is False}
         if self.problem is not None:
             why, modules = self.problem
-            yield self.refusal(why, modules | unreduced, self.other_ways)
+            raise self.refusal(why, modules | unreduced, self.other_ways)
         if self.tokens is None or not self.finished:
-            yield self.refusal("its blocks did not run")
+            raise self.refusal("its blocks did not run")
         if unreduced:
-            yield self.refusal("a region does not return a partial sum", unreduced)
+            raise self.refusal("a region does not return a partial sum", unreduced)
         self.check_apart("")
         if self.problem is not None:
-            yield self.refusal(*self.problem)
+            raise self.refusal(*self.problem)
         if self.recorder.changed:
             why = "its code has sizes of the sequence in it, or full activations meet tokens"
-            yield self.refusal(why, self.regions_around(self.recorder.changed), self.other_ways)
+            raise self.refusal(why, self.regions_around(self.recorder.changed), self.other_ways)
         if PerRankInt.diverging - self.alternatives.full_size_reads:
             deciding = {read[0] for read in PerRankInt.diverging}
-            yield self.refusal("its code decides by the length of the sequence", self.regions_around(deciding))
-        at_return = sum(r.reduction is Reduction.AT_RETURN and bool(self.states[n].reduced) for n, r in self.regions.items())
-        reductions = len(self.reduced_layers) + len(self.reduced_calls) + at_return
+            raise self.refusal("its code decides by the length of the sequence", self.regions_around(deciding))
+        reductions = len(self.reduced_layers) + len(self.reduced_calls)
+        reductions += sum(r.reduces_at_return for r in self.regions.values())
         if len(self.blocks) < LEAST_BLOCKS or not reductions:
-            yield self.refusal(f"{reductions} reductions in {len(self.blocks)} blocks: at its ends it is all-gathered once more")
+            raise self.refusal(f"{reductions} reductions in {len(self.blocks)} blocks: at its ends it is all-gathered once more")
         if len(self.gathered) > reductions:
-            yield self.refusal(f"the stream would be all-gathered {len(self.gathered)} times for {reductions} reductions")
+            raise self.refusal(f"the stream would be all-gathered {len(self.gathered)} times for {reductions} reductions")
 
     def regions_around(self, modules: set[str]) -> set[str]:
         """Return these modules, and for those that are blocks the regions whose results the block's own code goes on with."""
         inside = {r for m in modules if m in self.blocks for r in self.regions if r.startswith(f"{m}.")}
-        unreduced = {r for r in inside if self.states[r].full_inside and not self.states[r].reduced}
+        unreduced = {r for r in inside if self.regions[r].full_inside and not self.regions[r].reduced}
         return modules | (unreduced or inside)
 
     def sequence_plan(self, trace: FeatureTrace) -> SequencePlan:
@@ -366,16 +381,14 @@ class StreamTracker(LabelHooks):
         Raises:
             NotSequenceParallel: if code reads the length of the sequence in a way that can't be changed.
         """
-        states, computed = self.states, self.recorder.computed
-        regions = {n: replace(r, args=states[n].args or (), reduced=bool(states[n].reduced)) for n, r in self.regions.items()}
+        computed = self.recorder.computed
         on_shards = _pairs(trace.local_uses) | computed.on_shards
         parameters = {n for n, _ in on_shards}
         on_full = {(n, m) for n, m in (_pairs(trace.whole_uses) - computed.computed_in) | computed.on_full if n in parameters}
         on_shards |= {(bias, module) for (module, _, _), bias in self.reduced_calls.items() if bias is not None}
         return SequencePlan(
             {self.blocks: self.entry},
-            regions,
-            self._of_other_width(),
+            self.regions,
             frozenset(self.reduced_layers),
             frozenset(self.deferred_layers),
             frozenset(self.reduced_calls),

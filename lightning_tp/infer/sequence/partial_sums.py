@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_tp.core.trees import tensors_in
+
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """Return the tensors in tuples and lists."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [t for item in tree for t in tensors_of(item)] if isinstance(tree, (tuple, list)) else []
+    """Return the tensors in tuples, lists and dicts."""
+    return list(tensors_in(tree, depth=0))
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,7 @@ LINEAR: dict[str, Callable[[PartialCall], bool]] = {
 
 
 class PartialSums:
-    """The partial sums of a run, and the zeros that such are added to.
-
-    Example:
-        >>> import torch
-        >>> term, sums = torch.ones(2), PartialSums()
-        >>> sums.add(term)
-        >>> doubled, squashed = term * 2, term.tanh()
-        >>> sums.follow("mul", (term, 2), {}, doubled), doubled in sums
-        (True, True)
-        >>> sums.follow("tanh", (term,), {}, squashed), squashed in sums
-        (False, False)
-    """
+    """The partial sums of a run, and the zeros that such are added to."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
@@ -114,7 +103,7 @@ class PartialSums:
         Returns:
             False if it is given a partial sum, and does not run on one.
         """
-        given, outs = tensors_of((tuple(args), tuple(kwargs.values()))), tensors_of(out)
+        given, outs = tensors_of((args, kwargs)), tensors_of(out)
         partial = [t for t in given if t in self]
         if name in ZEROS or (not partial and name in MOVES and given and id(given[0]) in self._zeros):
             self._zeros.update({id(t): t for t in outs})

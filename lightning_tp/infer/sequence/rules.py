@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_tp.core.comm.state import SEQUENCE, I, P, R, State
+from lightning_tp.core.modules.blocks import enclosing
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.sequence.boundaries import Inputs, Replan, Replanned, replan_from_boundaries
 from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel, Region, SequencePlan
@@ -25,6 +26,11 @@ def rules_by_name(plan: Plan, model: nn.Module) -> list[Rule]:
     names += [n for n, _ in model.named_parameters(remove_duplicate=False)]
     exactly, rules = set(names), [r for r in plan.rules if r.pattern != CATCH_ALL]
     return [Rule(n, r.style, r.reason) for r in rules for n in ([r.pattern] if r.pattern in exactly else names) if r.matches(n)]
+
+
+def sharded_names(rules: Iterable[Rule]) -> set[str]:
+    """Return the modules and parameters that these rules shard."""
+    return {r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)}
 
 
 def shard_streams(workload: Workload, rules: list[Rule], sequence: SequencePlan, replan: Replan) -> Plan:
@@ -53,7 +59,7 @@ def shard_streams(workload: Workload, rules: list[Rule], sequence: SequencePlan,
     new += _on_shards(model, new, sequence)
     own = [
         r for r in new if r.pattern in blocks.copies or blocks.representative(r.pattern) == r.pattern
-    ]  # boundaries are a block's own
+    ]  # a block's boundaries, too
     return Plan([*blocks.expand_to_copies(own), *(r for r in found.plan.rules if r.pattern == CATCH_ALL)], found.plan.source)
 
 
@@ -90,7 +96,7 @@ def _row_wise(name: str, style: Rowwise, sequence: SequencePlan, inputs: Inputs)
 
 def _local_ops(name: str, style: LocalOps, sequence: SequencePlan, inputs: Inputs) -> LocalOps:
     reads = calls_in_turn(sequence.length_reads.get(name, ()))
-    deferred = _is_under(name, (r.name for r in sequence.regions.values() if r.reduces_at_return))
+    deferred = enclosing(name, {r.name for r in sequence.regions.values() if r.reduces_at_return})
 
     def to(call: Call) -> State:
         return SEQUENCE if (name, call.name, call.at) in sequence.reduced_calls else P if deferred else I
@@ -109,7 +115,7 @@ _IN_STREAM: dict[type, Callable[[str, Any, SequencePlan, Inputs], Any]] = {
 
 def _gathers_itself(region: Region, inputs: Inputs) -> bool:
     """Whether a region is one column-wise layer, which all-gathers its input."""
-    return inputs.get(region.name) == {R} and len(region.args) == 1
+    return inputs.get(region.name) == {R} and len(region.args or ()) == 1
 
 
 def _boundary_rules(sequence: SequencePlan, inputs: Inputs) -> Iterator[Rule]:
@@ -117,8 +123,8 @@ def _boundary_rules(sequence: SequencePlan, inputs: Inputs) -> Iterator[Rule]:
     for blocks, entry in sequence.streams.items():
         into = PrepareInput(arrives=I, wanted=SEQUENCE, arg=entry)
         yield Rule(blocks[0], into, "residual stream sharded along the sequence dimension from here")
-        for region in (r for r in sequence.regions.values() if _is_under(r.name, blocks)):
-            for arg in () if _gathers_itself(region, inputs) else region.args:
+        for region in (r for r in sequence.regions.values() if enclosing(r.name, blocks)):
+            for arg in () if _gathers_itself(region, inputs) else region.args or ():
                 into = PrepareInput(arrives=SEQUENCE, wanted=R, arg=arg)
                 yield Rule(region.name, into, "all-gathered once for all layers inside")
             if region.reduces_at_return:
@@ -131,22 +137,18 @@ def _boundary_rules(sequence: SequencePlan, inputs: Inputs) -> Iterator[Rule]:
 # -------------------------------------------------------------------------------------------------- parameters on the shard
 
 
-def _is_under(name: str, modules: Iterable[str]) -> bool:
-    return any(name == m or name.startswith(f"{m}.") for m in modules)
-
-
 def _check_parameters(rules: list[Rule], sequence: SequencePlan, found: Replanned) -> None:
     """Refuse a replicated parameter that works on the sequence shard and on full activations: its gradient would be neither.
 
     Raises:
         NotSequenceParallel: for the first.
     """
-    sharded = [r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)]
+    sharded = sharded_names(rules)
     for name in {**{n: None for n, _ in sequence.on_shards}, **found.trace.local_uses}:
         on_shards = {module for n, module in sequence.on_shards if n == name}
         full = found.trace.whole_uses.get(name, set())
         also_full = (full - on_shards) | {m for m in full & on_shards if (name, m) in sequence.on_full}
-        if also_full and (on_shards or name not in found.mixed) and not _is_under(name, sharded):
+        if also_full and (on_shards or name not in found.mixed) and not enclosing(name, sharded):
             raise NotSequenceParallel(f"`{name}` works on the stream and on full activations", on_shards)
 
 
@@ -156,7 +158,7 @@ def _on_shards(model: nn.Module, rules: list[Rule], sequence: SequencePlan) -> I
     on_shards = {n for n, _ in sequence.on_shards}
     for block in [block for blocks in sequence.streams for block in blocks]:
         inside = [n for n, _ in model.get_submodule(block).named_parameters(prefix=block)]
-        names = [n for n in inside if n in on_shards and not _is_under(n, covered)]
+        names = [n for n in inside if n in on_shards and not enclosing(n, covered)]
         for owner in dict.fromkeys(n.rpartition(".")[0] for n in names):
             together = owner != block and {n for n in inside if n.startswith(f"{owner}.")} <= set(names)
             for n in [owner] if together else [n for n in names if n.rpartition(".")[0] == owner]:

@@ -22,19 +22,21 @@ class Reduction(IntEnum):
     OPENED = 3  # the modules in it are regions instead
 
 
-@dataclass(frozen=True)
+@dataclass
 class Region:
-    """A module that takes the full sequence: an attention, an MLP."""
+    """A module that takes the full sequence, an attention or an MLP, and what is known of it once the tokens were followed."""
 
     name: str
     reduction: Reduction
-    args: tuple[Arg, ...] = ()  # by which the stream arrives, once it was followed
-    reduced: bool = False  # whether it makes partial sums that are reduced
+    args: tuple[Arg, ...] | None = None  # by which the stream arrives; None before it has run
+    reduced: bool | None = None  # whether its partial sums are reduced; None before it has made any
+    full_inside: bool = False  # whether it makes partial sums that are not reduced where they stand: of another shape
+    other_width: bool = False  # and whether that differs from the stream's in the last dim only
 
     @property
     def reduces_at_return(self) -> bool:
         """Whether what it returns is a partial sum."""
-        return self.reduction is Reduction.AT_RETURN and self.reduced
+        return self.reduction is Reduction.AT_RETURN and bool(self.reduced)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class SequencePlan:
 
     streams: Mapping[tuple[str, ...], Arg | None] = field(default_factory=dict)  # blocks -> the argument of the first
     regions: Mapping[str, Region] = field(default_factory=dict)  # by name
-    other_width: frozenset[str] = frozenset()  # regions that make partial sums of another width than the stream
     reduced_layers: frozenset[str] = frozenset()  # row-wise layers whose partial sums are reduced where they stand
     deferred_layers: frozenset[str] = frozenset()  # and those whose partial sums are reduced when their region returns
     reduced_calls: frozenset[CallPlace] = frozenset()  # calls whose partial sums are reduced

@@ -17,15 +17,14 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_tp.core.modules.blocks import find_blocks, starred
+from lightning_tp.core.modules.blocks import enclosing, find_blocks, starred
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.sequence.boundaries import Replan
-from lightning_tp.infer.sequence.follow_tokens import Candidate, follow_tokens
-from lightning_tp.infer.sequence.rules import rules_by_name, shard_streams
+from lightning_tp.infer.sequence.follow_tokens import follow_tokens
+from lightning_tp.infer.sequence.rules import rules_by_name, shard_streams, sharded_names
 from lightning_tp.infer.sequence.sequence_plan import Alternatives, NotSequenceParallel, Reduction, Region, SequencePlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Replicate
 
 MOST_ATTEMPTS = 12  # for one stream
 
@@ -48,17 +47,19 @@ def _try_stream(
     workload: Workload, rules: list[Rule], blocks: tuple[str, ...], earlier: SequencePlan, replan: Replan
 ) -> tuple[Plan, SequencePlan] | None:
     """Return the plan with one more stream sharded, and what that takes; None if the stream has to be replicated."""
-    alternatives: Alternatives | None = Alternatives()
+    alternatives = Alternatives()
     for _ in range(MOST_ATTEMPTS):
-        if alternatives is None:
-            break
-        regions = {r.name: r for block in blocks for r in _regions(workload.model, rules, block, alternatives.reductions)}
+        regions = [r for block in blocks for r in _regions(workload.model, rules, block, alternatives.reductions)]
         sequence = SequencePlan()
         try:
-            sequence = follow_tokens(workload, rules, Candidate(blocks, regions, alternatives))
+            sequence = follow_tokens(workload, rules, blocks, regions, alternatives)
             return shard_streams(workload, rules, earlier | sequence, replan), earlier | sequence
         except NotSequenceParallel as refusal:
-            alternatives = _next_alternatives(alternatives, refusal, regions, refusal.other_width | sequence.other_width)
+            other_width = refusal.other_width | {r.name for r in sequence.regions.values() if r.other_width}
+            following = _next_alternatives(alternatives, refusal, [r.name for r in regions], other_width)
+            if following is None:
+                break
+            alternatives = following
     return None
 
 
@@ -70,7 +71,7 @@ def _next_alternatives(
     args, reads = tried.sharded_args | other.sharded_args, tried.full_size_reads | other.full_size_reads
     if (args, reads) != (tried.sharded_args, tried.full_size_reads):
         return replace(tried, sharded_args=args, full_size_reads=reads)
-    around = {r for m in refusal.modules for r in regions if m == r or m.startswith(f"{r}.")}
+    around = {r for m in refusal.modules for r in regions if enclosing(m, {r})}
     wide = {starred(r) for r in around & other_width}
     following: dict[str, Reduction] = {}
     for name in {starred(r) for r in around}:
@@ -81,13 +82,9 @@ def _next_alternatives(
     return replace(tried, reductions={**tried.reductions, **following}) if following else None
 
 
-def _sharded_names(rules: list[Rule]) -> set[str]:
-    return {r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)}
-
-
 def _candidates(model: nn.Module, rules: list[Rule]) -> Iterator[tuple[str, ...]]:
     """Yield the names of blocks that may follow each other: what one container holds; then repeated blocks of one container."""
-    sharded = _sharded_names(rules)
+    sharded = sharded_names(rules)
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, ...]]:
         names = [f"{prefix}{n}" for n, _ in module.named_children()]
@@ -107,12 +104,12 @@ def _candidates(model: nn.Module, rules: list[Rule]) -> Iterator[tuple[str, ...]
 
 def _regions(model: nn.Module, rules: list[Rule], block: str, reductions: Mapping[str, Reduction]) -> Iterator[Region]:
     """Yield the topmost modules below a block that hold sharded layers, but for those that are opened."""
-    sharded = {n for n in _sharded_names(rules) if n.startswith(f"{block}.")}
+    sharded = sharded_names(rules)
 
     def walk(name: str) -> Iterator[Region]:
         for child, module in model.get_submodule(name).named_children():
             where = f"{name}.{child}"
-            if not any(n == where or n.startswith(f"{where}.") for n in sharded):
+            if not any(enclosing(n, {where}) for n in sharded):
                 continue
             reduction = reductions.get(starred(where), Reduction.OF_STREAM)
             opened = reduction is Reduction.OPENED and where not in sharded
