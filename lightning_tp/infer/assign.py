@@ -55,9 +55,6 @@ def made_by_weight(trace: FeatureTrace) -> dict[Key, None]:
     return {(u.name, u.dim): None for u in trace.uses if u.kind in ("out", "along")}
 
 
-# --------------------------------------------------------------------------------------------------- what can't be sharded
-
-
 def leaks_partial_gradients(run: TracedRun) -> bool:
     """Return whether something that every rank has beside its shards, each with a part of its gradient, is used as if all had all of it."""
     return bool(run.trace.escaped) or any(not bool(shrunk(label).any()) for label in run.outputs)
@@ -76,23 +73,17 @@ def sets_smaller_than_tp(trace: FeatureTrace, tp: int, parameters: Parameters) -
             return {(name, d): "one of its uses would shard its rows, another its columns" for d in used}
     outs = made_by_weight(trace)
     independent = {(u.name, u.dim) for u in trace.uses if u.kind == "out"}  # others only go along with what they read
+    weights_of: dict[int, list[Key]] = defaultdict(list)  # set of features, of a kind that has fewer sets than ranks -> weights
+    for key in trace.nodes:
+        for _, sets in _sets_by_size(trace, key):
+            for s in sets.tolist() if sets.numel() < tp else ():
+                weights_of[s].append(key)
     refused: dict[Key, str] = {}
-    for sharers in _weights_of_small_sets(trace, tp):
+    for sharers in weights_of.values():
         keys = [k for k in sharers if k in independent] or [k for k in sharers if k in outs] or sharers
         smallest = min(parameters[n].shape[d] for n, d in keys)
         refused.update({(n, d): _why_joined(trace, (n, d)) for n, d in keys if parameters[n].shape[d] == smallest})
     return refused
-
-
-def _weights_of_small_sets(trace: FeatureTrace, tp: int) -> list[list[Key]]:
-    """Return, for each set of features of a kind that has fewer sets than ranks, the weights with features in it."""
-    weights_of: dict[int, list[Key]] = defaultdict(list)
-    for key in trace.nodes:
-        for _, sets in _sets_by_size(trace, key):
-            if sets.numel() < tp:
-                for s in sets.tolist():
-                    weights_of[s].append(key)
-    return list(weights_of.values())
 
 
 def _sets_by_size(trace: FeatureTrace, key: Key, piece: Tensor | None = None) -> list[tuple[int, Tensor]]:
@@ -180,9 +171,6 @@ def weights_inside(module: str, why: str, trace: FeatureTrace) -> dict[Key, str]
         if not module:
             return {k: f"the model does not run on local shards ({why})" for k in trace.nodes}
         module = module.rpartition(".")[0]
-
-
-# ---------------------------------------------------------------------------------------------------------- what a rank has
 
 
 def owners(trace: FeatureTrace, tp: int) -> Tensor:

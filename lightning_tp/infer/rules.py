@@ -67,9 +67,6 @@ def decisions(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, Rule]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ sharded weights
-
-
 def _sharded_weights(workload: Workload, assignment: Assignment, parameters: Parameters) -> Iterator[Rule]:
     """Column-wise is a weight that makes features, row-wise one that reads the features of another."""
     trace, outs, tp = assignment.trace, made_by_weight(assignment.trace), workload.tp
@@ -174,9 +171,6 @@ def _embeddings(workload: Workload, assignment: Assignment, parameters: Paramete
         yield Rule(where, VocabEmbedding(output=I), "vocab-parallel embedding")
 
 
-# ------------------------------------------------------------------------------------------------------ what is around them
-
-
 def _adapted_calls(changes: CallChanges) -> Iterator[Rule]:
     """Calls in the code of modules that would be wrong on shards get local sizes and operands."""
     for module, calls in changes.calls.items():
@@ -218,9 +212,6 @@ def _aliases(workload: Workload, assignment: Assignment, parameters: Parameters,
         for name, p in model.named_parameters(remove_duplicate=False)
         if id(p) in shards and not enclosing(name, named)
     ]
-
-
-# --------------------------------------------------------------------------------------------------------- the plan as a whole
 
 
 def fold(rules: Iterable[Rule], model: nn.Module) -> list[Rule]:

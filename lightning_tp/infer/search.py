@@ -168,7 +168,10 @@ class Search:
             self.keep_whole(refused, run.trace)
             return None
         draft = write_plan(self.workload, assignment, recording, self.kept_whole, self.not_gathered)
-        plan = self.with_sequence_parallel(draft, assignment)
+        plan = draft
+        if self.workload.tp > 1:
+            plan = with_sequence_parallel(self.workload, draft, partial(self._replan, draft, assignment))
+        plan = Plan(fold(plan.rules, self.workload.model), plan.source)
         with self.real_weights():
             failure = dry_run(self.workload, plan)
             if failure is not None and plan != draft:
@@ -183,8 +186,6 @@ class Search:
     def whole(self) -> frozenset[Key]:
         """Weights, by (parameter, dim), that make no features."""
         return self.tables | self.kept_whole.keys()
-
-    # ------------------------------------------------------------------------------------------------------------- features
 
     def follow(self) -> TracedRun:
         """Follow the features of one run. Blocks that had to run, since their inputs are not those of their representative, stay in."""
@@ -233,20 +234,8 @@ class Search:
     def _keep_all_whole(self, names: Iterable[str], why: str) -> None:
         self.kept_whole.update({(n, d): why for n in names for d in range(self.parameters[n].ndim)})
 
-    # ------------------------------------------------------------------------------------------------------ sequence parallelism
-
-    def with_sequence_parallel(self, plan: Plan, assignment: Assignment) -> Plan:
-        """Return the plan with activations between sharded layers sharded along the sequence, where the code allows it; blocks folded."""
-        if self.workload.tp > 1:
-            plan = with_sequence_parallel(self.workload, plan, partial(self._replan, plan, assignment))
-        return Plan(fold(plan.rules, self.workload.model), plan.source)
-
     def _replan(self, plan: Plan, assignment: Assignment, prepare: Callable[[FeatureTracer], None]) -> Replanned:
-        """Write the plan again where modules are given a stream that each rank has a part of the gradient of.
-
-        Raises:
-            NotSequenceParallel: if a call, or what the model returns, does not allow it.
-        """
+        """Write the plan again where modules are given a stream that each rank has a part of the gradient of."""
         recording = record_calls(self.workload, assignment, prepare)
         refused = refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp)
         for (weight, _), why in refused.items():

@@ -102,7 +102,7 @@ def _once(
         given, spec = tree_flatten((args, kwargs))
         with unobserved():
             for run in runs:
-                if spec == run.input_spec and _same_inputs(run, given, tracer):
+                if spec == run.input_spec and all(_same(a, _known(x, tracer)) for a, x in zip(run.inputs, given, strict=True)):
                     if log is not None:
                         log.entries[name] += run.operations
                     return _outputs_like(run, given, tracer)
@@ -120,10 +120,6 @@ def _once(
 
 def _known(x: Any, tracer: FeatureTracer | None) -> Known:
     return x, tracer.shadow(x) if tracer is not None and isinstance(x, Tensor) else TensorFacts()
-
-
-def _same_inputs(run: BlockRun, given: list[Any], tracer: FeatureTracer | None) -> bool:
-    return len(run.inputs) == len(given) and all(_same(a, _known(x, tracer)) for a, x in zip(run.inputs, given, strict=True))
 
 
 def _same(a: Known, b: Known) -> bool:

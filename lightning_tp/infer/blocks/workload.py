@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,10 +53,7 @@ class Workload:
             recorder: makes a mode that sees the calls of torch functions.
         """
         ran: set[str] = set()
-
-        def once(tracer: FeatureTracer) -> Any:
-            return skip_copies(self.model, self.blocks, tracer, ran)
-
+        once = partial(skip_copies, self.model, self.blocks, ran=ran)
         with readable_attention(self.model):
             trace, out, tracer = run(self.model, self.call, self.inputs, whole, shared, recorder, during=once)
         labels = [tracer.shadow(t).label for t in leaves(out)]
@@ -65,9 +63,6 @@ class Workload:
         self, whole: set[Key], shared: dict[Key, Tensor], make: RecorderOf, recorder: CallRecorder, tracer: FeatureTracer
     ) -> set[Any]:
         """Return the places where code computes with the size of a shard unseen; see `untracked_size_reads`."""
-
-        def once(tracer: FeatureTracer) -> Any:
-            return skip_copies(self.model, self.blocks, tracer)
-
+        once = partial(skip_copies, self.model, self.blocks)
         with readable_attention(self.model):
             return untracked_size_reads(self.model, self.call, self.inputs, whole, shared, make, once, recorder, tracer)

@@ -187,8 +187,6 @@ class StreamTracker(LabelHooks):
     def _fail(self, why: str, *modules: str) -> None:
         self.problem = self.problem or (why, set(modules))
 
-    # ---------------------------------------------------------------------------------------------------------- labels
-
     def _is_labelled(self, t: Tensor) -> bool:
         return self.tracer.shadow(t).label is not None
 
@@ -213,8 +211,6 @@ class StreamTracker(LabelHooks):
             return
         if not torch.equal(self.tracer.trace.classes.find(self.tokens), self.tokens):
             self._fail("tokens meet outside attention", module)
-
-    # ---------------------------------------------------------------------------------------------------------- blocks
 
     def _enter_block(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = tensor_args(args, kwargs)
@@ -250,8 +246,6 @@ class StreamTracker(LabelHooks):
             self.open, self.finished = False, True
             self.relabel(first, None)
 
-    # --------------------------------------------------------------------------------------------------------- regions
-
     def _enter_region(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         region, sharded = self.regions[name], self.alternatives.sharded_args
         arriving = [(k, t) for k, t in tensor_args(args, kwargs) if self._is_labelled(t) and (starred(name), k) not in sharded]
@@ -282,8 +276,6 @@ class StreamTracker(LabelHooks):
         self.regions[name].reduced = True
         self.partial_sums.remove(first)
         self._label_tokens(first)
-
-    # ---------------------------------------------------------------------------------------------------- partial sums
 
     def _after_row_wise(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         if self.open and self._reduce(out, name):
@@ -333,18 +325,12 @@ class StreamTracker(LabelHooks):
             reads = {read for n in sizes if isinstance(n, PerRankInt) for read in n.reads}
             self.other_ways = replace(found, full_size_reads=found.full_size_reads | reads)
 
-    # ---------------------------------------------------------------------------------------------------------- result
-
     def refusal(self, why: str, modules: Iterable[str] = (), alternatives: Alternatives | None = None) -> NotSequenceParallel:
         """Return a refusal of this stream."""
         return NotSequenceParallel(why, modules, alternatives, (r.name for r in self.regions.values() if r.other_width))
 
     def check_stream(self) -> None:
-        """Refuse the stream, after the run, if something keeps it from being sharded as in Megatron-LM.
-
-        Raises:
-            NotSequenceParallel: for what was found first.
-        """
+        """Refuse the stream, after the run, if something keeps it from being sharded as in Megatron-LM."""
         unreduced = {name for name, region in self.regions.items() if region.reduced is False}
         if self.problem is not None:
             why, modules = self.problem
@@ -376,26 +362,14 @@ class StreamTracker(LabelHooks):
         return modules | (unreduced or inside)
 
     def sequence_plan(self, trace: FeatureTrace) -> SequencePlan:
-        """Return what it takes to shard the stream, after a run without refusals.
-
-        Raises:
-            NotSequenceParallel: if code reads the length of the sequence in a way that can't be changed.
-        """
+        """Return what it takes to shard the stream, after a run without refusals."""
         computed = self.recorder.computed
         on_shards = _pairs(trace.local_uses) | computed.on_shards
         parameters = {n for n, _ in on_shards}
         on_full = {(n, m) for n, m in (_pairs(trace.whole_uses) - computed.computed_in) | computed.on_full if n in parameters}
         on_shards |= {(bias, module) for (module, _, _), bias in self.reduced_calls.items() if bias is not None}
-        return SequencePlan(
-            {self.blocks: self.entry},
-            self.regions,
-            frozenset(self.reduced_layers),
-            frozenset(self.deferred_layers),
-            frozenset(self.reduced_calls),
-            frozenset(on_shards),
-            frozenset(on_full),
-            self._length_reads(),
-        )
+        layers, calls = (self.reduced_layers, self.deferred_layers), set(self.reduced_calls)
+        return SequencePlan({self.blocks: self.entry}, self.regions, *layers, calls, on_shards, on_full, self._length_reads())
 
     def _length_reads(self) -> dict[str, list[Call]]:
         """Return the places where code reads sizes of the sequence shard, changed so that it reads the full length."""

@@ -47,9 +47,10 @@ def shard_streams(workload: Workload, rules: list[Rule], sequence: SequencePlan,
     model, blocks = workload.model, workload.blocks
     found, inputs = replan_from_boundaries(model, rules, sequence, replan)
     traced = [r for r in rules_by_name(found.plan, model) if blocks.representative(r.pattern) == r.pattern]
-    new = [
-        Rule(r.pattern, _IN_STREAM.get(type(r.style), _unchanged)(r.pattern, r.style, sequence, inputs), r.reason) for r in traced
-    ]
+    new = []
+    for r in traced:
+        in_stream = _IN_STREAM.get(type(r.style))
+        new.append(Rule(r.pattern, in_stream(r.pattern, r.style, sequence, inputs), r.reason) if in_stream else r)
     adapted = {r.pattern for r in new if isinstance(r.style, LocalOps)}
     for module, calls in sequence.length_reads.items():
         if module not in adapted:
@@ -69,13 +70,6 @@ def calls_in_turn(calls: Iterable[Call]) -> tuple[Call, ...]:
     for c in calls:
         by_place.setdefault((c.name, c.at), []).append(c)
     return tuple(c for group in by_place.values() for c in (group[:1] if all(c == group[0] for c in group) else group))
-
-
-# ---------------------------------------------------------------------------------------------------------- styles of layers
-
-
-def _unchanged(name: str, style: Any, sequence: SequencePlan, inputs: Inputs) -> Any:
-    return style
 
 
 def _column_wise(name: str, style: Colwise, sequence: SequencePlan, inputs: Inputs) -> Colwise:
@@ -134,15 +128,8 @@ def _boundary_rules(sequence: SequencePlan, inputs: Inputs) -> Iterator[Rule]:
         yield Rule(blocks[-1], out, "residual stream all-gathered to the full sequence here")
 
 
-# -------------------------------------------------------------------------------------------------- parameters on the shard
-
-
 def _check_parameters(rules: list[Rule], sequence: SequencePlan, found: Replanned) -> None:
-    """Refuse a replicated parameter that works on the sequence shard and on full activations: its gradient would be neither.
-
-    Raises:
-        NotSequenceParallel: for the first.
-    """
+    """Refuse a replicated parameter that works on the sequence shard and on full activations: its gradient would be neither."""
     sharded = sharded_names(rules)
     for name in {**{n: None for n, _ in sequence.on_shards}, **found.trace.local_uses}:
         on_shards = {module for n, module in sequence.on_shards if n == name}

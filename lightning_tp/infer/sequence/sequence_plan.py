@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
@@ -54,11 +54,11 @@ class SequencePlan:
 
     streams: Mapping[tuple[str, ...], Arg | None] = field(default_factory=dict)  # blocks -> the argument of the first
     regions: Mapping[str, Region] = field(default_factory=dict)  # by name
-    reduced_layers: frozenset[str] = frozenset()  # row-wise layers whose partial sums are reduced where they stand
-    deferred_layers: frozenset[str] = frozenset()  # and those whose partial sums are reduced when their region returns
-    reduced_calls: frozenset[CallPlace] = frozenset()  # calls whose partial sums are reduced
-    on_shards: frozenset[tuple[str, str]] = frozenset()  # (parameter, module where it meets the sequence shard)
-    on_full: frozenset[tuple[str, str]] = frozenset()  # (parameter, module where it meets full activations)
+    reduced_layers: Set[str] = frozenset()  # row-wise layers whose partial sums are reduced where they stand
+    deferred_layers: Set[str] = frozenset()  # and those whose partial sums are reduced when their region returns
+    reduced_calls: Set[CallPlace] = frozenset()  # calls whose partial sums are reduced
+    on_shards: Set[tuple[str, str]] = frozenset()  # (parameter, module where it meets the sequence shard)
+    on_full: Set[tuple[str, str]] = frozenset()  # (parameter, module where it meets full activations)
     length_reads: Mapping[str, list[Call]] = field(default_factory=dict)  # module -> calls that get the full length
 
     def __or__(self, other: SequencePlan) -> SequencePlan:
