@@ -44,6 +44,18 @@ def test_what_raises_on_a_rank_is_found_with_its_module() -> None:
     assert "view" in failed.why or "shape" in failed.why
 
 
+class FirstOnly(Views):
+    """Runs with the 5 features of the first rank, not with the 4 of the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).unflatten(-1, (5, -1)).flatten(-2))
+
+
+def test_what_raises_on_the_last_rank_only_is_found() -> None:
+    failed = dry_run(Workload(FirstOnly(), lambda m, x: m(x), torch.zeros(2, 4), 2), PLAN)
+    assert failed is not None and failed.module == ""
+
+
 def test_what_runs_passes_on_uneven_shards_and_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 4))
     before, weights = [type(m) for m in model.modules()], [id(p) for p in model.parameters()]

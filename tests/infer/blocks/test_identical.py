@@ -141,6 +141,13 @@ class InAList(Numbered):
         return [True, False, False, True, False, False, True][self.at]
 
 
+class LastInAList(Numbered):
+    """The same, where only the last block does something else."""
+
+    def every_third(self) -> bool:
+        return [*[False] * (DEPTH - 1), True][self.at]
+
+
 class FromAStore(Block):
     """Its number is only where it keeps something."""
 
@@ -152,7 +159,8 @@ class FromAStore(Block):
 
 
 @pytest.mark.parametrize(
-    ("block", "kinds", "all_of_them"), [(Block, 1, False), (FromAStore, 1, False), (Numbered, 2, True), (InAList, 2, True)]
+    ("block", "kinds", "all_of_them"),
+    [(Block, 1, False), (FromAStore, 1, False), (Numbered, 2, True), (InAList, 2, True), (LastInAList, 2, True)],
 )
 def test_few_blocks_are_run_where_their_number_says_nothing(
     block: type[Block], kinds: int, all_of_them: bool, monkeypatch: pytest.MonkeyPatch

@@ -83,6 +83,7 @@ def test_at_the_ends_of_a_single_block_too_much_is_gathered() -> None:
 def test_a_sequence_has_a_token_for_each_rank() -> None:
     with pytest.raises(NotSequenceParallel, match="the sequence is shorter than tp"):
         followed(pre_norm(), pre_norm(), tp=13)
+    assert followed(pre_norm(), pre_norm(), tp=12).streams
 
 
 class Meets(MLP):

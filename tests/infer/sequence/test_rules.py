@@ -112,7 +112,9 @@ def test_a_parameter_of_the_stream_may_not_work_on_full_activations() -> None:
     assert sharded(uses={name: {"blocks.0.norm"}})  # in one call, of its own module
     with pytest.raises(NotSequenceParallel, match="works on the stream and on full activations"):
         sharded(uses={name: {"blocks.0.norm"}}, on_full={(name, "blocks.0.norm")})
-    assert sharded([*RULES[:-1], Rule("blocks.*.norm.weight", ShardParameter(0, (((0, 2),), ((2, 4),)))), REPLICATE], uses={name: {"out"}})
+    assert sharded(
+        [*RULES[:-1], Rule("blocks.*.norm.weight", ShardParameter(0, (((0, 2),), ((2, 4),)))), REPLICATE], uses={name: {"out"}}
+    )
 
 
 def reads(place: str) -> Call:
