@@ -15,7 +15,8 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from typing import Any, Literal
@@ -440,15 +441,6 @@ def rename_exchange(a: str, b: str) -> bool:
     raise OSError(code, os.strerror(code), a, None, b)
 
 
-# private: `FakeTensorMode`. Without it a checkpoint file would have to be loaded in full to read one tensor.
-
-
-# private: `UntypedStorage._checkpoint_offset`. As `fake_tensors`.
-
-
-_shared_fake_tensors = functools.cache(fake_tensors)
-
-
 def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
     """Return the parameters that stand at a module itself, by attribute; what is put there takes their place."""
     return module._parameters
@@ -506,3 +498,10 @@ class LateTensor:
         if value.untyped_storage().nbytes() != value.nbytes:  # a view: what is around it in memory is not written
             value = value.clone()
         return value.untyped_storage()
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Run operations without the `TorchFunctionMode`s and the `TorchDispatchMode`s that are on."""
+    with without_torch_function(), without_dispatch_modes():
+        yield

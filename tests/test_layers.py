@@ -37,7 +37,7 @@ SUBFOLDERS: dict[str, list[str]] = {
     "core": ["comm", "modules", "ops"],
     "styles": ["calls"],
     "checkpoint": ["storage", "weights"],
-    "infer": ["follow", "calls", "sequence"],
+    "infer": ["follow", "calls", "blocks", "sequence"],
     "estimate": ["trace", "rank", "cost", "report", "drawn"],
     "trainer": ["patches", "launch", "adapt"],
     "cli": ["targets"],

@@ -32,11 +32,8 @@ STILL = {
     "estimate/trace/steps.py",
     "estimate/trace/trace.py",
     "infer/calls/recorder.py",
-    "infer/dry_run.py",
     "infer/follow/meta.py",
     "infer/follow/tracer.py",
-    "infer/repeats.py",
-    "infer/sequence/tokens.py",
     "styles/calls/local_ops.py",
 }
 

@@ -1,60 +1,55 @@
-"""From traces to a plan: which weights are split, which rank has which feature, what else has to change."""
+"""Find a plan by running the model: `infer_plan`, and the search behind it, which reads from top to bottom in `Search.attempt`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import replace
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.state import I
 from lightning_tp.core.modules.blocks import starred
-from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than, preserve_modules
-from lightning_tp.core.ops.attention import readable_attention
+from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than
 from lightning_tp.core.ops.random_calls import comparable_runs
 from lightning_tp.errors import TPError
 from lightning_tp.infer.assign import (
-    MOST_SHARES,
-    TABLE,
-    Key,
-    _broken,
-    _demote,
-    _escaped,
-    _heads,
-    _inside,
-    _owners,
-    _share,
-    _standard,
-    _too_few,
+    LEAKED,
+    Assignment,
+    Parameters,
+    assign,
+    factor_to_share,
+    leaks_partial_gradients,
+    refused_by_calls,
+    sets_smaller_than_tp,
+    weights_inside,
 )
-from lightning_tp.infer.calls.local_sizes import PerRankInt
-from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder, untracked_size_reads
+from lightning_tp.infer.blocks.identical import Caller
+from lightning_tp.infer.blocks.workload import Key, TracedRun, Workload
 from lightning_tp.infer.dry_run import dry_run
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import FeatureTrace
-from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed
-from lightning_tp.infer.rules import _explained, _folded, _plan
-from lightning_tp.infer.sequence.stream import NotSequenceParallel
+from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
+from lightning_tp.infer.record import record_calls
+from lightning_tp.infer.rules import explained, fold, write_plan
+from lightning_tp.infer.sequence.boundaries import Replanned
+from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel
 from lightning_tp.infer.sequence.streams import with_sequence_parallel
 from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import Colwise
 
-MOST_REAL = 5_000_000  # parameters, above which a model is followed without computing
-
-
-MOST_RUNS = 24
-
-
-Caller = Callable[[nn.Module, Any], Any]
+MOST_REAL = 5_000_000  # parameters, above which a model is traced without computing
+MOST_ATTEMPTS = 24  # of a search
+MOST_SHARES = 2  # times that a further part of one fused weight is given to every rank
 
 
 def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp: int) -> Plan:
-    """Find how a model splits over `tp` ranks by running it, whatever its modules are called.
+    """Find how to shard a model over `tp` ranks by running it, whatever its modules are called.
 
     Nothing is changed and nothing is sent: the forward runs in this process, on the model's own weights or on the meta device, and every
     feature of every weight is followed to where it is used.
@@ -68,7 +63,7 @@ def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp
         The plan, not yet checked against the model (`parallelize` does it).
 
     Raises:
-        TPError: if the model can't be run, or nothing in it can be split.
+        TPError: if the model can't be run.
 
     Example:
         >>> import torch
@@ -81,215 +76,184 @@ def infer_plan(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...], tp
 
 
 def call_with(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> Any:
-    """The model's output for keyword or positional arguments."""
+    """Call a model with keyword or positional arguments."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
-    """As `infer_plan`, for a model that runs by `call(model, inputs)`: a training step, for instance.
+    """Find a plan as `infer_plan` does, for a model that runs by `call(model, inputs)`: a training step, for instance.
 
     Raises:
         TPError: as `infer_plan`.
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
+    workload = Workload(model, call, inputs, tp)
     with comparable_runs(model), gc_disabled():
         if has_more_than(model, MOST_REAL):
             try:
-                with MetaWeights(model) as twin:
-                    return _infer(model, call, inputs, tp, twin.weights)
-            except Exception:  # it decides by values, it may be: follow it on real ones
+                with MetaWeights(model) as on_meta:
+                    return _search(workload, on_meta.weights)
+            except Exception:  # its code may decide by values: trace it with real ones
                 pass
         try:
-            return _infer(model, call, inputs, tp, nullcontext)
+            return _search(workload, nullcontext)
         except TPError:
             raise
         except Exception as error:
             raise TPError(
-                f"Following the forward of {type(model).__name__} to find a plan ended with {type(error).__name__}: {error}. See that it runs "
-                "on these inputs in one process, or give a plan (`plan=`)."
+                f"Could not infer a plan: tracing `{type(model).__name__}` raised {type(error).__name__}: {error}{_raised_at(error)}. Check "
+                "that it runs on these inputs in a single process, or pass `plan=`."
             ) from error
 
 
-def _infer(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any) -> Plan:
-    with preserve_modules(model):
-        alike = alike_blocks(model, call, inputs)
+def _raised_at(error: Exception) -> str:
+    """Return the line of the user's code that raised: not one of torch, nor of this package."""
+    inner = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inner)]
+    return f" (at {lines[-1].filename}:{lines[-1].lineno})" if lines else ""
+
+
+def _search(workload: Workload, real_weights: Callable[[], AbstractContextManager[Any]]) -> Plan:
+    folded = workload.with_identical_blocks()
     try:
-        return _found(model, call, inputs, tp, weights, alike)
+        return Search(folded, real_weights).find()
     except Exception:
-        if not alike:
+        if not folded.blocks.copies:
             raise
-    return _found(model, call, inputs, tp, weights, {})  # code around the blocks looks for what only each of them makes
+    return Search(workload, real_weights).find()  # code around the blocks looks for what only each of them makes
 
 
-def _found(model: nn.Module, call: Caller, inputs: Any, tp: int, weights: Any, alike: Alike) -> Plan:
-    """The plan, from runs of the model as it stands; `weights()` is a context in which it has its weights, to try the plan."""
+@dataclass
+class Search:
+    """The search for a plan: what it runs, and what it has found so far. In names of modules and weights, numbers may be stars."""
 
-    ran: set[str] = set()
+    workload: Workload
+    real_weights: Callable[[], AbstractContextManager[Any]] = nullcontext  # in it, the model has its weights
+    kept_whole: dict[Key, str] = field(default_factory=dict)  # weights that every rank has all of, and why
+    shared: dict[Key, Tensor] = field(default_factory=dict)  # features of fused weights that every rank has: keys of few heads
+    shares: Counter[str] = field(default_factory=Counter)  # how often a part of a weight (stars) was shared
+    not_gathered: set[str] = field(default_factory=set)  # modules (stars) in which layers with an all-gathered output did not run
+    convolutions: set[str] = field(default_factory=set)  # weights of convolutions that features were followed through
+    parameters: Parameters = field(init=False)  # of the model, each by the first of its names
+    tables: frozenset[Key] = field(init=False)  # embeddings: their columns are not sharded
 
-    def once(tracer: Any) -> Any:
-        ran.clear()
-        return blocks_once(model, tracer, alike, ran)
+    def __post_init__(self) -> None:
+        model = self.workload.model
+        self.parameters = dict(model.named_parameters())
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self.tables = frozenset((n, 1) for n, p in self.parameters.items() if id(p) in embeddings)
 
-    names = {n: p for n, p in model.named_parameters()}
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    whole: dict[Key, str] = {(n, 1): TABLE for n, p in names.items() if id(p) in tables}
-    shared: dict[Key, Tensor] = {}
-    names_stars = {starred(n) for n in names}
-    tries: dict[str, int] = {}
-    ungathered: set[str] = set()
-    convolved: set[str] = set()
-    for turn in range(MOST_RUNS + 1):
-        if (
-            turn == MOST_RUNS // 2
-        ):  # a chain of convolutions and batch norms is given up one by one: not the rest of the model for it
-            late = "whether its channels stay apart was not found in time"
-            whole.update({(n, d): late for n in convolved for d in range(names[n].ndim)})
-        if turn == MOST_RUNS:  # what is left is whole, and right
-            whole.update({(n, d): "how its features are used could not be told" for n, p in names.items() for d in range(p.ndim)})
-            shared = {}
-        with readable_attention(model), preserve_modules(model):
-            trace, out, tracer = run(model, call, inputs, set(whole), shared, during=once)
-        convolved |= trace.convolved
-        alike = {name: like for name, like in alike.items() if name not in ran}  # given other inputs, after all: to be followed
-        escaped = _escaped(trace, out, tracer)
-        if escaped and shared:
-            shared, tries = {}, dict.fromkeys(names_stars, MOST_SHARES)
-            continue
-        bad = {k: "what every rank has of it meets what is whole" for k in trace.nodes} if escaped else _too_few(trace, tp, names)
-        if bad and not escaped and _share(bad, trace, shared, names, tries):
-            continue
-        if bad:
-            _demote(bad, whole, names, trace)
-            continue
-        owner = _owners(trace, tp)
-        heads = _heads(model, trace, owner, out, tracer, tp)
-        standard = _standard(model, trace, names)
-        with readable_attention(model):
-            found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads, once)
-        bad = _broken(found, trace, owner, sinks, heads, tp)
-        if not bad:
-            plan = _plan(model, trace, owner, found, heads, standard, whole, tp, ungathered, alike)
-            with readable_attention(model), preserve_modules(model):
-                replan = partial(
-                    _from_doors,
-                    model,
-                    call,
-                    inputs,
-                    trace,
-                    whole,
-                    shared,
-                    owner,
-                    tp,
-                    standard,
-                    heads,
-                    ungathered,
-                    plan,
-                    once,
-                    alike,
-                )
-                final = _with_sequence(model, call, inputs, plan, tp, replan, once, alike)
-            with weights():
-                failed = dry_run(model, call, inputs, final, tp, alike)
-                if failed is not None and final != plan:
-                    final, failed = plan, dry_run(model, call, inputs, plan, tp, alike)
-            if failed is None or turn == MOST_RUNS or (not trace.nodes and "" in ungathered):
-                return _explained(final, whole, names)
-            ungathered.add(starred(failed[0]) if trace.nodes else "")
-            bad = _inside(followed(failed[0], alike), failed[1], trace)
-        _demote(bad, whole, names, trace)
-    raise TPError(
-        f"No plan for {type(model).__name__} was found in {MOST_RUNS} runs; the last weights that were given up: "
-        f"{', '.join(n for n, _ in list(whole)[-3:])}. Give a plan (`plan=`)."
-    )
+    def find(self) -> Plan:
+        """Attempt to write a plan until one runs; each attempt that fails keeps more weights whole."""
+        for attempt in range(MOST_ATTEMPTS):
+            if attempt == MOST_ATTEMPTS // 2:  # a chain of convolutions is given up one by one: not the rest of the model for it
+                self._keep_all_whole(self.convolutions, f"no way to shard its channels was found in {attempt} runs")
+            plan = self.attempt()
+            if plan is not None:
+                return plan
+        self._keep_all_whole(self.parameters, "the trace does not show how its features are used")
+        self.shared = {}
+        plan = self.attempt()
+        assert plan is not None, "a plan that shards nothing is always right"
+        return plan
 
+    def attempt(self) -> Plan | None:
+        """Write a plan by what is known so far; None if it showed that more has to be kept whole, or shared."""
+        run = self.follow()
+        if self.refuse_sets(run):
+            return None
+        assignment = assign(self.workload, run, self.whole, self.shared, self.parameters)
+        recording = record_calls(self.workload, assignment)
+        if refused := refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp):
+            self.keep_whole(refused, run.trace)
+            return None
+        draft = write_plan(self.workload, assignment, recording, self.kept_whole, self.not_gathered)
+        plan = draft
+        if self.workload.tp > 1:
+            plan = with_sequence_parallel(self.workload, draft, partial(self._replan, draft, assignment))
+        plan = Plan(fold(plan.rules, self.workload.model), plan.source)
+        with self.real_weights():
+            failure = dry_run(self.workload, plan)
+            if failure is not None and plan != draft:
+                plan, failure = draft, dry_run(self.workload, draft)
+        if failure is not None and run.trace.nodes:
+            self.not_gathered.add(starred(failure.module))
+            self.keep_whole(weights_inside(self.workload.blocks.representative(failure.module), failure.why, run.trace), run.trace)
+            return None
+        return explained(plan, self.kept_whole, self.parameters)
 
-def _record(
-    model: nn.Module,
-    call: Caller,
-    inputs: Any,
-    trace: FeatureTrace,
-    whole: set[Key],
-    shared: dict[Key, Tensor],
-    owner: Tensor,
-    tp: int,
-    standard: dict[str, str],
-    heads: dict[str, int],
-    once: Any,
-    doors: Any = None,
-) -> tuple[CallChanges, list[Tensor]]:
-    recorders: list[CallRecorder] = []
-    whole_reads: set[Any] = set()
+    @property
+    def whole(self) -> frozenset[Key]:
+        """Weights, by (parameter, dim), that make no features."""
+        return self.tables | self.kept_whole.keys()
 
-    owners, owner = owner, owner.clone()
-    tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    for (name, _), nodes in trace.nodes.items():
-        if name in heads:
-            owner[nodes] = -1  # logits show their whole shape, and take care of themselves
+    def follow(self) -> TracedRun:
+        """Follow the features of one run. Blocks that had to run, since their inputs are not those of their representative, stay in."""
+        run = self.workload.trace(set(self.whole), self.shared)
+        self.convolutions |= run.trace.convolved
+        self.workload = replace(self.workload, blocks=self.workload.blocks.without(run.ran))
+        return run
 
-    def make(tracer: Any) -> CallRecorder:
-        by_call = {n: v for n, v in heads.items() if n not in standard}
-        tracer.owner = owner
-        tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
-        recorders.append(CallRecorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
-        recorders[-1].param_owner, recorders[-1].tables, recorders[-1].tried = owners, tables, trace.tried
-        recorders[-1].mixed = recorders[-1].found.mixed = set(trace.local_uses) & set(trace.whole_uses)
-        recorders[-1].outside = set(trace.whole_uses) - set(trace.local_uses)
-        if doors is not None:
-            doors(tracer)
-        return recorders[-1]
+    def refuse_sets(self, run: TracedRun) -> bool:
+        """Keep weights whole whose features form fewer sets than there are ranks, or share a part of one; return whether there are any."""
+        trace, leaked = run.trace, leaks_partial_gradients(run)
+        if leaked and self.shared:  # not by sharing, then
+            self.shared, self.shares = {}, Counter(dict.fromkeys(map(starred, self.parameters), MOST_SHARES))
+            return True
+        refused = dict.fromkeys(trace.nodes, LEAKED) if leaked else sets_smaller_than_tp(trace, self.workload.tp, self.parameters)
+        if refused and (leaked or not self._share_factor(refused, trace)):
+            self.keep_whole(refused, trace)
+        return bool(refused)
 
-    while True:
-        with preserve_modules(model):
-            _, out, tracer = run(model, call, inputs, whole, shared, make, during=once)
-        recorder = recorders[-1]
-        if PerRankInt.diverging - whole_reads:
-            whole_reads |= PerRankInt.diverging
-        elif unseen := untracked_size_reads(model, call, inputs, whole, shared, make, once, recorder, tracer):
-            whole_reads |= unseen
-        else:
-            break
-    outputs = [tracer.shadow(t).label for t in leaves(out)]
-    recorder.found.local_uses, recorder.found.trace = tracer.trace.local_uses, tracer.trace
-    return recorder.found, [x for x in outputs if x is not None]
+    def _share_factor(self, refused: Mapping[Key, str], trace: FeatureTrace) -> bool:
+        """Give every rank the part of a fused weight that joins all others, in all blocks; not more than MOST_SHARES times."""
+        found = factor_to_share(refused, trace)
+        if found is None:
+            return False
+        (name, dim), mask = found
+        star = starred(name)
+        self.shares[star] += 1
+        if self.shares[star] > MOST_SHARES:
+            self.shared = {key: m for key, m in self.shared.items() if starred(key[0]) != star}
+            return False
+        for n, p in self.parameters.items():
+            if starred(n) == star and p.shape[dim] == mask.numel():
+                self.shared[n, dim] = self.shared.get((n, dim), torch.zeros_like(mask)) | mask
+        return True
 
+    def keep_whole(self, refused: Mapping[Key, str], trace: FeatureTrace) -> None:
+        """Keep these weights whole, and those of the same name and shape in other blocks; all weights, if these were kept whole before."""
+        if self.whole.issuperset(refused):
+            refused = dict.fromkeys(trace.nodes, "the trace does not show how its features are used")
+        reasons = {(starred(n), self.parameters[n].shape, d): why for (n, d), why in refused.items()}
+        for n, p in self.parameters.items():
+            for d in range(p.ndim):
+                if (starred(n), p.shape, d) in reasons:
+                    self.kept_whole[n, d] = reasons[starred(n), p.shape, d]
 
-def _from_doors(
-    model: nn.Module,
-    call: Caller,
-    inputs: Any,
-    trace: FeatureTrace,
-    whole: dict[Key, str],
-    shared: dict[Key, Tensor],
-    owner: Tensor,
-    tp: int,
-    standard: dict[str, str],
-    heads: dict[str, int],
-    ungathered: set[str],
-    plan: Plan,
-    once: Any,
-    alike: Alike,
-    doors: Callable[[Any], None],
-) -> tuple[Plan, CallChanges]:
-    """The plan as it is where some modules are given a stream of which each rank has a share of the gradient; see `sequence.py`."""
-    found, sinks = _record(model, call, inputs, trace, set(whole), shared, owner, tp, standard, heads, once, doors)
-    assert found.trace is not None
-    for (weight, _), why in _broken(found, trace, owner, sinks, heads, tp).items():
-        raise NotSequenceParallel(f"{weight}: {why}", {weight.rpartition(".")[0]})
-    if any(not bool(shrunk(x).any()) for x in sinks):
-        raise NotSequenceParallel("a share of a gradient leaves the model")
-    gathers = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == I}
-    for where in [n for n, _ in model.named_modules() if any(Rule(g, "colwise").matches(n) for g in gathers)]:
-        for name, _ in model.get_submodule(where).named_parameters(prefix=where):  # its output is whole again, whatever it reads
-            for uses in (found.trace.local_uses, found.trace.whole_uses):
-                uses.pop(name, None)
-            found.trace.whole_uses.update({name: trace.whole_uses[name]} if name in trace.whole_uses else {})
-    seen = replace(trace, local_uses=found.trace.local_uses, whole_uses=found.trace.whole_uses)
-    return _plan(model, seen, owner, found, heads, standard, whole, tp, ungathered, alike), found
+    def _keep_all_whole(self, names: Iterable[str], why: str) -> None:
+        self.kept_whole.update({(n, d): why for n in names for d in range(self.parameters[n].ndim)})
 
+    def _replan(self, plan: Plan, assignment: Assignment, prepare: Callable[[FeatureTracer], None]) -> Replanned:
+        """Write the plan again where modules are given a stream that each rank has a part of the gradient of."""
+        recording = record_calls(self.workload, assignment, prepare)
+        refused = refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp)
+        for (weight, _), why in refused.items():
+            raise NotSequenceParallel(f"{weight}: {why}", {weight.rpartition(".")[0]})
+        if any(not bool(shrunk(label).any()) for label in recording.outputs):
+            raise NotSequenceParallel("a partial gradient leaves the model")
+        gathered = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == I}
+        trace = self._as_full(recording.trace, gathered, assignment.trace)
+        seen = replace(assignment, trace=replace(assignment.trace, local_uses=trace.local_uses, whole_uses=trace.whole_uses))
+        again = replace(recording, trace=trace)
+        return Replanned(write_plan(self.workload, seen, again, self.kept_whole, self.not_gathered), trace, assignment.mixed)
 
-def _with_sequence(model: nn.Module, call: Caller, inputs: Any, plan: Plan, tp: int, replan: Any, once: Any, alike: Alike) -> Plan:
-    rules = with_sequence_parallel(model, call, inputs, plan, tp, replan, once, alike).rules if tp > 1 else plan.rules
-    everything = [n for n, _ in model.named_modules()] + list(dict(model.named_parameters(remove_duplicate=False)))
-    catch_all = [r for r in rules if r.pattern == "**"]
-    return Plan([*_folded([r for r in rules if r.pattern != "**"], everything), *catch_all], plan.source)
+    def _as_full(self, trace: FeatureTrace, gathered: set[str], before: FeatureTrace) -> FeatureTrace:
+        """Return a trace in which layers with an all-gathered output are used as before, whatever their input is now."""
+        modules = dict(self.workload.model.named_modules())
+        names = {n for where in gathered if where in modules for n, _ in modules[where].named_parameters(prefix=where)}
+        local = {n: users for n, users in trace.local_uses.items() if n not in names}
+        full = {n: users for n, users in trace.whole_uses.items() if n not in names}
+        full |= {n: before.whole_uses[n] for n in names if n in before.whole_uses}
+        return replace(trace, local_uses=local, whole_uses=full)

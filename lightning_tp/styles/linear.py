@@ -21,7 +21,7 @@ from lightning_tp.styles.base import BindContext, PlanContext, Style, linear_dim
 from lightning_tp.styles.split import Ranges, Split, check_heads, even_split, head_split, split_of_ranges
 
 
-def _runs_torchs_code(module: nn.Module) -> bool:
+def runs_torchs_code(module: nn.Module) -> bool:
     """Whether this is a linear layer or a convolution, and no class below has a forward of its own."""
     own = next((c for c in (nn.Linear, *CONVOLUTIONS) if isinstance(module, c)), None)
     methods = ("forward", "_conv_forward") if own in CONVOLUTIONS else ("forward",)

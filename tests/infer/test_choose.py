@@ -45,7 +45,7 @@ def test_a_declaration_that_is_as_good_is_taken() -> None:
 
 def test_one_that_splits_less_is_improved_on() -> None:
     plan = chosen(Declares({"up": "colwise_gather_output"}))
-    assert plan.source == "inferred: a rank holds 50% of the weights; as declared by Declares, 74%"
+    assert plan.source == "inferred: a rank holds 50% of the parameters; as declared by Declares, 74%"
     assert {r.pattern: r.style.name for r in plan.rules} == {"up": "colwise", "down": "rowwise", "**": "replicate"}
 
 
@@ -60,7 +60,7 @@ def test_one_whose_code_does_not_run_on_shards() -> None:
 
 
 def test_without_inputs_that_run_the_reason_is_told() -> None:
-    with pytest.raises(TPError, match=r"ended with RuntimeError: .*shapes"):
+    with pytest.raises(TPError, match=r"tracing `Declares` raised RuntimeError: .*shapes"):
         chosen(Declares({}), (torch.zeros(2, 3),))
 
 

@@ -13,6 +13,7 @@ from examples.llama import PLAN as LLAMA_PLAN
 from examples.llama import Llama, LlamaConfig
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.snapshot import preserve_modules
+from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.dry_run import count_collectives, dry_run
 from lightning_tp.shards import gradients
 from lightning_tp.testing import fake_world
@@ -37,16 +38,28 @@ PLAN = ltp.Plan({"a": "colwise", "b": "rowwise"})
 def test_what_raises_on_a_rank_is_found_with_its_module() -> None:
     model = nn.Sequential(Views(), nn.Linear(4, 4))
     plan = ltp.Plan({"0.a": "colwise", "0.b": "rowwise", "**": "replicate"})
-    failed = dry_run(model, lambda m, x: m(x), torch.zeros(2, 4), plan, 2, {})
+    failed = dry_run(Workload(model, lambda m, x: m(x), torch.zeros(2, 4), 2), plan)
     assert failed is not None
-    assert failed[0] == "0"
-    assert "view" in failed[1] or "shape" in failed[1]
+    assert failed.module == "0"
+    assert "view" in failed.why or "shape" in failed.why
+
+
+class FirstOnly(Views):
+    """Runs with the 5 features of the first rank, not with the 4 of the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).unflatten(-1, (5, -1)).flatten(-2))
+
+
+def test_what_raises_on_the_last_rank_only_is_found() -> None:
+    failed = dry_run(Workload(FirstOnly(), lambda m, x: m(x), torch.zeros(2, 4), 2), PLAN)
+    assert failed is not None and failed.module == ""
 
 
 def test_what_runs_passes_on_uneven_shards_and_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 4))
     before, weights = [type(m) for m in model.modules()], [id(p) for p in model.parameters()]
-    assert dry_run(model, lambda m, x: m(x), torch.zeros(2, 3, 4), ltp.Plan({"0": "colwise", "2": "rowwise"}), 2, {}) is None
+    assert dry_run(Workload(model, lambda m, x: m(x), torch.zeros(2, 3, 4), 2), ltp.Plan({"0": "colwise", "2": "rowwise"})) is None
     assert [type(m) for m in model.modules()] == before
     assert [id(p) for p in model.parameters()] == weights
     assert (model[0].out_features, model[2].in_features) == (9, 9)
@@ -55,13 +68,14 @@ def test_what_runs_passes_on_uneven_shards_and_leaves_the_model_as_it_was() -> N
 def test_a_plan_that_does_not_fit_is_a_failure_and_one_that_splits_nothing_is_not() -> None:
     model = Views()
     model.b.weight = nn.Parameter(torch.zeros(4, 9))
-    assert dry_run(model, lambda m, x: m(x), torch.zeros(2, 4), ltp.Plan({"a": "colwise"}), 2, {}) is not None
-    assert dry_run(model, lambda m, x: m(x), torch.zeros(2, 4), ltp.Plan({"**": "replicate"}, "inferred"), 2, {}) is None
+    workload = Workload(model, lambda m, x: m(x), torch.zeros(2, 4), 2)
+    assert dry_run(workload, ltp.Plan({"a": "colwise"})) is not None
+    assert dry_run(workload, ltp.Plan({"**": "replicate"}, "inferred")) is None
 
 
 def test_weights_on_meta() -> None:
-    failed = dry_run(Views().to("meta"), lambda m, x: m(x), torch.zeros(2, 4), PLAN, 2, {})
-    assert failed is not None and "shape '[2, 9]'" in failed[1]
+    failed = dry_run(Workload(Views().to("meta"), lambda m, x: m(x), torch.zeros(2, 4), 2), PLAN)
+    assert failed is not None and "shape '[2, 9]'" in failed.why
 
 
 def test_what_only_values_tell_is_not_held_against_a_plan() -> None:
@@ -69,7 +83,7 @@ def test_what_only_values_tell_is_not_held_against_a_plan() -> None:
         return model[1](model[0](x)) if model[0](x).sum() > 0 else x
 
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)).to("meta")
-    assert dry_run(model, call, torch.zeros(2, 4), ltp.Plan({"0": "colwise", "1": "rowwise"}), 2, {}) is None
+    assert dry_run(Workload(model, call, torch.zeros(2, 4), 2), ltp.Plan({"0": "colwise", "1": "rowwise"})) is None
 
 
 def test_attributes_lists_hooks_and_classes_come_back() -> None:

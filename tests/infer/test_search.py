@@ -160,7 +160,7 @@ def test_code_that_does_not_run_on_shards_is_kept_whole() -> None:
 
     found = {r.pattern: r for r in ltp.infer_plan(Strict(), (torch.zeros(2, 3, 8),), tp=2).rules}
     assert "a" not in found or found["a"].style.output == I  # type: ignore[attr-defined]
-    assert "a" in found or "does not run on shards" in found["a.weight"].reason
+    assert "a" in found or "does not run on local shards" in found["a.weight"].reason
 
 
 def test_tp_is_checked() -> None:
@@ -179,10 +179,8 @@ def test_what_stays_whole_says_why_and_what_it_costs() -> None:
     model, inputs, _ = CASES["experts_einsum"]()
     reasons = {r.pattern: r.reason for r in ltp.infer_plan(model, inputs, tp=2).rules}
     router = next(reason for name, reason in reasons.items() if "softmax" in reason)
-    assert re.fullmatch(
-        r"`softmax` in `.*` needs its features together, in fewer than tp=2 parts; \d+\.\d\d% of the weights", router
-    )
-    assert re.fullmatch(r"no split features reach the rest; \d+\.\d\d% of the weights", reasons["**"])
+    assert re.fullmatch(r"`softmax` in `.*` needs features from several ranks; \d+\.\d\d% of the parameters", router)
+    assert re.fullmatch(r"replicated: its input is not sharded; such weights are \d+\.\d\d% of the parameters", reasons["**"])
 
 
 @pytest.mark.parametrize("name", ["hf_gpt2", "hf_bert", "hf_bart", "hf_t5", "torch_decoder", "fused_slices", "modulated"])

@@ -1,18 +1,31 @@
-"""Find the repeated blocks of a model, and fold their numbered names for display."""
+"""The repeated blocks of a model: which modules they are, which have the same code and settings, and their names, folded.
+
+Three questions, each more expensive than the one before, and each asked of the answer to the one before:
+
+1. Which modules are repeated blocks? `find_blocks`: children of one container with the same class and parameter shapes.
+2. Which of these have the same code and settings? `block_settings`: equal up to the block's own number.
+3. Which of these do the same in this call of the model? `infer.blocks.identical.identical_blocks`: it runs the model and compares operations.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
+from types import FunctionType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+NOT_SETTINGS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks of a model: children of one container that have the same class and the same parameter shapes.
+    """Return (name, module) of the repeated blocks: children of one container that have the same class and the same parameter shapes.
 
     The outermost such containers count: the experts inside a block are not blocks. A block that has two names (`self.backbone =
-    self.model.layers`) is one, by the first.
+    self.model.layers`) is listed once, under the first.
 
     Example:
         >>> from torch import nn
@@ -42,7 +55,7 @@ def _blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def own_numbers(blocks: Mapping[str, nn.Module]) -> dict[str, set[tuple[str, str]]]:
-    """For each container of blocks, (module, attribute) in which every block keeps its own number: its key, or its place among all.
+    """Return, for each container of blocks, the (module, attribute) in which every block keeps its own number: its key, or its index.
 
     Example:
         >>> layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -65,8 +78,68 @@ def own_numbers(blocks: Mapping[str, nn.Module]) -> dict[str, set[tuple[str, str
     return found
 
 
+def block_settings(blocks: Mapping[str, nn.Module]) -> dict[str, Hashable]:
+    """Return, for each block, what its code can see of itself: classes, attributes, shapes. Equal values mean the same code and settings.
+
+    A block's own number (see `own_numbers`) does not count, nor does the value of a float: it scales, and moves nothing to another place.
+    An object of a class that nothing is known about is equal to itself only. Blocks of different containers are never equal.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+        >>> settings = block_settings(dict(layers.named_children()))
+        >>> settings["0"] == settings["1"], settings["0"] == settings["2"]
+        (True, False)
+    """
+    numbers = own_numbers(blocks)
+    found: dict[str, Hashable] = {}
+    for name, block in blocks.items():
+        container = name.rpartition(".")[0]
+        own = numbers[container]
+        modules = tuple(
+            (
+                n,
+                type(m),
+                tuple((k, "own number" if (n, k) in own else _setting(v)) for k, v in m.__dict__.items() if k not in NOT_SETTINGS),
+            )
+            for n, m in block.named_modules()
+        )
+        tensors = tuple((n, _setting(t)) for n, t in [*block.named_parameters(), *block.named_buffers()])
+        found[name] = container, modules, tensors
+    return found
+
+
+def _setting(value: Any) -> Hashable:
+    if isinstance(value, float):
+        return value != 0
+    if isinstance(value, (bool, int, str, bytes, type(None), torch.dtype, torch.device, FunctionType, type)):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape), value.dtype, value.requires_grad
+    if type(value) in (list, tuple, torch.Size):
+        return type(value), tuple(_setting(v) for v in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value), tuple((_setting(k), _setting(v)) for k, v in value.items())
+    return "object", id(value)
+
+
+def copies_of_first(keys: Mapping[str, Hashable]) -> dict[str, str]:
+    """Return name -> the first name with an equal key; names that are the first of their key are left out.
+
+    Example:
+        >>> copies_of_first({"a": 1, "b": 2, "c": 1, "d": 1})
+        {'c': 'a', 'd': 'a'}
+    """
+    first: dict[Hashable, str] = {}
+    return {name: first[key] for name, key in keys.items() if first.setdefault(key, name) != name}
+
+
 def fold(names: list[str]) -> str:
-    """`layers.0.wq`, `layers.1.wq` -> `layers.{0-1}.wq`."""
+    """Write names that differ in their numbers as one.
+
+    Example:
+        >>> fold(["layers.0.wq", "layers.1.wq", "layers.3.wq"])
+        'layers.{0-1,3}.wq'
+    """
     parts = [re.split(r"(\d+)", name) for name in names]
     folded = []
     for column in zip(*parts, strict=True):
@@ -86,7 +159,12 @@ def _spans(numbers: Iterable[int]) -> str:
 
 
 def starred(name: str) -> str:
-    """`layers.3.wq` -> `layers.*.wq`: what blocks have in common."""
+    """Replace the numbers of a dotted name by stars: what the names of repeated blocks have in common.
+
+    Example:
+        >>> starred("layers.3.wq")
+        'layers.*.wq'
+    """
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 

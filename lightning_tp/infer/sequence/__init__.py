@@ -1,1 +1,1 @@
-"""Infer where activations can be sharded along the sequence."""
+"""Find the activations between sharded layers that can be sharded along the sequence: sequence parallelism."""

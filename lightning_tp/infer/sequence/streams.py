@@ -1,136 +1,121 @@
-"""Where the residual stream of repeated blocks may lie in shards of the sequence: sequence parallelism, inferred.
+"""Sequence parallelism, inferred: find the streams of repeated blocks that can be sharded along the sequence.
 
-From the first block to the last, what is neither inside an attention nor inside an MLP (norms, dropout, residual sums) is to run on this
-rank's tokens. The blocks are run once more with a label on each token: that has to come out of every operation between the split regions
-unmixed, without a size or an operand that would have to change. A region (a module that takes the stream whole) is entered by an
-all-gather, and what the ranks' terms of its result add up to is left by a reduce-scatter, as in Megatron-LM: where the layer that
-makes them stands, or, where code goes on with it that can as well run on terms, when the region returns. A region whose code allows neither
-is opened, and the modules in it are regions. Inside, code sees the whole stream and has a share of its gradient; so the features are
-followed once more, from the doors of the regions on. Where the code does not allow just that, or more would be gathered than is summed, the
-stream stays whole.
+From the first block to the last, what is neither inside an attention nor inside an MLP (norms, dropout, residual sums) is to run on the
+local sequence shard. The blocks are run once more with a label on each token: it has to come out of every operation between the sharded
+regions unmixed, without a size or an operand that would have to change (`follow_tokens.py`). A region, a module that takes the full sequence,
+is entered by an all-gather; its partial sums are reduce-scattered, as in Megatron-LM: where the layer that makes them stands or, where code
+goes on with them that can as well run on partial sums, when the region returns. A region whose code allows neither is opened, and the
+modules in it are regions. Inside, code has the full stream and a part of its gradient; so the features are followed once more, from the
+boundaries of the regions on (`boundaries.py`). Where the code does not allow just that, or more would be all-gathered than is reduced, the
+stream is replicated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
 from torch import nn
 
-from lightning_tp.core.modules.blocks import find_blocks, starred
-from lightning_tp.infer.repeats import Alike
-from lightning_tp.infer.sequence.doors import Replan, _expanded, _with_cuts
-from lightning_tp.infer.sequence.stream import STEPS, NotSequenceParallel, SequencePlan, _Choices, _Region
-from lightning_tp.infer.sequence.tokens import _cut
+from lightning_tp.core.modules.blocks import enclosing, find_blocks, starred
+from lightning_tp.infer.blocks.workload import Workload
+from lightning_tp.infer.sequence.boundaries import Replan
+from lightning_tp.infer.sequence.follow_tokens import follow_tokens
+from lightning_tp.infer.sequence.rules import rules_by_name, shard_streams, sharded_names
+from lightning_tp.infer.sequence.sequence_plan import Alternatives, NotSequenceParallel, Reduction, Region, SequencePlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Replicate
 
-MOST_RUNS = 12  # of the model, for one stream
+MOST_ATTEMPTS = 12  # for one stream
 
 
-def with_sequence_parallel(
-    model: nn.Module,
-    call: Callable[[nn.Module, Any], Any],
-    inputs: Any,
-    plan: Plan,
-    tp: int,
-    replan: Replan,
-    once: Any = None,
-    alike: Alike | None = None,
-) -> Plan:
-    """The plan, with the streams of repeated blocks in shards of the sequence where the code allows it.
+def with_sequence_parallel(workload: Workload, plan: Plan, replan: Replan) -> Plan:
+    """Return the plan with the streams of repeated blocks sharded along the sequence, where the code allows it.
 
-    `replan(doors)` follows the features once more, where `doors(tracer)` puts labels on what the regions are given. Blocks that are `alike`
-    an earlier one are not followed, while `once(tracer)` is entered (see `repeats.py`): they are ruled as that one is.
+    Args:
+        replan: follows the features once more; see `boundaries.replan_from_boundaries`.
     """
-    alike = alike or {}
-    rules = _expanded(plan, model)
-    cuts: list[SequencePlan] = []
-    for blocks in _streams(model, rules):
-        if any(b in of.blocks for of in cuts for b in blocks):
-            continue
-        found = _try(model, call, inputs, rules, blocks, tp, cuts, replan, once, alike)
-        if found is not None:
-            plan_in_shards, cuts = found
-    return plan_in_shards if cuts else plan
+    rules = rules_by_name(plan, workload.model)
+    sharded = SequencePlan()
+    for blocks in _candidates(workload.model, rules):
+        if not {b for earlier in sharded.streams for b in earlier} & set(blocks):
+            plan, sharded = _try_stream(workload, rules, blocks, sharded, replan) or (plan, sharded)
+    return plan
 
 
-def _try(
-    model: nn.Module,
-    call: Callable[[nn.Module, Any], Any],
-    inputs: Any,
-    rules: list[Rule],
-    blocks: list[str],
-    tp: int,
-    cuts: list[SequencePlan],
-    replan: Replan,
-    once: Any,
-    alike: Alike,
-) -> tuple[Plan, list[SequencePlan]] | None:
-    """The plan with one more stream in shards; None if it has to stay whole."""
-    choices = _Choices()
-    steps = choices.steps
-    regions: dict[str, _Region] = {}
-    for _ in range(MOST_RUNS):
+def _try_stream(
+    workload: Workload, rules: list[Rule], blocks: tuple[str, ...], earlier: SequencePlan, replan: Replan
+) -> tuple[Plan, SequencePlan] | None:
+    """Return the plan with one more stream sharded, and what that takes; None if the stream has to be replicated."""
+    alternatives = Alternatives()
+    for _ in range(MOST_ATTEMPTS):
+        regions = [r for block in blocks for r in _regions(workload.model, rules, block, alternatives.reductions)]
+        sequence = SequencePlan()
         try:
-            regions = {r.name: r for b in blocks for r in _regions(model, rules, b, steps)}
-            cut = _cut(model, call, inputs, rules, blocks, tp, regions, choices, once)
-            return _with_cuts(model, rules, [*cuts, cut], replan, alike), [*cuts, cut]
-        except NotSequenceParallel as no:
-            if not (no.otherwise.kept <= choices.kept and no.otherwise.reads <= choices.reads):
-                choices.kept |= no.otherwise.kept
-                choices.reads |= no.otherwise.reads
-                continue
-            around = {r for m in no.modules for r in regions if m == r or m.startswith(f"{r}.")}
-            names = {starred(r) for r in around if steps.get(starred(r), 0) < 3}
-            if not names:
-                return None
-            wider = {starred(r) for r in around if regions[r].wider}
-            for name in names:
-                steps[name] = steps.get(name, 0) + 1
-                if STEPS[steps[name]] == "sums" and name not in wider:
-                    steps[name] += 1
+            sequence = follow_tokens(workload, rules, blocks, regions, alternatives)
+            return shard_streams(workload, rules, earlier | sequence, replan), earlier | sequence
+        except NotSequenceParallel as refusal:
+            other_width = refusal.other_width | {r.name for r in sequence.regions.values() if r.other_width}
+            following = _next_alternatives(alternatives, refusal, [r.name for r in regions], other_width)
+            if following is None:
+                break
+            alternatives = following
     return None
 
 
-def _streams(model: nn.Module, rules: list[Rule]) -> Iterator[list[str]]:
-    """The names of blocks that may follow each other: what one container holds; then those that are alike."""
-    split = [r.pattern for r in rules if r.style.splits_parameters and not isinstance(r.style, Replicate)]
+def _next_alternatives(
+    tried: Alternatives, refusal: NotSequenceParallel, regions: Collection[str], other_width: frozenset[str]
+) -> Alternatives | None:
+    """Return what to try after a refusal: other arguments or sizes, else another reduction for the regions around; None if there is none."""
+    other = refusal.alternatives
+    args, reads = tried.sharded_args | other.sharded_args, tried.full_size_reads | other.full_size_reads
+    if (args, reads) != (tried.sharded_args, tried.full_size_reads):
+        return replace(tried, sharded_args=args, full_size_reads=reads)
+    around = {r for m in refusal.modules for r in regions if enclosing(m, {r})}
+    wide = {starred(r) for r in around & other_width}
+    following: dict[str, Reduction] = {}
+    for name in {starred(r) for r in around}:
+        reduction = tried.reductions.get(name, Reduction.OF_STREAM)
+        if reduction is not Reduction.OPENED:
+            step = 2 if reduction is Reduction.OF_STREAM and name not in wide else 1
+            following[name] = Reduction(reduction + step)
+    return replace(tried, reductions={**tried.reductions, **following}) if following else None
 
-    def walk(module: nn.Module, prefix: str) -> Iterator[list[str]]:
+
+def _candidates(model: nn.Module, rules: list[Rule]) -> Iterator[tuple[str, ...]]:
+    """Yield the names of blocks that may follow each other: what one container holds; then repeated blocks of one container."""
+    sharded = sharded_names(rules)
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, ...]]:
         names = [f"{prefix}{n}" for n, _ in module.named_children()]
-        holds = [any(s.startswith(f"{n}.") for s in split) and n not in split for n in names]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and any(holds):
-            yield names
+        holds_layers = [any(s.startswith(f"{n}.") for s in sharded) and n not in sharded for n in names]
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and any(holds_layers):
+            yield tuple(names)
             return
         for name, child in module.named_children():
             yield from walk(child, f"{prefix}{name}.")
 
     yield from walk(model, "")
-    by_holder: dict[str, list[str]] = {}
+    by_container: dict[str, list[str]] = {}
     for name, _ in find_blocks(model):
-        by_holder.setdefault(name.rpartition(".")[0], []).append(name)
-    yield from by_holder.values()
+        by_container.setdefault(name.rpartition(".")[0], []).append(name)
+    yield from map(tuple, by_container.values())
 
 
-def _regions(model: nn.Module, rules: list[Rule], block: str, steps: dict[str, int]) -> Iterator[_Region]:
-    """The topmost modules below a block that hold split layers, but for those that are opened."""
-    split = {
-        r.pattern
-        for r in rules
-        if r.pattern.startswith(f"{block}.") and r.style.splits_parameters and not isinstance(r.style, Replicate)
-    }
+def _regions(model: nn.Module, rules: list[Rule], block: str, reductions: Mapping[str, Reduction]) -> Iterator[Region]:
+    """Yield the topmost modules below a block that hold sharded layers, but for those that are opened."""
+    sharded = sharded_names(rules)
 
-    def walk(name: str) -> Iterator[_Region]:
-        for child, m in model.get_submodule(name).named_children():
+    def walk(name: str) -> Iterator[Region]:
+        for child, module in model.get_submodule(name).named_children():
             where = f"{name}.{child}"
-            if not any(n == where or n.startswith(f"{where}.") for n in split):
+            if not any(enclosing(n, {where}) for n in sharded):
                 continue
-            step = steps.get(starred(where), 0)
-            if isinstance(m, (nn.ModuleList, nn.ModuleDict)) or (step == 3 and where not in split):
+            reduction = reductions.get(starred(where), Reduction.OF_STREAM)
+            opened = reduction is Reduction.OPENED and where not in sharded
+            if opened or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
                 yield from walk(where)
             else:
-                yield _Region(where, STEPS[min(step, 2)])
+                yield Region(where, min(reduction, Reduction.AT_RETURN))
 
     yield from walk(block)

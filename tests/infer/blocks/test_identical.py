@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp import infer_plan
-from lightning_tp.infer import repeats
+from lightning_tp.infer.blocks import identical
+from lightning_tp.infer.blocks.identical import WatchedNumber, watch_numbers
+from lightning_tp.infer.blocks.repeated import RepeatedBlocks
 from lightning_tp.infer.follow import tracer as tracer_module
 
 DEPTH = 7
+FINDER = "lightning_tp.infer.blocks.workload.identical_blocks"
 
 
 class Block(nn.Module):
@@ -82,21 +87,21 @@ def _hf(name: str) -> tuple[nn.Module, dict[str, Any]]:
 def test_same_plan_as_following_all(name: str, meta: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = _hf(name)
     model = model.to("meta") if meta else model
-    followed: list[dict[str, str]] = []
-    find = repeats.alike_blocks
-    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: followed.append(find(*a)) or followed[-1])
+    found: list[RepeatedBlocks] = []
+    find = identical.identical_blocks
+    monkeypatch.setattr(FINDER, lambda *a: found.append(find(*a)) or found[-1])
     quick = infer_plan(model, inputs, tp=2)
-    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: {})
+    monkeypatch.setattr(FINDER, lambda *a: RepeatedBlocks())
     assert quick == infer_plan(model, inputs, tp=2)
-    assert len(followed[0]) >= (DEPTH - 2 if name != "t5" else 2 * DEPTH - 5) or name == "mixtral"
+    assert len(found[0].copies) >= (DEPTH - 2 if name != "t5" else 2 * DEPTH - 5) or name == "mixtral"
 
 
 @pytest.mark.parametrize(("mixed", "kinds"), [(False, 1), (True, 2)])
 def test_what_is_alike(mixed: bool, kinds: int) -> None:
     model = Model(mixed)
-    alike = repeats.alike_blocks(model, lambda m, x: m(*x), (torch.zeros(1, 5, dtype=torch.long),))
-    assert len(alike) == DEPTH - kinds
-    assert set(alike.values()) == {f"layers.{i}" for i in range(kinds)}
+    copies = identical.identical_blocks(model, lambda m, x: m(*x), (torch.zeros(1, 5, dtype=torch.long),)).copies
+    assert len(copies) == DEPTH - kinds
+    assert set(copies.values()) == {f"layers.{i}" for i in range(kinds)}
 
 
 def test_code_that_looks_for_what_each_block_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +119,7 @@ def test_code_that_looks_for_what_each_block_leaves(monkeypatch: pytest.MonkeyPa
     model = Caching(mixed=False)
     inputs = (torch.zeros(1, 5, dtype=torch.long),)
     quick = infer_plan(model, inputs, tp=2)
-    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: {})
+    monkeypatch.setattr(FINDER, lambda *a: RepeatedBlocks())
     assert quick == infer_plan(model, inputs, tp=2)
 
 
@@ -136,6 +141,13 @@ class InAList(Numbered):
         return [True, False, False, True, False, False, True][self.at]
 
 
+class LastInAList(Numbered):
+    """The same, where only the last block does something else."""
+
+    def every_third(self) -> bool:
+        return [*[False] * (DEPTH - 1), True][self.at]
+
+
 class FromAStore(Block):
     """Its number is only where it keeps something."""
 
@@ -147,7 +159,8 @@ class FromAStore(Block):
 
 
 @pytest.mark.parametrize(
-    ("block", "kinds", "all_of_them"), [(Block, 1, False), (FromAStore, 1, False), (Numbered, 2, True), (InAList, 2, True)]
+    ("block", "kinds", "all_of_them"),
+    [(Block, 1, False), (FromAStore, 1, False), (Numbered, 2, True), (InAList, 2, True), (LastInAList, 2, True)],
 )
 def test_few_blocks_are_run_where_their_number_says_nothing(
     block: type[Block], kinds: int, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
@@ -156,12 +169,13 @@ def test_few_blocks_are_run_where_their_number_says_nothing(
     model.layers = nn.ModuleList(block(32, 4, i) for i in range(DEPTH))
     inputs = (torch.zeros(1, 5, dtype=torch.long),)
     ran: list[set[str]] = []
-    once = repeats.blocks_once
+    skip = identical.skip_copies
     monkeypatch.setattr(
-        repeats, "blocks_once", lambda model, tracer, alike, names: (ran.append(names), once(model, tracer, alike, names))[1]
+        identical, "skip_copies", lambda model, blocks, tracer: skip(model, blocks, tracer, ran.append(set()) or ran[-1])
     )
-    alike = repeats.alike_blocks(model, lambda m, x: m(*x), inputs)
-    assert len(alike) == DEPTH - kinds and ("layers.3" in alike) and alike["layers.3"] == "layers.0"
+    copies = identical.identical_blocks(model, lambda m, x: m(*x), inputs).copies
+    assert len(copies) == DEPTH - kinds and ("layers.3" in copies) and copies["layers.3"] == "layers.0"
+    assert ran[0] == {"layers.0"}  # of those that may be skipped: the second and the last are not among them
     assert len(ran) == (2 if all_of_them else 1)
     assert [layer.at for layer in model.layers] == list(range(DEPTH)) and type(model.layers[2].at) is int  # type: ignore[union-attr]
 
@@ -207,7 +221,7 @@ def test_blocks_that_give_features_of_their_own(read: bool, monkeypatch: pytest.
     FORWARDS.clear()
     quick = infer_plan(model, (ids,), tp=2)
     assert FORWARDS.count(model.layers[3]) <= 2  # on a rank, the plan is tried on all
-    monkeypatch.setattr("lightning_tp.infer.search.alike_blocks", lambda *a: {})
+    monkeypatch.setattr(FINDER, lambda *a: RepeatedBlocks())
     assert quick == infer_plan(model, (ids,), tp=2) and FORWARDS.count(model.layers[3]) > 4
 
 
@@ -246,3 +260,43 @@ def test_llama_70b_on_meta() -> None:
     assert {r.pattern: r.style.name for r in plan.rules if "self_attn." in r.pattern} == {
         f"model.layers.*.self_attn.{n}_proj": "rowwise" if n == "o" else "colwise" for n in "qkvo"
     }
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda n: n == 2,
+        lambda n: n < 3,
+        lambda n: n % 2,
+        lambda n: 7 - n,
+        lambda n: {n: 0},
+        lambda n: f"{n}",
+        lambda n: bool(n),
+        lambda n: n & 1,
+    ],
+)
+def test_operations_are_noticed_and_give_what_the_number_gives(use: Callable[[Any], Any]) -> None:
+    uses: list[str] = []
+    assert use(WatchedNumber(2, uses)) == use(2)
+    assert uses
+
+
+def test_an_index_of_a_list_is_not() -> None:
+    uses: list[str] = []
+    store = [None, None, None]
+    store[WatchedNumber(2, uses)] = "kept"  # type: ignore[call-overload]
+    assert (store, uses) == ([None, None, "kept"], [])
+
+
+def test_a_copy_is_watched_by_itself() -> None:
+    number = copy.deepcopy(WatchedNumber(2, []))
+    assert number + 1 == 3 and number.uses == ["__add__"]
+
+
+def test_numbers_are_watched_for_a_while() -> None:
+    module = nn.Module()
+    module.index = 3
+    with pytest.raises(ZeroDivisionError), watch_numbers([(module, "index")]) as uses:
+        assert type(module.index) is WatchedNumber and not uses
+        module.index // 0
+    assert uses == ["__floordiv__"] and type(module.index) is int and module.index == 3

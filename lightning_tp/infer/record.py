@@ -1,0 +1,69 @@
+"""Run a model once more, with a rank for each feature, and see which calls in its code have to change on a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_tp.infer.assign import Assignment
+from lightning_tp.infer.blocks.workload import Workload
+from lightning_tp.infer.calls.local_sizes import PerRankInt
+from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder
+from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a run with a rank for each feature has shown."""
+
+    changes: CallChanges  # the calls that change, and those that can't
+    trace: FeatureTrace  # here a parameter meets sharded activations only where ranks do have different elements of them
+    outputs: tuple[Tensor, ...]  # the features of what the model returned
+
+
+def record_calls(workload: Workload, assignment: Assignment, prepare: Callable[[FeatureTracer], None] | None = None) -> Recording:
+    """Record the calls of one run. It is repeated as long as code is found to compute with the size of a shard, which it then reads in full.
+
+    Args:
+        prepare: is given the tracer before the run, to put features where there would be none.
+    """
+    full_size_reads: set[Any] = set()
+    recorders: list[CallRecorder] = []
+
+    def recorder_of(tracer: FeatureTracer) -> CallRecorder:
+        recorders.append(_recorder(workload, assignment, tracer, full_size_reads))
+        if prepare is not None:
+            prepare(tracer)
+        return recorders[-1]
+
+    whole, shared = set(assignment.whole), dict(assignment.shared)
+    while True:
+        run = workload.trace(whole, shared, recorder_of)
+        recorder = recorders[-1]
+        computed_with = PerRankInt.diverging - full_size_reads
+        computed_with = computed_with or workload.untracked_reads(whole, shared, recorder_of, recorder, run.tracer)
+        if not computed_with:
+            return Recording(recorder.found, run.trace, run.outputs)
+        full_size_reads |= computed_with
+
+
+def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer, full_size_reads: set[Any]) -> CallRecorder:
+    trace, logits = assignment.trace, assignment.logits
+    shown_owner = assignment.owner.clone()
+    for (name, _), nodes in trace.nodes.items():
+        if name in logits:
+            shown_owner[nodes] = -1  # logits show their full shape, and take care of themselves
+    tracer.owner = shown_owner
+    tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
+    by_call = {name: vocabulary for name, vocabulary in logits.items() if name not in assignment.layers}
+    layers = set(assignment.layers.values())
+    recorder = CallRecorder(tracer, shown_owner, workload.tp, layers, by_call, trace.nodes, full_size_reads)
+    recorder.param_owner = assignment.owner
+    recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
+    recorder.tried = trace.tried
+    recorder.mixed = assignment.mixed
+    recorder.outside = set(trace.whole_uses) - set(trace.local_uses)
+    return recorder
