@@ -10,7 +10,8 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import metadata
 from typing import Any, Literal
@@ -390,3 +391,26 @@ def fake_process_group(rank: int, size: int) -> Any:
     from torch._C._distributed_c10d import FakeProcessGroup
 
     return FakeProcessGroup._create_internal(rank, size)
+
+
+disable_function_modes = torch._C.DisableTorchFunction
+enable_function_modes = torch._C._EnableTorchFunction  # again, inside of `disable_function_modes`
+
+
+@contextmanager
+def no_dispatch_modes() -> Iterator[None]:
+    """Run operations without the `TorchDispatchMode`s that are on."""
+    with torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Run operations without the `TorchFunctionMode`s and the `TorchDispatchMode`s that are on."""
+    with torch._C.DisableTorchFunction(), no_dispatch_modes():
+        yield
+
+
+def writes_into_arguments(func: Any) -> bool:
+    """Return whether an aten operator writes into a tensor that it is given."""
+    return bool(func._schema.is_mutable)

@@ -13,7 +13,7 @@ from lightning_tp.core.modules.blocks import starred
 from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import leaves
-from lightning_tp.infer.follow.tracer import FeatureTrace
+from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.styles.base import is_conv1d
 from lightning_tp.styles.linear import _runs_torchs_code
 
@@ -131,7 +131,7 @@ def _share(
 def _escaped(trace: FeatureTrace, out: Any, tracer: Any) -> bool:
     """Whether something that every rank has beside its shards, each with its share of the gradient, is used as a whole elsewhere."""
     labels = [tracer.shadow(t).label for t in leaves(out)]
-    return bool(trace.escaped) or any(x is not None and not bool(shrunk(x).any()) for x in labels)
+    return bool(trace.leaked_partial) or any(x is not None and not bool(shrunk(x).any()) for x in labels)
 
 
 def _demote(bad: dict[Key, str], whole: dict[Key, str], names: dict[str, Any], trace: FeatureTrace) -> None:

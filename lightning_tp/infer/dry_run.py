@@ -18,7 +18,7 @@ from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, preserve_modules
 from lightning_tp.errors import TPError
-from lightning_tp.infer.follow.tracer import Values
+from lightning_tp.infer.follow.meta import Values
 from lightning_tp.infer.repeats import Alike, blocks_once
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import BindContext, PrepareInput, PrepareOutput

@@ -21,10 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_tp._compat import unobserved
 from lightning_tp.core.modules.blocks import find_blocks, own_numbers
 from lightning_tp.infer.follow.features import shrunk
+from lightning_tp.infer.follow.meta import Values
 from lightning_tp.infer.follow.run import run
-from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts, Values, _untraced
+from lightning_tp.infer.follow.trace import TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import PrepareInput, PrepareOutput
 
@@ -199,7 +202,7 @@ def _once(
 
     def quick(*args: Any, **kwargs: Any) -> Any:
         given, spec = tree_flatten((args, kwargs))
-        with torch._C.DisableTorchFunction(), _untraced():
+        with unobserved():
             for first, made, done in seen.get(like, ()):
                 out = _again(first, made, given, spec, tracer)
                 if out is not None:

@@ -14,7 +14,7 @@ from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.infer.assign import SMALL_VOCAB, TABLE, Key, _out_keys
 from lightning_tp.infer.calls.recorder import CallChanges
-from lightning_tp.infer.follow.tracer import FeatureTrace
+from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.repeats import Alike, for_all
 from lightning_tp.plan.check import INFERRED
 from lightning_tp.plan.plan import Plan

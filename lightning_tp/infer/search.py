@@ -33,7 +33,7 @@ from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder, untrack
 from lightning_tp.infer.dry_run import dry_run
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import FeatureTrace
+from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.repeats import Alike, alike_blocks, blocks_once, followed
 from lightning_tp.infer.rules import _explained, _folded, _plan
 from lightning_tp.infer.sequence.stream import NotSequenceParallel

@@ -37,7 +37,7 @@ from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.device_kernels import attention_flops
 from lightning_tp.estimate.trace.steps import ForwardEvent, ForwardLog
-from lightning_tp.infer.follow.tracer import Values
+from lightning_tp.infer.follow.meta import Values
 
 Phase = Literal["forward", "recompute", "backward"]
 EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
@@ -409,10 +409,10 @@ class OpRecorder(Values):
                 f"sequence is too long for this model (`seq`); if they are tokens, the inputs are not for its vocabulary."
             )
 
-    def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
+    def keep_values(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         if func.overloadpacket.__name__ in EMPTY:
             return
-        super()._known(func, args, kwargs, out, tensors)
+        super().keep_values(func, args, kwargs, out, tensors)
         for t in tree_flatten(out)[0]:
             known = self.values.get(id(t))
             if known is not None and known[0] is t:  # a value is known as long as its tensor lives, and does not keep it alive

@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp._compat import no_dispatch_modes as _untraced
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, local_ints, local_of, mapped, on_rank, plain, whole_of
 from lightning_tp.infer.calls.try_on_shards import MOST_CUT, MOST_TRIED, _number, _same, _shard, _swapped
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import run
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, _untraced
+from lightning_tp.infer.follow.trace import FeatureTrace
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.styles.calls.call import (
     CONVOLUTIONS,
     COUNTS,

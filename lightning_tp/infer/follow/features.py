@@ -1,8 +1,8 @@
-"""Which features have to lie on the same rank: a union-find over feature numbers, on whole tensors of labels at once.
+"""Sets of features that have to lie on the same rank: a union-find over feature numbers, on whole tensors of labels at once.
 
 A label is an integer for each element of an activation: 0 where every rank has the element, else the number of the feature that
-it was made from. Two features are joined where code needs both in one place (a product of q and k sums over a head; a gate meets its
-up). What is never joined may lie on different ranks.
+it was computed from. Two features are joined where code needs both in one place (a product of q and k sums over a head; a gate multiplies
+its up projection). Features that are never joined may lie on different ranks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LARGE = 2**12  # elements, from which labels are kept without memory for constant dims
-MANY = 2**18  # pairs, above which equal ones are sorted out first
+LARGE = 2**12  # elements from which labels are kept without memory for constant dims
+MANY = 2**18  # pairs above which duplicates are removed first
 
 
 class FeatureSets:
-    """Disjoint sets of features 1, 2, ..; 0 is no feature.
+    """Disjoint sets of the features 1, 2, ..; 0 is no feature.
 
     Example:
         >>> classes = FeatureSets()
@@ -29,19 +29,19 @@ class FeatureSets:
 
     def __init__(self) -> None:
         self.parent = torch.arange(1024)
-        self.joins: list[tuple[int, str]] = []  # (a feature, why its set was joined with another), in order
-        self.why = ""  # of joins from now on
+        self.joins: list[tuple[int, str]] = []  # (a feature, the operation that joined its set with another), in order
+        self.why = ""  # the operation that runs now
         self.count = 1
 
     def new(self, n: int) -> Tensor:
-        """`n` features that nothing is joined to yet."""
+        """Return the numbers of `n` new features, each in a set by itself."""
         first, self.count = self.count, self.count + n
         if self.count > self.parent.numel():  # grow by doubling
             self.parent = torch.cat((self.parent, torch.arange(self.parent.numel(), 2 * self.count)))
         return torch.arange(first, self.count)
 
     def find(self, labels: Tensor) -> Tensor:
-        """The representative of each label: the smallest of its set."""
+        """Return the representative of each label: the smallest feature of its set."""
         found = self.parent[labels]
         while not torch.equal(above := self.parent[found], found):
             found = above
@@ -59,7 +59,11 @@ class FeatureSets:
         return torch.where(a > 0, a, b).expand(shape)
 
     def join_along(self, labels: Tensor, dims: tuple[int, ...], *, keepdim: bool = False) -> Tensor:
-        """Join what differs only along `dims` (zeros apart); returns the labels without these dims (or with length 1)."""
+        """Join labels that differ only along `dims` (zeros join nothing).
+
+        Returns:
+            The labels without these dims, or with length 1 there.
+        """
         small, dims = shrunk(labels), tuple(d % labels.ndim for d in dims)
         top = small.amax(dims, keepdim=True) if small.numel() else small.sum(dims, keepdim=True)
         self._join_pairs(self.find(small), self.find(top))
@@ -75,7 +79,7 @@ class FeatureSets:
         if pairs.shape[1] > MANY:
             both = torch.unique(pairs[0] * self.count + pairs[1])  # as one number: unique columns are slow to find
             pairs = torch.stack((both // self.count, both % self.count))
-        while True:  # hook each larger root to the smallest that it meets, until nothing is left to do
+        while True:  # hook each larger root to the smallest one it is paired with, until all pairs agree
             low, high = torch.aminmax(self.find(pairs), dim=0)
             todo = low != high
             if not bool(todo.any()):
@@ -85,14 +89,37 @@ class FeatureSets:
 
 
 def shrunk(labels: Tensor) -> Tensor:
-    """With length 1 in the dims along which it is constant by construction (stride 0)."""
+    """Return the labels with length 1 in the dims along which they are constant by construction (stride 0).
+
+    Example:
+        >>> shrunk(torch.arange(4).view(1, 4, 1).expand(7, 4, 5)).shape
+        torch.Size([1, 4, 1])
+    """
     if not labels.ndim or not labels.numel():
         return labels
     return labels[tuple(slice(0, 1) if s == 0 else slice(None) for s in labels.stride())]
 
 
+def no_features(*shape: int) -> Tensor:
+    """Return labels of this shape that name no feature, without memory for any dim."""
+    return torch.zeros((), dtype=torch.int64).expand(shape)
+
+
+def gradient_is_partial(label: Tensor | None) -> bool:
+    """Return whether a tensor with this label has equal values on all ranks and a partial gradient on each (state R of `spmd_types`).
+
+    It does where there is a label that names no feature: every rank computes all elements, for use with its own shards, so that its
+    gradient is a summand of the whole one. Without a label, values and gradients are equal on all ranks (state I).
+
+    Example:
+        >>> gradient_is_partial(no_features(2, 3)), gradient_is_partial(torch.tensor([1, 2])), gradient_is_partial(None)
+        (True, False, False)
+    """
+    return label is not None and not bool(shrunk(label).any())
+
+
 def compact(labels: Tensor) -> Tensor:
-    """The same labels without memory for the dims along which they are constant."""
+    """Return the same labels without memory for the dims along which they are constant."""
     shape, small = labels.shape, shrunk(labels)
     if small.numel() < LARGE:
         return labels
@@ -104,7 +131,7 @@ def compact(labels: Tensor) -> Tensor:
 
 
 def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
-    """`labels.reshape(shape)`, without memory for the dims along which they are constant by construction.
+    """Return `labels.reshape(shape)`, without memory for the dims along which they are constant by construction.
 
     Dims of both shapes are paired in groups with equal products, as a view pairs them; a group that is constant stays of length 1.
     """
@@ -136,6 +163,6 @@ def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _shrink(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same pairs without the dims along which both are constant by construction (stride 0)."""
+    """Return the same pairs without the dims along which both are constant by construction (stride 0)."""
     index = tuple(slice(0, 1) if sa == 0 and sb == 0 else slice(None) for sa, sb in zip(a.stride(), b.stride(), strict=True))
     return a[index], b[index]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_tp.core.comm.axis import State
 from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts
+from lightning_tp.infer.follow.trace import TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.infer.repeats import Alike, followed, for_all
 from lightning_tp.infer.sequence.stream import NotSequenceParallel, SequencePlan, _Region
 from lightning_tp.infer.sequence.tokens import _first, _named, _unseen
@@ -148,8 +149,8 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[SequencePlan], re
         if doors.problem:
             raise NotSequenceParallel(doors.problem)
     assert found.trace is not None
-    if found.trace.escaped:
-        raise NotSequenceParallel("a share of a gradient meets what is whole", set(found.trace.escaped))
+    if found.trace.leaked_partial:
+        raise NotSequenceParallel("a share of a gradient meets what is whole", set(found.trace.leaked_partial))
     sums, terms = {n for cut in cuts for n in cut.sums}, {n for cut in cuts for n in cut.terms}
     call_sums = {key: bias for cut in cuts for key, bias in cut.call_sums.items()}
     reads_of = {m: _alike(calls) for cut in cuts for m, calls in cut.reads.items()}

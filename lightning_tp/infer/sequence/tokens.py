@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tp._compat import unobserved
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.core.modules.call_site import call_site
@@ -17,7 +18,8 @@ from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallRecorder, untracked_size_reads
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, TensorFacts, _untraced
+from lightning_tp.infer.follow.trace import FeatureTrace, TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.infer.sequence.stream import (
     FACTORS,
     INTO,
@@ -90,7 +92,7 @@ def _unseen(hook: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(hook)
     def quiet(*args: Any) -> None:
-        with torch._C.DisableTorchFunction(), _untraced():
+        with unobserved():
             hook(*args)
 
     return quiet

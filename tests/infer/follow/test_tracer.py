@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tp.errors import TPError
+from lightning_tp.infer.follow.meta import Values
 from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import FeatureTrace, Values
+from lightning_tp.infer.follow.trace import FeatureTrace
 
 
 def traced(model: nn.Module, *inputs: Any, whole: Any = (), shared: Any = None) -> tuple[FeatureTrace, Any, Any]:
