@@ -5,7 +5,7 @@ A block is compiled in pieces. What stands between them runs as it would without
 | what | why |
 |---|---|
 | the collectives of `comm.py` | all ranks make them in the order of the program; a compiler may move what is inside of a graph |
-| modules whose calls are changed (`styles/local_ops.py`) | a call is known by its place in the code, which compiled code has not |
+| modules whose calls are changed (`styles/calls/rewritten_calls.py`) | a call is known by its call site, which compiled code does not have |
 | modules that draw random numbers for shards (`dropout.py`) | the same, and they have a stream of their own |
 | training steps that are observed for random numbers (the 1st, 2nd, 3rd, 5th, ..) | every call is looked at |
 | split logits (`logits.py`) | they are no plain tensors |
@@ -32,7 +32,7 @@ from lightning_tp.core.comm import transitions
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.random_numbers import RandomCallPolicy
 from lightning_tp.errors import TPError
-from lightning_tp.styles.calls.local_ops import changes_calls
+from lightning_tp.styles.calls.rewritten_calls import changes_calls
 
 Compile = bool | str | Callable[..., Any]
 

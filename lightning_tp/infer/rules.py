@@ -19,8 +19,7 @@ from lightning_tp.infer.repeats import Alike, for_all
 from lightning_tp.plan.check import INFERRED
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
-from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
+from lightning_tp.styles import Colwise, Replicate, RewrittenCalls, Rowwise, ShardParameter, VocabEmbedding, VocabHead
 from lightning_tp.styles.linear import _runs_torchs_code
 from lightning_tp.styles.split import Ownership, even_split
 
@@ -69,7 +68,7 @@ def _plan(
     rules += _embeddings(model, trace, heads, {id(model.get_submodule(r.pattern).weight) for r in gathered}, names, tp)
     for module, calls in found.calls.items():
         if any(c.changes for c in calls):
-            rules.append(Rule(module, LocalOps(_needed(calls)), "whole sizes in its code"))
+            rules.append(Rule(module, RewrittenCalls(_needed(calls)), "whole sizes in its code"))
     taken = {r.pattern for r in rules}
     mixed = set(trace.local_uses) & set(trace.whole_uses)
     done = {id(names[n]) for n, _ in trace.nodes} | {id(getattr(model.get_submodule(m), "bias", None)) for m in standard.values()}

@@ -25,10 +25,10 @@ from lightning_tp.plan.rule import Entry, Rule, rule_with
 from lightning_tp.styles import (
     Colwise,
     FusedColwise,
-    LocalOps,
     PrepareInput,
     PrepareOutput,
     Replicate,
+    RewrittenCalls,
     Rowwise,
     Sequence,
     Split,
@@ -231,7 +231,7 @@ def _without_sequence(rule: Rule) -> Rule | None:
     style = rule.style
     if isinstance(style, Sequence):
         return Rule(rule.pattern, Replicate(partial_grad=False), rule.reason)
-    if isinstance(style, LocalOps):
+    if isinstance(style, RewrittenCalls):
         calls = tuple(replace(c, to="replicate") if c.to == "sequence" else c for c in style.calls)
         calls = tuple(replace(c, sizes=()) if any(den == -1 for of in c.sizes for _, _, den in of) else c for c in calls)
         return rule_with(rule, calls=calls)

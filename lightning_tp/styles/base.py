@@ -42,7 +42,7 @@ class Style:
     def __post_init__(self) -> None:
         for f in fields(self):  # JSON has lists for tuples; a style is hashable
             if isinstance(value := getattr(self, f.name), (list, tuple)):
-                object.__setattr__(self, f.name, _as_tuples(value))
+                object.__setattr__(self, f.name, as_tuples(value))
 
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
         """How each parameter below `module` is split, by its name inside the module.
@@ -68,8 +68,16 @@ class Style:
         return f"{self.name}({options})" if options else self.name
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def as_tuples(value: Any) -> Any:
+    """Return plain data with tuples in place of lists, as JSON reads them; in the values of a dict, too.
+
+    Example:
+        >>> as_tuples({"ranges": [[0, 2], [2, 4]]})
+        {'ranges': ((0, 2), (2, 4))}
+    """
+    if isinstance(value, dict):
+        return {k: as_tuples(v) for k, v in value.items()}
+    return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.styles.calls.local_ops import LocalOps
+from lightning_tp.styles import RewrittenCalls
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests import zoo
 from tests.zoo import CASES
@@ -184,7 +184,7 @@ def what_is_done(plan: ltp.Plan) -> dict[str, Any]:
     """Without sizes: the styles, and which operands are cut in which calls."""
     done = {}
     for rule in plan.rules:
-        calls = rule.style.calls if isinstance(rule.style, LocalOps) else ()
+        calls = rule.style.calls if isinstance(rule.style, RewrittenCalls) else ()
         changed = {
             (c.name, tuple((o.path, o.part is not None) for o in c.operands), c.leave) for c in calls if c.operands or c.leave
         }

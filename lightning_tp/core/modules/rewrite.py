@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-AT = tuple[tuple[str, str], ...]  # see `local_ops.place`
+AT = tuple[tuple[str, str], ...]  # see `call_site`
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 # what a function mode is given of these is what the code writes; functions of torch that are written in Python get theirs rearranged
 AS_WRITTEN = frozenset({"view", "reshape", "expand", "repeat", "size", "__get__", "split", "chunk", "conv1d", "conv2d", "conv3d"})

@@ -20,9 +20,8 @@ from lightning_tp.infer.sequence.stream import NotSequenceParallel, SequencePlan
 from lightning_tp.infer.sequence.tokens import _first, _named, _unseen
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
+from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, RewrittenCalls, Rowwise, Sequence
 from lightning_tp.styles.calls.call import Call
-from lightning_tp.styles.calls.local_ops import LocalOps
 
 Doors = Callable[[FeatureTracer], None]
 
@@ -166,7 +165,7 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[SequencePlan], re
             style = replace(style, input="sequence" if name in direct else "gathered")
         elif isinstance(style, Rowwise) and name in sums | terms:
             style = replace(style, output="sequence" if name in sums else "partial")
-        elif isinstance(style, LocalOps):
+        elif isinstance(style, RewrittenCalls):
             inside = any(name == r or name.startswith(f"{r}.") for r, of in regions.items() if of.how == "return" and of.summed)
             to: State = "partial" if inside else "replicate"
             style = replace(
@@ -181,7 +180,7 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[SequencePlan], re
                     raise NotSequenceParallel(f"`{name}` reads sizes of tokens and of features by one call", {name})
                 style = replace(style, calls=(*style.calls, *reads_of.pop(name)))
         new.append(Rule(name, style, rule.reason))
-    new += [Rule(name, LocalOps(tuple(calls)), "the length of the sequence in its code") for name, calls in reads_of.items()]
+    new += [Rule(name, RewrittenCalls(tuple(calls)), "the length of the sequence in its code") for name, calls in reads_of.items()]
     for cut in cuts:
         new += _moves(cut, direct)
     new += _on_tokens(model, new, cuts, found)

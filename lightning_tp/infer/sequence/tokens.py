@@ -34,9 +34,8 @@ from lightning_tp.infer.sequence.stream import (
     _Region,
 )
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Colwise, Replicate, Rowwise
+from lightning_tp.styles import Colwise, Replicate, RewrittenCalls, Rowwise
 from lightning_tp.styles.calls.call import CONVOLUTIONS, READS, Call
-from lightning_tp.styles.calls.local_ops import LocalOps
 
 
 def _cut(
@@ -190,7 +189,7 @@ class _Stream:
         self.gathered: dict[tuple[int, str], Tensor] = {}  # by whom: layers share what is gathered
         self.handles: list[Any] = []
         for rule in rules:
-            if isinstance(rule.style, LocalOps):
+            if isinstance(rule.style, RewrittenCalls):
                 for c in rule.style.calls:
                     self.sum_calls.setdefault(rule.pattern, {}).setdefault((c.name, c.at), []).append(c.leave)
             if isinstance(rule.style, Rowwise) and any(rule.pattern.startswith(f"{b}.") for b in blocks):

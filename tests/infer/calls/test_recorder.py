@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, mapped
+from lightning_tp.styles import RewrittenCalls
 from lightning_tp.styles.calls.call import Call
-from lightning_tp.styles.calls.local_ops import LocalOps
 from lightning_tp.styles.split import Ownership
 
 
@@ -48,7 +48,7 @@ def calls_of(between: Any, width: int = 8) -> list[Call]:
             return self.b(between(self, self.a(x)))
 
     plan = ltp.infer_plan(Net(), (torch.zeros(2, 3, 4),), tp=2).without_sequence_parallel()
-    return [c for r in plan.rules if isinstance(r.style, LocalOps) for c in r.style.calls]
+    return [c for r in plan.rules if isinstance(r.style, RewrittenCalls) for c in r.style.calls]
 
 
 def test_nothing_changes_where_sizes_are_read_from_shards() -> None:
@@ -71,7 +71,7 @@ def test_a_slice_is_taken_where_it_lies_on_a_rank() -> None:
             return self.b(y[..., :8] * y[..., 8:])
 
     plan = ltp.infer_plan(Net(), (torch.zeros(2, 3, 4),), tp=2).without_sequence_parallel()
-    items = [c.items for r in plan.rules if isinstance(r.style, LocalOps) for c in r.style.calls]
+    items = [c.items for r in plan.rules if isinstance(r.style, RewrittenCalls) for c in r.style.calls]
     assert items == [((1, 0, 4, 1, 8), (1, 0, 4, 1, 8)), ((1, 4, 8, 1, 8), (1, 4, 8, 1, 8))]
 
 
