@@ -280,7 +280,7 @@ def test_as_many_sequences_as_tokens(name: str, batch: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["roll", "triangle", "written", "outer_product"])
 def test_what_is_too_large_to_be_tried_is_not_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_tp.infer.calls.recorder.MOST_TRIED", 0)
+    monkeypatch.setattr("lightning_tp.infer.calls.try_on_shards.MOST_TRIED", 0)
     plan = ltp.infer_plan(*net(name), tp=2)
     assert not any(r.style.splits_parameters and getattr(r.style, "output", None) == "width" for r in plan.rules)
 

@@ -1,35 +1,193 @@
-"""Run one recorded call on shards and compare it with its result on whole tensors."""
+"""Run a recorded call on the shards of the first and the last rank, and compare with the shards of its result.
+
+Equal sizes do not prove that two dims lie beside each other, so what is to change in a call is tried before it is believed. Where it can't be
+tried (no values, too many elements), it is believed for operators that treat all positions alike.
+"""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_tp.infer.calls.local_sizes import PerRankInt, mapped
+from lightning_tp._compat import enable_function_modes
+from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.fake_world import FakeGroup
+from lightning_tp.core.trees import tensors_in
+from lightning_tp.infer.calls.layouts import Layout, Layouts, Sharded
+from lightning_tp.infer.calls.local_sizes import PerRankInt, mapped, on_rank, plain
+from lightning_tp.infer.calls.operands import check_broadcast
+from lightning_tp.infer.calls.recorded_call import NotOnShards, RecordedCall
+from lightning_tp.infer.follow.ops import BY_POSITION, MOVES, NOT_BROADCASTING, OPERANDS_STAY_WHOLE, PRODUCTS, TRIANGLES
+from lightning_tp.styles.calls.call import Call, Operand
+from lightning_tp.styles.calls.run_call import run_call
 
-MOST_TRIED = 2**22  # elements of what a call is given and returns, above which it is not tried on shards
-
-
+MOST_TRIED = 2**22  # elements of what a call is given and returns, above which it is not tried
 MOST_CUT = 3  # operands of one call that may turn out to be whole on each rank, although a size of theirs is that of the split dim
 
 
-def _number(x: Any) -> Any:
-    """What a call is given beside tensors, to compare."""
-    return None if isinstance(x, Tensor) else (x.whole, *x.local) if isinstance(x, PerRankInt) else x
+def fitting_operands(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> tuple[Operand, ...]:
+    """Return the operands of a change with which the call is right on shards: all that are cut, or but for some.
+
+    Args:
+        call: as it was recorded.
+        change: what is to change in it.
+        layouts: of the run.
+        tried: what was found right before; added to.
+
+    Raises:
+        NotOnShards: if it is not right.
+    """
+    cut = [i for i, o in enumerate(change.operands) if o.part is not None]
+    first: NotOnShards | None = None
+    for whole in itertools.chain.from_iterable(itertools.combinations(cut, n) for n in range(min(len(cut), MOST_CUT) + 1)):
+        changed = (replace(o, part=None, beside=None) if i in whole else o for i, o in enumerate(change.operands))
+        operands = tuple(o for o in changed if o.part is not None or o.enter)
+        try:
+            if not _is_right(call, replace(change, operands=operands), layouts, tried):
+                _check_untried(call)
+            return operands
+        except NotOnShards as no:
+            first = first or no
+    assert first is not None
+    raise first
 
 
-def _swapped(x: Any, tensors: dict[int, Tensor]) -> Any:
-    """With other tensors in place of these."""
+def _check_untried(call: RecordedCall) -> None:
+    """Refuse a call that could not be tried, and may well be another one on shards.
+
+    Raises:
+        NotOnShards: if so.
+    """
+    t, layout = next(((x.tensor, x.layout) for x in call.tensors if x.layout is not None), (None, None))
+    if t is None or not isinstance(layout, Sharded):
+        return
+    if call.name in BY_POSITION and not (call.name in TRIANGLES and layout.dim < t.ndim - 2):
+        raise NotOnShards("it depends on positions along the split dimension")
+    if call.name not in OPERANDS_STAY_WHOLE | PRODUCTS | NOT_BROADCASTING | MOVES:
+        check_broadcast(call, t, layout)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Tensors with values: what a call is given, what it has to return, and how these lie on the ranks.
+
+    Args:
+        given: id of a tensor that the recorded call was given -> its value before the call.
+        expected: the results, then what the call writes into.
+    """
+
+    given: dict[int, Tensor]
+    given_layouts: dict[int, Layout]
+    expected: list[Tensor]
+    expected_layouts: list[Layout]
+
+
+def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> bool:
+    """Run the call on shards: its results have to be the shards of what it returned.
+
+    Returns:
+        Whether that could be tried: not without values, nor with too many.
+
+    Raises:
+        NotOnShards: if they are not.
+    """
+    given = [g.tensor for g in call.given]
+    results = [*(r.tensor for r in call.results), *_written(call)]
+    given_layouts = {id(t): call.before[id(t)].layout if id(t) in call.before else layouts.of(t) for t in given}
+    result_layouts = [layouts.of(t) for t in results]
+    if any(isinstance(x, str) for x in (*given_layouts.values(), *result_layouts)):
+        return False
+    numels = [t.numel() for t in (*given, *results)]
+    if sum(numels) > MOST_TRIED or not all(numels):
+        return False  # of an empty tensor it is not known how it would lie on ranks
+    change = replace(change, operands=tuple(replace(o, enter=False) for o in change.operands))
+    key = change, tuple((t.shape, given_layouts[id(t)]) for t in given), repr(mapped((call.args, call.kwargs), _number))
+    if key in tried and all(t.is_floating_point() for t in given):
+        return True  # in a block, or a run, before
+    values = _values(call, results, layouts)
+    if values is None:
+        return False
+    trial = _Trial(values[0], given_layouts, values[1], result_layouts)
+    for rank in (0, call.tp - 1):
+        _compare_on(rank, call, change, trial)
+    tried.add(key)
+    return True
+
+
+def _written(call: RecordedCall) -> list[Tensor]:
+    """Return the tensor that a call writes into, if it does."""
+    return [g.tensor for g in call.given[:1] if id(g.tensor) in call.before]
+
+
+def _values(call: RecordedCall, results: list[Tensor], layouts: Layouts) -> tuple[dict[int, Tensor], list[Tensor]] | None:
+    """Return what the call is given and its results, with values; on the meta device, random ones where none are known.
+
+    Returns:
+        None where there are none.
+    """
+    given = [g.tensor for g in call.given]
+    if not any(t.is_meta for t in (*given, *results)):
+        return {id(t): call.before[id(t)].value if id(t) in call.before else t for t in given}, results
+    values = {id(t): _value(t, layouts) for t in given}
+    known = {i: t for i, t in values.items() if t is not None}
+    copies = {i: t.clone() for i, t in known.items()}
+    try:
+        with enable_function_modes():  # for the mode that turns dropout off, around the recorder
+            made = call.func(*plain(_with(call.args, copies)), **plain(_with(call.kwargs, copies)))
+    except Exception:  # it may mix them with tensors that have no values
+        return None
+    expected = [*tensors_in(made, depth=0), *(copies[id(t)] for t in _written(call))]
+    if len(known) < len(values) or any(t.is_meta for t in expected):
+        return None
+    return known, expected
+
+
+def _value(t: Tensor, layouts: Layouts) -> Tensor | None:
+    known = layouts.tracer.value(t)
+    if known is not None or not (t.is_floating_point() or t.is_complex()):
+        return known
+    return torch.rand(t.shape, dtype=torch.float32).to(t.dtype)
+
+
+def _compare_on(rank: int, call: RecordedCall, change: Call, trial: _Trial) -> None:
+    """Run a changed call on the shards of one rank.
+
+    Raises:
+        NotOnShards: if it raises, or if its results are not the shards of those expected.
+    """
+    shards = {i: _shard(t, trial.given_layouts[i], rank).clone() for i, t in trial.given.items()}
+    args, kwargs = (on_rank(_with(x, shards), rank) for x in (call.args, call.kwargs))
+    try:
+        with enable_function_modes():
+            out = run_call(change, call.func, args, kwargs, Axis(FakeGroup(rank, call.tp)))
+    except Exception as error:
+        raise NotOnShards(f"it does not run on shards ({type(error).__name__})") from error
+    got = [*tensors_in(out, depth=0), *(shards[id(t)] for t in _written(call))]
+    wanted = [_shard(t, layout, rank) for t, layout in zip(trial.expected, trial.expected_layouts, strict=True)]
+    if len(got) != len(wanted) or not all(map(_same, got, wanted)):
+        raise NotOnShards("its result on shards is another one")
+
+
+def _with(x: Any, tensors: dict[int, Tensor]) -> Any:
+    """Return arguments with other tensors instead of these."""
     return mapped(x, lambda t: tensors.get(id(t), t) if isinstance(t, Tensor) else t)
 
 
-def _shard(t: Tensor, layout: Any, rank: int) -> Tensor:
-    return t if layout is None else t.index_select(layout[0], layout[1].index(rank, t.shape[layout[0]]))
+def _number(x: Any) -> Any:
+    """Return an argument for comparison; None for a tensor."""
+    return None if isinstance(x, Tensor) else (x.whole, *x.local) if isinstance(x, PerRankInt) else x
+
+
+def _shard(t: Tensor, layout: Layout, rank: int) -> Tensor:
+    return layout.shard(t, rank) if isinstance(layout, Sharded) else t
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are equal up to rounding."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     a, b = a.detach(), b.detach()

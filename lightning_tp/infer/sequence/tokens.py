@@ -111,13 +111,13 @@ class _Tokens(CallRecorder):
         self.on_whole: dict[str, set[str]] = {}
         self.bad: set[str] = set()  # modules with a call that can't be as it is
 
-    def _look(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
+    def analyse_call(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
         if not self.stream.open:
             return
         self._follow_parameters(args, kwargs, out, module)
         self.stream.call(name, args, kwargs, out, module, frame)
         before = len(self.found.broken)
-        super()._look(name, func, args, kwargs, out, module, frame)
+        super().analyse_call(name, func, args, kwargs, out, module, frame)
         last = self.found.calls.get(module, [None])[-1]
         if len(self.found.broken) > before or (last is not None and (last.operands or last.sizes or last.pieces or last.items)):
             self.bad.add(module)
@@ -151,8 +151,8 @@ class _Tokens(CallRecorder):
             for n in made:
                 self.on_whole.setdefault(n, set()).add(module)
 
-    def _enters(self, t: Tensor) -> bool:
-        return id(t) not in self.made_of and super()._enters(t)
+    def has_equal_gradient(self, t: Tensor) -> bool:
+        return id(t) not in self.made_of and super().has_equal_gradient(t)
 
 
 class _Stream:
