@@ -230,7 +230,7 @@ def _record(
         tracer.owner = owner
         tracer.known = {(u.name, u.dim, u.kind) for u in trace.uses}
         recorders.append(CallRecorder(tracer, owner, tp, set(standard.values()), by_call, trace.nodes, whole_reads))
-        recorders[-1].param_owner, recorders[-1].tables, recorders[-1].tried = owners, tables, trace.tried
+        recorders[-1].layouts.param_owner, recorders[-1].tables, recorders[-1].tried = owners, tables, trace.tried
         recorders[-1].mixed = recorders[-1].found.mixed = set(trace.local_uses) & set(trace.whole_uses)
         recorders[-1].outside = set(trace.whole_uses) - set(trace.local_uses)
         if doors is not None:

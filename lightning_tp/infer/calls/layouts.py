@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,16 +25,34 @@ class Sharded(NamedTuple):
     dim: int
     ownership: Ownership
 
-    def indices(self, rank: int, length: int) -> Tensor:
-        """Return those of a dim of this length that a rank has."""
-        return self.ownership.index(rank, length)
-
-    def shard(self, t: Tensor, rank: int) -> Tensor:
-        """Return what a rank has of a tensor."""
-        return t.index_select(self.dim, self.indices(rank, t.shape[self.dim]))
-
 
 Layout = Sharded | str | None  # None: every rank has all of it; a string: it lies otherwise, and how
+
+
+@dataclass(frozen=True)
+class OnRanks:
+    """A tensor, and how it lies on the ranks."""
+
+    tensor: Tensor
+    layout: Layout
+
+    def sizes(self, tp: int) -> list[tuple[int, ...]]:
+        """Return for each dim the size on each of tp ranks.
+
+        Example:
+            >>> OnRanks(torch.zeros(2, 8), Sharded(1, Ownership(((0, 3), (1, 5))))).sizes(tp=2)
+            [(2, 2), (3, 5)]
+        """
+        sizes = [(n,) * tp for n in self.tensor.shape]
+        if isinstance(self.layout, Sharded):
+            dim, ownership = self.layout
+            sizes[dim] = tuple(ownership.local(self.tensor.shape[dim], r) for r in range(tp))
+        return sizes
+
+    def shard(self, rank: int) -> Tensor:
+        """Return what a rank has of it."""
+        t, layout = self.tensor, self.layout
+        return t.index_select(layout.dim, layout.ownership.index(rank, t.shape[layout.dim])) if isinstance(layout, Sharded) else t
 
 
 class Layouts:
@@ -81,7 +100,7 @@ class Layouts:
 
     def sizes(self, t: Tensor) -> list[tuple[int, ...]]:
         """Return for each dim of a tensor the size on each rank."""
-        return local_sizes(t, self.of(t), self.tp)
+        return OnRanks(t, self.of(t)).sizes(self.tp)
 
     def _layout(self, t: Tensor) -> Layout:
         ranks = self._ranks(t)
@@ -108,16 +127,3 @@ def _differ_along(ranks: Tensor, dim: int, tp: int) -> bool:
     """Return whether elements along a dim have different ranks; one that all ranks have goes with those beside it."""
     lowest = ranks.masked_fill(ranks < 0, tp).amin(dim)
     return bool((ranks.amax(dim) != lowest.masked_fill(lowest == tp, -1)).any())
-
-
-def local_sizes(t: Tensor, layout: Layout, tp: int) -> list[tuple[int, ...]]:
-    """Return for each dim of a tensor of this layout the size on each of tp ranks.
-
-    Example:
-        >>> local_sizes(torch.zeros(2, 8), Sharded(1, Ownership(((0, 3), (1, 5)))), tp=2)
-        [(2, 2), (3, 5)]
-    """
-    sizes = [(n,) * tp for n in t.shape]
-    if isinstance(layout, Sharded):
-        sizes[layout.dim] = tuple(layout.ownership.local(t.shape[layout.dim], r) for r in range(tp))
-    return sizes

@@ -16,6 +16,53 @@ import torch
 Binary = Callable[[Any, Any], Any]
 
 
+def _pair(op: Binary, *, swapped: bool = False) -> Any:
+    """Return a method that computes with full and with local sizes."""
+
+    def method(self: PerRankInt, other: Any) -> Any:
+        if not isinstance(other, int):
+            self.computed_with()
+            return op(other, self.whole) if swapped else op(self.whole, other)
+        ours, theirs = (self.whole, *self.local), (whole_of(other), *local_of(other, len(self.local)))
+        whole, *local = map(op, theirs, ours) if swapped else map(op, ours, theirs)
+        return PerRankInt.of(whole, tuple(local), self.reads | _reads_of(other))
+
+    return method
+
+
+def _decision(op: Binary) -> Any:
+    """Return a method that compares full sizes, and notes where local ones compare otherwise."""
+
+    def method(self: PerRankInt, other: Any) -> bool:
+        out = bool(op(self.whole, whole_of(other)))
+        if isinstance(other, (int, float)):
+            theirs = other.local if isinstance(other, PerRankInt) else (other,) * len(self.local)
+            if any(bool(op(a, b)) != out for a, b in zip(self.local, theirs, strict=True)):
+                PerRankInt.diverging |= self.reads | _reads_of(other)
+        return out
+
+    return method
+
+
+def _number(op: Callable[..., Any], *, swapped: bool = False) -> Any:
+    """Return a method that computes with the full size as a number: code has to read the full one."""
+
+    def method(self: PerRankInt, *others: Any) -> Any:
+        self.computed_with()
+        operands = [self.whole, *map(whole_of, others)]
+        return op(*(reversed(operands) if swapped else operands))
+
+    return method
+
+
+def _floordiv(a: int, b: int) -> int:
+    return a // b if b else 0
+
+
+def _mod(a: int, b: int) -> int:
+    return a % b if b else 0
+
+
 class PerRankInt(int):
     """A size that differs between the full tensor and its shards.
 
@@ -54,53 +101,20 @@ class PerRankInt(int):
         """Note that its value is used as a number, not as a size: code has to read the full one."""
         PerRankInt.diverging |= self.reads
 
-    def _with(self, other: Any, op: Binary) -> Any:
-        if not isinstance(other, int):
-            self.computed_with()
-            return op(self.whole, other)
-        local = tuple(map(op, self.local, local_of(other, len(self.local))))
-        return PerRankInt.of(op(self.whole, whole_of(other)), local, self.reads | _reads_of(other))
-
-    def _compare(self, other: Any, op: Binary) -> bool:
-        out = bool(op(self.whole, whole_of(other)))
-        if isinstance(other, (int, float)):
-            mine = other.local if isinstance(other, PerRankInt) else (other,) * len(self.local)
-            if any(op(a, b) != out for a, b in zip(self.local, mine, strict=True)):
-                PerRankInt.diverging |= self.reads | _reads_of(other)
-        return out
-
-    def _number(self) -> int:
-        self.computed_with()
-        return self.whole
-
-    def __mul__(self, other: Any) -> Any:
-        return self._with(other, operator.mul)
-
-    def __add__(self, other: Any) -> Any:
-        return self._with(other, operator.add)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._with(other, operator.sub)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._with(other, _floordiv)
-
-    def __mod__(self, other: Any) -> Any:
-        return self._with(other, _mod)
-
-    __rmul__, __radd__ = __mul__, __add__
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._with(other, _swapped(operator.sub))
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._with(other, _swapped(_floordiv))
-
-    def __rmod__(self, other: Any) -> Any:
-        return self._with(other, _swapped(_mod))
+    __add__ = __radd__ = _pair(operator.add)
+    __mul__ = __rmul__ = _pair(operator.mul)
+    __sub__, __rsub__ = _pair(operator.sub), _pair(operator.sub, swapped=True)
+    __floordiv__, __rfloordiv__ = _pair(_floordiv), _pair(_floordiv, swapped=True)
+    __mod__, __rmod__ = _pair(_mod), _pair(_mod, swapped=True)
+    __lt__, __le__, __gt__, __ge__, __eq__, __ne__ = map(
+        _decision, (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
+    )
+    __truediv__, __rtruediv__ = _number(operator.truediv), _number(operator.truediv, swapped=True)
+    __pow__, __rpow__ = _number(pow), _number(pow, swapped=True)
+    __float__, __int__, __str__, __repr__ = (_number(f) for f in (float, int, str, repr))
 
     def __neg__(self) -> Any:
-        return PerRankInt.of(-self.whole, tuple(-a for a in self.local), self.reads)
+        return self * -1
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -108,63 +122,8 @@ class PerRankInt(int):
     def __rdivmod__(self, other: Any) -> Any:
         return other // self, other % self
 
-    def __lt__(self, other: Any) -> bool:
-        return self._compare(other, operator.lt)
-
-    def __le__(self, other: Any) -> bool:
-        return self._compare(other, operator.le)
-
-    def __gt__(self, other: Any) -> bool:
-        return self._compare(other, operator.gt)
-
-    def __ge__(self, other: Any) -> bool:
-        return self._compare(other, operator.ge)
-
-    def __eq__(self, other: object) -> bool:
-        return self._compare(other, operator.eq)
-
-    def __ne__(self, other: object) -> bool:
-        return self._compare(other, operator.ne)
-
-    # From here on it is a number that the code computes with, not a size.
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._number() / whole_of(other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return other / self._number()
-
-    def __pow__(self, other: Any, mod: Any = None) -> Any:
-        return pow(self._number(), whole_of(other), mod)
-
-    def __rpow__(self, other: Any, mod: Any = None) -> Any:
-        return pow(other, self._number(), mod)
-
-    def __float__(self) -> float:
-        return float(self._number())
-
-    def __int__(self) -> int:
-        return self._number()
-
-    def __str__(self) -> str:
-        return str(self._number())
-
-    __repr__ = __str__
-
     def __hash__(self) -> int:
         return hash((self.whole, self.local))  # not that of the int: caches of code that computes with sizes must not mix them up
-
-
-def _floordiv(a: int, b: int) -> int:
-    return a // b if b else 0
-
-
-def _mod(a: int, b: int) -> int:
-    return a % b if b else 0
-
-
-def _swapped(op: Binary) -> Binary:
-    return lambda a, b: op(b, a)
 
 
 def _reads_of(n: Any) -> frozenset[Any]:

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_tp.infer.calls.layouts import Sharded
+from lightning_tp.infer.calls.layouts import OnRanks, Sharded
 from lightning_tp.infer.calls.local_sizes import whole_of
-from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, OnRanks, RecordedCall
+from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall
 from lightning_tp.infer.follow.ops import JOINS, OPERANDS_STAY_WHOLE, PRODUCTS, PRODUCTS_WITH_SUMMAND
 from lightning_tp.styles.calls.call import Operand
 from lightning_tp.styles.split import Ownership

@@ -9,18 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_tp.infer.calls.layouts import Layout, local_sizes
+from lightning_tp.infer.calls.layouts import OnRanks
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.follow.trace import TensorFacts
 from lightning_tp.styles.calls.call import Call, Path
-
-
-@dataclass(frozen=True)
-class OnRanks:
-    """A tensor, and how it lies on the ranks."""
-
-    tensor: Tensor
-    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -42,14 +34,6 @@ class Given(OnRanks):
     is_split: bool
     equal_gradient: bool
     partial_inside: bool
-
-
-@dataclass(frozen=True)
-class Before:
-    """What a tensor was before a call wrote into it."""
-
-    value: Tensor
-    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ class RecordedCall:
     module: str
     given: tuple[Given, ...]
     results: tuple[OnRanks, ...]
-    before: Mapping[int, Before]
+    before: Mapping[int, OnRanks]
     products: tuple[tuple[str, str], ...]
     vocabulary: int | None
     partial_results: bool
@@ -113,10 +97,6 @@ class RecordedCall:
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """Return an argument by its position or its name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
-
-    def sizes(self, x: OnRanks) -> list[tuple[int, ...]]:
-        """Return for each dim the size on each rank."""
-        return local_sizes(x.tensor, x.layout, self.tp)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.calls.changes import change_of
-from lightning_tp.infer.calls.layouts import Layouts
+from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, fraction, per_rank_ints, plain
-from lightning_tp.infer.calls.recorded_call import Before, Change, Given, NotOnShards, OnRanks, RecordedCall
+from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall
 from lightning_tp.infer.calls.sizes import full_sizes
 from lightning_tp.infer.follow.features import gradient_is_partial
 from lightning_tp.infer.follow.ops import MOVES, writes_in_place
-from lightning_tp.infer.follow.run import run, without_labels
+from lightning_tp.infer.follow.run import cross_entropy, run
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.styles.calls.call import COUNTS, FACTORIES, READS, SIZE_CALLS, Call, Path
@@ -93,32 +93,13 @@ class CallRecorder(TorchFunctionMode):
         self.tables: set[str] = set()
         self.tried: set[Any] = set()
         self.found = CallChanges()
-        self.sinks: list[Tensor] = []  # labels of the inputs of losses
         self.local_reads: set[Any] = set()  # where code was given the sizes of a shard
         self.uneven = False  # whether these are not the same on all ranks
         # of the call that runs: sizes of shards among its arguments, and what the tensors were that it writes into
         self._numbers: list[PerRankInt] = []
-        self._before: dict[int, Before] = {}
+        self._before: dict[int, OnRanks] = {}
         tracer.log = []
         PerRankInt.diverging = set()
-
-    @property
-    def owner(self) -> Tensor:
-        """The rank of each feature."""
-        return self.layouts.owner
-
-    @owner.setter
-    def owner(self, owner: Tensor) -> None:
-        self.layouts.owner = owner
-
-    @property
-    def param_owner(self) -> Tensor:
-        """The rank of each feature of parameters."""
-        return self.layouts.param_owner
-
-    @param_owner.setter
-    def param_owner(self, owner: Tensor) -> None:
-        self.layouts.param_owner = owner
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -132,13 +113,13 @@ class CallRecorder(TorchFunctionMode):
                 return func(*args, **kwargs)
         plain_args, plain_kwargs = plain(args), plain(kwargs)
         if func is torch.nn.functional.cross_entropy:
-            return self._cross_entropy(func, plain_args, plain_kwargs)
+            return cross_entropy(self.tracer, plain_args, plain_kwargs)
         self.tracer.events = []
         module = self.tracer.stack[-1]
         self._before = {}
         if writes_in_place(name, kwargs):
             with unobserved():
-                self._before = {id(t): Before(t.clone(), self.layouts.of(t)) for _, t in _with_paths(args, kwargs)}
+                self._before = {id(t): OnRanks(t.clone(), self.layouts.of(t)) for _, t in _with_paths(args, kwargs)}
         out = func(*plain_args, **plain_kwargs)
         self._numbers = list(per_rank_ints((args, kwargs)))
         if module == self.tracer.stack[-1] and module not in self.standard:
@@ -182,13 +163,6 @@ class CallRecorder(TorchFunctionMode):
         return shape if dim is None or name != "size" else shape[dim]
 
     # Calls.
-
-    def _cross_entropy(self, func: Any, args: Any, kwargs: Any) -> Any:
-        logits = args[0] if args else kwargs["input"]
-        if self.tracer.shadow(logits).label is None:
-            return func(*args, **kwargs)
-        self.sinks.append(self.tracer.label(logits))
-        return without_labels(func, args, kwargs)
 
     def analyse_call(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
         """Note what has to change in a call on a rank, or which features it needs together."""
@@ -261,7 +235,7 @@ class CallRecorder(TorchFunctionMode):
         inside = facts.param is not None and facts.param.name in self.outside and facts.grad
         return Given(t, self._layout(name, t), path, facts, self.layouts.is_split(facts), self.has_equal_gradient(t), inside)
 
-    def _layout(self, name: str, t: Tensor) -> Any:
+    def _layout(self, name: str, t: Tensor) -> Layout:
         """Return the layout of a tensor; None for a parameter that is not just moved, since a rank has its shard already."""
         return None if self.tracer.shadow(t).param is not None and name not in MOVES else self.layouts.of(t)
 
@@ -281,11 +255,7 @@ def untracked_size_reads(
     still has another result is not known for a size.
 
     Args:
-        model: as of `run`.
-        call: as of `run`.
-        inputs: as of `run`.
-        whole: as of `run`.
-        shared: as of `run`.
+        model: this and the next four: as of `run`.
         make: makes a recorder for a tracer.
         once: as `during` of `run`.
         recorder: of the run before, in which nothing was seen to be computed with.

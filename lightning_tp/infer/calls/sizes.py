@@ -29,12 +29,12 @@ def resize(call: RecordedCall) -> Change:
         raise NotOnShards("sizes by keyword")
     if given and not isinstance(given[0], int):  # view(dtype)
         return Change(call.unchanged)
-    wanted = call.sizes(out)
+    wanted = out.sizes(call.tp)
     if call.name == "unflatten":
         start = call.args[1] % x.tensor.ndim
         wanted = wanted[start : start + len(given)]
     elif call.name == "repeat":
-        before = [(1,) * call.tp] * (len(given) - x.tensor.ndim) + call.sizes(x)
+        before = [(1,) * call.tp] * (len(given) - x.tensor.ndim) + x.sizes(call.tp)
         wanted = [tuple(n // b for n, b in zip(ns, bs, strict=True)) for ns, bs in zip(wanted, before, strict=True)]
     pairs = [
         (g, local_of(g, call.tp) if whole_of(g) == -1 else of, local_of(g, call.tp)) for g, of in zip(given, wanted, strict=True)
@@ -84,8 +84,8 @@ def split(call: RecordedCall) -> Change:
     if not isinstance(layout, Sharded) or layout.dim != dim:
         return Change(call.unchanged)
     how = call.args[1] if len(call.args) > 1 else next(iter(v for k, v in call.kwargs.items() if k != "dim"))
-    lengths = call.sizes(call.given[0])[dim]
-    of_pieces = [call.sizes(r)[dim] for r in call.results]
+    lengths = call.given[0].sizes(call.tp)[dim]
+    of_pieces = [r.sizes(call.tp)[dim] for r in call.results]
     wanted = tuple(tuple(piece[rank] for piece in of_pieces) for rank in range(call.tp))
     same = all(_pieces_of(call.name, how, lengths[rank], rank, call.tp) == wanted[rank] for rank in range(call.tp))
     numbers = _per_rank(how if isinstance(how, (tuple, list)) else [how])
@@ -123,7 +123,7 @@ def getitem(call: RecordedCall) -> Change:
     taken[slice(*(None if b is None else int(whole_of(b)) for b in bounds))] = True
     changes, same = [], True
     for rank in range(call.tp):
-        places = taken[layout.indices(rank, length)]  # (local length,)
+        places = taken[layout.ownership.index(rank, length)]  # (local length,)
         wanted = places.nonzero().squeeze(1)
         steps = wanted.diff()
         if bool((steps != steps[:1]).any()):

@@ -7,7 +7,7 @@ tried (no values, too many elements), it is believed for operators that treat al
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning_tp._compat import enable_function_modes
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.trees import tensors_in
-from lightning_tp.infer.calls.layouts import Layout, Layouts, Sharded
+from lightning_tp.infer.calls.layouts import Layouts, OnRanks, Sharded
 from lightning_tp.infer.calls.local_sizes import PerRankInt, mapped, on_rank, plain
 from lightning_tp.infer.calls.operands import check_broadcast
 from lightning_tp.infer.calls.recorded_call import NotOnShards, RecordedCall
@@ -71,21 +71,6 @@ def _check_untried(call: RecordedCall) -> None:
         check_broadcast(call, t, layout)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Tensors with values: what a call is given, what it has to return, and how these lie on the ranks.
-
-    Args:
-        given: id of a tensor that the recorded call was given -> its value before the call.
-        expected: the results, then what the call writes into.
-    """
-
-    given: dict[int, Tensor]
-    given_layouts: dict[int, Layout]
-    expected: list[Tensor]
-    expected_layouts: list[Layout]
-
-
 def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> bool:
     """Run the call on shards: its results have to be the shards of what it returned.
 
@@ -95,25 +80,24 @@ def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any
     Raises:
         NotOnShards: if they are not.
     """
-    given = [g.tensor for g in call.given]
-    results = [*(r.tensor for r in call.results), *_written(call)]
-    given_layouts = {id(t): call.before[id(t)].layout if id(t) in call.before else layouts.of(t) for t in given}
-    result_layouts = [layouts.of(t) for t in results]
-    if any(isinstance(x, str) for x in (*given_layouts.values(), *result_layouts)):
-        return False
-    numels = [t.numel() for t in (*given, *results)]
-    if sum(numels) > MOST_TRIED or not all(numels):
+    given = {id(t): call.before.get(id(t)) or OnRanks(t, layouts.of(t)) for t in (g.tensor for g in call.given)}
+    results = [OnRanks(t, layouts.of(t)) for t in (*(r.tensor for r in call.results), *_written(call))]
+    tensors = [*given.values(), *results]
+    numels = [x.tensor.numel() for x in tensors]
+    if any(isinstance(x.layout, str) for x in tensors) or sum(numels) > MOST_TRIED or not all(numels):
         return False  # of an empty tensor it is not known how it would lie on ranks
     change = replace(change, operands=tuple(replace(o, enter=False) for o in change.operands))
-    key = change, tuple((t.shape, given_layouts[id(t)]) for t in given), repr(mapped((call.args, call.kwargs), _number))
-    if key in tried and all(t.is_floating_point() for t in given):
+    key = change, tuple((x.tensor.shape, x.layout) for x in given.values()), repr(mapped((call.args, call.kwargs), _number))
+    if key in tried and all(x.tensor.is_floating_point() for x in given.values()):
         return True  # in a block, or a run, before
-    values = _values(call, results, layouts)
-    if values is None:
-        return False
-    trial = _Trial(values[0], given_layouts, values[1], result_layouts)
+    if any(x.tensor.is_meta for x in tensors):
+        made = _with_values(call, layouts)
+        if made is None:
+            return False
+        given = {i: OnRanks(made[0][i], x.layout) for i, x in given.items()}
+        results = [OnRanks(t, x.layout) for t, x in zip(made[1], results, strict=True)]
     for rank in (0, call.tp - 1):
-        _compare_on(rank, call, change, trial)
+        _compare(rank, call, change, given, results)
     tried.add(key)
     return True
 
@@ -123,27 +107,18 @@ def _written(call: RecordedCall) -> list[Tensor]:
     return [g.tensor for g in call.given[:1] if id(g.tensor) in call.before]
 
 
-def _values(call: RecordedCall, results: list[Tensor], layouts: Layouts) -> tuple[dict[int, Tensor], list[Tensor]] | None:
-    """Return what the call is given and its results, with values; on the meta device, random ones where none are known.
-
-    Returns:
-        None where there are none.
-    """
-    given = [g.tensor for g in call.given]
-    if not any(t.is_meta for t in (*given, *results)):
-        return {id(t): call.before[id(t)].value if id(t) in call.before else t for t in given}, results
-    values = {id(t): _value(t, layouts) for t in given}
+def _with_values(call: RecordedCall, layouts: Layouts) -> tuple[dict[int, Tensor], list[Tensor]] | None:
+    """Return what a call on the meta device is given, with random values where none are known, and its results; None if it can't run."""
+    values = {id(g.tensor): _value(g.tensor, layouts) for g in call.given}
     known = {i: t for i, t in values.items() if t is not None}
     copies = {i: t.clone() for i, t in known.items()}
     try:
         with enable_function_modes():  # for the mode that turns dropout off, around the recorder
-            made = call.func(*plain(_with(call.args, copies)), **plain(_with(call.kwargs, copies)))
+            out = call.func(*plain(_with(call.args, copies)), **plain(_with(call.kwargs, copies)))
     except Exception:  # it may mix them with tensors that have no values
         return None
-    expected = [*tensors_in(made, depth=0), *(copies[id(t)] for t in _written(call))]
-    if len(known) < len(values) or any(t.is_meta for t in expected):
-        return None
-    return known, expected
+    results = [*tensors_in(out, depth=0), *(copies[id(t)] for t in _written(call))]
+    return None if len(known) < len(values) or any(t.is_meta for t in results) else (known, results)
 
 
 def _value(t: Tensor, layouts: Layouts) -> Tensor | None:
@@ -153,13 +128,13 @@ def _value(t: Tensor, layouts: Layouts) -> Tensor | None:
     return torch.rand(t.shape, dtype=torch.float32).to(t.dtype)
 
 
-def _compare_on(rank: int, call: RecordedCall, change: Call, trial: _Trial) -> None:
+def _compare(rank: int, call: RecordedCall, change: Call, given: dict[int, OnRanks], expected: list[OnRanks]) -> None:
     """Run a changed call on the shards of one rank.
 
     Raises:
         NotOnShards: if it raises, or if its results are not the shards of those expected.
     """
-    shards = {i: _shard(t, trial.given_layouts[i], rank).clone() for i, t in trial.given.items()}
+    shards = {i: x.shard(rank).clone() for i, x in given.items()}
     args, kwargs = (on_rank(_with(x, shards), rank) for x in (call.args, call.kwargs))
     try:
         with enable_function_modes():
@@ -167,8 +142,7 @@ def _compare_on(rank: int, call: RecordedCall, change: Call, trial: _Trial) -> N
     except Exception as error:
         raise NotOnShards(f"it does not run on shards ({type(error).__name__})") from error
     got = [*tensors_in(out, depth=0), *(shards[id(t)] for t in _written(call))]
-    wanted = [_shard(t, layout, rank) for t, layout in zip(trial.expected, trial.expected_layouts, strict=True)]
-    if len(got) != len(wanted) or not all(map(_same, got, wanted)):
+    if len(got) != len(expected) or not all(_same(a, b.shard(rank)) for a, b in zip(got, expected, strict=True)):
         raise NotOnShards("its result on shards is another one")
 
 
@@ -180,10 +154,6 @@ def _with(x: Any, tensors: dict[int, Tensor]) -> Any:
 def _number(x: Any) -> Any:
     """Return an argument for comparison; None for a tensor."""
     return None if isinstance(x, Tensor) else (x.whole, *x.local) if isinstance(x, PerRankInt) else x
-
-
-def _shard(t: Tensor, layout: Layout, rank: int) -> Tensor:
-    return layout.shard(t, rank) if isinstance(layout, Sharded) else t
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

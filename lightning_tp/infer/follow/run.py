@@ -70,29 +70,36 @@ def run(
 
 
 class _CrossEntropy(torch.overrides.TorchFunctionMode):
-    """Let the cross entropy take logits that are sharded by class: features end there, they are not joined."""
+    """Note the logits of each cross entropy."""
 
     def __init__(self, tracer: Values) -> None:
         super().__init__()
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.cross_entropy:
-            logits = args[0] if args else kwargs["input"]
-            label = self.tracer.shadow(logits).label
-            if label is not None:
-                self.tracer.trace.logits.append(label)
-                return without_labels(func, args, kwargs)
-        return func(*args, **kwargs)
+        if func is not torch.nn.functional.cross_entropy:
+            return func(*args, **(kwargs or {}))
+        return cross_entropy(self.tracer, args, kwargs or {}, self.tracer.trace.logits)
 
 
-def without_labels(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call a loss with logits of which nothing is known: its first argument, or `input`."""
-    logits = args[0] if args else kwargs["input"]
-    with unobserved():
-        plain = logits.detach()
-    return func(plain, *args[1:], **kwargs) if args else func(**{**kwargs, "input": plain})
+def cross_entropy(tracer: Values, args: Any, kwargs: Any, logits: list[Tensor] | None = None) -> Any:
+    """Run a cross entropy on logits that may be sharded by class: features end there, they are not joined.
+
+    Args:
+        tracer: of the run.
+        args: of the cross entropy.
+        kwargs: likewise.
+        logits: to which the label of the logits is added.
+    """
+    given = args[0] if args else kwargs["input"]
+    label = tracer.shadow(given).label
+    if label is not None:
+        with unobserved():
+            plain = given.detach()  # of which nothing is known
+        args, kwargs = ((plain, *args[1:]), kwargs) if args else (args, {**kwargs, "input": plain})
+        if logits is not None:
+            logits.append(label)
+    return torch.nn.functional.cross_entropy(*args, **kwargs)
 
 
 def leaves(out: Any, depth: int = 4) -> list[Tensor]:

@@ -242,7 +242,7 @@ class _Stream:
                     self._fail("the sequence is shorter than tp")
                 self.nodes = self.tracer.trace.classes.new(x.shape[1])
                 ranks = torch.cat([torch.full((len(even_shard(x.shape[1], r, self.tp)),), r) for r in range(self.tp)])
-                self.recorder.owner = torch.cat((torch.full((int(self.nodes[0]),), -1), ranks))
+                self.recorder.layouts.owner = torch.cat((torch.full((int(self.nodes[0]),), -1), ranks))
                 self._label(x)
             elif name == self.blocks[0]:
                 self._fail("its blocks run more than once")
