@@ -15,15 +15,10 @@ from lightning_tp.styles.split import Ownership
 
 
 class Sharded(NamedTuple):
-    """A tensor that is sharded along one dim.
-
-    Args:
-        dim: counted from the first.
-        ownership: which rank has which index of it.
-    """
+    """A tensor that is sharded along one dim."""
 
     dim: int
-    ownership: Ownership
+    ownership: Ownership  # which rank has which index of it
 
 
 Layout = Sharded | str | None  # None: every rank has all of it; a string: it lies otherwise, and how

@@ -19,57 +19,35 @@ from lightning_tp.styles.calls.call import Call, Path
 class Given(OnRanks):
     """A tensor that a call is given. Its layout is None if it is a parameter, but for calls that move data.
 
-    Args:
-        path: where it stands among the arguments.
-        facts: what is known of it.
-        is_split: whether it is a split parameter, of which a rank has its shard already.
-        equal_gradient: whether its gradient is equal on all ranks (state I of `spmd_types`); combined with sharded tensors, ranks compute
-            partial gradients of it, which have to be all-reduced.
-        partial_inside: whether it is a parameter of which, inside this very call, ranks compute partial gradients (a query that is scaled
-            first).
+    Where one with an equal gradient (state I of `spmd_types`) is combined with sharded tensors, each rank computes a partial gradient of it,
+    and these have to be all-reduced.
     """
 
-    path: Path
+    path: Path  # where it stands among the arguments
     facts: TensorFacts
-    is_split: bool
-    equal_gradient: bool
-    partial_inside: bool
+    is_split: bool  # a split parameter, of which a rank has its shard already
+    equal_gradient: bool  # its gradient is equal on all ranks
+    partial_inside: bool  # a parameter of which ranks compute partial gradients inside this very call: a query that is scaled first
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of a torch function, with how what goes in and comes out lies on the ranks.
+    """One call of a torch function, with how what goes in and comes out lies on the ranks."""
 
-    Args:
-        name: of the function.
-        func: the function.
-        args: as the code gave them; sizes of shards are `PerRankInt`s.
-        kwargs: likewise.
-        out: what it returned.
-        site: the call site.
-        module: whose code called it.
-        given: the tensors among its arguments.
-        results: the tensors that it returned.
-        before: id -> what it was, of the tensors given to a call that writes in place.
-        products: ("out" | "in" | "apart", parameter) of the weights that it multiplies with, each once; see `FeatureTracer.events`.
-        vocabulary: of a product that makes logits: how many.
-        partial_results: whether a result is equal on all ranks, with a partial gradient.
-        tp: how many ranks.
-    """
-
-    name: str
+    name: str  # of the function
     func: Callable[..., Any]
-    args: tuple[Any, ...]
+    args: tuple[Any, ...]  # as the code gave them; sizes of shards are `PerRankInt`s
     kwargs: dict[str, Any]
-    out: Any
-    site: tuple[Any, ...]
-    module: str
-    given: tuple[Given, ...]
-    results: tuple[OnRanks, ...]
-    before: Mapping[int, OnRanks]
-    products: tuple[tuple[str, str], ...]
-    vocabulary: int | None
-    partial_results: bool
+    site: tuple[Any, ...]  # the call site
+    module: str  # whose code called it
+    given: tuple[Given, ...]  # the tensors among its arguments
+    results: tuple[OnRanks, ...]  # the tensors that it returned
+    before: Mapping[int, OnRanks]  # id -> what it was before, of the tensors given to a call that writes in place
+    products: tuple[
+        tuple[str, str], ...
+    ]  # ("out" | "in" | "apart", weight) that it multiplies with, once each; see `FeatureTracer.events`
+    vocabulary: int | None  # of a product that makes logits: how many
+    partial_results: bool  # whether a result is equal on all ranks, with a partial gradient
     tp: int
 
     @cached_property
@@ -101,15 +79,12 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of a recorded call on each rank.
+    """What becomes of a recorded call on each rank."""
 
-    Args:
-        call: what changes in it.
-        sizes: those of its arguments that are known for sizes, and right with what changes; code need not read full ones for them.
-    """
-
-    call: Call
-    sizes: tuple[PerRankInt, ...] = ()
+    call: Call  # what changes in it
+    sizes: tuple[
+        PerRankInt, ...
+    ] = ()  # of its arguments, known for sizes and right with what changes: code need not read full ones
 
 
 class NotOnShards(Exception):

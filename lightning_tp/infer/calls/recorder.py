@@ -36,21 +36,13 @@ from lightning_tp.styles.calls.call import COUNTS, FACTORIES, READS, SIZE_CALLS,
 
 @dataclass
 class CallChanges:
-    """What a recording found.
+    """What a recording found."""
 
-    Args:
-        calls: module -> the calls in its forward that change, and those beside them that do not.
-        broken: labels of features that a call needs together, and why.
-        local_uses: as of `FeatureTrace`, where ranks do have different elements.
-        mixed: parameters whose gradient is all-reduced where they are used.
-        trace: of the run.
-    """
-
-    calls: dict[str, list[Call]] = field(default_factory=dict)
-    broken: list[tuple[Tensor, str]] = field(default_factory=list)
-    local_uses: dict[str, set[str]] = field(default_factory=dict)
-    mixed: set[str] = field(default_factory=set)
-    trace: FeatureTrace | None = None
+    calls: dict[str, list[Call]] = field(default_factory=dict)  # module -> calls that change, and those beside them that do not
+    broken: list[tuple[Tensor, str]] = field(default_factory=list)  # labels of features that a call needs together, and why
+    local_uses: dict[str, set[str]] = field(default_factory=dict)  # as of `FeatureTrace`, where ranks do have different elements
+    mixed: set[str] = field(default_factory=set)  # parameters whose gradient is all-reduced where they are used
+    trace: FeatureTrace | None = None  # of the run
 
 
 class CallRecorder(TorchFunctionMode):
@@ -170,7 +162,7 @@ class CallRecorder(TorchFunctionMode):
             return
         call = self._recorded(name, func, args, kwargs, out, module, call_site(frame))
         try:
-            change = self._change_of(call)
+            change = self._decide(call)
         except NotOnShards as no:
             self._set_known(no.sizes)
             self.found.broken += [
@@ -181,7 +173,7 @@ class CallRecorder(TorchFunctionMode):
             self._set_known(change.sizes)
             self._note(module, change.call)
 
-    def _change_of(self, call: RecordedCall) -> Change | None:
+    def _decide(self, call: RecordedCall) -> Change | None:
         tables = [g.tensor for g in call.given if g.is_split]
         if call.name == "embedding" and call.module not in self.tables and tables:
             raise NotOnShards("it looks up rows of a split table", tables)
@@ -218,7 +210,6 @@ class CallRecorder(TorchFunctionMode):
             func=func,
             args=args,
             kwargs=kwargs,
-            out=out,
             site=site,
             module=module,
             given=tuple(self._given(name, path, t) for path, t in _with_paths(args, kwargs)),

@@ -12,8 +12,6 @@ Here n are rows, k is the summed dim, m are columns, and N products are batched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -23,55 +21,18 @@ from lightning_tp.infer.follow.trace import ParamView, TensorFacts
 from lightning_tp.infer.follow.tracer import AtenCall, FeatureTracer, follows
 
 
-@dataclass(frozen=True)
-class Factor:
-    """A factor (N, n, k) of a batched product.
-
-    Args:
-        shape: of it.
-        label: of it.
-        param: the weight that it is a view of.
-    """
-
-    shape: tuple[int, ...]
-    label: Tensor | None
-    param: ParamView | None
-
-    @staticmethod
-    def of(tracer: FeatureTracer, t: Tensor) -> Factor:
-        """Describe a tensor (N, n, k), or (n, k) as (1, n, k)."""
-        facts = tracer.shadow(t)
-        if t.ndim == 3:
-            return Factor(tuple(t.shape), facts.label, facts.param)
-        label = None if facts.label is None else facts.label.unsqueeze(0)
-        param = None if facts.param is None else ParamView(facts.param.name, tuple(c.unsqueeze(0) for c in facts.param.coordinates))
-        return Factor((1, *t.shape), label, param)
-
-    def transposed(self) -> Factor:
-        """Swap rows and columns."""
-        label = None if self.label is None else self.label.transpose(1, 2)
-        param = None if self.param is None else ParamView(self.param.name, tuple(c.transpose(1, 2) for c in self.param.coordinates))
-        return Factor((self.shape[0], self.shape[2], self.shape[1]), label, param)
-
-    @property
-    def labels(self) -> Tensor:
-        """The label, zeros for none."""
-        return no_features(*self.shape) if self.label is None else self.label
-
-
-@follows("mm", "bmm")
+@follows("mm", "bmm", "addmm", "baddbmm")
 def product(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
-    """(n, k) x (k, m) -> (n, m), or with N in front."""
-    label = _product(tracer, Factor.of(tracer, op.args[0]), Factor.of(tracer, op.args[1]))
-    return op.labelled(label if label is None or op.out.ndim == 3 else label.squeeze(0))
-
-
-@follows("addmm", "baddbmm")
-def product_with_bias(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
-    """Add something to a product."""
-    label = _product(tracer, Factor.of(tracer, op.args[1]), Factor.of(tracer, op.args[2]))
-    label = label if label is None or op.out.ndim == 3 else label.squeeze(0)
-    return op.labelled(with_bias(tracer, op.args[0], None if label is None else label.expand(op.out.shape)))
+    """(n, k) x (k, m) -> (n, m), or with N in front; a bias may be added."""
+    start = 1 if op.name in ("addmm", "baddbmm") else 0
+    x, y = op.args[start : start + 2]
+    a, b = tracer.shadow(x), tracer.shadow(y)
+    if x.ndim == 2:
+        a, b = a.moved(_batched), b.moved(_batched)
+    label = _product(tracer, a, b, x.shape[-2], y.shape[-1])
+    if label is not None:
+        label = (label.squeeze(0) if x.ndim == 2 else label).expand(op.out.shape)
+    return op.labelled(with_bias(tracer, op.args[0], label) if start else label)
 
 
 @follows("_grouped_mm")
@@ -81,7 +42,7 @@ def grouped_product(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     param = tracer.shadow(weight).param
     if param is not None and x.ndim == 2 and weight.ndim == 3:
         first = ParamView(param.name, tuple(c[:1] for c in param.coordinates))
-        label = with_weight(tracer, Factor.of(tracer, x).label, first, rows=x.shape[0])
+        label = with_weight(tracer, tracer.shadow(x).moved(_batched).label, first, rows=x.shape[0])
         return op.labelled(None if label is None else label.squeeze(0))
     return mixed(tracer, op, [label for t in (x, weight) if (label := tracer.shadow(t).label) is not None])
 
@@ -121,24 +82,30 @@ def with_bias(tracer: FeatureTracer, bias: Tensor, label: Tensor | None) -> Tens
     return label
 
 
-def _product(tracer: FeatureTracer, a: Factor, b: Factor) -> Tensor | None:
-    """Return the labels (N, n, m) of (N, n, k) x (N, k, m)."""
+def _product(tracer: FeatureTracer, a: TensorFacts, b: TensorFacts, rows: int, columns: int) -> Tensor | None:
+    """Return the labels of (N, n, k) x (N, k, m), which expand to (N, n, m)."""
     if b.param is not None:
         if a.param is not None:  # the first is taken for an activation: its gradient is made equal on all ranks at once
             for uses in (tracer.trace.whole_uses, tracer.trace.local_uses):
                 uses.setdefault(a.param.name, set()).add(tracer.stack[-1])
-        return with_weight(tracer, a.label, b.param, rows=a.shape[1])
-    if a.param is not None:  # (x^T W^T)^T
-        label = with_weight(tracer, b.transposed().label, a.transposed().param, rows=b.shape[2])  # type: ignore[arg-type]
+        return with_weight(tracer, a.label, b.param, rows)
+    if a.param is not None:  # (y^T W^T)^T
+        label = _product(tracer, b.moved(_transposed), a.moved(_transposed), columns, rows)
         return None if label is None else label.transpose(1, 2)
-    if a.label is None and b.label is None:
-        return None
-    _note_factor(tracer, a.labels)
-    _note_factor(tracer, b.labels)
-    classes = tracer.trace.classes
-    rows = classes.join_along(a.labels, (2,), keepdim=True)  # (N, n, 1)
-    columns = classes.join_along(b.labels, (1,), keepdim=True)  # (N, 1, m)
-    return classes.join(rows, columns)
+    tops = []
+    for label, dim in ((a.label, 2), (b.label, 1)):  # (N, n, 1), (N, 1, m)
+        if label is not None:
+            _note_factor(tracer, label)
+            tops.append(tracer.trace.classes.join_along(label, (dim,), keepdim=True))
+    return tracer.trace.classes.join(*tops) if len(tops) == 2 else tops[0] if tops else None
+
+
+def _batched(t: Tensor) -> Tensor:
+    return t.unsqueeze(0)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(1, 2)
 
 
 def _note_factor(tracer: FeatureTracer, label: Tensor) -> None:

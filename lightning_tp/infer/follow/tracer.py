@@ -28,23 +28,14 @@ MOST_WRITTEN = 2**12  # elements of a literal in the code up to which it is comp
 
 @dataclass(frozen=True)
 class AtenCall:
-    """One operation of a run.
-
-    Args:
-        func: the operator.
-        args: of it.
-        kwargs: of it.
-        out: what it returned.
-        tensors: those among the arguments, in order.
-        facts: what is known of each of these.
-    """
+    """One operation of a run."""
 
     func: Any
     args: Any
     kwargs: Any
     out: Any
-    tensors: list[Tensor]
-    facts: list[TensorFacts]
+    tensors: list[Tensor]  # those among the arguments, in order
+    facts: list[TensorFacts]  # what is known of each of these
 
     @property
     def name(self) -> str:
