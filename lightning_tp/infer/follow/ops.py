@@ -71,7 +71,7 @@ IN_PLACE = _names("__setitem__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ 
 # Move, cast or sum partial sums.
 LINEAR_MOVES = _names(
     "view reshape transpose permute contiguous flatten unflatten squeeze unsqueeze to type float half bfloat16 type_as clone expand chunk "
-    "split __getitem__ index_select unbind narrow view_as __get__ sum mean movedim swapaxes reshape_as identity"
+    "split __getitem__ index_select unbind narrow view_as __get__ sum mean movedim swapaxes reshape_as"
 )
 # Add partial sums to each other, or put them one behind the other.
 LINEAR_SUMS = _names("add __add__ __radd__ add_ __iadd__ sub __sub__ sub_ __isub__ cat stack")

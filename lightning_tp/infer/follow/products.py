@@ -4,7 +4,7 @@
 |---|---|---|
 | equal on all ranks | makes features along m ("out": column-wise) | one feature per column |
 | features differ along k | its rows go with them ("in": row-wise) | a sum over ranks: equal on all ranks |
-| one feature per product | has its own features for each ("along": heads with a matrix each) | one feature per product |
+| one feature per product | has its own features for each ("out": heads with a matrix each) | one feature per product |
 | other features | needed whole | all features of a row joined |
 
 Here n are rows, k is the summed dim, m are columns, and N products are batched.
