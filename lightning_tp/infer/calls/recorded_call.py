@@ -99,3 +99,14 @@ class NotOnShards(Exception):
     def __init__(self, why: str, tensors: list[Tensor] | None = None, sizes: tuple[PerRankInt, ...] = ()) -> None:
         super().__init__(why)
         self.tensors, self.sizes = tensors, sizes
+
+
+def tensors_given(args: Any, kwargs: Any) -> list[tuple[Path, Tensor]]:
+    """Return the tensors among the arguments of a call, with where they stand."""
+    found: list[tuple[Path, Tensor]] = []
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor):
+            found.append(((key,), value))
+        elif isinstance(value, (tuple, list)):
+            found += [((key, i), v) for i, v in enumerate(value) if isinstance(v, Tensor)]
+    return found

@@ -24,7 +24,7 @@ from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.calls.changes import change_of
 from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, fraction, per_rank_ints, plain
-from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall
+from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
 from lightning_tp.infer.calls.sizes import full_sizes
 from lightning_tp.infer.follow.features import gradient_is_partial
 from lightning_tp.infer.follow.ops import MOVES, writes_in_place
@@ -111,7 +111,7 @@ class CallRecorder(TorchFunctionMode):
         self._before = {}
         if writes_in_place(name, kwargs):
             with unobserved():
-                self._before = {id(t): OnRanks(t.clone(), self.layouts.of(t)) for _, t in _with_paths(args, kwargs)}
+                self._before = {id(t): OnRanks(t.clone(), self.layouts.of(t)) for _, t in tensors_given(args, kwargs)}
         out = func(*plain_args, **plain_kwargs)
         self._numbers = list(per_rank_ints((args, kwargs)))
         if module == self.tracer.stack[-1] and module not in self.standard:
@@ -212,7 +212,7 @@ class CallRecorder(TorchFunctionMode):
             kwargs=kwargs,
             site=site,
             module=module,
-            given=tuple(self._given(name, path, t) for path, t in _with_paths(args, kwargs)),
+            given=tuple(self._given(name, path, t) for path, t in tensors_given(args, kwargs)),
             results=results,
             before=self._before,
             products=products,
@@ -279,14 +279,3 @@ def untracked_size_reads(
 def _is_around(a: str, b: str) -> bool:
     """Return whether one of two modules contains the other."""
     return not a or not b or f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
-
-
-def _with_paths(args: Any, kwargs: Any) -> list[tuple[Path, Tensor]]:
-    """Return the tensors among the arguments of a call, with where they stand."""
-    found: list[tuple[Path, Tensor]] = []
-    for key, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(value, Tensor):
-            found.append(((key,), value))
-        elif isinstance(value, (tuple, list)):
-            found += [((key, i), v) for i, v in enumerate(value) if isinstance(v, Tensor)]
-    return found
