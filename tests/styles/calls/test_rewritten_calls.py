@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import copy
 import sys
 from typing import Any, Generic, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import lightning_tp as ltp
+from lightning_tp._compat import function_modes
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.call_site import call_site
-from lightning_tp.styles import BindContext, RewrittenCalls, ShardParameter
+from lightning_tp.errors import TPError
+from lightning_tp.styles import BindContext, PrepareInput, RewrittenCalls, ShardParameter
 from lightning_tp.styles.calls.call import Call, Operand
+from lightning_tp.styles.calls.rewritten_calls import changes_calls
 from lightning_tp.styles.split import Ownership
 from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 
@@ -92,6 +97,98 @@ def test_a_class_with_other_bases_before_the_module_is_taken_too() -> None:
         at = Recorded.of(model, torch.zeros(8))
         RewrittenCalls((Call("view", at, sizes=(sizes, sizes)),)).bind(model, BindContext("", Axis(dist.group.WORLD)))
         assert model(torch.zeros(4)).shape == (2, 2)
+
+
+def bound(model: nn.Module, *calls: Call, rank: int = 0) -> nn.Module:
+    RewrittenCalls(calls).bind(model, BindContext("", Axis(dist.group.WORLD)))
+    return model
+
+
+class Loop(nn.Module):
+    """Two calls from one place in the code, in a helper that the module's own functions do not contain."""
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        return [viewed(t) for t in tensors]
+
+
+def viewed(t: Tensor) -> Tensor:
+    return t.view(2, 4)
+
+
+def test_calls_from_one_place_take_turns_from_the_first_in_each_forward() -> None:
+    sizes = ((1, 1, 2),)
+    with fake_world(2, rank=0):
+        model = Loop()
+        at = Recorded.of(model, torch.zeros(8))
+        bound(model, Call("view", at), Call("view", at, sizes=(sizes, sizes)))
+        for _ in range(2):
+            assert [t.shape[1] for t in model(torch.zeros(8), torch.zeros(4), torch.zeros(8))] == [4, 2, 4]
+        with pytest.raises(TPError, match="not a multiple"):
+            bound(Loop(), Call("view", at, sizes=(((1, 1, 3),),) * 2))(torch.zeros(8))
+        assert [t.shape[1] for t in model(torch.zeros(8), torch.zeros(4))] == [4, 2]  # after an error in another one
+
+
+def test_calls_of_modules_inside_are_left_alone() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return viewed(x)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.inner(x), viewed(x[:4])]
+
+    with fake_world(2, rank=0):
+        model = Outer()
+        with Recorded() as mode, pytest.raises(RuntimeError):
+            model(torch.zeros(8))  # the last call is the outer module's
+        bound(model, Call("view", mode.at, sizes=(((1, 1, 2),),) * 2))
+        assert [t.shape[1] for t in model(torch.zeros(8))] == [4, 2]
+
+
+def test_a_module_that_another_style_runs_around_is_left_to_the_mode() -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.view(2, 4)
+
+    with fake_world(2, rank=0):
+        at = Recorded.of(Plain(), torch.zeros(8))
+        call = Call("view", at, sizes=(((1, 1, 2),),) * 2)
+        plain, prepared = Plain(), Plain()
+        PrepareInput(arrives="replicate", wanted="gathered").bind(prepared, BindContext("", Axis(dist.group.WORLD)))
+        for model, has_mode in ((plain, False), (prepared, True)):
+            bound(model, call)
+            assert hasattr(model, "_mode") == has_mode
+            assert model(torch.zeros(4)).shape == (2, 2)
+
+
+def test_a_copy_of_a_module_has_its_calls_changed() -> None:
+    with fake_world(2, rank=0):
+        model = Loop()
+        at = Recorded.of(model, torch.zeros(8))
+        twin = copy.deepcopy(bound(model, Call("view", at, sizes=(((1, 1, 2),),) * 2)))
+        assert twin(torch.zeros(4))[0].shape == (2, 2)
+
+
+def test_only_its_own_mode_changes_calls() -> None:
+    seen = []
+
+    class Modes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.extend(map(changes_calls, function_modes()))
+            return viewed(x)
+
+    with fake_world(2, rank=0):
+        model = Modes()
+        with Recorded() as mode:
+            model(torch.zeros(8))
+        bound(model, Call("view", mode.at, sizes=(((1, 1, 2),),) * 2))
+        with Recorded():
+            model(torch.zeros(4))
+    assert seen == [False, False, True]
 
 
 def test_json_and_text() -> None:
