@@ -63,8 +63,8 @@ def watch_them() -> None:
     """Put a clock around each."""
     same_batch.fingerprint = timed("comparing batches", same_batch.fingerprint)  # type: ignore[attr-defined]
     group_loader.Ranks.over_tp = timed("comparing batches", group_loader.Ranks.over_tp)  # type: ignore[method-assign]
-    metrics._plain = timed("plain numbers", metrics._plain)  # type: ignore[attr-defined]
-    gradients.PartialGradients._check = timed("checking gradients", gradients.PartialGradients._check)  # type: ignore[method-assign]
+    metrics._full = timed("full tensors", metrics._full)  # type: ignore[attr-defined]
+    gradients.PartialGradients._compare_with_plan = timed("checking gradients", gradients.PartialGradients._compare_with_plan)  # type: ignore[method-assign]
     step = RandomCallPolicy.step
     RandomCallPolicy.step = lambda self: TimedStep("looking for random numbers", step(self))  # type: ignore[method-assign]
     look = watchdog.Watchdog._look

@@ -21,7 +21,7 @@ from lightning_tp.core.units import seconds, size
 from lightning_tp.estimate import estimate
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.roofline import collective_seconds, in_node
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.predict import Estimate
 from lightning_tp.estimate.tune import tune
 
 SEQ, GLOBAL = 4096, 1024

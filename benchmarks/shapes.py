@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
+from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.cost.measure import Key, Measured, free_bytes, once_of, present_device, rate_of
-from lightning_tp.estimate.cost.tiles import tiling
+from lightning_tp.estimate.matmul_measure import Measured, ProductKey, free_bytes, once_of, present_device, rate_of
 
 TPS = (1, 2, 4, 8)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # for each device
@@ -79,9 +79,9 @@ MODELS = {
 }
 
 
-def keys_of(n: int, k: int, rows: int) -> list[Key]:
+def keys_of(n: int, k: int, rows: int) -> list[ProductKey]:
     """Forward, gradient of the input, gradient of the weight."""
-    return [Key("x @ w.T", 1, rows, n, k), Key("g @ w", 1, rows, k, n), Key("x.T @ g", 1, n, k, rows)]
+    return [ProductKey("x @ w.T", 1, rows, n, k), ProductKey("g @ w", 1, rows, k, n), ProductKey("x.T @ g", 1, n, k, rows)]
 
 
 def predicted(model: Model, hw: Hardware, tokens: int, tp: int, *, dtype: torch.dtype = torch.bfloat16) -> tuple[float, int]:
@@ -122,7 +122,7 @@ def measure(device: str, tokens: tuple[int, ...], budget: float, roles: int) -> 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rate, room = rate_of(dtype, device), free_bytes(device) // 2
     longest = LONGEST if device == "cpu" else 0.1
-    wanted: dict[Key, None] = {}
+    wanted: dict[ProductKey, None] = {}
     for model in MODELS.values():
         for rows in tokens:
             for name, *_ in model.layers(1):
@@ -132,7 +132,7 @@ def measure(device: str, tokens: tuple[int, ...], budget: float, roles: int) -> 
     cheap = sorted(wanted, key=lambda k: k.flops)
     while sum(8 * k.flops / rate for k in cheap) > budget:  # each of 4 rounds runs twice, once to warm up
         cheap.pop()
-    best: dict[Key, float] = {}
+    best: dict[ProductKey, float] = {}
     for done in range(4):
         for i, key in enumerate(cheap):
             if sys.stderr.isatty():
@@ -156,7 +156,7 @@ def measure(device: str, tokens: tuple[int, ...], budget: float, roles: int) -> 
     _print_table(found, tokens, roles)
 
 
-def _of(model: Model, layer: str, tp: int, tokens: int, roles: int) -> list[Key]:
+def _of(model: Model, layer: str, tp: int, tokens: int, roles: int) -> list[ProductKey]:
     return [key for name, n, k, _ in model.layers(tp) if name == layer for key in keys_of(n, k, tokens * tp)[:roles]]
 
 
@@ -240,7 +240,7 @@ def timed(published: Published, key: tuple[str, int, int], hw: Hardware | None) 
 
 
 def _tiled(hw: Hardware, rows: int, n: int, k: int) -> float:
-    return tiling(hw, 1, rows, n, k, torch.float16, Key("x @ w.T", 1, rows, n, k).bytes(2)).seconds
+    return tiling(hw, 1, rows, n, k, torch.float16, ProductKey("x @ w.T", 1, rows, n, k).bytes(2)).seconds
 
 
 def print_published(folder: Path) -> None:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401
 from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401
-from torch.amp.grad_scaler import OptState as OptState
+from torch.amp.grad_scaler import OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.nn.modules.module import _IncompatibleKeys as incompatible_keys  # noqa: F401
 
 
 def version_of(package: str) -> str | None:
@@ -264,10 +265,10 @@ def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor
     from torch.nn import utils
     from torch.nn.utils import clip_grad
 
-    if hasattr(clip_grad._get_total_norm, "_lightning_tp"):
+    if hasattr(clip_grad._get_total_norm, "_tp_original"):
         return
     wrapped: Any = make(clip_grad._get_total_norm)
-    wrapped._lightning_tp = True
+    wrapped._tp_original = clip_grad._get_total_norm
     clip_grad._get_total_norm = wrapped  # what clip_grad_norm_ calls, however that was imported
     utils.get_total_norm = wrapped
 
@@ -393,24 +394,67 @@ def fake_process_group(rank: int, size: int) -> Any:
     return FakeProcessGroup._create_internal(rank, size)
 
 
-disable_function_modes = torch._C.DisableTorchFunction
-enable_function_modes = torch._C._EnableTorchFunction  # again, inside of `disable_function_modes`
+def all_gather_into(output: Tensor, input: Tensor, group: Any) -> None:
+    """All-gather on the process group itself: the wrapper of `torch.distributed` costs as much as a small collective."""
+    group._allgather_base(output, input).wait()
 
 
-@contextmanager
-def no_dispatch_modes() -> Iterator[None]:
-    """Run operations without the `TorchDispatchMode`s that are on."""
-    with torch.utils._python_dispatch._disable_current_modes():
-        yield
+def reduce_scatter_into(output: Tensor, input: Tensor, group: Any) -> None:
+    """Reduce-scatter on the process group itself, as `all_gather_into`."""
+    group._reduce_scatter_base(output, input).wait()
+
+
+def scaler_settings(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """The arguments with which a gradient scaler was made."""
+    return {
+        "device": scaler._device,
+        "init_scale": scaler._init_scale,
+        "growth_factor": scaler._growth_factor,
+        "backoff_factor": scaler._backoff_factor,
+        "growth_interval": scaler._growth_interval,
+        "enabled": scaler._enabled,
+    }
+
+
+def is_unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the gradients of an optimizer were unscaled since the last backward pass."""
+    return scaler._per_optimizer_states[id(optimizer)]["stage"] is not OptState.READY
+
+
+def loaders_to_run(trainer: Any) -> Any:
+    """The loader, or loaders, that a Trainer is about to use. Lightning has no public name for it, and `cli` and `trainer` need it."""
+    return trainer._active_loop._data_source.dataloader()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number of a tensor's storage: equal for tensors that share memory. It may be used again once the storage is gone."""
+    return tensor.untyped_storage()._cdata
+
+
+def is_in_place(operator: Any) -> bool:
+    """Return whether an operator of `torch.ops` writes into one of its arguments."""
+    return bool(operator._schema.is_mutable)
+
+
+def without_dispatch_modes() -> Any:
+    """Enter a context in which no `TorchDispatchMode` sees what is called."""
+    return torch.utils._python_dispatch._disable_current_modes()
+
+
+def without_torch_function() -> Any:
+    """Enter a context in which `__torch_function__` of tensor subclasses is not called."""
+    return torch._C.DisableTorchFunction()
+
+
+enable_function_modes = torch._C._EnableTorchFunction  # again, where function modes are off: inside of one of them
 
 
 @contextmanager
 def unobserved() -> Iterator[None]:
     """Run operations without the `TorchFunctionMode`s and the `TorchDispatchMode`s that are on."""
-    with torch._C.DisableTorchFunction(), no_dispatch_modes():
+    with without_torch_function(), without_dispatch_modes():
         yield
 
 
-def writes_into_arguments(func: Any) -> bool:
-    """Return whether an aten operator writes into a tensor that it is given."""
-    return bool(func._schema.is_mutable)
+# flash attention as it runs without a device: it saves for the backward what the kernels of all devices save
+flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,8 +1,8 @@
-"""The same for `import pytorch_lightning as pl`: `from lightning_tp.pytorch_lightning import TPStrategy`.
+"""The same strategy and callbacks for `import pytorch_lightning as pl`: `from lightning_tp.pytorch_lightning import TPStrategy`.
 
-`pytorch_lightning` and `lightning.pytorch` are one code under two names, and each refuses the other's classes. So are these: what the package
-has for a Trainer, with the names of the other one (Lightning's own copy is made in the same way). What knows no Trainer (`Plan`, `parallelize`,
-`RandomTokens`, ..) is in `lightning_tp` for both.
+`pytorch_lightning` and `lightning.pytorch` are one code base under two names, and each refuses the other's classes. So the files of this package
+that know a Trainer are run a second time, with the names of the other package in their source (Lightning makes its own copy in the same
+way). Everything else (`Plan`, `parallelize`, `RandomTokens`, ..) is in `lightning_tp` for both.
 
 Example:
     >>> import pytorch_lightning as pl
@@ -13,18 +13,17 @@ Example:
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, spec_from_file_location
+from collections.abc import Iterator
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_tp.errors import TPError
 
-TWINS = ("callbacks", "trainer")  # folders that know a Trainer
+TWINS = ("callbacks", "trainer")  # the folders that know a Trainer
 NAMES = {
     r"\blightning\.pytorch\b": "pytorch_lightning",
     r"\blightning\.fabric\b": "lightning_fabric",
@@ -32,35 +31,45 @@ NAMES = {
     rf"\blightning_tp\.({'|'.join(TWINS)})\b": rf"{__name__}.\1",
     rf"\bfrom lightning_tp import ({'|'.join(TWINS)})\b": rf"from {__name__} import \1",
 }
-__path__: list[str] = []  # modules can be imported from here
+__path__: list[str] = []  # a package: its modules are made here, none is found in a folder
 
 
-class _Twins(MetaPathFinder, Loader):
-    """Finds `lightning_tp.pytorch_lightning.<name>`: the source of `lightning_tp.<name>`, run with the other package's names."""
+def _load(name: str) -> None:
+    """Make the module `lightning_tp.pytorch_lightning.<name>` from the source of `lightning_tp.<name>`, after those that it imports."""
+    twin = f"{__name__}.{name}"
+    source = Path(__file__).parent / name.replace(".", "/")
+    folder = [str(source)] if source.is_dir() else None
+    file = source / "__init__.py" if folder else source.with_suffix(".py")
+    if twin in sys.modules or not file.exists():
+        return
+    spec = spec_from_file_location(twin, file, submodule_search_locations=folder)
+    assert spec is not None
+    module = sys.modules[twin] = module_from_spec(spec)
+    text = file.read_text(encoding="utf-8")
+    for ours, theirs in NAMES.items():
+        text = re.sub(ours, theirs, text)
+    for needed in _imports(text):
+        _load(needed)
+    exec(compile(text, file, "exec"), module.__dict__)
+    parent, _, last = twin.rpartition(".")
+    setattr(sys.modules[parent], last, module)
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        name = fullname.removeprefix(f"{__name__}.")
-        if name == fullname or name.partition(".")[0] not in TWINS:
-            return None
-        source = Path(__file__).parent / name.replace(".", "/")
-        folder = [str(source)] if source.is_dir() else None
-        file = source / "__init__.py" if folder else source.with_suffix(".py")
-        return spec_from_file_location(fullname, file, loader=self, submodule_search_locations=folder) if file.exists() else None
 
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None  # an ordinary one
-
-    def exec_module(self, module: ModuleType) -> None:
-        assert module.__file__ is not None
-        text = Path(module.__file__).read_text(encoding="utf-8")
-        for ours, theirs in NAMES.items():
-            text = re.sub(ours, theirs, text)
-        exec(compile(text, module.__file__, "exec"), module.__dict__)
+def _imports(text: str) -> Iterator[str]:
+    """The modules that a source imports from here, and the folders that they are in."""
+    for node in ast.walk(ast.parse(text)):
+        names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            parts = name.removeprefix(f"{__name__}.").split(".") if name.startswith(f"{__name__}.") else []
+            yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
 
 
 if find_spec("pytorch_lightning") is None:
     raise TPError("`lightning_tp.pytorch_lightning` is for the package `pytorch_lightning`, which is not installed here.")
-sys.meta_path.insert(0, _Twins())  # before the one that would find the sources as they are
+for _name in TWINS:
+    _load(_name)
+for _name in ("trainer.mixin", "trainer.strategy"):
+    _load(_name)
 
 if TYPE_CHECKING:
     from lightning_tp.callbacks import ShardSummary as ShardSummary

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_tp as ltp
 from lightning_tp.core.comm.axis import SEQUENCE_DIM, even_shard
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.core.comm.transitions import sequence_to_replicate
+from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, State
+from lightning_tp.core.comm.transitions import sequence_to_invariant
 from lightning_tp.styles import Colwise, Style
 from lightning_tp.testing import assert_trees_close, randomize_
 
@@ -63,21 +64,21 @@ def shard_of(whole: Tensor, dim: int, rank: int, tp: int, padding: float | None 
     return torch.cat((shard, fill), dim)
 
 
-def held(whole: Tensor, state: str, rank: int, tp: int, padding: float = 0.0) -> Tensor:
-    """What a rank holds of a whole activation in a state; `partial` gets terms that differ and sum up exactly."""
-    if state == "sequence":
+def held(whole: Tensor, state: State | str, rank: int, tp: int, padding: float = 0.0) -> Tensor:
+    """What a rank holds of a whole activation in a state; `P` gets terms that differ and sum up exactly."""
+    state = State.of(state)
+    if state == SEQUENCE:
         return shard_of(whole, SEQUENCE_DIM, rank, tp, padding)
-    if state == "width":
+    if state == WIDTH:
         return shard_of(whole, whole.ndim - 1, rank, tp)
-    if state == "partial":
+    if state == P:
         return whole * 0 - rank if rank else whole + sum(range(tp))
     return whole.clone()
 
 
-def gradient_held(whole: Tensor, state: str, rank: int, tp: int, padding: float = 0.0) -> Tensor:
-    """What a rank is handed, or hands on, of the gradient of an activation in a state: see the table of `comm.py`."""
-    duals = {"gathered": "partial", "partial": "replicate"}
-    return held(whole, duals.get(state, state), rank, tp, padding)
+def gradient_held(whole: Tensor, state: State | str, rank: int, tp: int, padding: float = 0.0) -> Tensor:
+    """What a rank is handed, or hands on, of the gradient of an activation in a state: see the table of `state.py`."""
+    return held(whole, State.of(state).gradient, rank, tp, padding)
 
 
 class Alone(nn.Module):
@@ -101,8 +102,8 @@ def alone(
     style: Style | str,
     x: Tensor,
     *,
-    arrives: str = "replicate",
-    leaves: str = "replicate",
+    arrives: State | str = I,
+    leaves: State | str = I,
     shapes: dict[str, tuple[Any, ...]],
     forward: list[str],
     backward: list[str],
@@ -132,7 +133,7 @@ def alone(
     upstream = torch.randn(y_whole.shape, generator=torch.Generator().manual_seed(1))
     y_whole.backward(upstream)
 
-    plan = {"other": Colwise(input="gathered"), **{f"m.{n}": s for n, s in (rules or {}).items()}}
+    plan = {"other": Colwise(input="R"), **{f"m.{n}": s for n, s in (rules or {}).items()}}
     if style:
         plan["m"] = style
     ltp.parallelize(model, mesh(), plan, **options)
@@ -142,7 +143,8 @@ def alone(
         assert tuple(p.shape) == want, f"{what}: {name} is {tuple(p.shape)}, not {want}"
 
     axis = model._tp_registry.gradients.axis
-    if arrives == "sequence":
+    arrives, leaves = State.of(arrives), State.of(leaves)
+    if arrives == SEQUENCE:
         axis.seq_len = x.shape[SEQUENCE_DIM]  # as if something before had cut it
     for turn in range(2):
         x_mine = held(x, arrives, rank, tp).requires_grad_(x.is_floating_point())
@@ -151,8 +153,10 @@ def alone(
             y = model(x_mine)
         seen = whole_of(y, leaves, y_whole.shape)
         handed = gradient_held(upstream, leaves, rank, tp)
-        if leaves == "sequence":  # a model's output is whole in the end: grad.py counts on a transition after the last share
-            y, handed = sequence_to_replicate(y, axis), upstream
+        if (
+            leaves == SEQUENCE
+        ):  # a model's output is whole in the end: the sums of gradients count on a transition after the last term
+            y, handed = sequence_to_invariant(y, axis), upstream
         with Collectives() as back:
             y.backward(handed)
         if turn:
@@ -171,21 +175,21 @@ def alone(
     return model
 
 
-def whole_of(y: Tensor, state: str, shape: Any) -> Tensor:
-    """The whole tensor from all ranks' pieces; a `replicate` one has to be equal on all of them."""
+def whole_of(y: Tensor, state: State | str, shape: Any) -> Tensor:
+    """The whole tensor from all ranks' pieces; one in `R` or `I` has to be equal on all of them."""
+    state = State.of(state)
     tp = dist.get_world_size()
     pieces: list[Any] = [None] * tp
     dist.all_gather_object(pieces, y.detach().clone())
-    if state == "sequence":
+    if state == SEQUENCE:
         return torch.cat(pieces, SEQUENCE_DIM).narrow(SEQUENCE_DIM, 0, shape[SEQUENCE_DIM])
-    if state == "width":
+    if state == WIDTH:
         return torch.cat(pieces, -1)
-    if state == "partial":
+    if state == P:
         return torch.stack(pieces).sum(0)
     assert all(torch.equal(p, pieces[0]) for p in pieces), f"a {state} tensor differs between the ranks"
     return pieces[0]
 
 
-def whole_gradient_of(grad: Tensor, state: str, shape: Any) -> Tensor:
-    duals = {"gathered": "partial", "partial": "replicate"}
-    return whole_of(grad, duals.get(state, state), shape)
+def whole_gradient_of(grad: Tensor, state: State | str, shape: Any) -> Tensor:
+    return whole_of(grad, State.of(state).gradient, shape)

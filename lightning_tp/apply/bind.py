@@ -1,8 +1,12 @@
-"""Cut every parameter of a model to this rank's shard and bind the styles of a plan to its modules."""
+"""Cut every parameter of a model to this rank's shard, bind the styles of a plan to its modules, and sum what gradients are partial.
+
+`replace_parameters` and `bind_styles` serve all that run a plan: `parallelize`, the dry run of an inferred plan, and the estimator.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,65 +16,96 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
-from lightning_tp.plan.plan import Plan
-from lightning_tp.shards import grad_norm, shard
-from lightning_tp.shards import gradients as grad
-from lightning_tp.styles import BindContext
+from lightning_tp.errors import TPError
+from lightning_tp.plan.checked import CheckedPlan
+from lightning_tp.shards.grad_norm import register
+from lightning_tp.shards.gradients import PartialGradients
+from lightning_tp.shards.shard import ParamShard
+from lightning_tp.styles import BindContext, Replicate, Split
 
 
-def split_parameters(model: nn.Module, plan: Plan, mesh: DeviceMesh, *, fsdp: bool = False) -> None:
-    """Put this rank's shard in the place of each parameter; tied ones stay one parameter."""
-    tp_rank = mesh.get_local_rank(TENSOR_PARALLEL)
-    done: dict[int, nn.Parameter] = {}
-    guessed = {n for e in plan.entries if e.style.name == "replicate" for n in e.splits}
-    splits, shapes = plan.splits, plan.shapes
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in splits}
-    keep = []  # the whole ones stay alive until all are done: ids must not be used again
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, p in module._parameters.items():
-            full = f"{prefix}.{name}" if prefix else name
-            if full not in splits and id(p) in names:  # tied to one that the plan names, and as whole as that one
-                full = names[id(p)]
-            if p is None or id(p) in {id(q) for q in done.values()} or full not in splits:
-                continue
-            keep.append(p)
-            if id(p) not in done:
-                split = splits[full]
-                with torch.no_grad():
-                    local = nn.Parameter(split.take(p, tp_rank) if split.dim is not None else p.detach(), p.requires_grad)
-                local.__dict__.update({k: v for k, v in p.__dict__.items() if k != "_tp_shard"})
-                local._tp_shard = shard.ParamShard(full, split, shapes[full], mesh, fsdp, full in guessed)  # type: ignore[attr-defined]
-                done[id(p)] = local
-            module._parameters[name] = done[id(p)]
+class BindError(TPError):
+    """A style could not be bound to a module.
+
+    Attributes:
+        where: the name of the module.
+    """
+
+    def __init__(self, where: str, cause: Exception) -> None:
+        text = str(cause) if isinstance(cause, TPError) else f"`{where}`: {type(cause).__name__}: {cause}"
+        super().__init__(text)
+        self.where = where
 
 
-def bind_styles(model: nn.Module, plan: Plan, axis: Axis, *, loss_parallel: bool) -> None:
-    """Let every module of the plan run on its shards: layers first, then what is around them."""
+def split_parameters(model: nn.Module, plan: CheckedPlan, mesh: DeviceMesh, *, fsdp: bool = False) -> None:
+    """Replace each parameter by this rank's shard of it, which knows what it is: `_tp_shard`."""
+    rank = mesh.get_local_rank(TENSOR_PARALLEL)
+    stated = {name for entry in plan.entries if isinstance(entry.style, Replicate) for name in entry.splits}
+
+    def shard_of(name: str, p: nn.Parameter, split: Split) -> nn.Parameter:
+        local = local_parameter(p, split, rank)
+        local.__dict__.update({k: v for k, v in p.__dict__.items() if k != "_tp_shard"})
+        local._tp_shard = ParamShard(name, split, plan.shapes[name], mesh, fsdp, name in stated)  # type: ignore[attr-defined]
+        return local
+
+    replace_parameters(model, plan, shard_of)
+
+
+def local_parameter(p: nn.Parameter, split: Split, rank: int) -> nn.Parameter:
+    """Return the shard that `rank` holds of `p`, as a parameter of its own; a full one shares its memory."""
+    with torch.no_grad():
+        return nn.Parameter(p.detach() if split.dim is None else split.take(p, rank), p.requires_grad)
+
+
+def replace_parameters(model: nn.Module, plan: CheckedPlan, make: Callable[[str, nn.Parameter, Split], nn.Parameter]) -> None:
+    """Put `make(name, parameter, split)` in the place of each parameter; tied ones stay one parameter.
+
+    Args:
+        model: changed in place.
+        plan: checked against it.
+        make: given the name under which the plan covers the parameter.
+    """
+    splits = plan.splits
+    names: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in splits:
+            names.setdefault(id(p), name)
+    before = list(model.parameters())  # kept until all are replaced: an id must not be used again
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, own in module._parameters.items():
+            if own is not None and id(own) in names:
+                if id(own) not in made:
+                    made[id(own)] = make(names[id(own)], own, splits[names[id(own)]])
+                module._parameters[leaf] = made[id(own)]
+    del before
+
+
+def bind_styles(model: nn.Module, plan: CheckedPlan, axis: Axis, *, loss_parallel: bool = True) -> None:
+    """Make every module of the plan run on its shards: layers first, then the modules around them.
+
+    Raises:
+        BindError: for a style that can't be bound; it names the module.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     bound: set[tuple[int, str]] = set()
-    for around in (False, True):
+    for splits_parameters in (True, False):
         for entry in plan.entries:
-            style = entry.style
-            if style.splits_parameters == around or not _is_module(model, entry.where):
-                continue
-            module = model.get_submodule(entry.where)
-            if (id(module), str(style)) not in bound:
-                bound.add((id(module), str(style)))
+            style, module = entry.style, modules.get(entry.where)
+            if module is None or style.splits_parameters != splits_parameters or (id(module), str(style)) in bound:
+                continue  # a parameter; the other turn; a module with two names
+            bound.add((id(module), str(style)))
+            try:
                 style.bind(module, BindContext(entry.where, axis, loss_parallel))
+            except Exception as error:
+                raise BindError(entry.where, error) from error
 
 
-def _is_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False  # the entry is about a parameter
-    return True
-
-
-def sum_groups(plan: Plan, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:
-    """For each number of neighbouring ranks that sum shares of a gradient, this rank's group of them. A collective."""
+def sum_groups(plan: CheckedPlan, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:
+    """Return, for each number of neighbouring ranks that sum a gradient, the group of them that this rank is in. A collective."""
     tp = mesh[TENSOR_PARALLEL].size()
     groups = {tp: mesh.get_group(TENSOR_PARALLEL)}
-    for n in sorted({s.sum_over for s in plan.splits.values()} - {1, tp}):
+    for n in sorted({s.sum_over(tp) for s in plan.splits.values()} - {1, tp}):
         for row in mesh.mesh.tolist():
             for start in range(0, tp, n):
                 group = dist.new_group(row[start : start + n], use_local_synchronization=False)
@@ -80,32 +115,32 @@ def sum_groups(plan: Plan, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:
 
 
 class ParamRegistry:
-    """What the parameters of an applied model are."""
+    """What the parameters of an applied model are, by name; kept on the model as `_tp_registry`."""
 
-    def __init__(self, shards: dict[str, shard.ParamShard], gradients: grad.PartialGradients) -> None:
+    def __init__(self, shards: dict[str, ParamShard], gradients: PartialGradients) -> None:
         self.shards = shards
         self.gradients = gradients
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamRegistry:
         """A copied model sums its own gradients. Its parameters are in `memo`: a module's attributes are copied in their order."""
         of = self.gradients
-        twin = ParamRegistry(self.shards, grad.PartialGradients(copy.deepcopy(of.axis, memo), of.groups))
+        twin = ParamRegistry(self.shards, PartialGradients(copy.deepcopy(of.axis, memo), of.groups))
         parameters = []
         for p in of.parameters:
             memo[id(p)]._tp_shard = p._tp_shard  # type: ignore[attr-defined]
             parameters.append(memo[id(p)])
         twin.gradients.watch(parameters)
-        grad_norm.register(twin.gradients)
+        register(twin.gradients)
         return twin
 
 
 def tag_parameters(model: nn.Module) -> None:
     """Tell the parameter objects that the model has now what they are; again after something has replaced them."""
-    of: ParamRegistry = model._tp_registry  # type: ignore[assignment]
+    registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
     parameters = []
     for name, p in model.named_parameters():
-        if name in of.shards:
-            p._tp_shard = of.shards[name]  # type: ignore[attr-defined]
+        if name in registry.shards:
+            p._tp_shard = registry.shards[name]  # type: ignore[attr-defined]
             parameters.append(p)
-    of.gradients.watch(parameters)
-    grad_norm.register(of.gradients)
+    registry.gradients.watch(parameters)
+    register(registry.gradients)

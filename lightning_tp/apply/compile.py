@@ -121,13 +121,13 @@ class _Compiled(nn.Module):
         of = self._compiling
         if of.off or "_sites" in self.__dict__ or of.is_looked_into():
             return super().forward(*args, **kwargs)
-        before = transitions.left_compiled_code
+        before = transitions.graph_breaks
         try:
             return of.compiled(super().forward.__func__)(self, *args, **kwargs)  # type: ignore[attr-defined]
         except Exception as error:
             if not is_compiler_error(error):
                 raise
-            if transitions.left_compiled_code != before:
+            if transitions.graph_breaks != before:
                 raise TPError(
                     f"`compile`: failed in the middle of a block, when some of its collectives had been made: {type(error).__name__}: {error}. "
                     "Leave `compile` out for this model."

@@ -1,9 +1,10 @@
-"""`parallelize`: a plan onto a model, in place. The order of the steps and nothing else."""
+"""`parallelize`: apply a plan to a model, in place. The order of the steps and nothing else."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,16 +30,28 @@ from lightning_tp.core.comm.mesh import check_mesh
 from lightning_tp.core.modules.blocks import find_blocks
 from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls, policy_of
 from lightning_tp.errors import TPError
-from lightning_tp.plan.check import any_split, refuse_wrapped, splits_nothing
+from lightning_tp.plan.check import refuse_distributed
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.shards import gradients as grad
-from lightning_tp.shards import state_dict
+from lightning_tp.shards.gradients import PartialGradients
+from lightning_tp.shards.state_dict import attach_state_dict
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-PlanLike = Plan | Mapping[str, Any] | str | Path
+PlanLike = Plan | CheckedPlan | Mapping[str, Any] | str | Path
+
+
+@dataclass(frozen=True)
+class _Options:
+    loss_parallel: bool
+    activation_checkpointing: ActivationCheckpointing | None
+    compile: Compile
+    precision: MixedPrecisionPolicy | None
+    dropout: Dropout
+    device: torch.device | None
+    fsdp_root: nn.Module | None
 
 
 def parallelize(
@@ -56,36 +69,28 @@ def parallelize(
     device: torch.device | None = None,
     fsdp_root: nn.Module | None = None,
 ) -> nn.Module:
-    """Split `model` over the tensor-parallel axis of `mesh`, then shard it by FSDP2 over the data-parallel axis.
+    """Split `model` over the tensor-parallel axis of `mesh`, and shard it by FSDP2 over the data-parallel axis, in place.
 
-    Every rank calls it with the same model. Afterwards the model is called as before, with the same inputs, and shows what one
-    process would show; every rank of a tensor-parallel group has to be given the same batch. Its parameters are this rank's
-    plain shards (FSDP2's DTensors over the data-parallel axis, where that has more than one rank), its state dict shows
-    DTensors over the mesh.
+    Every rank calls it with the same model, which is afterwards called as before; all ranks of a tensor-parallel group have to be given the
+    same batch. Parameters are this rank's plain shards (under FSDP2 its DTensors), the state dict holds DTensors over the mesh.
 
     Args:
-        model: on any device, or on the meta device (then its weights are drawn here, equal to those of one process).
+        model: on any device, or on the meta device (then its weights are initialized here, as in one process).
         mesh: 2D, with the axes ("data_parallel", "tensor_parallel").
-        plan: how; a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the one that the model declares.
-        sequence_parallel: False keeps activations whole between the split modules, whatever the plan says.
-        loss_parallel: False gathers the logits of a `vocab_head`.
-        activation_checkpointing: "block" keeps of each repeated block only its input for the backward, and runs it again; "selective" also
-            what is dear to compute (products, attention, sums over ranks); a function (name, module) -> bool chooses the modules that are run
-            again.
-        compile: True compiles each repeated block by `torch.compile`; the name of a backend, or a function like one, does it by that.
+        plan: a mapping pattern -> style, a `Plan`, or the path of its JSON. Default: the one that the model declares.
+        sequence_parallel: False keeps activations in full between the split modules, whatever the plan says.
+        loss_parallel: False all-gathers the logits of a `vocab_head`.
+        activation_checkpointing: "block" saves the input of each repeated block and recomputes the rest; "selective" also saves what is
+            expensive to compute (matmuls, attention, sums over ranks); a function (name, module) -> bool chooses what is recomputed.
+        compile: True compiles each repeated block by `torch.compile`; also the name of a backend, or a function that is one.
         precision: FSDP2's policy; it acts where the data-parallel axis has more than one rank.
-        dropout: "independent" draws masks of each rank's own for shards of an activation, and equal ones for whole activations; "exact" draws
-            those of one process, for comparing runs.
+        dropout: "independent" draws another mask on each rank for a sharded activation; "exact" draws that of one process.
         backend: "local" computes on plain tensors; "dtensor" applies the same plan by `parallelize_module` of torch.
         device: where a model on the meta device goes. Default: the mesh's.
         fsdp_root: the module inside `model` that is called, if it isn't `model` itself.
 
-    Returns:
-        The same model.
-
     Raises:
-        TPError: before anything is changed, for a plan that does not fit the model or is not the same on all ranks, or a
-            model that is distributed already.
+        TPError: before anything is changed, for a plan that does not fit the model or differs between ranks, or a distributed model.
 
     Example:
         >>> from lightning_tp.testing import single_rank_mesh
@@ -94,43 +99,46 @@ def parallelize(
         ...     parallelize(model, mesh, {"0": "colwise", "1": "rowwise"})(torch.zeros(1, 2, 4)).shape
         torch.Size([1, 2, 4])
     """
-    dp_mesh, tp_mesh = check_mesh(mesh)
+    _, tp_mesh = check_mesh(mesh)
     check_options(activation_checkpointing, compile, dropout, backend)
     compile = unwrap_compiled(model) or compile
-    plan = resolve_plan(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
-    same_plan_everywhere(plan, mesh)
-    if tp_mesh.size() > 1 and not any_split(plan.entries) and dist.get_rank() == 0:
-        warnings.warn(splits_nothing(plan, model, tp_mesh.size()), stacklevel=2)
-    blocks = [block for _, block in find_blocks(model)]
-    again = modules_to_checkpoint(model, blocks, activation_checkpointing) if activation_checkpointing is not None else []
-    stored = waiting(model)
-    whole_values = materialize.source_of(model, stored)
-    if whole_values is not None and backend == "dtensor":
-        raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
-    same_weights_everywhere(model, mesh)
-    axis = Axis(tp_mesh.get_group())
-    model._tp_applied_plan = plan  # type: ignore[assignment]
+    checked = resolve_plan(model, plan, tp_mesh.size(), sequence_parallel=sequence_parallel)
+    same_plan_everywhere(checked, mesh)
+    options = _Options(loss_parallel, activation_checkpointing, compile, precision, dropout, device, fsdp_root)
+    return (_by_torchs_styles if backend == "dtensor" else _locally)(model, mesh, checked, options)
 
-    if backend == "dtensor":
-        return _parallelize_by_torch(model, mesh, plan, blocks, precision, fsdp_root)
+
+def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Options) -> nn.Module:
+    """Split parameters and bind styles; then activation checkpointing, compile, FSDP2, weights: the order that torchtitan has."""
+    dp_mesh, tp_mesh = check_mesh(mesh)
+    if tp_mesh.size() > 1 and not plan.shards_anything and dist.get_rank() == 0:
+        warnings.warn(plan.why_nothing_is_sharded(model), stacklevel=3)
+    blocks = [block for _, block in find_blocks(model)]
+    how = options.activation_checkpointing
+    recomputed = modules_to_checkpoint(model, blocks, how) if how is not None else []
+    stored = waiting(model)
+    full_values = materialize.source_of(model, stored)
+    same_weights_everywhere(model, mesh)
+    model._tp_applied_plan = plan  # type: ignore[assignment]
+    axis = Axis(tp_mesh.get_group())
     split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
     if tp_mesh.size() > 1:
-        bind_styles(model, plan, axis, loss_parallel=loss_parallel)
-    compiling = compile_blocks(blocks, compile) if compile else None
-    if activation_checkpointing is not None:
-        checkpoint_modules(again, axis, activation_checkpointing)
+        bind_styles(model, plan, axis, loss_parallel=options.loss_parallel)
+    compiling = compile_blocks(blocks, options.compile) if options.compile else None
+    if how is not None:
+        checkpoint_modules(recomputed, axis, how)
     shards = {name: p._tp_shard for name, p in model.named_parameters()}  # type: ignore[attr-defined]
     if dp_mesh.size() > 1:
-        apply_fsdp(fsdp_root or model, blocks, dp_mesh, precision=precision)
-    if whole_values is not None:
-        materialize.fill(model, same_values_everywhere(whole_values, mesh), shards, device or torch.device(mesh.device_type))
-    gradients = grad.PartialGradients(axis, sum_groups(plan, mesh))
-    model._tp_registry = ParamRegistry(shards, gradients)  # type: ignore[assignment]
+        apply_fsdp(options.fsdp_root or model, blocks, dp_mesh, precision=options.precision)
+    if full_values is not None:
+        device = options.device or torch.device(mesh.device_type)
+        materialize.fill(model, same_values_everywhere(full_values, mesh), shards, device)
+    model._tp_registry = ParamRegistry(shards, PartialGradients(axis, sum_groups(plan, mesh)))  # type: ignore[assignment]
     tag_parameters(model)
     read_shards(model, stored)
-    state_dict.attach_state_dict(model)
+    attach_state_dict(model)
     if tp_mesh.size() > 1:
-        bind_random_calls(model, axis, dropout)
+        bind_random_calls(model, axis, options.dropout)
     if compiling is not None:
         compiling.draws = policy_of(model)
     return model
@@ -159,13 +167,13 @@ def check_options(recompute: ActivationCheckpointing | None, compile: Compile, d
         raise TPError("`compile` together with `dropout='exact'`, which looks into every step: leave one of them out.")
 
 
-def resolve_plan(model: nn.Module, plan: PlanLike | None, tp: int, *, sequence_parallel: bool = True) -> Plan:
-    """The checked plan for `model`: the one given, else the one that it declares.
+def resolve_plan(model: nn.Module, plan: PlanLike | None, tp: int, *, sequence_parallel: bool = True) -> CheckedPlan:
+    """Return the checked plan for `model`: the one given, else the one that it declares.
 
     Raises:
         TPError: if there is neither, or it does not fit.
     """
-    refuse_wrapped(model)
+    refuse_distributed(model)
     found = Plan.of(plan) if plan is not None else declared_plan(model, tp)
     if found is None and tp == 1:
         found = Plan({"**": "replicate"}, source="nothing to split over tp=1")
@@ -185,25 +193,20 @@ def resolve_plan(model: nn.Module, plan: PlanLike | None, tp: int, *, sequence_p
     return found.check(model, tp)
 
 
-def _parallelize_by_torch(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    plan: Plan,
-    blocks: list[nn.Module],
-    precision: MixedPrecisionPolicy | None,
-    fsdp_root: nn.Module | None,
-) -> nn.Module:
-    """The same plan by PyTorch's own styles, parameters as DTensors: the reference, and the way out."""
+def _by_torchs_styles(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Options) -> nn.Module:
+    """Apply the same plan by PyTorch's own styles, with parameters as DTensors: the reference to compare with."""
     from torch.distributed.tensor.parallel import parallelize_module
 
     dp_mesh, tp_mesh = check_mesh(mesh)
+    if materialize.source_of(model, waiting(model)) is not None:
+        raise TPError("`backend='dtensor'`: a model on the meta device stays there. Build it on the CPU, or use `backend='local'`.")
     tied = sorted(plan.tied)
     if tied and any(plan.splits[n].dim is not None for n in tied if n in plan.splits):
-        raise TPError(
-            f"`backend='dtensor'`: PyTorch's styles untie `{tied[0]}` without a word. Use `backend='local'`, or untie it."
-        )
+        raise TPError(f"`backend='dtensor'`: PyTorch's styles silently untie `{tied[0]}`. Use `backend='local'`, or untie it.")
+    same_weights_everywhere(model, mesh)
+    model._tp_applied_plan = plan  # type: ignore[assignment]
     if tp_mesh.size() > 1:
         parallelize_module(model, tp_mesh, plan.to_torch(model))
     if dp_mesh.size() > 1:
-        apply_fsdp(fsdp_root or model, blocks, dp_mesh, precision=precision)
+        apply_fsdp(options.fsdp_root or model, [b for _, b in find_blocks(model)], dp_mesh, precision=options.precision)
     return model

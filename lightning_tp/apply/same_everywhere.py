@@ -11,12 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp.apply import materialize
 from lightning_tp.errors import TPError
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 BUCKET = 2**23  # elements that are broadcast at once
 
 
-def same_plan_everywhere(plan: Plan, mesh: DeviceMesh) -> None:
+def same_plan_everywhere(plan: CheckedPlan, mesh: DeviceMesh) -> None:
     """Compare the hash of the plan over all ranks of the mesh.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What `estimate` predicts for a run, beside what was measured: for `Throughput`."""
+"""Predict a run by `estimate`, for `Throughput` to show beside what it has measured."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_tp._compat import local_tensor
+from lightning_tp._compat import local_tensor, storage_key
 from lightning_tp.callbacks.shards import find_mesh
 from lightning_tp.core.units import size
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import guess, hardware
-from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.traces import TraceCache
+from lightning_tp.estimate.options import Options
+from lightning_tp.estimate.predict import Estimate, predict
+from lightning_tp.estimate.rank.trace_cache import TraceCache
 
 
-def twin_of(module: L.LightningModule) -> L.LightningModule:
-    """A copy without weights: parameters on the meta device, everything else that is large shared."""
+def copy_on_meta(module: L.LightningModule) -> L.LightningModule:
+    """Return a copy with its parameters on the meta device; buffers, Trainer and Fabric are shared with the original."""
     memo: dict[int, Any] = {}
     for p in module.parameters():
         memo[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
@@ -38,14 +38,24 @@ def twin_of(module: L.LightningModule) -> L.LightningModule:
 def predict_run(
     twin: L.LightningModule, batch: Any, trainer: L.Trainer, plan: Any, *, optimizer: torch.optim.Optimizer | None
 ) -> tuple[Estimate, bool]:
-    """(the estimate for a step of this run, whether its times mean something: not on a CPU, or a device that is not known).
+    """Estimate a step of this run.
+
+    Args:
+        twin: the module, by `copy_on_meta`.
+        batch: of the run.
+        trainer: that has run it.
+        plan: that was applied.
+        optimizer: of the run.
+
+    Returns:
+        The estimate, and whether its times mean something: not on a CPU, nor on an unknown GPU.
 
     Raises:
-        TPError: if the step can't be followed without weights.
+        TPError: if the step can't be traced on the meta device.
     """
     mesh = find_mesh(trainer)
     if mesh is None:
-        raise TPError("There is no mesh.")
+        raise TPError("The Trainer has no device mesh, so there is nothing to predict.")
     strategy: Any = trainer.strategy
     device = strategy.root_device
     known = guess(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -56,12 +66,12 @@ def predict_run(
         loss = step.training_step(inputs, 0)
         loss = loss["loss"] if isinstance(loss, dict) else loss
         if not isinstance(loss, Tensor):
-            raise TPError("The training step returns no loss.")
+            raise TPError("`training_step` returned no loss.")
         return loss
 
     options = Options(
         precision=str(trainer.precision),
-        optimizer=_like(optimizer) if optimizer is not None else "adamw",
+        optimizer=_maker(optimizer) if optimizer is not None else "adamw",
         activation_checkpointing=strategy.activation_checkpointing,
         sequence_parallel=strategy.sequence_parallel,
         loss_parallel=strategy.loss_parallel,
@@ -76,8 +86,8 @@ def predict_run(
     return found, known is not None
 
 
-def _like(optimizer: torch.optim.Optimizer) -> Any:
-    """One of the same class and settings, for other parameters."""
+def _maker(optimizer: torch.optim.Optimizer) -> Any:
+    """Return a function that makes an optimizer of the same class and settings for other parameters."""
     optimizer = getattr(optimizer, "_optimizer", optimizer)
     cls: Any = type(optimizer)
     taken = inspect.signature(cls.__init__).parameters
@@ -92,17 +102,25 @@ def _like(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def held_bytes(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Bytes of parameters and the optimizers' states on this rank, each storage counted once."""
+    """Return the bytes of parameters and optimizer states on this rank, each storage counted once."""
     found: dict[int, int] = {}
     states = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor) and t.ndim]
     for t in (*module.parameters(), *states):
-        storage = local_tensor(t).untyped_storage()
-        found[storage._cdata] = storage.nbytes()
+        local = local_tensor(t)
+        found[storage_key(local)] = local.untyped_storage().nbytes()
     return sum(found.values())
 
 
-def line(found: Estimate, timed: bool, tokens_per_s: float | None, held: int, peak: int | None) -> str:
-    """Predicted beside measured, to read."""
+def prediction_line(found: Estimate, timed: bool, tokens_per_s: float | None, held: int, peak: int | None) -> str:
+    """Format what was predicted beside what was measured.
+
+    Args:
+        found: the estimate.
+        timed: whether its times mean something.
+        tokens_per_s: as measured; None if it was not.
+        held: bytes of parameters and optimizer states, as measured.
+        peak: bytes at the peak, as measured; None on a CPU.
+    """
     m = found.memory
     parts = []
     if timed:
@@ -110,11 +128,11 @@ def line(found: Estimate, timed: bool, tokens_per_s: float | None, held: int, pe
         parts.append(f"{found.tokens_per_s:,.0f} {found.unit}/s{measured} on {found.hardware.name}")
     parts.append(f"parameters and optimizer {size(m.parameters + m.optimizer)} ({size(held)} measured)")
     measured = "" if peak is None else f" ({size(peak)} measured)"
-    parts.append(f"at the peak {size(m.peak.total)}{measured}, {m.peak.name}")
-    parts.append(f"{sum(c.count for c in found.collectives):,} collectives a step")
+    parts.append(f"peak memory {size(m.peak.total)}{measured}, in the {m.peak.name}")
+    parts.append(f"{sum(c.count for c in found.collectives):,} collectives per step")
     return "Throughput, predicted: " + ", ".join(parts) + ("" if timed else "; no times for this device")
 
 
-def first_of(batch: Any) -> Any:
-    """A batch, to keep: on the CPU, without gradients."""
+def kept_batch(batch: Any) -> Any:
+    """Return a batch to keep: on the CPU, without gradients."""
     return tree_map_only(Tensor, lambda t: t.detach().cpu(), batch)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_tp.callbacks.predicted import first_of, held_bytes, line, predict_run, twin_of
+from lightning_tp.callbacks.predicted import copy_on_meta, held_bytes, kept_batch, predict_run, prediction_line
 from lightning_tp.callbacks.shards import find_mesh, num_global_parameters
 from lightning_tp.errors import TPError
 from lightning_tp.estimate import Estimate
@@ -95,7 +95,7 @@ class Throughput(L.Callback):
         """Called by `TPStrategy` on the first rank, while the module is whole."""
         if self.predict:
             try:
-                self._twin = twin_of(pl_module)
+                self._twin = copy_on_meta(pl_module)
             except Exception:  # something in it can't be copied; `estimate` has other ways in
                 self._twin = None
 
@@ -118,7 +118,7 @@ class Throughput(L.Callback):
     ) -> None:
         assert self._clock is not None
         if self._twin is not None and self._batch is None:
-            self._batch = first_of(batch)
+            self._batch = kept_batch(batch)
         self._num_seen += 1
         if self._num_seen <= self.warmup:
             self._start_clock()  # runs from the end of the last warmup step
@@ -172,7 +172,7 @@ class Throughput(L.Callback):
         device = trainer.strategy.root_device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         rate = self.speed.tokens_per_s if self.speed is not None else None
-        return line(self.predicted, timed, rate, held_bytes(module, optimizers), peak)
+        return prediction_line(self.predicted, timed, rate, held_bytes(module, optimizers), peak)
 
     def _start_clock(self) -> None:
         if self._clock is not None and self._num_seen >= self.warmup:

@@ -20,13 +20,12 @@ from lightning_tp.cli.parser import TARGET, checked_plan_file, examples
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.drawn.pages import write_plan
 from lightning_tp.estimate.drawn.plots import picture_of, plot_plan
-from lightning_tp.estimate.predict import estimate
-from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.optimizer import KNOWN
-from lightning_tp.estimate.trace.rank import PRECISIONS
-from lightning_tp.estimate.trace.traces import check_size
+from lightning_tp.estimate.predict import Estimate, estimate
+from lightning_tp.estimate.rank.inputs import check_size
+from lightning_tp.estimate.rank.optimizer import KNOWN
+from lightning_tp.estimate.rank.settings import PRECISIONS
 from lightning_tp.estimate.tune import tune
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 
 def add_commands(commands: Any) -> None:
@@ -78,7 +77,7 @@ def add_commands(commands: Any) -> None:
     )
 
 
-def draw_plan(plan: Plan, target: Any, args: argparse.Namespace, held: Sequence[str]) -> list[str]:
+def draw_plan(plan: CheckedPlan, target: Any, args: argparse.Namespace, held: Sequence[str]) -> list[str]:
     """Write the picture of a plan where the options ask for it; returns the files."""
     if args.plot is None and args.html is None:
         return []

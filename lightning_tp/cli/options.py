@@ -11,8 +11,8 @@ from typing import Any
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import known_hardware
 from lightning_tp.estimate.drawn.drawing import check_page, check_picture
-from lightning_tp.estimate.trace.optimizer import KNOWN
-from lightning_tp.estimate.trace.rank import PRECISIONS
+from lightning_tp.estimate.rank.optimizer import KNOWN
+from lightning_tp.estimate.rank.settings import PRECISIONS
 
 CHECKPOINTING = ("none", "block", "selective")
 

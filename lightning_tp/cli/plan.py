@@ -18,9 +18,8 @@ from lightning_tp.core.files import write_text
 from lightning_tp.errors import TPError
 from lightning_tp.infer import infer_plan
 from lightning_tp.infer.dry_run import count_collectives
-from lightning_tp.plan.check import any_split, splits_nothing
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.declared import declared_plan
-from lightning_tp.plan.plan import Plan
 from lightning_tp.verify.verify import plan_under_test, scalar_loss
 
 
@@ -56,7 +55,7 @@ def _check_sizes(args: argparse.Namespace) -> None:
             raise TPError(f"`--{name} {getattr(args, name)}`: give a number of ranks, 1 or more.")
 
 
-def _choose(target: Target, args: argparse.Namespace) -> Plan:
+def _choose(target: Target, args: argparse.Namespace) -> CheckedPlan:
     """The plan that the options ask for, checked."""
     plan: Any = args.plan
     if plan is None and args.declared:
@@ -68,14 +67,13 @@ def _choose(target: Target, args: argparse.Namespace) -> Plan:
     elif plan is None:
         plan = target.plan
     found = plan_under_test(target.model, target.inputs, args.tp, plan, sequence_parallel=not args.no_sequence_parallel)
-    if args.tp > 1 and not any_split(found.entries):
-        raise TPError(splits_nothing(found, target.model, args.tp))
+    if args.tp > 1 and not found.shards_anything:
+        raise TPError(found.why_nothing_is_sharded(target.model))
     return found
 
 
-def show(plan: Plan) -> None:
+def show(plan: CheckedPlan) -> None:
     """The table of a plan; in colour on a terminal, if rich is there."""
-    text = str(plan)
     try:
         if not sys.stdout.isatty():
             raise ImportError
@@ -83,20 +81,17 @@ def show(plan: Plan) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        print(text)
+        print(plan)
         return
-    head, names, *lines = text.splitlines()
-    titles = ("modules", "style", "whole -> on a rank", "reason")
-    starts = [names.index(title) for title in titles]
-    cells = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None])] for line in lines]
-    table = Table(*titles, title=head, title_justify="left", header_style="bold")
-    for module, style, shapes, reason in cells:
+    head = str(plan).partition("\n")[0]
+    table = Table("modules", "style", "full shape -> local shard", "reason", title=head, title_justify="left", header_style="bold")
+    for module, style, shapes, reason in plan.rows:
         colour = "dim" if style.startswith("replicate") else "magenta" if style.startswith(("sequence", "prepare")) else "green"
         table.add_row(Text(module, "cyan"), Text(style, colour), Text(shapes), Text(reason, "dim"))
     Console().print(table)
 
 
-def held_by_a_rank(plan: Plan, model: nn.Module, dp: int) -> str:
+def held_by_a_rank(plan: CheckedPlan, model: nn.Module, dp: int) -> str:
     """What the first rank, which holds no less than any other, has of the parameters: a line to read."""
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     total = held = size = 0
@@ -123,7 +118,7 @@ def _bytes(n: float) -> str:
     return f"{n:.1f} GiB"
 
 
-def _sent(plan: Plan, target: Target, dp: int) -> str:
+def _sent(plan: CheckedPlan, target: Target, dp: int) -> str:
     of = "Collectives of one forward and backward on the tensor-parallel axis"
     try:
         counts = collectives(plan, target)
@@ -133,7 +128,7 @@ def _sent(plan: Plan, target: Target, dp: int) -> str:
     return f"{of}: {what}" + ("; those of FSDP2 on the data-parallel axis come on top" if dp > 1 else "")
 
 
-def collectives(plan: Plan, target: Target) -> dict[str, int]:
+def collectives(plan: CheckedPlan, target: Target) -> dict[str, int]:
     """Collectives on the tensor-parallel axis in one forward and backward, by name; nothing is sent."""
     assert plan.tp is not None
     if plan.tp == 1:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_tp.data.sample_batch import data_of, first_of, silence_logging
+from lightning_tp._compat import loaders_to_run
+from lightning_tp.data.sample_batch import first_of, silence_logging
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 
 LIGHTNINGS = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 
@@ -174,7 +175,7 @@ def _alone(init: Any, lightning: str, weights: bool, plans: list[Any]) -> Any:
 
         def setup(self, trainer: Any) -> None:
             with torch.random.fork_rng([]):
-                loader = data_of(trainer)
+                loader = loaders_to_run(trainer)
                 example = None if trainer.lightning_module.example_input_array is not None else first_of(loader)
             raise _Fit(trainer.lightning_module, example, getattr(loader, "batch_size", None))
 

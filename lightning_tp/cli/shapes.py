@@ -12,11 +12,11 @@ from lightning_tp.cli.options import CHECKPOINTING, CHECKPOINTING_HELP, Progress
 from lightning_tp.cli.parser import STATUS, TARGET, checked_plan_file
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import hardware
-from lightning_tp.estimate.cost.measure import measure
-from lightning_tp.estimate.matmul_report import text
+from lightning_tp.estimate.matmul_measure import measure
 from lightning_tp.estimate.matmul_study import LOCAL_BATCHES, TPS, shapes
-from lightning_tp.estimate.trace.rank import PRECISIONS
-from lightning_tp.estimate.trace.traces import check_size
+from lightning_tp.estimate.rank.inputs import check_size
+from lightning_tp.estimate.rank.settings import PRECISIONS
+from lightning_tp.estimate.report.matmul import text
 
 LONGEST = 4096  # tokens of a sample that are taken for a config.json that says more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_tp.cli.script import is_script, run_script
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 from lightning_tp.plan.plan import Plan
 from lightning_tp.verify.verify import Inputs
 

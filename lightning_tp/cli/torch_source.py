@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.errors import TPError
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 
 USE_LOCAL = "Use `backend='local'`."  # the advice of `to_torch`, which is none for a file
 
@@ -20,20 +20,23 @@ USE_LOCAL = "Use `backend='local'`."  # the advice of `to_torch`, which is none 
 NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")
 
 
-def python_source(plan: Plan, model: nn.Module, target: str) -> str:
+def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
     """A Python file with a function `parallelize(model, tp_mesh)` that splits the model by PyTorch's own styles.
 
     Raises:
         TPError: if torch has no counterpart of some rules; it lists their modules.
     """
     refused: dict[str, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     for entry in plan.entries:
+        if entry.where not in modules:
+            continue
         why = ""
         if entry.style.name in NOT_IN_TORCH:
             why = f"`{entry.style.name}`"
         else:
             try:
-                Plan(plan.rules, plan.source, (entry,), plan.tp, plan.tied).to_torch(model)
+                entry.to_torch(modules[entry.where])
             except TPError as error:
                 why = str(error).removeprefix(f"`{entry.where}`: ").replace(USE_LOCAL, "").strip(" .")
         if why:

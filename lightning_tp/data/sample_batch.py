@@ -1,66 +1,51 @@
-"""What to run a LightningModule on to find its plan: its own example, or the first batch of its data, through its own step."""
+"""Take a small first batch from a loader, and run a LightningModule's step on it without logging: to infer a plan, or to estimate a step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_tp.errors import TPError
 
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-ITEMS = 2  # of the first batch: a plan does not depend on how many there are
-
-
-LOGS = ("log", "log_dict", "print")
-
-
-def first_batch(trainer: pl.Trainer) -> Any:
-    """A small first batch of the data that the Trainer is about to use; nothing of it is used up, and no random number drawn.
-
-    Raises:
-        TPError: for data that can be read once only.
-    """
-    with torch.random.fork_rng([]):
-        return first_of(data_of(trainer))
-
-
-def data_of(trainer: pl.Trainer) -> Any:
-    """The loader, or loaders, that the Trainer is about to use."""
-    loop: Any = trainer._active_loop
-    return loop._data_source.dataloader()
+SAMPLES = 2  # of a map-style dataset: a plan does not depend on the batch size
+LOGGING = ("log", "log_dict", "print")
 
 
 def first_of(loader: Any) -> Any:
-    """A small first batch of a loader, or of each of several.
+    """Take a small first batch from a loader, or from each of several.
+
+    Args:
+        loader: A DataLoader or another iterable; a dict or list of them.
 
     Raises:
-        TPError: as `first_batch`.
+        TPError: For data that can be read only once.
+
+    Example:
+        >>> first_of(DataLoader(range(100), batch_size=8))
+        tensor([0, 1])
     """
     if isinstance(loader, dict):
         return {k: first_of(v) for k, v in loader.items()}
     if isinstance(loader, (list, tuple)) and any(isinstance(x, DataLoader) for x in loader):
         return type(loader)(first_of(x) for x in loader)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        items = min(loader.batch_size or ITEMS, ITEMS, len(loader.dataset))  # type: ignore[arg-type]
-        samples = [loader.dataset[i] for i in range(items)]
+        count = min(loader.batch_size or SAMPLES, SAMPLES, len(loader.dataset))  # type: ignore[arg-type]
+        samples = [loader.dataset[i] for i in range(count)]
         return loader.collate_fn(samples) if loader.batch_size is not None or loader.batch_sampler is not None else samples[0]
     if iter(loader) is loader:
         raise TPError(
-            "There is no plan for this module, and its data can be read only once, so that no batch can be looked at to find one. Set "
-            "`example_input_array` on the module, or give a plan: `TPStrategy(plan=..)`."
+            "There is no plan for this module, and none can be inferred from its first batch, since its data can be read only once. Set "
+            "`example_input_array` on the module, or pass `TPStrategy(plan=..)`."
         )
     return next(iter(loader))
 
 
 def silence_logging(module: Any) -> None:
-    """Let what a module logs go nowhere."""
-    for name in LOGS:
+    """Let `log`, `log_dict` and `print` of a LightningModule do nothing."""
+    for name in LOGGING:
         module.__dict__[name] = _nothing
 
 
@@ -70,13 +55,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 @contextmanager
 def quiet(module: Any) -> Iterator[None]:
-    """Steps log, and there is no loop yet that could take it."""
+    """Silence a LightningModule while its step runs outside of a loop, and reset the torchmetrics that it has updated."""
     silence_logging(module)
     try:
         yield
     finally:
-        for name in LOGS:
+        for name in LOGGING:
             del module.__dict__[name]
-        for m in module.modules():  # what torchmetrics has counted meanwhile
-            if hasattr(m, "_update_count") and callable(getattr(m, "reset", None)):
+        for m in module.modules():
+            if hasattr(m, "update_called") and callable(getattr(m, "reset", None)):
                 m.reset()

@@ -1,8 +1,8 @@
-"""Which mesh, micro-batch, activation checkpointing and precision: all that are possible, estimated, the fastest first; and why the others are none.
+"""Rank the configurations of a model on a number of devices: mesh, micro-batch size, activation checkpointing, precision.
 
-For each size of the tensor-parallel axis, checkpointing and precision the model is traced with one, two, and (where one sample is a case of its own)
-four samples; other micro-batches follow from these (see `scale.py`), and more data-parallel ranks only change the arithmetic. What can't fit is
-not looked at: a larger micro-batch than one that does not fit. The choice that comes out first is traced as it is, and all are where that shows
+Each size of the tensor-parallel axis, kind of checkpointing and precision is traced with one, two, and (where one sample is a special case) four
+samples; other micro-batches are extrapolated from these (see `rank.extrapolate`), and more data-parallel ranks only change the arithmetic.
+Larger micro-batches than one that does not fit are skipped. The configuration that ranks first is traced as it is, and all are where that shows
 a difference.
 """
 
@@ -21,21 +21,32 @@ from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.extrapolate import ScalingTracer
-from lightning_tp.estimate.trace.optimizer import OptimizerLike, known_optimizer
-from lightning_tp.estimate.trace.rank import Precision, resized
-from lightning_tp.estimate.trace.traces import check_size, loss_of
-from lightning_tp.estimate.tune_report import Refused, TuningResult
+from lightning_tp.estimate.drawn.pages import write_choices
+from lightning_tp.estimate.options import Options
+from lightning_tp.estimate.predict import Estimate, predict
+from lightning_tp.estimate.rank.extrapolate import ExtrapolatingCache
+from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized
+from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer
+from lightning_tp.estimate.rank.settings import precision_of
+from lightning_tp.estimate.report.tuning import Refused, TuningReport
+from lightning_tp.plan.checked import CheckedPlan
 
 LARGEST_BATCH = 64
-
-
 ORDER: tuple[ActivationCheckpointing | None, ...] = (None, "selective", "block")  # from the most memory to the least
+MOST_REPLICATED = 1.5  # a rank may hold this many times its even share of the weights, else tp is of little use
 
 
-MOST_WHOLE = 1.5  # a rank may hold this many times its even share of the blocks' weights, else tp is of little use
+class TuningResult(TuningReport):
+    """The configurations that `tune` ranks: `str()` of it is a table; `to_json()`, and an HTML page.
+
+    See `TuningReport` for its fields.
+    """
+
+    fits: tuple[Estimate, ...]
+
+    def html(self, path: str | Path, *, command: str = "") -> None:
+        """Write the configurations as one self-contained HTML file, with their memory as bars; see `Estimate.html`."""
+        write_choices(self, path, command=command)
 
 
 def tune(
@@ -56,7 +67,7 @@ def tune(
     most: int = 20,
     progress: Callable[[str], None] | None = None,
 ) -> TuningResult:
-    """The choices that fit, the fastest first.
+    """Rank the configurations that fit in memory by throughput.
 
     Args:
         model: on any device.
@@ -64,12 +75,12 @@ def tune(
         gpus: devices, all of them used.
         global_batch: samples of an optimizer step over all of them.
         hardware_: of one.
-        precisions: to look at.
-        tps: sizes of the tensor-parallel axis. Default: the divisors of `gpus` up to the devices of a node.
-        checkpointing: kinds to look at.
+        precisions: to try.
+        tps: sizes of the tensor-parallel axis to try. Default: the divisors of `gpus` up to the devices of a node.
+        checkpointing: kinds to try.
         optimizer, plan, loss_fn, seq, compile: as for `estimate`.
         most: how many to keep.
-        progress: told what is looked at.
+        progress: called with what is tried next.
 
     Raises:
         TPError: for sizes that are not above 0, unknown hardware, or a model that can't be traced.
@@ -82,19 +93,16 @@ def tune(
         check_size("tp", tp)
     known_optimizer(optimizer)
     for precision in precisions:
-        Precision.of(precision)
+        precision_of(precision)
+    options = [
+        Options(precision, optimizer, how, compile=compile) for precision in precisions for how in checkpointing
+    ]  # in this order: of several that fail for one precision, the first is reported
     search = _Search(
-        ScalingTracer(model, inputs, loss_of(loss_fn), plan),
-        inputs,
-        seq,
-        hw,
-        [Options(precision=p, optimizer=optimizer, compile=compile) for p in precisions],
-        checkpointing,
-        progress or (lambda text: None),
+        ExtrapolatingCache(model, inputs, loss_of(loss_fn), plan), inputs, seq, hw, options, progress or (lambda text: None)
     )
     search.run(asked, gpus, global_batch)
-    if search.fits and not search.first_is_right():
-        search.tracer.as_it_is()
+    if search.fits and not search.first_is_exact():
+        search.cache = search.cache.traced_anew()
         search.run(asked, gpus, global_batch)
     if search.failed is not None and not search.fits:
         raise search.failed
@@ -103,106 +111,116 @@ def tune(
 
 @dataclass
 class _Search:
-    """Goes through all choices."""
+    """Tries all configurations.
 
-    tracer: ScalingTracer
+    Args:
+        cache: of the model's traces.
+        inputs, seq: of its forward.
+        hw: of each device.
+        options: of the training, to try.
+        progress: called with what is tried next.
+        fits, refused: what was found.
+        failed: the first error of a configuration.
+    """
+
+    cache: ExtrapolatingCache
     inputs: Any
     seq: int | None
     hw: Hardware
     options: Sequence[Options]
-    checkpointing: Sequence[ActivationCheckpointing | None]
     progress: Callable[[str], None]
     fits: list[Estimate] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     failed: TPError | None = None
 
-    def run(self, asked: Sequence[int], gpus: int, global_batch: int) -> None:
-        """Of these sizes of the tensor-parallel axis."""
+    def run(self, tps: Sequence[int], gpus: int, global_batch: int) -> None:
+        """Try these sizes of the tensor-parallel axis."""
         self.fits, self.refused, self.failed = [], [], None
-        for i, tp in enumerate(asked):
-            self.progress(f"tp={tp} ({i + 1} of {len(asked)}): the plan")
-            why = self._impossible(tp, gpus, global_batch)
-            if why is not None:
-                self.refused.append(why)
+        for i, tp in enumerate(tps):
+            step = f"tp={tp} ({i + 1} of {len(tps)})"
+            self.progress(f"{step}: the plan")
+            impossible = self._impossible(tp, gpus, global_batch)
+            if impossible is not None:
+                self.refused.append(impossible)
                 continue
-            dp = gpus // tp
+            failed: set[Any] = set()
             for options in self.options:
+                if options.precision in failed:
+                    continue
+                self.progress(f"{step}: {options.precision}, checkpointing {options.checkpointing_name}")
                 try:
-                    for how in self.checkpointing:
-                        named = how if isinstance(how, str) else "none" if how is None else "by a function"
-                        self.progress(f"tp={tp} ({i + 1} of {len(asked)}): {options.precision}, checkpointing {named}")
-                        self._batches(dp, tp, global_batch // dp, replace(options, activation_checkpointing=how), named)
+                    self._try_batches(gpus // tp, tp, global_batch // (gpus // tp), options)
                 except TPError as error:
+                    failed.add(options.precision)
                     self.failed = self.failed or error
                     self.refused.append(Refused(f"tp={tp}, {options.precision}", str(error)))
         self.fits.sort(key=lambda e: e.time.step)
 
-    def first_is_right(self) -> bool:
-        """Whether the fastest is what it is if it is traced with its own micro-batch."""
-        e = self.fits[0]
-        if e.batch not in self.tracer.computed:
-            return True  # it was
-        how = next(
-            h
-            for h in self.checkpointing
-            if (h if isinstance(h, str) else "none" if h is None else "by a function") == e.activation_checkpointing
+    def first_is_exact(self) -> bool:
+        """Return whether the fastest is what it is when it is traced with its own micro-batch."""
+        first = self.fits[0]
+        if first.batch not in self.cache.extrapolated:
+            return True
+        options = next(
+            o
+            for o in self.options
+            if (precision_of(o.precision).name, o.checkpointing_name) == (first.precision, first.activation_checkpointing)
         )
-        options = next(o for o in self.options if Precision.of(o.precision).name == e.precision)
-        exact = replace(self.tracer, exact=True, _worlds={}, _wholes={}, _traced={})
-        options = replace(options, activation_checkpointing=how, accumulate=e.accumulate)
-        return predict(exact, resized(self.inputs, e.batch, self.seq), e.dp, e.tp, self.hw, options) == e
+        options = replace(options, accumulate=first.accumulate)
+        inputs = resized(self.inputs, first.batch, self.seq)
+        return predict(self.cache.traced_anew(), inputs, first.dp, first.tp, self.hw, options) == first
 
     def _impossible(self, tp: int, gpus: int, global_batch: int) -> Refused | None:
         if gpus % tp:
             return Refused(f"tp={tp}", f"it does not divide {gpus} devices")
         dp = gpus // tp
         if global_batch % dp:
-            each = f"{global_batch} samples can't be dealt out evenly over {dp} data-parallel ranks: {global_batch / dp:.3g} each"
-            return Refused(f"tp={tp} x dp={dp}", each)
+            return Refused(
+                f"tp={tp} x dp={dp}",
+                f"{global_batch} samples can't be distributed evenly over {dp} data-parallel ranks ({global_batch / dp:.3g} each)",
+            )
         try:
-            found = self.tracer.plan_of(tp, True)
+            plan = self.cache.plan_of(tp, True)
         except TPError as error:
             return Refused(f"tp={tp}", str(error))
-        whole = _whole(found, self.tracer.model, tp)
-        return None if whole is None else Refused(f"tp={tp}", whole)
+        replicated = _mostly_replicated(plan, tp)
+        return None if replicated is None else Refused(f"tp={tp}", replicated)
 
-    def _batches(self, dp: int, tp: int, each: int, options: Options, named: str) -> None:
-        """All micro-batches of `each` samples of a data-parallel rank; those that fit are noted."""
-        sizes = [b for b in range(1, min(each, LARGEST_BATCH) + 1) if each % b == 0]
-        accumulated = [
-            b for b in sizes if b < each
-        ]  # between steps these hold gradients that FSDP2 has not cut: more than one large batch
+    def _try_batches(self, dp: int, tp: int, samples: int, options: Options) -> None:
+        """Try all micro-batches of `samples` per data-parallel rank, and note those that fit."""
+        batches = [b for b in range(1, min(samples, LARGEST_BATCH) + 1) if samples % b == 0]
         over: list[Estimate] = []
-        for batch in accumulated:
-            found = self._one(dp, tp, each, batch, options)
+        # accumulated ones hold gradients that FSDP2 has not sharded, more than one large batch: so that may fit where they do not
+        for batch in (b for b in batches if b < samples):
+            found = self._estimate(dp, tp, samples, batch, options)
             if not found.fits:
                 over.append(found)
                 break  # and no larger one does
             self.fits.append(found)
-        if sizes[-1] == each:
-            found = self._one(dp, tp, each, each, options)
+        if batches[-1] == samples:
+            found = self._estimate(dp, tp, samples, samples, options)
             (self.fits if found.fits else over).append(found)
-        if not over:
-            return
-        first = over[0]
-        larger = [b for b in sizes if b > first.batch and not any(e.batch == b and e.fits for e in self.fits[-1:])]
+        if over:
+            self.refused.append(self._out_of_memory(over[0], batches))
+
+    def _estimate(self, dp: int, tp: int, samples: int, batch: int, options: Options) -> Estimate:
+        options = replace(options, accumulate=samples // batch)
+        return predict(self.cache, resized(self.inputs, batch, self.seq), dp, tp, self.hw, options)
+
+    def _out_of_memory(self, first: Estimate, batches: list[int]) -> Refused:
+        """Say what does not fit: the smallest micro-batch, and which larger ones."""
+        larger = [b for b in batches if b > first.batch and not any(e.batch == b and e.fits for e in self.fits[-1:])]
         which = f"batch {first.batch}" + (" or more" if larger else "")
-        if larger and larger[-1] != sizes[-1]:
+        if larger and larger[-1] != batches[-1]:
             which = f"batch {first.batch} to {larger[-1]}"
-        self.refused.append(
-            Refused(
-                f"tp={tp} x dp={dp}, {options.precision}, checkpointing {named}, {which}",
-                f"{size(first.over)} over the memory of {self.hw.name} ({size(first.needed)} needed, most at the {first.memory.peak.name})",
-            )
+        return Refused(
+            f"tp={first.tp} x dp={first.dp}, {first.precision}, checkpointing {first.activation_checkpointing}, {which}",
+            f"out of memory: {size(first.needed)} of {size(self.hw.memory_bytes)}; peak in the {first.memory.peak.name}",
         )
 
-    def _one(self, dp: int, tp: int, each: int, batch: int, options: Options) -> Estimate:
-        options = replace(options, accumulate=each // batch)
-        return predict(self.tracer, resized(self.inputs, batch, self.seq), dp, tp, self.hw, options)
 
-
-def _whole(plan: Any, model: nn.Module, tp: int) -> str | None:
-    """Why this size of the axis is of little use: what stays whole."""
+def _mostly_replicated(plan: CheckedPlan, tp: int) -> str | None:
+    """Say why this size of the axis is of little use, because too many weights are replicated; None if it is of use."""
     if tp == 1:
         return None
     total = held = 0
@@ -216,7 +234,6 @@ def _whole(plan: Any, model: nn.Module, tp: int) -> str | None:
             held += math.prod(split.local_shape(shape, 0))
             if split.dim is None:
                 reasons[f"`{entry.where}` {entry.reason}"] = None
-    if not total or held <= MOST_WHOLE * total / tp:
+    if not total or held <= MOST_REPLICATED * total / tp:
         return None
-    some = next(iter(reasons), "")
-    return f"a rank would hold {held / total:.0%} of the weights, not {1 / tp:.0%}: {some}"
+    return f"a rank would hold {held / total:.0%} of the weights, not {1 / tp:.0%}: {next(iter(reasons), '')}"

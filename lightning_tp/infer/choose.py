@@ -17,7 +17,6 @@ from lightning_tp.infer.search import MOST_REAL
 from lightning_tp.plan.check import INFERRED
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.table import numels
 
 AS_GOOD = 1.01  # of what a rank holds by the inferred plan: up to this, what the model's authors have declared is taken
 
@@ -41,8 +40,9 @@ def default_plan(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs
         return declared
     if declared is None:
         return inferred
-    total, by_declared = numels(declared)
-    by_inferred = numels(inferred.check(model, tp))[1]
+    checked = declared.check(model, tp)
+    total, by_declared = checked.numel, checked.local_numel(0)
+    by_inferred = inferred.check(model, tp).local_numel(0)
     if by_declared > AS_GOOD * by_inferred:
         why = f"a rank holds {by_inferred / total:.0%} of the weights; as {declared.source}, {by_declared / total:.0%}"
     elif inferred.sequence_parallel and not declared.sequence_parallel:
@@ -58,7 +58,7 @@ def _usable(model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any
         declared = declared_plan(model, tp)
         if declared is None:
             return None
-        declared = declared.check(model, tp)
+        declared.check(model, tp)
     except TPError:
         return None  # not believed
     large = has_more_than(model, MOST_REAL)

@@ -20,6 +20,7 @@ from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, prese
 from lightning_tp.errors import TPError
 from lightning_tp.infer.follow.meta import Values
 from lightning_tp.infer.repeats import Alike, blocks_once
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import BindContext, PrepareInput, PrepareOutput
 
@@ -63,7 +64,7 @@ def dry_run(
     return None
 
 
-def _with_equal_styles(plan: Plan, alike: Alike) -> Alike:
+def _with_equal_styles(plan: CheckedPlan, alike: Alike) -> Alike:
     """Of blocks that are alike, those for which the plan does the same, too: but for the doors of a stream, which are at its first and last."""
     doors = {e.where for e in plan.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
     styles: dict[str, list[tuple[str, str]]] = {n: [] for n in {*alike, *alike.values()}}
@@ -92,7 +93,7 @@ def _known(model: nn.Module, inputs: Any) -> tuple[Any, Any]:
 
 
 def count_collectives(
-    model: nn.Module, loss_of: Callable[[nn.Module, Any], Tensor], inputs: Any, plan: Plan, tp: int
+    model: nn.Module, loss_of: Callable[[nn.Module, Any], Tensor], inputs: Any, plan: CheckedPlan, tp: int
 ) -> dict[str, int]:
     """Collectives on the tensor-parallel axis in one forward and backward of a rank, by name; nothing is sent.
 
@@ -115,13 +116,13 @@ def count_collectives(
         values, inputs = _known(model, inputs)
         with values:
             loss_of(model, inputs).backward()
-        summed = {(s.sum_over, shards[n].dtype) for n, s in plan.splits.items() if n in shards and shards[n].grad is not None}
+        summed = {(s.sum_over(tp), shards[n].dtype) for n, s in plan.splits.items() if n in shards and shards[n].grad is not None}
     calls: Counter[str] = axis.calls
     shares = sum(n > 1 for n, _ in summed)  # of gradients: all at once, for each dtype and number of ranks that have some
     return dict(calls + Counter({"all-reduce": shares}))
 
 
-def _bind(model: nn.Module, plan: Plan, axis: Axis) -> None:
+def _bind(model: nn.Module, plan: CheckedPlan, axis: Axis) -> None:
     """Bind the styles, as `parallelize` does.
 
     Raises:
@@ -149,7 +150,7 @@ class _CantBind(Exception):
 
 
 def _run_alone(
-    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: Plan, axis: Axis, alike: Alike
+    model: nn.Module, call: Callable[[nn.Module, Any], Any], inputs: Any, plan: CheckedPlan, axis: Axis, alike: Alike
 ) -> tuple[str, str] | None:
     names = {id(m): n for n, m in model.named_modules()}
     try:
@@ -183,7 +184,7 @@ def _told(e: Exception) -> str:
     return f"{type(e).__name__}: {e}".splitlines()[0][:120]
 
 
-def _take_shards(model: nn.Module, plan: Plan, rank: int) -> None:
+def _take_shards(model: nn.Module, plan: CheckedPlan, rank: int) -> None:
     splits, done = plan.splits, {}
     by_id = {id(p): n for n, p in model.named_parameters(remove_duplicate=False) if n in splits}
     keep = list(model.parameters())  # ids must not be used again

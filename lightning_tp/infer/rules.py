@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import even_shard
+from lightning_tp.core.comm.state import WIDTH, I, R
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.infer.assign import SMALL_VOCAB, TABLE, Key, _out_keys
 from lightning_tp.infer.calls.recorder import CallChanges
@@ -54,11 +55,11 @@ def _plan(
         if name in standard:
             where = standard[name]
             if name in heads:
-                rules.append(Rule(where, VocabHead(input="replicate"), "its logits stay split for the loss"))
+                rules.append(Rule(where, VocabHead(input=I), "its logits stay split for the loss"))
             elif kind == "out":
-                rules.append(Rule(where, Colwise(input="replicate", ranges=ranges), why))
+                rules.append(Rule(where, Colwise(input=I, ranges=ranges), why))
             else:
-                rules.append(Rule(where, Rowwise(input="width", output="replicate", ranges=ranges), why))
+                rules.append(Rule(where, Rowwise(input=WIDTH, output=I, ranges=ranges), why))
         elif not (name in heads and _table(model, names[name])):
             rules.append(Rule(name, ShardParameter(dim, ranges), why or "split where it is used"))
     split_modules = {r.pattern for r in rules}
@@ -79,10 +80,10 @@ def _plan(
             and id(names[name]) not in done
             and not any(name == t or name.startswith(f"{t}.") for t in taken & split_modules)
         ):
-            rules.append(Rule(name, Replicate(partial_grad=True), "works on split activations"))
+            rules.append(Rule(name, Replicate(state=R), "works on split activations"))
     rules = for_all(rules, alike)
     rules += _aliases(model, trace, rules, names, owner, heads, standard, tp)
-    rules.append(Rule("**", Replicate(partial_grad=False)))
+    rules.append(Rule("**", Replicate(state=I)))
     return Plan(rules, source=INFERRED)
 
 
@@ -103,7 +104,7 @@ def _aliases(
         if bias is not None and (n, dim) in _out_keys(trace):
             split[id(bias)] = (0, _ranges(owner[nodes], tp))
     for rule in rules:
-        if isinstance(rule.style, Colwise) and rule.style.output == "replicate":  # its output is gathered
+        if isinstance(rule.style, Colwise) and rule.style.output == I:  # its output is gathered
             module = model.get_submodule(rule.pattern)
             for p in (module.weight, module.bias):
                 if isinstance(p, Tensor):
@@ -198,7 +199,7 @@ def _gathered(
         if weight.shape[0] >= (SMALL_OUTPUT * tp if split else tp) and (not split or weight.numel() * share >= total):
             yield Rule(
                 where,
-                Colwise(input="replicate", output="replicate"),
+                Colwise(input=I, output=I),
                 f"its output is gathered: {whole.get((name, 0), 'no split weight reads it')}",
             )
 
@@ -227,7 +228,7 @@ def _embeddings(
                 | trace.local_uses.get(used, set())
             )
         if tied or (module.num_embeddings >= SMALL_VOCAB * tp and not elsewhere - {name} and trace.looked_up.get(used) == {name}):
-            found.append(Rule(name, VocabEmbedding(output="replicate"), "rows of the vocabulary"))
+            found.append(Rule(name, VocabEmbedding(output=I), "rows of the vocabulary"))
     return found
 
 
@@ -264,6 +265,6 @@ def _explained(plan: Plan, whole: dict[Key, str], names: dict[str, Any]) -> Plan
             continue
         matches = [n for n in names if starred(n) == star]
         patterns = [star] if len(matches) == len(of) else of
-        rules += [Rule(n, Replicate(partial_grad=False), why) for n in patterns]
+        rules += [Rule(n, Replicate(state=I), why) for n in patterns]
     rules.append(Rule(rest.pattern, rest.style, f"no split features reach the rest; {others / max(total, 1):.2%} of the weights"))
     return Plan(rules, plan.source)

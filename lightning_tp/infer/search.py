@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_tp.core.comm.state import I
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than, preserve_buffers_and_rng, preserve_modules
 from lightning_tp.core.ops.attention import readable_attention
@@ -276,7 +277,7 @@ def _from_doors(
         raise NotSequenceParallel(f"{weight}: {why}", {weight.rpartition(".")[0]})
     if any(not bool(shrunk(x).any()) for x in sinks):
         raise NotSequenceParallel("a share of a gradient leaves the model")
-    gathers = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == "replicate"}
+    gathers = {r.pattern for r in plan.rules if isinstance(r.style, Colwise) and r.style.output == I}
     for where in [n for n, _ in model.named_modules() if any(Rule(g, "colwise").matches(n) for g in gathers)]:
         for name, _ in model.get_submodule(where).named_parameters(prefix=where):  # its output is whole again, whatever it reads
             for uses in (found.trace.local_uses, found.trace.whole_uses):

@@ -1,128 +1,130 @@
-"""Fill in what the rules of a plan leave open."""
+"""Fill in what the rules of a plan leave open, from the other rules and the model: `fill_in(matches, ..)`.
+
+In a sequence-parallel plan, boundaries are added around the modules that hold column- and row-wise layers: their input is all-gathered
+once, where the module is entered.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from lightning_tp.plan.match import Match, Names
-from lightning_tp.styles import Colwise, FusedColwise, PrepareInput, Replicate, Rowwise, Sequence, Style, VocabEmbedding, VocabHead
+from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, R, State
+from lightning_tp.plan.match import Match, Names, is_below
+from lightning_tp.styles import Colwise, FusedColwise, PrepareInput, Rowwise, Sequence, Style, VocabEmbedding, VocabHead
 
 HEAD_DIMS = ("head_dim", "head_size", "d_head", "attention_head_size")
-
-
 HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "nhead")
 
 
-def _regions(matched: list[Match], names: Names) -> dict[str, str]:
-    """The modules around a row-wise layer and the column-wise layers before it: their input is gathered at the door.
-
-    Where such a module also holds norms that run on shards of the sequence, or is the whole model, its column-wise layers gather
-    for themselves.
-    """
-    prepared = {m.where for m in matched if isinstance(m.style, PrepareInput)}
-    cols = [m.where for m in matched if _is_open_colwise(m.style)]
-    rows = [m.where for m in matched if isinstance(m.style, Rowwise) and m.style.input == "width"]
-    streams = [m.where for m in matched if isinstance(m.style, (Sequence, VocabEmbedding, VocabHead))]
-    regions: dict[str, str] = {}
-    for row in rows:
-        inside: list[str] = []
-        door = row
-        while door and not inside:
-            door = door.rpartition(".")[0]
-            inside = [c for c in cols if _below(c, door)]
-        if door in prepared or not inside or any(_below(p, door) and _below(row, p) for p in prepared):
-            continue
-        alone = sum(_below(r, door) for r in rows) == 1 and not any(_below(s, door) for s in streams)
-        if not alone or isinstance(names.modules[door], (nn.ModuleList, nn.ModuleDict)) or not (door or names.is_sequential):
-            continue
-        readers = ", ".join(c.rpartition(".")[2] for c in inside)
-        regions[door] = f"gathered once for {readers}; {row.rpartition('.')[2]} sums"
-    return regions
+def fill_in(matches: list[Match], names: Names, *, sequence_parallel: bool) -> list[Match]:
+    """Return the matches with every option of their styles, and in a sequence-parallel plan with the boundaries that they imply."""
+    if sequence_parallel:
+        matches = [*matches, *_boundaries(matches, names)]
+    context = Context(matches, names, SEQUENCE if sequence_parallel else I)
+    return [replace(m, style=m.style.fill_in(m.where, names.modules.get(m.where), context)) for m in matches]
 
 
-def _is_open_colwise(style: Style) -> bool:
-    return isinstance(style, (Colwise, FusedColwise)) and style.input is None
+@dataclass(frozen=True)
+class Context:
+    """What the rest of a plan says about a module: a `PlanContext`, for `Style.fill_in`."""
+
+    matches: list[Match]
+    names: Names
+    stream: State
+
+    @cached_property
+    def _boundaries(self) -> list[str]:
+        return [m.where for m in self.matches if isinstance(m.style, PrepareInput) and m.style.wanted == R]
+
+    @cached_property
+    def _by_parent(self) -> dict[str, list[Match]]:
+        by_parent: dict[str, list[Match]] = {}
+        for m in self.matches:
+            by_parent.setdefault(m.where.rpartition(".")[0], []).append(m)
+        return by_parent
+
+    def is_inside_boundary(self, where: str) -> bool:
+        """Whether a module around this one takes its input to `R`."""
+        return any(is_below(where, boundary) for boundary in self._boundaries)
+
+    def is_beside_split_layers(self, where: str) -> bool:
+        """Whether column- and row-wise layers stand in the module that holds this one, and it is not the root."""
+        owner = where if where in self.names.modules else where.rpartition(".")[0]
+        parent = owner.rpartition(".")[0]
+        styles = [m.style for m in self._by_parent.get(parent, ())]
+        return bool(parent) and any(map(_leaves_sharded, styles)) and any(map(_reads_sharded, styles))
+
+    def heads(self, where: str) -> tuple[int | None, int | None]:
+        """(heads of this linear layer, heads that attend), from the sizes that the module around it stores; (None, None) for an MLP."""
+        parent = where.rpartition(".")[0]
+        modules = self.names.modules
+        linears = [(m.style, modules.get(m.where)) for m in self._by_parent[parent]]
+        widths = {m.out_features for style, m in linears if isinstance(style, Colwise) and isinstance(m, nn.Linear)}
+        read = {m.in_features for style, m in linears if isinstance(style, Rowwise) and isinstance(m, nn.Linear)}
+        return _heads(modules[parent], modules[where].out_features, widths, (widths & read) or widths)
 
 
-def _below(name: str, module: str) -> bool:
-    return not module or name.startswith(f"{module}.")
-
-
-def _filled_in(m: Match, matched: list[Match], names: Names, regions: dict[str, str], stream: Any, tp: int) -> Style:
-    """The style with every option that its rule left to the plan."""
-    style, module = m.style, names.modules.get(m.where)
-    if isinstance(style, (Colwise, FusedColwise)):
-        if isinstance(module, nn.Embedding):
-            return replace(style, output=stream) if isinstance(style, Colwise) and style.output == "width" else style
-        if style.input is None:
-            doors = [
-                *regions,
-                *(x.where for x in matched if isinstance(x.style, PrepareInput) and x.style.wanted == "gathered"),
-            ]
-            style = replace(style, input="gathered" if any(_below(m.where, d) for d in doors) else stream)
-        if isinstance(style, Colwise) and isinstance(module, nn.Linear) and style.output == "width":  # who gathers may cut heads
-            if (style.heads, style.ranges) != (None, None):
-                return style
-            heads, query_heads = _heads(m.where, module, matched, names)
-            style = replace(style, heads=heads, query_heads=query_heads)
-        return style
-    if isinstance(style, (Rowwise, VocabEmbedding)) and style.output is None:
-        return replace(style, output=stream)
-    if isinstance(style, VocabHead) and style.input is None:
-        return replace(style, input=stream)
-    if isinstance(style, PrepareInput) and style.arrives is None:
-        return replace(style, arrives=stream)
-    if isinstance(style, Replicate) and style.partial_grad is None:
-        return replace(style, partial_grad=_works_on_shards(m.where, matched, names, regions))
-    return style
-
-
-def _heads(where: str, module: nn.Linear, matched: list[Match], names: Names) -> tuple[int | None, int | None]:
-    """(heads of this layer, heads that attend), from the sizes that the module around it stores; (None, None) for an MLP."""
-    parent = names.modules[where.rpartition(".")[0]]
-    beside = [x for x in matched if x.where.rpartition(".")[0] == where.rpartition(".")[0]]
-    linears = [(x.style, m) for x in beside if isinstance(m := names.modules.get(x.where), nn.Linear)]
-    widths = {m.out_features for style, m in linears if isinstance(style, Colwise)}
-    read = widths & {m.in_features for style, m in linears if isinstance(style, Rowwise)} or widths
-    head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(parent, n, None), int)), None)
-    heads = next((v for n in HEADS if isinstance(v := getattr(parent, n, None), int)), None)
+def _heads(attention: nn.Module, width: Any, widths: set[int], read: set[int]) -> tuple[int | None, int | None]:
+    head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(attention, n, None), int)), None)
+    heads = next((v for n in HEADS if isinstance(v := getattr(attention, n, None), int)), None)
     # the width of all heads is one that a row-wise layer reads; of two, the smaller: the other is an MLP beside the attention
     if head_dim is None:
         queries = min((w for w in read if heads and w % heads == 0), default=None)
         if not heads or queries is None:
             return None, None
         head_dim = queries // heads
-    elif head_dim > 0:
-        queries = min((w for w in read if w % head_dim == 0), default=None)
-    if head_dim < 1 or queries is None or module.out_features % head_dim or module.out_features > queries:
+    else:
+        queries = min((w for w in read if head_dim > 0 and w % head_dim == 0), default=None)
+    if head_dim < 1 or queries is None or width % head_dim or width > queries:
         return None, None
-    return module.out_features // head_dim, queries // head_dim
+    return width // head_dim, queries // head_dim
 
 
-def _works_on_shards(where: str, matched: list[Match], names: Names, regions: dict[str, str]) -> bool:
-    """Whether a whole parameter lies between split layers, so that each rank sees its share of the gradient only.
+def _leaves_sharded(style: Style) -> bool:
+    return isinstance(style, FusedColwise) or (isinstance(style, Colwise) and style.output == WIDTH)
 
-    Inside a module whose input is gathered at the door all of them do. Elsewhere, what sits beside column- and row-wise layers does,
-    unless it has the width that goes into them: then it is a norm in front of them.
+
+def _reads_sharded(style: Style) -> bool:
+    return isinstance(style, Rowwise) and style.input == WIDTH
+
+
+def _boundaries(matches: list[Match], names: Names) -> Iterator[Match]:
+    """The modules around one row-wise layer and the column-wise layers before it whose rules leave their input open.
+
+    Where such a module also holds norms that run on sequence shards, several row-wise layers, or is the whole model, its column-wise
+    layers gather for themselves.
     """
-    doors = [
-        *regions,
-        *(x.where for x in matched if isinstance(x.style, PrepareInput) and x.style.wanted == "gathered"),
-    ]
-    if any(_below(where, door) for door in doors):
-        return True
-    parent = where if where in names.modules else where.rpartition(".")[0]  # the module that owns it
-    around = parent.rpartition(".")[0]
-    beside = [x for x in matched if x.where.rpartition(".")[0] == around]
-    cols = [
-        x.where for x in beside if isinstance(x.style, (Colwise, FusedColwise)) and getattr(x.style, "output", "width") == "width"
-    ]
-    rows = [x.where for x in beside if isinstance(x.style, Rowwise) and x.style.input == "width"]
-    if not cols or not rows or not around:
-        return False
-    widths = {getattr(names.modules[c], "in_features", None) for c in cols}
-    mine = {p.shape[-1] for n, p in names.parameters.items() if (n == where or _below(n, where)) and p.ndim}
-    return not mine & widths
+    prepared = [m.where for m in matches if isinstance(m.style, PrepareInput)]
+    columns = [m.where for m in matches if isinstance(m.style, (Colwise, FusedColwise)) and m.style.input is None]
+    rows = [m.where for m in matches if _reads_sharded(m.style)]
+    on_stream = [m.where for m in matches if isinstance(m.style, (Sequence, VocabEmbedding, VocabHead))]
+    found: dict[str, str] = {}
+    for row in rows:
+        around, inside = _around(row, columns)
+        is_prepared = around in prepared or any(is_below(p, around) and is_below(row, p) for p in prepared)
+        is_alone = sum(is_below(r, around) for r in rows) == 1 and not any(is_below(s, around) for s in on_stream)
+        if inside and is_alone and not is_prepared and _is_called(around, names):
+            readers = ", ".join(c.rpartition(".")[2] for c in inside)
+            found[around] = f"input all-gathered once for {readers}; {row.rpartition('.')[2]} reduces"
+    for where, reason in found.items():
+        yield Match(where, PrepareInput(arrives=SEQUENCE), reason)
+
+
+def _around(row: str, columns: list[str]) -> tuple[str, list[str]]:
+    """(the innermost module that holds the row-wise layer and column-wise ones, those)."""
+    inside: list[str] = []
+    around = row
+    while around and not inside:
+        around = around.rpartition(".")[0]
+        inside = [c for c in columns if is_below(c, around)]
+    return around, inside
+
+
+def _is_called(module: str, names: Names) -> bool:
+    """Whether this is a module with a forward of its own that takes activations: no list of modules, and not the whole model."""
+    return (bool(module) or names.is_sequential) and not isinstance(names.modules[module], (nn.ModuleList, nn.ModuleDict))

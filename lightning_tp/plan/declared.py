@@ -1,8 +1,8 @@
-"""The plan that a model declares by itself: Hugging Face's `base_model_tp_plan`, checked before it is believed.
+"""Read the plan that a model declares: Hugging Face's `base_model_tp_plan`.
 
-It names column- and row-wise linear layers, in patterns like ours. What it leaves out is filled in here: the embedding and the
-head are split over the vocabulary where they are plain layers, the rest is whole on every rank. It does not say where the residual
-stream may lie in shards of the sequence, so sequence parallelism is not derived from it.
+It names column- and row-wise linear layers, in patterns like ours. What it leaves out is added here: the embedding and the head are
+split over the vocabulary where they are plain layers, the rest is replicated. It does not say where the residual stream may be sharded
+along the sequence, so there is no sequence parallelism in it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_tp.core.comm.state import WIDTH, I, R
 from lightning_tp.errors import TPError
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
@@ -20,18 +21,18 @@ from lightning_tp.styles import Colwise, PrepareInput, Replicate, Rowwise, Style
 _WORDS: dict[str, Style] = {
     "colwise": Colwise(),
     "rowwise": Rowwise(),
-    "colwise_gather_output": Colwise(output="replicate"),
-    "colwise_rep": Colwise(output="replicate"),  # its older name
-    "rowwise_split_input": Rowwise(input="replicate"),
-    "rowwise_rep": Rowwise(input="replicate"),
+    "colwise_gather_output": Colwise(output=I),
+    "colwise_rep": Colwise(output=I),  # its older name
+    "rowwise_split_input": Rowwise(input=I),
+    "rowwise_rep": Rowwise(input=I),
     "embedding_rowwise": VocabEmbedding(),
-    "replicated_with_grad_allreduce": Replicate(partial_grad=True),
+    "replicated_with_grad_allreduce": Replicate(state=R),
     "replicate": Replicate(),
 }
 
 
 def declared_plan(model: nn.Module, tp: int) -> Plan | None:
-    """The plan that `model`, or the one module inside it that declares one, brings along; None if there is none.
+    """Return the plan that `model`, or the one module inside it that declares one, declares; None if there is none.
 
     Raises:
         TPError: for a declared style without counterpart here, naming it.
@@ -52,8 +53,8 @@ def declared_plan(model: nn.Module, tp: int) -> Plan | None:
     for pattern, word in words.items():
         if word not in _WORDS:
             raise TPError(
-                f"`{prefix}{pattern}`: {type(module).__name__} declares the style {word!r}, which has no counterpart here. Give a plan "
-                f"of your own (`plan=`); known are {', '.join(_WORDS)}."
+                f"`{prefix}{pattern}`: {type(module).__name__} declares the style {word!r}, which has no counterpart here. Pass a plan "
+                f"(`plan=`); known are {', '.join(_WORDS)}."
             )
         rules.append(Rule(prefix + pattern, _WORDS[word], "declared"))
     rules = [r for r in rules if any(r.matches(n) for n, _ in model.named_modules())]
@@ -92,12 +93,12 @@ def _shared_heads(rules: list[Rule], model: nn.Module, tp: int) -> list[Rule]:
         heads, kv_heads = (getattr(config, a, None) for a in ("num_attention_heads", "num_key_value_heads"))
         if not isinstance(groups, int) or not heads or not kv_heads or kv_heads >= tp or heads % tp:
             continue
-        if any(r.matches(f"{name}.k_proj") and isinstance(r.style, Colwise) and r.style.output == "width" for r in rules):
+        if any(r.matches(f"{name}.k_proj") and isinstance(r.style, Colwise) and r.style.output == WIDTH for r in rules):
             attributes = (("num_key_value_groups", groups * kv_heads // tp),)
             extra.append(
                 Rule(
                     name,
-                    PrepareInput(arrives="replicate", wanted="replicate", attributes=attributes),
+                    PrepareInput(arrives=I, wanted=I, attributes=attributes),
                     f"{kv_heads} key/value heads for tp={tp}",
                 )
             )

@@ -1,83 +1,62 @@
-"""A plan as a table to read: blocks that are alike folded into one line."""
+"""The tables of a plan: its rules, and what a rank holds of each kind of module, repeated blocks folded into one line."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from lightning_tp.core.modules.blocks import fold
+from lightning_tp.core.tables import table
+from lightning_tp.plan.rule import Rule
+from lightning_tp.styles import Split
 
-if TYPE_CHECKING:
-    from lightning_tp.plan.plan import Plan
-    from lightning_tp.plan.rule import Entry
-
-
-def rules_table(plan: Plan) -> str:
-    """The rules of a plan that has not met a model yet."""
-    rows = [(r.pattern, str(r.style), r.reason) for r in plan.rules]
-    return "\n".join([f"Plan, {plan.source}: {len(rows)} rules", *columns([("modules", "style", "reason"), *rows])])
+Row = tuple[str, str, str, str]
+"""(module, style, full shape -> local shard, reason)."""
 
 
-def shapes_table(plan: Plan) -> str:
-    """What each rank holds: one line for each kind of module, the numbers of the blocks folded (`layers.{0-3}.wq`)."""
-    rows = shapes_rows(plan)
-    total, held = numels(plan)
-    head = (
-        f"Plan, {plan.source}, tp={plan.tp}: {total:,} parameters, a rank holds {held:,} ({held / max(total, 1):.1%}); "
-        f"sequence parallel {'on' if plan.sequence_parallel else 'off'}"
-    )
-    return "\n".join([head, *columns([("modules", "style", "whole -> on a rank", "reason"), *rows])])
+def rules_table(rules: Sequence[Rule]) -> str:
+    """Format the rules of a plan that was not checked against a model yet."""
+    return table(["modules", "style", "reason"], [(r.pattern, str(r.style), r.reason) for r in rules])
 
 
-def shapes_rows(plan: Plan) -> list[tuple[str, str, str, str]]:
-    """(modules, style, whole -> on a rank, reason) of each kind of module of a checked plan."""
-    assert plan.tp is not None
-    groups: dict[tuple[str, str, str, str], list[Entry]] = {}
-    for entry in plan.entries:
-        key = (re.sub(r"\d+", "*", entry.where), str(entry.style), _shapes(entry, plan.tp), entry.reason)
-        groups.setdefault(key, []).append(entry)
-    return [
-        (fold([e.where for e in entries]) or "(the model)", style, shapes, reason)
-        for (_, style, shapes, reason), entries in groups.items()
-    ]
+def rows_table(rows: Iterable[Row]) -> str:
+    """Format the rows of a checked plan."""
+    return table(["modules", "style", "full shape -> local shard", "reason"], list(rows))
 
 
-def numels(plan: Plan) -> tuple[int, int]:
-    """(elements of all parameters, elements that the first rank holds); tied weights once."""
-    import math
+def fold_rows(rows: Iterable[Row]) -> list[Row]:
+    """Fold the rows of repeated blocks: `layers.0.wq`, `layers.1.wq` -> `layers.{0-1}.wq`.
 
-    total = held = 0
-    for name, split in plan.splits.items():
-        if name not in plan.tied:
-            total += math.prod(plan.shapes[name])
-            held += math.prod(split.local_shape(plan.shapes[name], 0))
-    return total, held
+    Example:
+        >>> fold_rows([("layers.0.wq", "colwise", "", ""), ("layers.1.wq", "colwise", "", "")])
+        [('layers.{0-1}.wq', 'colwise', '', '')]
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, *rest in rows:
+        groups.setdefault((re.sub(r"\d+", "*", name), *rest), []).append(name)
+    return [(fold(names) or "(the model)", style, shapes, reason) for (_, style, shapes, reason), names in groups.items()]
 
 
-def _shapes(entry: Entry, tp: int) -> str:
-    lines = []
-    for name, split in entry.splits.items():
-        whole = entry.shapes[name]
-        local = dict.fromkeys(split.local_shape(whole, r) for r in range(tp))
-        what = str(whole) if split.dim is None else f"{whole} -> {' | '.join(map(str, local))}"
-        lines.append(what + (f" grad summed over {split.sum_over}" if split.sum_over > 1 else ""))
-    return "; ".join(dict.fromkeys(lines))
+def shapes_of(splits: Mapping[str, Split], shapes: Mapping[str, tuple[int, ...]], tp: int) -> str:
+    """Format what a rank holds of the parameters of a module: `(8, 4) -> (4, 4); (8,) -> (4,)`.
+
+    Where ranks hold shards of different sizes, all of them are given: `(5, 4) -> (3, 4) | (2, 4)`.
+    """
+    parts = []
+    for name, split in splits.items():
+        full = shapes[name]
+        local = dict.fromkeys(split.local_shape(full, rank) for rank in range(tp))
+        text = str(full) if split.dim is None else f"{full} -> {' | '.join(map(str, local))}"
+        if split.state is None:
+            text += " gradient checked in the first backward pass"
+        elif (ranks := split.sum_over(tp)) > 1:
+            text += f" gradient summed over {ranks} ranks"
+        parts.append(text)
+    return "; ".join(dict.fromkeys(parts))
 
 
 def columns(rows: Sequence[Sequence[str]], left: Container[int] | None = None) -> list[str]:
-    """The lines of a table; the columns `left` (default: all) begin below each other, the others end so.
-
-    Example:
-        >>> columns([("name", "bytes"), ("q", "1,024")], left={0})
-        ['  name  bytes', '  q     1,024']
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if left is None or i in left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    """The lines of a table; the columns `left` (default: all) begin below each other, the others end so."""
+    header, *body = rows
+    right = [i for i in range(len(header)) if left is not None and i not in left]
+    return table(header, body, right=right).splitlines()

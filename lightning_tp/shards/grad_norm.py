@@ -1,4 +1,7 @@
-"""Norms of whole gradients from their shards, and clipping by them."""
+"""The norm of gradients as one process would have it, and clipping by it: each element counts once; one all-reduce per axis.
+
+torch's counterparts are `torch.nn.utils.get_total_norm` and `clip_grad_norm_`, which do the same on a split model, through this.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_tp._compat import local_tensor, wrap_total_norm
+from lightning_tp.core.comm.collectives import reduce_over
 from lightning_tp.errors import TPError
 from lightning_tp.shards.gradients import PartialGradients
 from lightning_tp.shards.shard import ParamShard
@@ -20,7 +23,7 @@ _applied: WeakSet[PartialGradients] = WeakSet()  # of the models that live; weak
 
 
 def register(gradients: PartialGradients) -> None:
-    """Let `torch.nn.utils.clip_grad_norm_`, however it was imported, take the norm of the whole gradients of these."""
+    """Make `torch.nn.utils.clip_grad_norm_`, however it was imported, take the norm of the full gradients of these parameters."""
     _applied.add(gradients)
     wrap_total_norm(_norm_of_applied)
 
@@ -39,14 +42,14 @@ def _norm_of_applied(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 f"The norm is asked of {len(tensors)} gradients together, of which {len(known)} belong to a split model: clip the "
                 "others by themselves."
             )
-        return _whole_norm(known, norm_type, error_if_nonfinite)
+        return _full_norm(known, norm_type, error_if_nonfinite)
 
     return get_total_norm
 
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[torch.nn.Parameter], norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
-    """The norm of the whole gradients, as one process would have it: each element counted once; one all-reduce an axis.
+    """Return the norm of the full gradients, as one process would have it.
 
     Args:
         parameters: of a model that `parallelize` was applied to.
@@ -54,20 +57,23 @@ def grad_norm(parameters: Iterable[torch.nn.Parameter], norm_type: float = 2.0, 
         error_if_nonfinite: raise if the norm is not finite.
 
     Returns:
-        A scalar, equal on all ranks. torch's counterpart is `torch.nn.utils.get_total_norm`.
+        A scalar, equal on all ranks.
+
+    Raises:
+        RuntimeError: if `error_if_nonfinite` and the norm is not finite.
     """
     known = [(p._tp_shard, p.grad) for p in parameters if p.grad is not None]  # type: ignore[attr-defined]
-    return _whole_norm(known, norm_type, error_if_nonfinite)
+    return _full_norm(known, norm_type, error_if_nonfinite)
 
 
 @torch.no_grad()
 def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
-    """The norm of each parameter's whole gradient, and of all together: names and values that `grad_norm` of Lightning has in one process.
+    """Return the norm of each parameter's full gradient, and of all together, named as by `lightning.pytorch.utilities.grad_norm`.
 
-    `lightning.pytorch.utilities.grad_norm` does the same on a split model, through this. One all-reduce an axis for all of them.
+    That function does the same on a split model, through this. A collective: every rank has to call it.
 
     Args:
-        module: that `parallelize` was applied to, or a part of it. Every rank has to ask.
+        module: that `parallelize` was applied to, or a part of it.
         norm_type: p of the p-norm; `inf` for the largest element.
         group_separator: stands between "grad_2.0_norm" and the parameter's name.
 
@@ -84,66 +90,54 @@ def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_sepa
     if not named:
         return {}
     largest = order == float("inf")
-    each, groups = [], {}
-    for _, p, grad in named:
-        shard = getattr(p, "_tp_shard", None)
-        local = local_tensor(grad)
-        parts = [(local, 1)] if shard is None else shard.parts_by_copies(local)
-        norms = [(_norms([part], order)[0], copies) for part, copies in parts if part.numel()]
-        zero = torch.zeros((), device=local.device, dtype=torch.float64 if local.dtype == torch.float64 else torch.float32)
-        each.append(
-            max((norm for norm, _ in norms), default=zero)
-            if largest
-            else sum((norm.pow(order) / copies for norm, copies in norms), zero)
-        )
-        groups.update({id(group): group for group in (() if shard is None else shard.groups) if group.size() > 1})
-    total = torch.stack([t.to(each[0].dtype) for t in each])
-    options = dist.AllreduceOptions()
-    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-    for group in groups.values():
-        group.allreduce([total], options).wait()
+    shards = [getattr(p, "_tp_shard", None) for _, p, _ in named]
+    each = [_local_power(shard, local_tensor(grad), order) for shard, (_, _, grad) in zip(shards, named, strict=True)]
+    groups = {id(group): group for shard in shards if shard is not None for group in shard.groups}
+    total = reduce_over(torch.stack([t.to(each[0].dtype) for t in each]), groups.values(), largest=largest)
     all_together = total.max() if largest else total.sum().pow(1 / order)
     total = total if largest else total.pow(1 / order)
     found = {f"grad_{order}_norm{group_separator}{name}": norm for (name, _, _), norm in zip(named, total, strict=True)}
     return {**found, f"grad_{order}_norm_total": all_together}
 
 
+def _local_power(shard: ParamShard | None, grad: Tensor, order: float) -> Tensor:
+    """This rank's term of the sum of |g| ** order over a full gradient; of the maximum, for an infinite order."""
+    parts = [(grad, 1)] if shard is None else shard.parts_by_copies(grad)
+    norms = [(_norms([part], order)[0], copies) for part, copies in parts if part.numel()]
+    zero = torch.zeros((), device=grad.device, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)
+    if order == float("inf"):
+        return max((norm for norm, _ in norms), default=zero)
+    return sum((norm.pow(order) / copies for norm, copies in norms), zero)
+
+
 @torch.no_grad()
-def _whole_norm(gradients: list[tuple[ParamShard, Tensor]], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def _full_norm(gradients: list[tuple[ParamShard, Tensor]], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     if not gradients:
         return torch.zeros(())
     parts: list[Tensor] = []
-    shares: list[float] = []  # of an element that n ranks hold, each counts 1/n
+    weights: list[float] = []  # an element that n ranks hold counts 1/n on each
     for shard, grad in gradients:
-        if shard.split.sum_rows is None:
+        if shard.shared_rows is None:
             parts.append(local_tensor(grad))
-            shares.append(1 / shard.copies)
+            weights.append(1 / shard.copies)
         else:
             for part, copies in shard.parts_by_copies(local_tensor(grad)):
                 parts.append(part)
-                shares.append(1 / copies)
+                weights.append(1 / copies)
     if norm_type == float("inf"):
         some = [part for part in parts if part.numel()] or [parts[0].new_zeros(1)]  # a rank may hold nothing
-        total, op = _norms(some, norm_type).max(), dist.ReduceOp(dist.ReduceOp.MAX)
+        norm = reduce_over(_norms(some, norm_type).max(), gradients[0][0].groups, largest=True)
     else:
         norms = _norms(parts, norm_type)
-        total, op = (
-            torch.dot(norms.pow(norm_type), _vector(tuple(shares), norms.device, norms.dtype)),
-            dist.ReduceOp(dist.ReduceOp.SUM),
-        )
-    options = dist.AllreduceOptions()
-    options.reduceOp = op
-    for group in gradients[0][0].groups:
-        if group.size() > 1:
-            group.allreduce([total], options).wait()
-    norm = total if norm_type == float("inf") else total.pow(1.0 / norm_type)
+        total = torch.dot(norms.pow(norm_type), _vector(tuple(weights), norms.device, norms.dtype))
+        norm = reduce_over(total, gradients[0][0].groups).pow(1.0 / norm_type)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(f"The gradient norm of order {norm_type} is {float(norm)}: it can't be clipped.")
     return norm
 
 
 def _norms(parts: list[Tensor], norm_type: float) -> Tensor:
-    """The norm of each, as one float32 vector (float64 for float64)."""
+    """The norm of each part, as one float32 vector (float64 for float64)."""
     if len({t.dtype for t in parts}) == 1:
         half = parts[0].dtype in (torch.float16, torch.bfloat16)
         return torch.stack(torch._foreach_norm(parts, norm_type, dtype=torch.float32 if half else None))
@@ -152,7 +146,7 @@ def _norms(parts: list[Tensor], norm_type: float) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _vector(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """These numbers on the device; kept, since a model asks for the same ones at every step."""
+    """These numbers on the device, cached: a model asks for the same ones at every step."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
@@ -160,10 +154,7 @@ def _vector(values: tuple[float, ...], device: torch.device, dtype: torch.dtype)
 def clip_grad_norm_(
     parameters: torch.nn.Parameter | Iterable[torch.nn.Parameter], max_norm: float, norm_type: float = 2.0
 ) -> Tensor:
-    """Scale all gradients in place so that their norm is at most `max_norm`; returns the norm before. See `grad_norm`.
-
-    Counterpart of `torch.nn.utils.clip_grad_norm_` (which does the same on a split model, through this).
-    """
+    """Scale all gradients in place so that their norm is at most `max_norm`; return the norm before. See `grad_norm`."""
     parameters = [parameters] if isinstance(parameters, torch.nn.Parameter) else parameters
     parameters = [p for p in parameters if p.grad is not None]
     norm = grad_norm(parameters, norm_type)

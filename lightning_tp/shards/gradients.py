@@ -1,9 +1,9 @@
-"""Gradients of parameters: shares summed over ranks once a backward pass, the norm over both axes, clipping.
+"""Sum the partial gradients of parameters over the ranks, once per backward pass.
 
-A whole parameter that works on sharded activations (a norm on this rank's tokens, a bias added to them, key/value heads that
-ranks share) gets a share of its gradient on each rank. Autograd functions in `comm.py` tell when a backward pass begins; when it is
-over, all shares are summed in one all-reduce (and one more for each group of ranks that share heads), so that `.grad` is right
-as soon as `loss.backward()` returns.
+A parameter in the state `R` (a norm on this rank's shard of the sequence, a bias added to it, key/value heads that ranks share) gets a
+term of its gradient on each rank. The autograd functions in `core/comm/transitions.py` notify `PartialGradients` when a backward
+pass begins; when it is over, all partial gradients are summed in one all-reduce (and one more for each group of ranks that share
+heads), so that `.grad` is right as soon as `loss.backward()` returns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import ref
 
@@ -19,163 +19,201 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import backward_kind, flatten, local_tensor, queue_after_backward, unflatten
+from lightning_tp._compat import all_gather_into, backward_kind, flatten, local_tensor, queue_after_backward, unflatten
 from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.mesh import DATA_PARALLEL
+from lightning_tp.core.comm.state import I, R
 from lightning_tp.errors import TPError
 from lightning_tp.shards.shard import ParamShard
 
-CHECKED_PASSES = 1  # gradients of whole parameters are compared over ranks in the first backward pass
-
-
+CHECKED_PASSES = 1  # in the first backward pass, gradients are compared over ranks with what the plan says of them
 TOLERANCE = 1e-2
 
 
 @dataclass
-class _Share:
-    """A parameter whose gradient is this rank's share, and the ranks that hold the others."""
+class _Partial:
+    """A parameter whose gradient, or a part of it, is partial, and the ranks that hold the other terms."""
 
     parameter: torch.nn.Parameter
     shard: ParamShard
     group: dist.ProcessGroup
 
-    def mine(self) -> Tensor:
-        """The part of the gradient that is a share, as a view."""
+    def term(self) -> Tensor:
+        """The part of the gradient that is a term of a sum, as a view."""
         assert self.parameter.grad is not None
         return self.shard.summed_part(local_tensor(self.parameter.grad))
 
 
 class PartialGradients:
-    """Sums the shares of gradients at the end of each backward pass.
+    """Sums partial gradients at the end of each backward pass.
 
     Gradients that an earlier pass has summed (accumulation over micro-batches) are set aside while a pass runs, and added to its own
     afterwards: so only what is new is summed.
 
     Args:
         axis: the tensor-parallel axis; its `on_backward` is set to `begin`.
-        groups: for `Split.sum_over`, the group of ranks that this rank sums with.
+        groups: for each number of neighbouring ranks that sum a gradient, the group of them that this rank is in.
     """
 
     def __init__(self, axis: Axis, groups: dict[int, dist.ProcessGroup]) -> None:
         self.axis = axis
         self.groups = groups
         self.parameters: list[torch.nn.Parameter] = []
-        self.shares: list[_Share] = []
-        self.whole: list[tuple[torch.nn.Parameter, ParamShard]] = []
+        self.partial: list[_Partial] = []
+        self._full: list[torch.nn.Parameter] = []  # whose gradients are compared over the ranks
+        self._undecided: list[torch.nn.Parameter] = []  # of which the plan does not say whether their gradients are partial
         self.passes = 0
-        self._pass: Callable[[], object] = lambda: None  # weak: autograd lets go of the callback of a pass that fails, too
-        self._before: list[tuple[torch.nn.Parameter, Tensor]] = []
-        self.later = False  # see `no_sync`
-        self._pending = False  # gradients of the passes before are not summed yet
+        self.defer = False  # leave sums to a later pass: see `no_sync`
+        self._deferred = False  # `.grad` holds terms of earlier passes that are not summed yet
+        self._pass: Callable[[], object] = lambda: None  # weak: autograd drops the callback of a pass that fails, too
         axis.on_backward = self.begin
 
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Look after these parameters from now on, and no others."""
+        """Sum the gradients of these parameters from now on, and of no others."""
         self.parameters = list(parameters)
-        self.shares, self.whole = [], []
+        self.partial, self._full, self._undecided = [], [], []
         for p in self.parameters:
-            shard = p._tp_shard  # type: ignore[attr-defined]
-            if shard.split.sum_over > 1:
-                self.shares.append(_Share(p, shard, self.groups[shard.split.sum_over]))
-            elif shard.split.dim is None:
-                self.whole.append((p, shard))
+            shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
+            if shard.sum_over > 1:
+                self.partial.append(_Partial(p, shard, self.groups[shard.sum_over]))
+            if shard.split.dim is None and (shard.split.state != R or shard.check_gradient):
+                self._full.append(p)
+            if shard.split.state is None:
+                self._undecided.append(p)
 
     def begin(self) -> None:
-        """The first collective of a backward pass; cheap, since it is called at every one."""
+        """Begin a backward pass; called at every collective of it, so cheap."""
         if self._pass() is not None:
             return
-        self._refuse_to_return_shares()
-        self._before.clear()
-        found = any(share.parameter.grad is not None for share in self.shares)
-        self._pending = found and self._pending  # else somebody has thrown them away
-        if not self._pending:
-            self._pending = self.later and not found
-            for share in self.shares if found else ():
-                if share.parameter.grad is not None:
-                    self._before.append((share.parameter, share.parameter.grad))
-                    share.parameter.grad = None
-        finish = self.finish
-        self._pass = ref(finish)
-        queue_after_backward(finish)
+        self._refuse_to_return_terms()
+        this_pass = _BackwardPass(self, self._set_aside())
+        self._pass = ref(this_pass)
+        queue_after_backward(this_pass.finish)
 
-    def _refuse_to_return_shares(self) -> None:
-        """`torch.autograd.grad` gives its gradients back before the pass is over: they can't be summed."""
-        for share in self.shares:
-            parameter = share.parameter
-            if share.shard.fsdp or not parameter.requires_grad:
+    def _set_aside(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
+        """Take away the gradients that earlier passes have summed already."""
+        found = [(x.parameter, x.parameter.grad) for x in self.partial if x.parameter.grad is not None]
+        if self._deferred and found:
+            return []  # they are terms, as those of this pass will be
+        self._deferred = self.defer and not found
+        for parameter, _ in found:
+            parameter.grad = None
+        return found
+
+    def _refuse_to_return_terms(self) -> None:
+        """`torch.autograd.grad` returns gradients before the pass is over: they can't be summed."""
+        for x in self.partial:
+            if x.shard.fsdp or not x.parameter.requires_grad:
                 continue
-            asked = backward_kind(parameter)
-            if asked == "backward":  # and so for all: one look a pass
+            kind = backward_kind(x.parameter)
+            if kind == "backward":  # and so for all: one look per pass
                 return
-            if asked == "grad":
+            if kind == "grad":
                 raise TPError(
-                    f"`torch.autograd.grad` is asked for the gradient of `{share.shard.name}`, of which each of the tp={self.axis.size} ranks "
-                    "has a share: it would be given back before the shares are summed. Call `loss.backward(inputs=[..])` instead, and "
-                    "take `.grad`."
+                    f"`torch.autograd.grad` is asked for the gradient of `{x.shard.name}`, of which each of the tp={self.axis.size} ranks computes "
+                    "a term: it would be returned before the terms are summed. Call `loss.backward(inputs=[..])` instead, and take `.grad`."
                 )
 
-    def finish(self) -> None:
-        """The end of a backward pass."""
-        self._pass = lambda: None
-        if self.later and self._pending:
+    def end(self, summed_before: list[tuple[torch.nn.Parameter, Tensor]]) -> None:
+        """End a backward pass: sum what is partial, then add what earlier passes had summed."""
+        if self.defer and self._deferred:
             return
-        self._pending = False
+        self._deferred = False
         with torch.no_grad():
-            if self.passes < CHECKED_PASSES:
-                self._check()
+            self._compare_with_plan()
             by_group: dict[Any, list[Tensor]] = defaultdict(list)
-            for share in self.shares:
-                if share.parameter.grad is not None:
-                    mine = share.mine()
-                    by_group[share.group, mine.dtype].append(mine)
-            for (group, _), grads in by_group.items():
-                _sum_over(group, grads)
-            for parameter, before in self._before:
+            for x in self.partial:
+                if x.parameter.grad is not None:
+                    term = x.term()
+                    by_group[x.group, term.dtype].append(term)
+            for (group, _), terms in by_group.items():
+                _sum_over(group, terms)
+            for parameter, before in summed_before:
                 if parameter.grad is None:
                     parameter.grad = before
                 else:
                     local_tensor(parameter.grad).add_(local_tensor(before))
-        self._before.clear()
         self.passes += 1
 
-    def _check(self) -> None:
-        """Compare over the ranks what the plan says is equal, and what it says is not: it may be wrong about either."""
-        said = [(p, s, False) for p, s in self.whole] + [
-            (x.parameter, x.shard, True) for x in self.shares if x.shard.may_be_whole and x.shard.split.dim is None
-        ]
-        said = [(p, s, partial) for p, s, partial in said if p.requires_grad]
-        if not said:
+    def _compare_with_plan(self) -> None:
+        """Compare the gradients of full parameters over the ranks: are they equal (`I`) or terms of a sum (`R`), as the plan says?
+
+        Where the plan leaves it open, this decides it.
+        """
+        looked_at = self._full if self.passes < CHECKED_PASSES else self._undecided
+        looked_at = [p for p in looked_at if p.requires_grad]
+        if not looked_at:
             return
-        zero = torch.zeros((), dtype=torch.float64)
-        norms = [zero if p.grad is None else local_tensor(p.grad).double().norm().cpu() for p, _, _ in said]
-        mine = torch.stack(norms).to(said[0][0].device)
-        every = mine.new_empty((self.axis.size, len(said)))
-        self.axis.group._allgather_base(every, mine.unsqueeze(0)).wait()
-        low, high = every.min(0).values, every.max(0).values
-        differ = ((high - low) > TOLERANCE * high.clamp_min(1e-12)) & (high > 1e-9 * high.max())
-        equal = (high == low) & (high > 0)
-        for (_, shard, partial), unequal, same, lo, hi in zip(
-            said, differ.tolist(), equal.tolist(), low.tolist(), high.tolist(), strict=True
-        ):
-            if unequal and not partial:
+        low, high = self._over_ranks(torch.stack([_signature(p) for p in looked_at]).to(looked_at[0].device))
+        smallest, largest = low[:, 0], high[:, 0]
+        matters, some = largest > 1e-9 * largest.max(), TOLERANCE * largest.clamp_min(1e-12)
+        unequal = ((largest - smallest > some) & matters).tolist()
+        decided = {}
+        for i, p in enumerate(looked_at):
+            shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
+            if shard.split.state is None:
+                spread = float((high[i] - low[i]).max())
+                decided[p] = None if not largest[i] else R if spread > some[i] else I
+            elif shard.split.state == I and unequal[i]:
                 raise TPError(
-                    f"`{shard.name}` is whole on every rank, but its gradient is not the same on all tp={self.axis.size} ranks (norms "
-                    f"from {lo:.4g} to {hi:.4g}): it works on activations of which each rank has a share. Give it the style "
-                    "`sequence` if these are the tokens, else Replicate(partial_grad=True), and its shares are summed."
+                    f"`{shard.name}` is replicated, but its gradient is not the same on all tp={self.axis.size} ranks (norms from "
+                    f"{smallest[i]:.4g} to {largest[i]:.4g}): it works on sharded activations. Give it the style `sequence` if it runs on "
+                    "shards of the sequence, else Replicate(state='R'), and its gradients are summed."
                 )
-            if same and partial:
+            elif shard.split.state == R and smallest[i] == largest[i] > 0:
                 raise TPError(
-                    f"`{shard.name}`: the plan says that each rank has a share of its gradient, but all tp={self.axis.size} ranks have the "
-                    f"same (norm {hi:.4g}): summing would make it {self.axis.size} times too large. Give it the style "
-                    "Replicate(partial_grad=False)."
+                    f"`{shard.name}`: the plan says that its gradient is partial, but all tp={self.axis.size} ranks have the same one (norm "
+                    f"{largest[i]:.4g}): summing would make it {self.axis.size} times too large. Give it the style Replicate(state='I')."
                 )
+        if decided:
+            self._decide(decided)
+
+    def _over_ranks(self, mine: Tensor) -> tuple[Tensor, Tensor]:
+        """(smallest, largest) of every number over the ranks of the axis."""
+        every = mine.new_empty((self.axis.size * mine.shape[0], mine.shape[1]))
+        all_gather_into(every, mine.contiguous(), self.axis.group)
+        every = every.view(self.axis.size, *mine.shape)
+        return every.amin(0), every.amax(0)
+
+    def _decide(self, states: dict[torch.nn.Parameter, Any]) -> None:
+        """Fix the states of parameters that the plan left open; equal on all data-parallel ranks, and so on the whole mesh."""
+        first = next(iter(states))
+        shard: ParamShard = first._tp_shard  # type: ignore[attr-defined]
+        codes = torch.tensor([{None: 0, I: 1, R: 2}[s] for s in states.values()], device=first.device)
+        dist.all_reduce(codes, dist.ReduceOp.MAX, group=shard.mesh.get_group(DATA_PARALLEL))
+        for p, code in zip(states, codes.tolist(), strict=True):
+            shard = p._tp_shard  # type: ignore[attr-defined]
+            p._tp_shard = replace(shard, split=replace(shard.split, state=(None, I, R)[code]))  # type: ignore[attr-defined]
+        self.watch(self.parameters)
+
+
+class _BackwardPass:
+    """One backward pass, kept alive by the callback that autograd calls when it is over."""
+
+    def __init__(self, gradients: PartialGradients, summed_before: list[tuple[torch.nn.Parameter, Tensor]]) -> None:
+        self._gradients = gradients
+        self._summed_before = summed_before
+
+    def finish(self) -> None:
+        self._gradients._pass = lambda: None
+        self._gradients.end(self._summed_before)
+
+
+def _signature(p: torch.nn.Parameter) -> Tensor:
+    """(norm, two random projections) of a gradient: equal on two ranks only if the gradients are."""
+    if p.grad is None:
+        return torch.zeros(3, dtype=torch.float64)
+    grad = local_tensor(p.grad).detach().double().flatten().cpu()
+    signs = torch.randint(0, 2, (2, grad.numel()), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).double()
+    return torch.cat((grad.norm().unsqueeze(0), signs @ grad))
 
 
 @contextmanager
 def no_sync(model: torch.nn.Module) -> Iterator[None]:
-    """Let backward passes keep what is to be summed over ranks, for a later pass outside this context to sum it all: accumulation.
+    """Accumulate gradients without communication, as the `no_sync` of DDP: a later pass outside of this context sums them all.
 
     On the data-parallel axis FSDP2 leaves out its reduce-scatter, and so keeps unsharded gradients until then. In between, `.grad` is of this
-    rank's data alone, or None. Counterpart of the `no_sync` of DDP.
+    rank's data alone, or None.
 
     Example:
         >>> with no_sync(torch.nn.Linear(2, 2)):
@@ -191,17 +229,17 @@ def no_sync(model: torch.nn.Module) -> Iterator[None]:
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
         if gradients is not None:
-            gradients.later = True
+            gradients.defer = True
         yield
     finally:
         for unit in units:
             unit.set_requires_gradient_sync(True, recurse=False)
         if gradients is not None:
-            gradients.later = False
+            gradients.defer = False
 
 
 def _sum_over(group: dist.ProcessGroup, grads: list[Tensor]) -> None:
-    """Sum each of these over the group, in place, in one all-reduce."""
+    """Sum each of these gradients over the group, in place, in one all-reduce."""
     if len(grads) == 1 and grads[0].is_contiguous():
         group.allreduce(grads).wait()
         return

@@ -1,4 +1,4 @@
-"""Optimizer states by parameter name, as DTensors or whole tensors."""
+"""Optimizer states by parameter name, as DTensors over the 2D mesh or as full tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_tp.shards.shard import ParamShard, like
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state by parameter name, tensors of a parameter's local shape as DTensors over the 2D mesh.
+    """Return an optimizer's state by parameter name, tensors of a parameter's local shape as DTensors over the 2D mesh.
 
-    What has another shape (Adafactor's row and column statistics, of this rank's shard only) is left as it is.
+    Tensors of another shape (Adafactor's row and column statistics, of this rank's shard only) are left as they are.
     """
     names: dict[int, str] = {id(p): p._tp_shard.name for g in optimizer.param_groups for p in g["params"]}
     state: dict[str, Any] = {}
@@ -33,7 +33,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """As `optimizer_state`, with whole tensors on the CPU, as one process would have them. A collective."""
+    """Return what `optimizer_state` does with full tensors on the CPU, as one process would have them. A collective."""
     state = optimizer_state(optimizer)
     shards = {p._tp_shard.name: (p, p._tp_shard) for g in optimizer.param_groups for p in g["params"]}
     for name, values in state["state"].items():
@@ -43,15 +43,19 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
             if isinstance(v, DTensor):
                 values[k] = shard.gather(own[k]).cpu()
             elif isinstance(v, Tensor):
-                values[k] = v.detach().cpu().clone()  # a count of steps: not the one that goes on counting
+                values[k] = v.detach().cpu().clone()  # a count of steps: a copy, for the optimizer counts on
     return state
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """The inverse of `optimizer_state`; also takes whole tensors, and the state of the same optimizer in one process.
+    """Load what `optimizer_state` returned; also full tensors, and the state of the same optimizer in one process.
 
-    Parameters that have numbers there are those of this optimizer in the order of its groups, as torch has it. What is there by name of
-    parameters that this optimizer has not is left out.
+    Parameters with numbers instead of names are those of this optimizer in the order of its groups, as torch has it. States of parameters
+    that this optimizer does not have are ignored.
+
+    Args:
+        optimizer: of the parameters of a split model.
+        state: with the keys "state" and "param_groups".
 
     Raises:
         TPError: if it is the state of another optimizer.
@@ -87,7 +91,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 
 
 def check_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse the groups that another optimizer has left: torch would take them, and fail in the first step, or not at all.
+    """Refuse the parameter groups of another optimizer: torch would take them, and fail in the first step, or not at all.
 
     Raises:
         TPError: if there are more or fewer, or if they have other settings.
@@ -106,7 +110,7 @@ def check_kind(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, A
         if lacks and other:  # one alone may be another version of torch
             raise TPError(
                 f"The checkpoint's optimizer is of another kind than {what}: it has `{other[0]}`, and no `{lacks[0]}`. Resume with the optimizer "
-                "that was saved, or begin anew with the weights alone (`load_from_checkpoint`)."
+                "that was saved, or start from its weights alone (`load_from_checkpoint`)."
             )
 
 

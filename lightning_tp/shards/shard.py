@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from lightning_tp._compat import dtensor_of_pieces, is_in_pieces, local_tensor, pieces_of_dtensor, strided_shard
+from lightning_tp._compat import all_gather_into, dtensor_of_pieces, is_in_pieces, local_tensor, pieces_of_dtensor, strided_shard
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.errors import TPError
@@ -25,15 +25,15 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ParamShard:
-    """What one parameter object is of the global one; kept on the parameter as `_tp_shard`.
+    """What this rank holds of one parameter; kept on the parameter as `_tp_shard`.
 
     Args:
         name: the parameter's name from the root.
-        split: how it lies on the tensor-parallel axis.
-        shape: its whole shape.
+        split: how it is split over the tensor-parallel axis.
+        shape: its full shape.
         mesh: the 2D mesh.
-        fsdp: whether FSDP2 cuts dim 0 of this rank's shard further over the data-parallel axis.
-        may_be_whole: the plan guesses that its gradient is a share; checked in the first backward pass.
+        fsdp: whether FSDP2 shards dim 0 of it further over the data-parallel axis.
+        check_gradient: compare its gradients over the ranks with `split.state` in the first backward pass, also if that is `R`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class ParamShard:
     shape: tuple[int, ...]
     mesh: DeviceMesh
     fsdp: bool = False
-    may_be_whole: bool = False
+    check_gradient: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamShard:
         return self
@@ -58,8 +58,18 @@ class ParamShard:
 
     @cached_property
     def copies(self) -> int:
-        """How many ranks of the tensor-parallel axis hold the same elements (all of them: see `parts_by_copies`)."""
-        return self.tp if self.split.dim is None else self.split.sum_over
+        """How many ranks of the tensor-parallel axis hold the same elements; where it is not one number, see `parts_by_copies`."""
+        return self.tp if self.split.dim is None else self.sum_over
+
+    @cached_property
+    def sum_over(self) -> int:
+        """Over how many neighbouring ranks its gradient, or the part `shared_rows` of it, is summed; 1 where it is not partial."""
+        return self.split.sum_over(self.tp)
+
+    @cached_property
+    def shared_rows(self) -> tuple[int, int] | None:
+        """The (start, stop) of `split.dim` in the tensor-parallel shard that ranks share; None means all of it, or nothing."""
+        return self.split.shared_rows
 
     @cached_property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
@@ -69,37 +79,37 @@ class ParamShard:
 
     @property
     def tp_local_shape(self) -> tuple[int, ...]:
-        """What this rank's tensor-parallel group member holds, before FSDP2."""
+        """The shape of its tensor-parallel shard, before FSDP2."""
         return self.split.local_shape(self.shape, self.tp_rank)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """What this rank holds."""
+        """The shape of what this rank holds."""
         return (len(self.fsdp_rows()), *self.tp_local_shape[1:]) if self.shape else ()
 
     def fsdp_rows(self) -> range:
-        """The rows of dim 0 of the tensor-parallel shard that FSDP2 leaves on this rank."""
+        """Return the rows of dim 0 of the tensor-parallel shard that FSDP2 leaves on this rank."""
         rows = self.tp_local_shape[0]
         if not self.fsdp:
             return range(rows)
         return even_shard(rows, self.mesh.get_local_rank(DATA_PARALLEL), self.mesh[DATA_PARALLEL].size())
 
     def summed_part(self, grad: Tensor) -> Tensor:
-        """The view of a local gradient that is a share to be summed."""
-        if self.split.sum_rows is None or self.split.dim is None:
+        """Return the part of a local gradient that is a term of a sum over ranks, as a view."""
+        if self.shared_rows is None or self.split.dim is None:
             return grad
-        start, stop = self._local_rows(*self.split.sum_rows)
+        start, stop = self._local_rows(*self.shared_rows)
         return grad.narrow(self.split.dim, start, stop - start)
 
     def parts_by_copies(self, grad: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """(part of a local gradient, how many ranks of the tensor-parallel axis hold the same)."""
+        """Yield (part of a local gradient, how many ranks of the tensor-parallel axis hold the same)."""
         split = self.split
-        if split.sum_rows is None or split.dim is None:
+        if self.shared_rows is None or split.dim is None:
             yield grad, self.copies
         else:
-            start, stop = self._local_rows(*split.sum_rows)
+            start, stop = self._local_rows(*self.shared_rows)
             length = grad.shape[split.dim]
-            for a, b, copies in ((0, start, 1), (start, stop, split.sum_over), (stop, length, 1)):
+            for a, b, copies in ((0, start, 1), (start, stop, self.sum_over), (stop, length, 1)):
                 if b > a:
                     yield grad.narrow(split.dim, a, b - a), copies
 
@@ -111,10 +121,10 @@ class ParamShard:
         clip = [min(max(i, rows.start), rows.stop) - rows.start for i in (start, stop)]
         return clip[0], clip[1]
 
-    # ------------------------------------------------------------------------------------------------ whole tensors
+    # ------------------------------------------------------------------------------------------------- full tensors
 
     def gather(self, value: Tensor) -> Tensor:
-        """The whole tensor from every rank's local one (or FSDP2's DTensor); a collective. On the device of `value`."""
+        """Return the full tensor from every rank's local one (or FSDP2's DTensor), on the device of `value`. A collective."""
         if isinstance(value, DTensor):
             value = value.full_tensor()
         value = value.detach()
@@ -124,22 +134,22 @@ class ParamShard:
         mine = value.new_zeros(max(sizes))
         mine[: value.numel()] = value.reshape(-1)
         every = value.new_empty(self.tp * max(sizes))
-        self.mesh.get_group(TENSOR_PARALLEL)._allgather_base(every, mine).wait()
-        whole = value.new_empty(self.shape)
+        all_gather_into(every, mine, self.mesh.get_group(TENSOR_PARALLEL))
+        full = value.new_empty(self.shape)
         for rank, (flat, size) in enumerate(zip(every.chunk(self.tp), sizes, strict=True)):
-            self.split.put(whole, flat[:size].view(self.split.local_shape(self.shape, rank)), rank)
-        return whole
+            self.split.put(full, flat[:size].view(self.split.local_shape(self.shape, rank)), rank)
+        return full
 
-    def take(self, whole: Tensor) -> Tensor:
-        """This rank's local tensor of a whole one: its tensor-parallel shard, then FSDP2's rows of it."""
-        local = self.split.take(whole, self.tp_rank)
+    def take(self, full: Tensor) -> Tensor:
+        """Return this rank's local tensor of a full one: its tensor-parallel shard, then FSDP2's rows of it."""
+        local = self.split.take(full, self.tp_rank)
         rows = self.fsdp_rows() if self.fsdp else None
         return local if rows is None else local[rows.start : rows.stop].contiguous()
 
     # ----------------------------------------------------------------------------------------------------- DTensors
 
     def boxes(self) -> list[tuple[Box, Box]]:
-        """((offset, size) in the whole tensor, (offset, size) in this rank's local one) of each box that this rank holds."""
+        """Return ((offset, size) in the full tensor, (offset, size) in this rank's local one) of each box that this rank holds."""
         if not self.shape:
             return [(((), ()), ((), ()))]
         rows = self.fsdp_rows()
@@ -162,9 +172,9 @@ class ParamShard:
         return boxes
 
     def placements(self) -> tuple[Any, Any] | None:
-        """What torch's placements call this, on the data- and the tensor-parallel axis; None if they have no words for it."""
+        """Return torch's placements on the data- and the tensor-parallel axis; None if they can't express this."""
         split = self.split
-        if not split.is_even_chunks or (split.sum_over > 1 and split.dim is not None):
+        if not split.is_even_chunks or (self.sum_over > 1 and split.dim is not None):
             return None
         tp_placement = Replicate() if split.dim is None else ShardPlacement(split.dim)
         if not self.fsdp:
@@ -175,7 +185,7 @@ class ParamShard:
         return (strided_shard(0, self.tp), tp_placement) if even else None
 
     def to_dtensor(self, value: Tensor) -> DTensor:
-        """The DTensor over the 2D mesh of which this rank holds `value`; shares its memory."""
+        """Return the DTensor over the 2D mesh of which this rank holds `value`; it shares its memory."""
         local = local_tensor(value).detach()
         placements = self.placements()
         shape = torch.Size(self.shape)
@@ -192,7 +202,7 @@ class ParamShard:
         return dtensor_of_pieces(pieces, offsets, self.mesh, nominal, shape)
 
     def to_local(self, value: Tensor, where: str) -> Tensor:
-        """This rank's local tensor of what a state dict has: a DTensor over the 2D mesh, or the whole tensor.
+        """Return this rank's local tensor of an entry of a state dict: a DTensor over the 2D mesh, or the full tensor.
 
         Raises:
             TPError: if it is of another shape, or a DTensor in pieces that are not this rank's.
@@ -200,7 +210,7 @@ class ParamShard:
         if tuple(value.shape) != self.shape:
             raise TPError(
                 f"`{where}`: the checkpoint has the shape {tuple(value.shape)}, the model {self.shape}. It is from another model, or "
-                "from one rank of a run that saved shards as if they were whole."
+                "from one rank of a run that saved its shards as if they were full tensors."
             )
         if not isinstance(value, DTensor):
             return self.take(value)
@@ -213,7 +223,7 @@ class ParamShard:
         if not alike or any(offset not in held or tuple(held[offset].shape) != size for (offset, size), _ in boxes):
             raise TPError(
                 f"`{where}`: a DTensor in pieces of another plan or mesh. Load it through a distributed checkpoint, or from the "
-                "whole tensors of `full_state_dict`."
+                "full tensors of `full_state_dict`."
             )
         local = torch.empty(self.local_shape, dtype=value.dtype, device=value.device)
         for (offset, _), here in boxes:
@@ -233,7 +243,7 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def like(p: Tensor, local: Tensor) -> Tensor:
-    """A local tensor as the parameter is: FSDP2's DTensor, or as it is."""
+    """Return a local tensor as the parameter is: as FSDP2's DTensor, or as it is."""
     if not isinstance(p, DTensor):
         return local
     return DTensor.from_local(local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())

@@ -1,7 +1,7 @@
-"""Between a rank's plain parameters and the world outside: whole tensors, and DTensors over the 2D mesh.
+"""State dicts and gradients of a split model: as DTensors over the 2D mesh, or as full tensors.
 
-While training there are plain local tensors (FSDP2's own DTensors over the data-parallel axis) only. Here, and nowhere else,
-they become DTensors for a state dict, or whole tensors for an export, from what the plan says of each parameter.
+While training, parameters are plain local tensors (under FSDP2 its DTensors over the data-parallel axis). Here they become DTensors
+for `state_dict()`, or full tensors for an export, from what the plan says of each parameter.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from lightning_tp._compat import local_tensor
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the unsplit model would have: name -> whole tensor on the CPU, on every rank. A collective.
+    """Return the state dict that the unsplit model would have: name -> full tensor on the CPU, on every rank. A collective.
 
     Names, shapes and layout are the unsplit model's own: fused weights in one piece, shared key/value heads once, no padding.
+
+    Args:
+        model: that `parallelize` was applied to, or any other.
 
     Example:
         >>> from torch import nn
@@ -27,7 +30,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     reshard(model)
     done: dict[int, Tensor] = {}
-    whole: dict[str, Tensor] = {}
+    full: dict[str, Tensor] = {}
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -36,31 +39,37 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name in names:
         t = tensors[name]
         if id(t) not in done:
-            done[id(t)] = _whole(t, t).cpu()
-        whole[name] = done[id(t)]
-    return whole
+            done[id(t)] = _full(t, t).cpu()
+        full[name] = done[id(t)]
+    return full
 
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients that the unsplit model would have: name -> whole tensor on the CPU, on every rank. A collective.
+    """Return the gradients that the unsplit model would have: name -> full tensor on the CPU, on every rank. A collective.
 
     Averaged over the data-parallel axis (the mean of the ranks' losses), as FSDP2 does it. Parameters without a gradient are left
     out; tied ones are there under each of their names.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> full_gradients(layer)
+        {'weight': tensor([[1., 1.]])}
     """
     reshard(model)
     done: dict[int, Tensor] = {}
-    whole: dict[str, Tensor] = {}
+    full: dict[str, Tensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         if p.grad is None:
             continue
         if id(p) not in done:
-            done[id(p)] = _whole(p, p.grad).cpu()
-        whole[name] = done[id(p)]
-    return whole
+            done[id(p)] = _full(p, p.grad).cpu()
+        full[name] = done[id(p)]
+    return full
 
 
 def reshard(model: nn.Module) -> None:
-    """Have FSDP2 put its shards back where a forward without a backward has left whole parameters, which nobody knows here."""
+    """Make FSDP2 put back its shards, where a forward without a backward has left unsharded parameters."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -68,18 +77,18 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _whole(of: Tensor, value: Tensor) -> Tensor:
-    """The whole of `value`, which lies as the parameter or buffer `of` does."""
+def _full(of: Tensor, value: Tensor) -> Tensor:
+    """The full tensor of `value`, which is sharded as the parameter or buffer `of` is."""
     shard = getattr(of, "_tp_shard", None)
     if shard is not None:
-        whole: Tensor = shard.gather(value)
-        return whole
+        full: Tensor = shard.gather(value)
+        return full
     value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
 def persistent(model: nn.Module) -> list[str]:
-    """The names that `model.state_dict()` has, without building it (hooks would turn it into DTensors)."""
+    """Return the names that `model.state_dict()` has, without building it: hooks would turn it into DTensors."""
     names = []
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, p in module._parameters.items():
@@ -92,7 +101,7 @@ def persistent(model: nn.Module) -> list[str]:
 
 
 def attach_state_dict(model: nn.Module) -> None:
-    """Let `model.state_dict()` show DTensors over the 2D mesh, and `load_state_dict` take these or whole tensors."""
+    """Make `model.state_dict()` return DTensors over the 2D mesh, and `load_state_dict` take these or full tensors."""
     model.register_state_dict_post_hook(_state_dict_as_dtensors)
     model.register_load_state_dict_pre_hook(_load_locals)
 

@@ -1,21 +1,22 @@
 """What a style is: how one module's parameters are split, and how the module runs on its shards.
 
-A style is an immutable value with a name and a few options. It answers three questions, always by the same three methods:
-`splits` (which part of each parameter does each rank hold, decided from sizes alone), `bind` (make the module run on its
-shards, after its parameters were split) and `to_torch` (the same thing as a `ParallelStyle` of
-`torch.distributed.tensor.parallel`). No style calls a collective: it names what arrives and what is wanted, and `comm.py` has
-the pair that does it.
+A style is an immutable value with a name and a few options. It answers the same questions always by the same methods: `splits` (which
+shard of each parameter does each rank hold, from sizes alone), `bind` (make the module run on its shards, after its parameters were
+split), `fill_in` (options that a rule left open, from the rest of the plan), `without_sequence` (the same without sequence
+parallelism) and `to_torch` (the same as a `ParallelStyle` of `torch.distributed.tensor.parallel`). No style calls a collective: it
+names the state in which a tensor arrives and the one that is wanted, and `core/comm/transitions.py` has the pair of collectives.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.state import State
 from lightning_tp.errors import TPError
 from lightning_tp.styles.split import Split
 
@@ -25,11 +26,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BindContext:
-    """Where a style is bound: the module's name, the axis, and what the plan says of the whole model."""
+    """Where a style is bound: the module's name, the axis, and what holds for the whole model."""
 
     where: str
     axis: Axis
     loss_parallel: bool = True
+
+
+class PlanContext(Protocol):
+    """What the rest of a plan says about a module; see `plan/complete.py`."""
+
+    @property
+    def stream(self) -> State:
+        """The state of the activations between split modules: `S(1)` in a sequence-parallel plan, else `I`."""
+
+    def is_inside_boundary(self, where: str) -> bool:
+        """Whether a module around this one takes its input to `R`."""
+
+    def is_beside_split_layers(self, where: str) -> bool:
+        """Whether column- and row-wise layers stand in the module that holds this one: it may run before, between or after them."""
+
+    def heads(self, where: str) -> tuple[int | None, int | None]:
+        """(heads of this linear layer, heads that attend), from the sizes that the module around it stores; (None, None) for an MLP."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +56,29 @@ class Style:
 
     name: ClassVar[str] = ""
     splits_parameters: ClassVar[bool] = True
+    states: ClassVar[dict[str, tuple[State, ...]]] = {}
+    """Option -> the states that it may have. They may be given by name: `Rowwise(output="S(1)")`."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):  # JSON has lists for tuples; a style is hashable
-            if isinstance(value := getattr(self, f.name), (list, tuple)):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in self.states and value is not None:
+                object.__setattr__(self, f.name, self._state(f.name, value))
+            elif isinstance(value, (list, tuple)):  # JSON has lists for tuples; a style is hashable
                 object.__setattr__(self, f.name, as_tuples(value))
 
+    def _state(self, option: str, value: Any) -> State:
+        try:
+            state = State.of(value)
+        except TPError as error:
+            raise TPError(f"`{self.name}({option}={value!r})`: {error}") from None
+        if state not in self.states[option]:
+            allowed = " or ".join(map(str, self.states[option]))
+            raise TPError(f"`{self.name}({option}={state})`: {option} can be {allowed}.")
+        return state
+
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
-        """How each parameter below `module` is split, by its name inside the module.
+        """Return how each parameter below `module` is split, by its name inside the module.
 
         Raises:
             TPError: if this style can't be used on this module, or its sizes don't fit tp.
@@ -55,17 +88,35 @@ class Style:
     def bind(self, module: nn.Module, site: BindContext) -> None:
         """Make the module run on its shards; its parameters are this rank's already."""
 
+    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
+        """Return this style with every option that its rule left open.
+
+        Args:
+            where: the name of the module, or of the parameter.
+            module: None for a parameter.
+            plan: what the rest of the plan says.
+        """
+        return self
+
+    def without_sequence(self) -> Style | None:
+        """Return the style for activations that stay full between split modules; None if nothing is left to do."""
+        return self
+
     def to_torch(self, module: nn.Module) -> ParallelStyle | None:
-        """The same as a style for `torch.distributed.tensor.parallel.parallelize_module`; None where it needs none."""
+        """Return the same as a style for `torch.distributed.tensor.parallel.parallelize_module`; None where it needs none.
+
+        Raises:
+            TPError: if torch has no counterpart.
+        """
         return None
 
     def options(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain data."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
+        """Return the options that differ from the defaults, as plain data."""
+        return {f.name: str(v) if isinstance(v, State) else v for f in fields(self) if (v := getattr(self, f.name)) != f.default}
 
     def __str__(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options().items() if k != "ranges")
-        return f"{self.name}({options})" if options else self.name
+        shown = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default and f.name != "ranges"}
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in shown.items())})" if shown else self.name
 
 
 def as_tuples(value: Any) -> Any:
@@ -81,13 +132,16 @@ def as_tuples(value: Any) -> Any:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is the linear layer of transformers that has its weight transposed, (in, out); told by its name, for it is not imported."""
+    """Return whether this is the `Conv1D` of transformers: a linear layer with a transposed weight, (in, out).
+
+    Told by its name and attributes, so that transformers need not be imported.
+    """
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def linear_dims(module: nn.Module, where: str, style: str) -> tuple[int, int, torch.Size]:
-    """(dim of the output features, dim of the input features, shape) of a linear layer's weight.
+    """Return (dim of the output features, dim of the input features, shape) of a linear layer's weight.
 
     `nn.Linear` has (out, in), the `Conv1D` of transformers (in, out).
 
@@ -105,19 +159,8 @@ def linear_dims(module: nn.Module, where: str, style: str) -> tuple[int, int, to
     )
 
 
-def check_state(style: Style, option: str, allowed: tuple[str, ...], where: str) -> None:
-    """Refuse a state that this style has no transition for; None is left to the plan.
-
-    Raises:
-        TPError: it names the states that there are.
-    """
-    state = getattr(style, option)
-    if state is not None and state not in allowed:
-        raise TPError(f"`{where}`: `{style.name}` has no `{option}={state!r}`. There is {' or '.join(map(repr, allowed))}.")
-
-
 def set_sizes(module: nn.Module, **sizes: int) -> int:
-    """Let the sizes that a layer shows (`out_features`, `nf`, ..) be those of the shard that it now holds; returns the size before."""
+    """Set the sizes that a layer shows (`out_features`, `nf`, ..) to those of its shard; return the full size."""
     before = 0
     for name, size in sizes.items():
         if hasattr(module, name):

@@ -1,66 +1,76 @@
-"""What crosses the ranks at the edge of a module that holds several split layers: an attention, an MLP, a whole model.
+"""Change the state of activations at the boundary of a module that holds several split layers: an attention, an MLP, a whole model.
 
-The input is gathered once, at the module's own door, and not at each of its layers: code in between may read the length of
-the sequence from it. torch's counterparts are `PrepareModuleInput` and `PrepareModuleOutput`.
+The input is all-gathered once, where the module is entered, and not at each of its layers: code in between may read the length of the
+sequence from it. torch's counterparts are `PrepareModuleInput` and `PrepareModuleOutput`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_tp.core.comm.axis import Axis, State
+from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
 from lightning_tp.core.comm.transitions import Transition, transition
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import BindContext, Style
+from lightning_tp.styles.base import BindContext, PlanContext, Style
 from lightning_tp.styles.split import Split
+
+ANY = (R, I, P, SEQUENCE, WIDTH)
 
 
 @dataclass(frozen=True)
 class PrepareInput(Style):
-    """Take a module's input from one state to another before its forward runs.
+    """Change the state of a module's input before its forward runs.
 
     Args:
-        arrives: the state in which the caller hands it over; default: what the plan's model runs on.
+        arrives: the state in which the caller hands it over. Default: that of the activations between split modules.
         wanted: the state in which the module reads it.
-        arg: which argument: its position, or its name. None: the first floating-point tensor.
-        attributes: what the module's own attributes are on one rank, as (name, value) pairs; e.g. how often a rank repeats
-            its key/value heads, where they are shared.
+        arg: which argument: its position, or its name. Default: the first floating-point tensor.
+        attributes: (name, value) pairs of attributes that the module has on a rank; e.g. how often its key/value heads are repeated, where
+            ranks share them.
     """
 
     name: ClassVar[str] = "prepare_input"
     splits_parameters: ClassVar[bool] = False
+    states: ClassVar[dict[str, tuple[State, ...]]] = {"arrives": ANY, "wanted": ANY}
     arrives: State | None = None
-    wanted: State = "gathered"
+    wanted: State = R
     arg: int | str | None = None
     attributes: tuple[tuple[str, int], ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "attributes", tuple((name, value) for name, value in self.attributes))
-
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
-        _refuse_without_transition(self.arrives or "replicate", self.wanted, where)
+        _refuse_without_transition(self.arrives or I, self.wanted, where)
         return {}
 
     def bind(self, module: nn.Module, site: BindContext) -> None:
         for name, value in self.attributes:
             setattr(module, name, value)
-        enter = transition(self.arrives or "replicate", self.wanted)
+        enter = transition(self.arrives or I, self.wanted)
         if enter is not None:
             if not isinstance(module, _PrepareInput):  # another rule may prepare another argument
-                swap_class(module, _PrepareInput, _door=site.axis, _arriving=[])
-            module.__dict__["_arriving"].append((self.arg, enter))
+                swap_class(module, _PrepareInput, _input_axis=site.axis, _inputs=[])
+            module.__dict__["_inputs"].append((self.arg, enter))
+
+    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
+        return self if self.arrives is not None else replace(self, arrives=plan.stream)
+
+    def without_sequence(self) -> Style | None:
+        arrives = None if self.arrives in (SEQUENCE, I) else self.arrives
+        wanted = I if self.wanted == SEQUENCE else self.wanted
+        is_needed = wanted != I or arrives is not None or self.attributes
+        return replace(self, arrives=arrives, wanted=wanted) if is_needed else None
 
     def to_torch(self, module: nn.Module) -> Any:
         import inspect
 
         from torch.distributed.tensor.parallel import PrepareModuleInput
 
-        arrives, wanted = _layout(self.arrives or "replicate"), _layout(self.wanted)
-        local = self.wanted == "sequence"  # the stream is plain in between, as what torch's other styles leave
+        arrives, wanted = _layout(self.arrives or I), _layout(self.wanted)
+        local = self.wanted == SEQUENCE  # the stream is plain in between, as what torch's other styles leave
         if isinstance(self.arg, str):
             return PrepareModuleInput(
                 input_kwarg_layouts={self.arg: arrives},
@@ -83,18 +93,19 @@ class PrepareInput(Style):
 
 @dataclass(frozen=True)
 class PrepareOutput(Style):
-    """Take a module's output from one state to another after its forward ran.
+    """Change the state of a module's output after its forward ran.
 
     Args:
         arrives: the state in which the module leaves it.
         wanted: the state in which the caller reads it.
-        index: which one, of a tuple or list of outputs.
+        index: of the output, where the module returns a tuple or list.
     """
 
     name: ClassVar[str] = "prepare_output"
     splits_parameters: ClassVar[bool] = False
-    arrives: State = "sequence"
-    wanted: State = "replicate"
+    states: ClassVar[dict[str, tuple[State, ...]]] = {"arrives": ANY, "wanted": ANY}
+    arrives: State = SEQUENCE
+    wanted: State = I
     index: int = 0
 
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
@@ -105,8 +116,12 @@ class PrepareOutput(Style):
         leave = transition(self.arrives, self.wanted)
         if leave is not None:
             if not isinstance(module, _PrepareOutput):
-                swap_class(module, _PrepareOutput, _way_out=site.axis, _leaving={})
-            module.__dict__["_leaving"][self.index] = leave
+                swap_class(module, _PrepareOutput, _output_axis=site.axis, _outputs={})
+            module.__dict__["_outputs"][self.index] = leave
+
+    def without_sequence(self) -> Style | None:
+        arrives, wanted = (I if state == SEQUENCE else state for state in (self.arrives, self.wanted))
+        return None if arrives == wanted else replace(self, arrives=arrives, wanted=wanted)
 
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor.parallel import PrepareModuleOutput
@@ -114,37 +129,31 @@ class PrepareOutput(Style):
         return PrepareModuleOutput(output_layouts=_layout(self.arrives), desired_output_layouts=_layout(self.wanted))
 
 
-def _refuse_without_transition(arrives: str, wanted: str, where: str) -> None:
-    """While the plan is checked: when it is bound, the model is split already."""
+def _refuse_without_transition(arrives: State, wanted: State, where: str) -> None:
+    # while the plan is checked: when it is bound, the model is split already
     try:
         transition(arrives, wanted)
     except TPError as e:
         raise TPError(f"`{where}`: {e}") from None
 
 
-def _layout(state: str) -> Any:
+def _layout(state: State) -> Any:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    return {
-        "replicate": Replicate(),
-        "gathered": Replicate(),
-        "sequence": Shard(1),
-        "width": Shard(-1),
-        "partial": Partial(),
-    }[state]
+    return Partial() if state == P else Replicate() if state.dim is None else Shard(state.dim)
 
 
 class _PrepareInput(nn.Module):
-    _door: Axis  # names of its own: the module may be a split layer, with a style's `_enter` and `_leave`
-    _arriving: list[tuple[int | str | None, Transition]]
+    _input_axis: Axis  # names of its own: the module may be a split layer, which has `_axis`, `_enter` and `_leave`
+    _inputs: list[tuple[int | str | None, Transition]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        (arg, enter), *more = self._arriving
+        (arg, enter), *more = self._inputs
         if not more and args and (arg == 0 or (arg is None and isinstance(args[0], Tensor) and args[0].is_floating_point())):
-            return super().forward(enter(args[0], self._door), *args[1:], **kwargs)  # by far the most usual
+            return super().forward(enter(args[0], self._input_axis), *args[1:], **kwargs)  # the usual case
         named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         entered: dict[tuple[int, Transition], Tensor] = {}  # one tensor may be several arguments: queries, keys and values
-        for arg, enter in self._arriving:
+        for arg, enter in self._inputs:
             found = arg
             if arg is None:
                 found = next((k for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
@@ -156,17 +165,17 @@ class _PrepareInput(nn.Module):
                 )
             x = named[found]
             if (id(x), enter) not in entered:
-                entered[id(x), enter] = enter(x, self._door)
+                entered[id(x), enter] = enter(x, self._input_axis)
             named[found] = entered[id(x), enter]
         return super().forward(*(named[i] for i in range(len(args))), **{k: named[k] for k in kwargs})
 
 
 class _PrepareOutput(nn.Module):
-    _way_out: Axis
-    _leaving: dict[int, Transition]
+    _output_axis: Axis
+    _outputs: dict[int, Transition]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        out, leaving = super().forward(*args, **kwargs), self._leaving
+        out, leaving = super().forward(*args, **kwargs), self._outputs
         one = isinstance(out, Tensor)
         if not one and type(out) not in (tuple, list):
             raise TPError(
@@ -179,5 +188,5 @@ class _PrepareOutput(nn.Module):
                 f"{[type(o).__name__ for o in outs]}. Name another one with `index=`."
             )
         for i, leave in leaving.items():
-            outs[i] = leave(outs[i], self._way_out)
+            outs[i] = leave(outs[i], self._output_axis)
         return outs[0] if one else type(out)(outs)

@@ -1,21 +1,22 @@
-"""Linear layers split by their output features (column-wise) or their input features (row-wise).
+"""Linear layers split by their output features (column-wise) or by their input features (row-wise).
 
-After Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053): column-wise then row-wise needs one collective at each end of the pair.
-torch's counterparts are `ColwiseParallel` and `RowwiseParallel`.
+After Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053): a column-wise layer followed by a row-wise one needs one collective at each
+end of the pair. torch's counterparts are `ColwiseParallel` and `RowwiseParallel`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lightning_tp.core.comm.axis import Axis, State
-from lightning_tp.core.comm.transitions import Transition, transition, width_to_replicate
+from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
+from lightning_tp.core.comm.transitions import Transition, invariant_to_sequence, transition, width_to_invariant
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import BindContext, Style, check_state, linear_dims, set_sizes
+from lightning_tp.styles.base import BindContext, PlanContext, Style, linear_dims, set_sizes
 from lightning_tp.styles.split import Ranges, Split, check_heads, even_split, head_split, split_of_ranges
 
 
@@ -33,15 +34,15 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Colwise(Style):
     """Split a linear layer by its output features: weight (out, in) -> (out / tp, in), bias (out,) -> (out / tp,).
 
-    Also an `nn.Embedding`, by its width: (n, d) -> (n, d / tp), the rows gathered again; and an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`
-    without groups, by its output channels, which are gathered again (`output="replicate"`).
+    Also an `nn.Embedding`, by its width: (n, d) -> (n, d / tp), with the output all-gathered; and an `nn.Conv1d`, `nn.Conv2d` or
+    `nn.Conv3d` without groups, by its output channels, with the output all-gathered (`output=I`).
 
     Args:
-        heads: the output is this many heads, whole heads go to a rank; fewer (key/value) heads than tp are shared by ranks.
-        query_heads: with `heads`, the heads that attend: tp has to divide them. Default: `heads`.
-        input: what arrives: "gathered" (an enclosing module saw to it), "replicate" or "sequence".
-        output: what leaves: "width" (stays split), or "replicate" (gathered).
-        ranges: for each rank the (start, stop) ranges of the output features that it has, where they are not cut evenly.
+        heads: the output is this many heads, and a rank gets whole ones; fewer (key/value) heads than tp are shared by neighbouring ranks.
+        query_heads: with `heads`, the number of query heads, which tp has to divide. Default: `heads`.
+        input: the state in which its input arrives: `R` (taken to it by an enclosing module), `I` or `S(1)`.
+        output: the state in which its output leaves: `S(-1)` (sharded), or `I` (all-gathered); of an embedding also `S(1)`.
+        ranges: for each rank the (start, stop) ranges of the output features that it holds, where they are not cut evenly.
 
     Example:
         >>> from torch import nn
@@ -50,28 +51,27 @@ class Colwise(Style):
     """
 
     name: ClassVar[str] = "colwise"
+    states: ClassVar[dict[str, tuple[State, ...]]] = {"input": (R, I, SEQUENCE), "output": (WIDTH, I, SEQUENCE)}
     heads: int | None = None
     query_heads: int | None = None
     input: State | None = None
-    output: State = "width"
+    output: State = WIDTH
     ranges: tuple[Ranges, ...] | None = None
 
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
         if isinstance(module, nn.Embedding):
             refuse_embedding_options(module, where)
-            check_state(self, "output", ("width", "replicate", "sequence"), where)  # gathered in each case
             return {"weight": even_split(module.embedding_dim, 1, tp)}
-        if isinstance(module, CONVOLUTIONS) and self.output == "replicate":
+        if isinstance(module, CONVOLUTIONS) and self.output == I:
             if module.groups > 1:
                 raise TPError(f"`{where}`: `{self.name}` splits no convolution of {module.groups} groups. Use `replicate` for it.")
-            check_state(self, "input", ("gathered", "replicate"), where)
+            self._refuse_sequence("input", where, "a convolution")
             given = ("weight",) if module.bias is None else ("weight", "bias")
             return {name: even_split(module.out_channels, 0, tp) for name in given}
         out_dim, _, shape = linear_dims(module, where, self.name)
-        check_state(self, "input", ("gathered", "replicate", "sequence"), where)
-        check_state(self, "output", ("width", "replicate"), where)
+        self._refuse_sequence("output", where, "a linear layer")
         length = shape[out_dim]
-        heads = self.heads if self.output == "width" else None  # who gathers the output sees whole heads anyway
+        heads = self.heads if self.output == WIDTH else None  # who gathers the output sees whole heads anyway
         if heads is not None:
             check_heads(where, heads, self.query_heads or heads, length, tp)
         split = _by_ranges(self.ranges) if self.ranges else even_split if heads is None else _by_heads(heads)
@@ -86,18 +86,31 @@ class Colwise(Style):
             module.embedding_dim = module.weight.shape[1]
             return
         if isinstance(module, CONVOLUTIONS):
-            enter = transition(self.input or "gathered", "gathered")
+            enter = transition(self.input or R, R)
             swap_class(module, _ColwiseConvolution, _axis=site.axis, _enter=enter, _gather=module.out_channels)
             return
         out_dim, _, shape = linear_dims(module, site.where, self.name)
         width = set_sizes(module, out_features=shape[out_dim], nf=shape[out_dim])
-        enter = transition(self.input or "gathered", "gathered")
-        if enter is None and self.output == "width":
-            return  # a plain linear layer on its own columns: nothing to add
-        gathered = width if self.output == "replicate" else None
+        enter = transition(self.input or R, R)
+        if enter is None and self.output == WIDTH:
+            return  # a plain linear layer on its own columns
+        gathered = width if self.output == I else None
         if gathered is not None and isinstance(module, nn.Linear):
-            module.out_features = width  # what code around it reads is the size of what leaves
+            module.out_features = width  # code around it reads the size of the output
         swap_class(module, _Colwise, _axis=site.axis, _enter=enter, _gather=gathered)
+
+    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
+        if isinstance(module, nn.Embedding):
+            return replace(self, output=plan.stream) if self.output == WIDTH else self
+        style = self if self.input is not None else replace(self, input=R if plan.is_inside_boundary(where) else plan.stream)
+        # where the output is gathered again, a cut may go through heads
+        if isinstance(module, nn.Linear) and self.output == WIDTH and self.heads is None and self.ranges is None:
+            heads, query_heads = plan.heads(where)
+            style = replace(style, heads=heads, query_heads=query_heads)
+        return style
+
+    def without_sequence(self) -> Style:
+        return replace(self, input=I) if self.input == SEQUENCE else self
 
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor import Replicate, Shard
@@ -106,20 +119,25 @@ class Colwise(Style):
         if isinstance(module, CONVOLUTIONS):
             raise TPError("torch's styles split no convolution.")
         return ColwiseParallel(
-            input_layouts=Shard(1) if self.input == "sequence" else Replicate(),
-            output_layouts={"replicate": Replicate(), "sequence": Shard(1)}.get(self.output, Shard(-1)),
+            input_layouts=Shard(1) if self.input == SEQUENCE else Replicate(),
+            output_layouts=Replicate() if self.output == I else Shard(self.output.dim or -1),
         )
+
+    def _refuse_sequence(self, option: str, where: str, what: str) -> None:
+        if getattr(self, option) == SEQUENCE:
+            allowed = " or ".join(str(s) for s in self.states[option] if s != SEQUENCE)
+            raise TPError(f"`{where}`: `{self.name}({option}=S(1))` is not for {what}: {option} can be {allowed}.")
 
 
 @dataclass(frozen=True)
 class Rowwise(Style):
-    """Split a linear layer by its input features: weight (out, in) -> (out, in / tp); the bias is whole and added once.
+    """Split a linear layer by its input features: weight (out, in) -> (out, in / tp); the bias is full and added once.
 
     Args:
-        input: what arrives: "width" (the shard that a column-wise layer left), or "replicate" (its columns are cut out).
-        output: what leaves: "replicate" (all-reduce), "sequence" (reduce-scatter), or "partial" (each rank's term, which an enclosing
-            module adds up). Default: what the plan's model runs on.
-        ranges: for each rank the (start, stop) ranges of the input features that it has, where they are not cut evenly.
+        input: the state in which its input arrives: `S(-1)` (the shard that a column-wise layer leaves), or `I` (it is sharded here).
+        output: the state in which its output leaves: `I` (all-reduce), `S(1)` (reduce-scatter), or `P` (partial sums, which an enclosing
+            module reduces). Default: that of the activations between split modules.
+        ranges: for each rank the (start, stop) ranges of the input features that it holds, where they are not cut evenly.
 
     Example:
         >>> from torch import nn
@@ -128,44 +146,49 @@ class Rowwise(Style):
     """
 
     name: ClassVar[str] = "rowwise"
-    input: State = "width"
+    states: ClassVar[dict[str, tuple[State, ...]]] = {"input": (WIDTH, I), "output": (I, SEQUENCE, P)}
+    input: State = WIDTH
     output: State | None = None
     ranges: tuple[Ranges, ...] | None = None
 
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
         _, in_dim, shape = linear_dims(module, where, self.name)
-        check_state(self, "input", ("width", "replicate"), where)
-        check_state(self, "output", ("replicate", "sequence", "partial"), where)
         split = even_split if self.ranges is None else _by_ranges(self.ranges)
         names = {"weight": split(shape[in_dim], in_dim, tp)}
         if getattr(module, "bias", None) is not None:
-            # added to this rank's tokens only where the sequence is in shards: its gradient is this rank's share
-            names["bias"] = Split(sum_over=tp if self.output in ("sequence", "partial") else 1)
+            # where it is added to this rank's tokens only, or to one term of a sum, its gradient is partial
+            names["bias"] = Split(R if self.output in (SEQUENCE, P) else I)
         return names
 
     def bind(self, module: nn.Module, site: BindContext) -> None:
         _, in_dim, shape = linear_dims(module, site.where, self.name)
         set_sizes(module, in_features=shape[in_dim], nx=shape[in_dim])
-        leave = transition("partial", self.output or "replicate")
+        leave = transition(P, self.output or I)
         has_bias = module._parameters.get("bias") is not None
         if has_bias and hasattr(module, "nf"):
             swap_class(module, _Conv1DProduct)
-        swap_class(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, "width"), _leave=leave, _has_bias=has_bias)
+        swap_class(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, WIDTH), _leave=leave, _has_bias=has_bias)
+
+    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
+        return self if self.output is not None else replace(self, output=plan.stream)
+
+    def without_sequence(self) -> Style:
+        return replace(self, output=I) if self.output == SEQUENCE else self
 
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor.parallel import RowwiseParallel
 
-        if self.output == "partial":
-            raise TPError("its ranks' terms are added up by the module around it, which torch's styles don't do.")
+        if self.output == P:
+            raise TPError("its partial sums are reduced by the module around it, which torch's styles don't do.")
         return RowwiseParallel(
-            input_layouts=Replicate() if self.input == "replicate" else Shard(-1),
-            output_layouts=Shard(1) if self.output == "sequence" else Replicate(),
+            input_layouts=Replicate() if self.input == I else Shard(-1),
+            output_layouts=Shard(1) if self.output == SEQUENCE else Replicate(),
         )
 
 
 class _Colwise(nn.Module):
-    """Runs a linear layer on its own columns, with a collective before or after."""
+    """Runs a linear layer on this rank's columns, with a collective before or after."""
 
     _axis: Axis
     _enter: Transition | None
@@ -176,11 +199,11 @@ class _Colwise(nn.Module):
         if enter is not None:
             x = axis.share(x, enter)
         y = super().forward(x)  # (.., out / tp)
-        return y if gather is None else width_to_replicate(y, axis, gather)
+        return y if gather is None else width_to_invariant(y, axis, gather)
 
 
 class _ColwiseConvolution(nn.Module):
-    """Runs a convolution for its own output channels, and gathers them."""
+    """Runs a convolution for this rank's output channels, and all-gathers them."""
 
     _axis: Axis
     _enter: Transition | None
@@ -193,11 +216,11 @@ class _ColwiseConvolution(nn.Module):
             x = axis.share(x, enter)
         channels = 1 - self.weight.ndim  # of (B, C, ..), or (C, ..)
         y = super().forward(x).movedim(channels, -1).contiguous()
-        return width_to_replicate(y, axis, self._gather).movedim(-1, channels)
+        return width_to_invariant(y, axis, self._gather).movedim(-1, channels)
 
 
 class _Rowwise(nn.Module):
-    """Runs a linear layer on its own rows, sums over the ranks, then adds the bias once."""
+    """Runs a linear layer on this rank's rows, reduces over the ranks, then adds the bias once."""
 
     _axis: Axis
     _enter: Transition | None
@@ -214,22 +237,20 @@ class _Rowwise(nn.Module):
         if not self._has_bias:
             y = super().forward(x)
             axis.summing = False
-            return (
-                y if self._leave is None else self._leave(y, axis)
-            )  # Partial -> whole (all-reduce), or -> tokens (reduce-scatter)
-        self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank; not from FSDP2
+            return y if self._leave is None else self._leave(y, axis)  # P -> I: all-reduce; P -> S(1): reduce-scatter
+        self.__dict__["bias"] = None  # hidden from the layer's own forward, which would add it on every rank, and not from FSDP2
         try:
             y = super().forward(x)
         finally:
             del self.__dict__["bias"]
             axis.summing = False
-        if self._leave is None:  # once among the terms; on all ranks it has a gradient
+        if self._leave is None:  # added to one of the terms; on all ranks it has a gradient
             return y + (self.bias * 0 if axis.rank else self.bias)
         return self._leave(y, axis) + self.bias
 
 
 class _Conv1DProduct(nn.Module):
-    """The product of transformers' `Conv1D` without its bias (its own forward can't do without)."""
+    """The matmul of transformers' `Conv1D` without its bias, which its own forward can't do without."""
 
     weight: Tensor
 
@@ -238,19 +259,15 @@ class _Conv1DProduct(nn.Module):
 
 
 class _WidthEmbedding(nn.Module):
-    """An embedding whose rows are split by their width, and gathered."""
+    """An embedding whose rows are split by their width, and all-gathered."""
 
     _axis: Axis
     _width: int
     _leaves: State
 
     def forward(self, ids: Tensor) -> Tensor:
-        whole = width_to_replicate(super().forward(ids), self._axis, self._width)
-        if self._leaves == "sequence":
-            leave = transition("replicate", "sequence")
-            assert leave is not None
-            return leave(whole, self._axis)
-        return whole
+        whole = width_to_invariant(super().forward(ids), self._axis, self._width)
+        return invariant_to_sequence(whole, self._axis) if self._leaves == SEQUENCE else whole
 
 
 def _by_heads(heads: int) -> Any:
@@ -268,7 +285,11 @@ def _by_ranges(ranges: tuple[Ranges, ...]) -> Any:
 
 
 def refuse_embedding_options(module: nn.Embedding, where: str) -> None:
-    """Options of `nn.Embedding` that look at the whole table, or at which rows a batch used."""
+    """Refuse options of `nn.Embedding` that need the full table, or that depend on which rows a batch used.
+
+    Raises:
+        TPError: it names the option.
+    """
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
             raise TPError(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lightning_tp.core.comm.axis import even_shard
+from lightning_tp.core.comm.state import I, R, S, State
 from lightning_tp.errors import TPError
 
 Ranges = tuple[tuple[int, int], ...]
@@ -17,54 +19,75 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Split:
-    """How one parameter lies on the tensor-parallel axis.
+    """How one parameter is split over the tensor-parallel axis.
 
     Args:
-        dim: the dim that is split; None where every rank holds the whole.
-        ranges: for each rank the (start, stop) ranges of `dim` that it holds, in the order in which it holds them. A fused
-            weight has one for each part; ranks that share key/value heads have the same.
-        sum_over: the gradients of this many neighbouring ranks are shares of one gradient, and are summed: tp for a
-            replicated parameter that works on sharded activations, less for shared heads, 1 where each rank has it all.
-        sum_rows: the local (start, stop) along `dim` that `sum_over` is about; None means all.
+        state: `S(dim)` for a parameter of which each rank holds a shard; `I` for a full one whose gradient is equal on all ranks; `R` for a full
+            one whose gradient is partial, and summed. None: full, and whether it is `R` or `I` is decided in the first backward pass, by
+            comparing its gradients over the ranks.
+        ranges: with `S(dim)`, for each rank the (start, stop) ranges of the dim that it holds, in the order in which it holds them. A fused
+            weight has one for each part. Ranks that share key/value heads have the same; the gradients of what they share are partial.
+
+    Example:
+        >>> Split(S(0), (((0, 2), (4, 5)), ((2, 4), (5, 6)))).local_shape((6, 3), rank=1)
+        (3, 3)
     """
 
-    dim: int | None = None
+    state: State | None = I
     ranges: tuple[Ranges, ...] = ()
-    sum_over: int = 1
-    sum_rows: tuple[int, int] | None = None
+
+    @property
+    def dim(self) -> int | None:
+        """The dim that is split; None where every rank holds the full parameter."""
+        return None if self.state is None else self.state.dim
 
     def length(self, rank: int) -> int:
-        """How many indices of `dim` this rank holds."""
+        """Return how many indices of `dim` this rank holds."""
         return sum(stop - start for start, stop in self.ranges[rank])
 
     def local_shape(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """The shape that `rank` holds of a parameter of this whole shape."""
+        """Return the shape of the shard that `rank` holds of a parameter of this full shape."""
         if self.dim is None:
             return tuple(shape)
         return (*shape[: self.dim], self.length(rank), *shape[self.dim + 1 :])
 
-    def take(self, whole: Tensor, rank: int) -> Tensor:
-        """This rank's piece of the whole tensor, as a tensor of its own."""
+    def take(self, full: Tensor, rank: int) -> Tensor:
+        """Return this rank's shard of the full tensor, as a tensor of its own."""
         if self.dim is None:
-            return whole.clone()
-        pieces = [whole.narrow(self.dim, start, stop - start) for start, stop in self.ranges[rank]]
+            return full.clone()
+        pieces = [full.narrow(self.dim, start, stop - start) for start, stop in self.ranges[rank]]
         if len(pieces) == 1:
             return pieces[0].clone(memory_format=torch.contiguous_format)
         return torch.cat(pieces, self.dim)
 
-    def put(self, whole: Tensor, local: Tensor, rank: int) -> None:
-        """Write this rank's piece into its place in the whole tensor: the inverse of `take`."""
+    def put(self, full: Tensor, local: Tensor, rank: int) -> None:
+        """Write this rank's shard into its place in the full tensor: the inverse of `take`."""
         if self.dim is None:
-            whole.copy_(local)
+            full.copy_(local)
             return
         at = 0
         for start, stop in self.ranges[rank]:
-            whole.narrow(self.dim, start, stop - start).copy_(local.narrow(self.dim, at, stop - start))
+            full.narrow(self.dim, start, stop - start).copy_(local.narrow(self.dim, at, stop - start))
             at += stop - start
+
+    def sum_over(self, tp: int) -> int:
+        """Return over how many neighbouring ranks a gradient, or the part `shared_rows` of it, is summed; 1 where it is not partial.
+
+        Raises:
+            TPError: if ranks share indices that they do not hold in the same places.
+        """
+        if self.state == R:
+            return tp
+        return 1 if self.dim is None else _shared(self.ranges)[0]
+
+    @property
+    def shared_rows(self) -> tuple[int, int] | None:
+        """The local (start, stop) along `dim` that ranks share, and whose gradient they sum; None means all of it, or nothing."""
+        return None if self.dim is None else _shared(self.ranges)[1]
 
     @property
     def is_even_chunks(self) -> bool:
-        """Whether it is what torch's `Shard(dim)` means: one range a rank, in order, as `torch.chunk` cuts."""
+        """Whether it is what torch's `Shard(dim)` means: one range per rank, in order, as `torch.chunk` cuts."""
         if self.dim is None:
             return True
         tp, length = len(self.ranges), max((stop for r in self.ranges for _, stop in r), default=0)
@@ -76,13 +99,13 @@ class Split:
 
 
 def even_split(length: int, dim: int, tp: int) -> Split:
-    """Cut a dim of any length in tp shards as even as `torch.chunk` does.
+    """Cut a dim of any length in tp shards, as even as `torch.chunk` does.
 
     Example:
         >>> even_split(341, 0, 2).ranges
         (((0, 171),), ((171, 341),))
     """
-    return Split(dim, tuple(((r.start, r.stop),) for r in (even_shard(length, rank, tp) for rank in range(tp))))
+    return Split(S(dim), tuple(((r.start, r.stop),) for r in (even_shard(length, rank, tp) for rank in range(tp))))
 
 
 def head_split(length: int, dim: int, tp: int, heads: int, *, offset: int = 0) -> Split:
@@ -91,40 +114,65 @@ def head_split(length: int, dim: int, tp: int, heads: int, *, offset: int = 0) -
     The caller has checked that one of heads and tp divides the other.
 
     Example:
-        >>> head_split(32, 0, 4, heads=2)
-        Split(dim=0, ranges=(((0, 16),), ((0, 16),), ((16, 32),), ((16, 32),)), sum_over=2, sum_rows=None)
+        >>> split = head_split(32, 0, 4, heads=2)
+        >>> split.ranges, split.sum_over(4)
+        ((((0, 16),), ((0, 16),), ((16, 32),), ((16, 32),)), 2)
     """
     head = length // heads
     if heads >= tp:
         mine = [(r * heads // tp * head, (r + 1) * heads // tp * head) for r in range(tp)]
     else:
         mine = [(r * heads // tp * head, (r * heads // tp + 1) * head) for r in range(tp)]
-    ranges = tuple(((offset + start, offset + stop),) for start, stop in mine)
-    return Split(dim, ranges, sum_over=max(1, tp // heads))
+    return Split(S(dim), tuple(((offset + start, offset + stop),) for start, stop in mine))
 
 
 def split_of_ranges(ranges: tuple[Ranges, ...], dim: int) -> Split:
-    """The split in which each rank has these ranges of `dim`; what several ranks have is summed over them.
+    """Cut a dim so that each rank holds the given ranges of it.
 
     Example:
-        >>> split_of_ranges((((0, 2), (4, 5)), ((2, 4), (4, 5))), 0).sum_rows
+        >>> split_of_ranges((((0, 2), (4, 5)), ((2, 4), (4, 5))), 0).shared_rows
         (2, 3)
     """
-    return _split_of_ranges(tuple(tuple((a, b) for a, b in of) for of in ranges), dim)
+    return Split(S(dim), tuple(tuple((start, stop) for start, stop in of) for of in ranges))
 
 
-@lru_cache(maxsize=1024)  # blocks that repeat have equal ones
-def _split_of_ranges(ranges: tuple[Ranges, ...], dim: int) -> Split:
-    tp = len(ranges)
-    held = [{i for a, b in of for i in range(a, b)} for of in ranges]
-    common = set.intersection(*held) if tp > 1 else set()
-    if sum(map(len, held)) == len(set.union(*held)) + (tp - 1) * len(common) and common:
-        places = [[n for n, i in enumerate(i for a, b in of for i in range(a, b)) if i in common] for of in ranges]
-        first = places[0]
-        if all(p == first for p in places) and first == list(range(first[0], first[-1] + 1)):
-            return Split(dim, ranges, sum_over=tp, sum_rows=(first[0], first[-1] + 1))
-        raise TPError(f"Ranks share {len(common)} indices that do not lie at one place on all of them.")
-    return Split(dim, ranges)
+@lru_cache(maxsize=4096)  # repeated blocks have equal ranges
+def _shared(ranges: tuple[Ranges, ...]) -> tuple[int, tuple[int, int] | None]:
+    """(how many neighbouring ranks share indices, the local rows in which every rank holds what it shares; None for all)."""
+    shared = {span: ranks for span, ranks in _holders(ranges).items() if len(ranks) > 1}
+    if not shared:
+        return 1, None
+    n = len(next(iter(shared.values())))
+    groups = {tuple(range(start, start + n)) for start in range(0, len(ranges), n)}
+    rows = {_rows_of(own, list(shared)) for own in ranges}
+    if set(shared.values()) != groups or len(rows) != 1 or None in rows:
+        raise TPError(
+            f"Ranks share indices of a weight, but not the same number of neighbouring ranks in the same places: {ranges}. Their gradients "
+            "can't be summed in one all-reduce."
+        )
+    common = rows.pop()
+    lengths = {sum(stop - start for start, stop in own) for own in ranges}
+    return n, None if lengths == {common and common[1]} and common and common[0] == 0 else common
+
+
+def _holders(ranges: tuple[Ranges, ...]) -> dict[tuple[int, int], tuple[int, ...]]:
+    """Of each (start, stop) between two cuts that any rank makes, the ranks that hold it."""
+    cuts = sorted({i for own in ranges for span in own for i in span})
+    return {
+        (a, b): tuple(rank for rank, own in enumerate(ranges) if any(start <= a and b <= stop for start, stop in own))
+        for a, b in pairwise(cuts)
+    }
+
+
+def _rows_of(own: Ranges, shared: list[tuple[int, int]]) -> tuple[int, int] | None:
+    """The local rows of a rank that lie in `shared`; None if they do not lie side by side."""
+    rows: list[int] = []
+    at = 0
+    for start, stop in own:
+        inside = sorted((max(a, start), min(b, stop)) for a, b in shared if max(a, start) < min(b, stop))
+        rows += [row for a, b in inside for row in (at + a - start, at + b - start)]
+        at += stop - start
+    return (rows[0], rows[-1]) if rows and rows[1:-1:2] == rows[2:-1:2] else None
 
 
 def check_heads(where: str, heads: int, query_heads: int, length: int, tp: int) -> None:

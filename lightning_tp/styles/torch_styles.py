@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
 from lightning_tp.errors import TPError
 from lightning_tp.styles.base import Style
 from lightning_tp.styles.boundary import PrepareInput, PrepareOutput
@@ -29,14 +30,14 @@ def from_torch(style: Any, where: str) -> tuple[Style, ...]:
         >>> from torch.distributed.tensor import Shard
         >>> from torch.distributed.tensor.parallel import RowwiseParallel
         >>> [str(style) for style in from_torch(RowwiseParallel(output_layouts=Shard(1)), "layers.*.wo")]
-        ["rowwise(output='sequence')"]
+        ['rowwise(output=S(1))']
     """
     from torch.distributed.tensor import parallel as torch_tp
 
     if isinstance(style, torch_tp.ColwiseParallel):
         arrives, leaves = _state(style.input_layouts[0], where), _state(style.output_layouts[0], where)
-        given = None if arrives == "replicate" else arrives  # torch's default says nothing: the plan knows
-        if leaves == "width" and not style.use_local_output:
+        given = None if arrives == I else arrives  # torch's default says nothing: the plan knows
+        if leaves == WIDTH and not style.use_local_output:
             return (VocabHead(input=given),)  # logits that stay split for the loss
         return (Colwise(input=given, output=leaves),)
     if isinstance(style, torch_tp.RowwiseParallel):
@@ -68,18 +69,18 @@ def from_torch(style: Any, where: str) -> tuple[Style, ...]:
     )
 
 
-def _state(placement: Any, where: str) -> Any:
+def _state(placement: Any, where: str) -> State:
     if placement.is_replicate():
-        return "replicate"
+        return I
     if placement.is_partial():
-        return "partial"
+        return P
     if placement.is_shard(1):
-        return "sequence"
+        return SEQUENCE
     if placement.is_shard(-1) or placement.is_shard(2):
-        return "width"
+        return WIDTH
     raise TPError(f"`{where}`: {placement} is neither Replicate(), Shard(1) (the sequence), Shard(-1) (the width) nor Partial().")
 
 
-def _wanted(placement: Any, where: str) -> Any:
+def _wanted(placement: Any, where: str) -> State:
     state = _state(placement, where)
-    return "gathered" if state == "replicate" else state  # what split layers read: each rank's gradient is its share
+    return R if state == I else state  # what split layers read: gradients are partial

@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_tp.errors import TPError
+from lightning_tp.trainer.patches import private
 
 
 class TensorParallel:
-    """Mixin, to be put first: `class Net(TensorParallel, L.LightningModule)`. Its `configure_model` applies the strategy's plan.
+    """Apply the strategy's plan in `configure_model`. To be put first: `class Net(TensorParallel, L.LightningModule)`.
 
-    Under `TPStrategy` a LightningModule is split with or without it. The mixin does it in Lightning's own hook, early, so that a module can
-    build itself there (call `super().configure_model()` last) and look at its shards afterwards; `plan` lets the class say how.
-    Under any other strategy, and for a second `fit`, it does nothing.
+    Under `TPStrategy` a LightningModule is split with or without this mixin. With it the module is split in Lightning's own hook, early, so that it
+    can build itself there (call `super().configure_model()` last) and look at its shards afterwards; the attribute `plan` sets its plan.
+    Under any other strategy, and in a second `fit`, it does nothing.
 
     Attributes:
-        plan: a mapping pattern -> style, or a `Plan`; the strategy's own `plan=` comes before it.
+        plan: A mapping pattern -> style, or a `Plan`; the strategy's `plan=` takes precedence.
 
     Raises:
-        TPError: when the class is defined, if it stands behind LightningModule, whose empty `configure_model` would win.
+        TPError: When the class is defined, if it comes after LightningModule, whose empty `configure_model` would win.
 
     Example:
         >>> import lightning as L
@@ -42,7 +43,7 @@ class TensorParallel:
             raise TPError(f"`class {cls.__name__}({', '.join(bases)})`: put it first: `class {cls.__name__}({first})`.")
 
     def configure_model(self) -> None:
-        """Apply the plan, if the Trainer runs `TPStrategy`; a module that is split already stays as it is."""
-        strategy = getattr(getattr(self, "_trainer", None), "strategy", None)
+        """Apply the plan, if the Trainer uses `TPStrategy` and the module is not split yet."""
+        strategy = getattr(private.trainer_of(self), "strategy", None)
         if strategy is not None and hasattr(strategy, "apply_plan"):
             strategy.apply_plan(self)

@@ -1,69 +1,121 @@
-"""Find the plan of a LightningModule and apply it."""
+"""Find the plan of a LightningModule that was given none, and look at one that was applied.
+
+A plan is inferred on the first rank: from `forward` on `example_input_array` if the module has one, else from its step on the first batch. The
+others receive it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_tp.data.sample_batch import first_batch, quiet
+from lightning_tp._compat import loaders_to_run
+from lightning_tp.core.comm.agree import Peers
+from lightning_tp.data.sample_batch import first_of, quiet
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
-from lightning_tp.plan.check import any_split, splits_nothing
+from lightning_tp.infer.search import call_with
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
+from lightning_tp.trainer.launch.user_code import raised_at
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
-def plan_for_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
-    """The plan of a module that was given none: what the model inside declares, or what is inferred.
-
-    To see that it runs, `default_plan` runs `forward` on `example_input_array` if the module has one, else its step on the first batch.
+def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
+    """Infer the plan of a LightningModule on the first rank, or take the one that the model inside declares. A collective.
 
     Raises:
-        TPError: if there is nothing to run it on, it can't be run, or nothing in it can be split.
+        TPError: On all ranks, if there is nothing to run it on, it can't be run, or nothing in it can be split.
     """
-    call, inputs = _what_to_run(module, trainer)
-    with quiet(module):
-        found = default_plan(module, call, inputs, tp)
-    if not any_split(found.check(module, tp).entries):
-        raise TPError(splits_nothing(found, module, tp))
-    return found
-
-
-def _what_to_run(module: pl.LightningModule, trainer: pl.Trainer) -> tuple[Callable[[Any, Any], Any], Any]:
-    """`(call, inputs)` so that `call(module, inputs)` runs it: its forward on its own example, or its step on the first batch."""
     example = module.example_input_array
-    if example is not None:
-        if isinstance(example, dict):
-            return lambda m, x: m(**x), example
-        return lambda m, x: m(*x), example if isinstance(example, tuple) else (example,)
-    step = STEPS[str(trainer.state.fn.value) if trainer.state.fn is not None else "fit"]
-    batch = tree_map_only(Tensor, lambda t: t.detach().cpu(), first_batch(trainer))
-    return lambda m, x: getattr(m, step)(x, 0), batch
+    step = "forward" if example is not None else STEPS[str(trainer.state.fn.value) if trainer.state.fn is not None else "fit"]
+
+    def find() -> Plan:
+        with quiet(module):
+            if example is not None:
+                inputs = example if isinstance(example, (dict, tuple)) else (example,)
+                return default_plan(module, call_with, inputs, tp)
+            return default_plan(module, lambda m, batch: getattr(m, step)(batch, 0), first_batch(trainer), tp)
+
+    remedy = "Pass `TPStrategy(plan=..)`" if example is not None else "Set `example_input_array`, or pass `TPStrategy(plan=..)`"
+    return plan_of_first_rank(find, module, tp, traced=f"{type(module).__name__}.{step}", remedy=remedy)
 
 
-def _applied_to(module: nn.Module) -> Plan | None:
-    """The plan that was applied to this module, or to one inside it."""
-    return next((m._tp_applied_plan for m in module.modules() if hasattr(m, "_tp_applied_plan")), None)  # type: ignore[return-value]
+def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str) -> Plan:
+    """Let the first rank find a plan, and hand it to all. A collective.
+
+    Args:
+        find: Finds it.
+        module: The module that it is for.
+        tp: The size of the tensor-parallel axis.
+        traced: What `find` runs, for the error.
+        remedy: What to do if that fails, for the error.
+
+    Raises:
+        TPError: On all ranks, if it can't be found, or splits nothing.
+    """
+
+    def find_and_check() -> Plan:
+        try:
+            found = find()
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, TPError) else error  # `infer` says so without the name of the step
+            if cause is None:
+                raise
+            message = f"Could not infer a plan: tracing `{traced}` raised {type(cause).__name__}: {cause}{raised_at(cause.__traceback__)}."
+            raise TPError(f"{message} {remedy}.") from cause
+        checked = found.check(module, tp)
+        if not checked.shards_anything:
+            raise TPError(checked.why_nothing_is_sharded(module))
+        return found
+
+    return Peers().from_first(find_and_check)
 
 
-def _not_followed(module: nn.Module, error: Exception) -> str:
-    return (
-        f"There is no plan for {type(module).__name__}, and following its step to find one ended with {type(error).__name__}: {error}. "
-        "Set `example_input_array`, so that its forward is followed instead, or give a plan: `TPStrategy(plan=..)`."
-    )
+def first_batch(trainer: pl.Trainer) -> Any:
+    """Take a small first batch, on the CPU, of the data that a Trainer is about to use; no data is consumed, and no random number drawn.
+
+    Raises:
+        TPError: For data that can be read only once.
+    """
+    with torch.random.fork_rng([]):
+        return tree_map_only(Tensor, lambda t: t.detach().cpu(), first_of(loaders_to_run(trainer)))
 
 
-def _fsdp_root(module: pl.LightningModule) -> nn.Module:
-    """The module that a step calls: the one child that has all the parameters, else the LightningModule itself."""
+def applied_plan(module: nn.Module | None) -> CheckedPlan | None:
+    """The plan that was applied to a module, or to one inside it; None if it is not split."""
+    modules = module.modules() if module is not None else ()
+    return next((m._tp_applied_plan for m in modules if hasattr(m, "_tp_applied_plan")), None)  # type: ignore[return-value]
+
+
+def is_split(module: nn.Module, tp: int) -> bool:
+    """Whether a module is split already.
+
+    Raises:
+        TPError: If it is split for another size.
+    """
+    applied = applied_plan(module)
+    if applied is not None and applied.tp != tp:
+        raise TPError(f"This module is split for tp={applied.tp} already, and the strategy has tp={tp}. Create a new module.")
+    return applied is not None
+
+
+def fsdp_root(module: pl.LightningModule) -> nn.Module:
+    """The module that a step calls, for FSDP2: the one child that has all the parameters, else the LightningModule itself."""
     if next(module.parameters(recurse=False), None) is not None:
         return module
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     return children[0] if len(children) == 1 else module
+
+
+def call_before_split(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Call `before_split(trainer, pl_module)` of the callbacks that have it: the last moment at which rank 0 has the full module."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "before_split"):
+            callback.before_split(trainer, module)

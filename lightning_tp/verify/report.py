@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_tp.errors import TPError
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.table import columns
 from lightning_tp.verify.compare import Row
 
@@ -28,7 +28,7 @@ class ParityReport:
 
     ok: bool
     rows: tuple[Row, ...]
-    plan: Plan
+    plan: CheckedPlan
     held: float
     tp: int
     dp: int

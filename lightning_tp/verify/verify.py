@@ -37,7 +37,7 @@ from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
-from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards.state_dict import full_gradients, full_state_dict
 from lightning_tp.verify.compare import Row, _eps, _largest, compare_tensors
 from lightning_tp.verify.report import ParityReport
@@ -124,7 +124,7 @@ def verify(
 
 def plan_under_test(
     model: nn.Module, inputs: Inputs, tp: int, plan: PlanLike | None = None, *, sequence_parallel: bool = True
-) -> Plan:
+) -> CheckedPlan:
     """The checked plan for `model`: the one given, else the one that `default_plan` takes.
 
     Raises:
@@ -190,7 +190,7 @@ class _Job:
 class _Run:
     """What one process saw."""
 
-    plan: Plan
+    plan: CheckedPlan
     lr: float
     start: dict[str, Tensor]
     losses: list[float]
@@ -198,7 +198,7 @@ class _Run:
     weights: dict[str, Tensor]
 
 
-def _train(model: nn.Module, job: _Job, plan: Plan, lr: float | None, rows: range) -> _Run:
+def _train(model: nn.Module, job: _Job, plan: CheckedPlan, lr: float | None, rows: range) -> _Run:
     """Some steps; `rows` are the data-parallel parts of the batch that this process works on, one after the other."""
     start, losses, gradients = full_state_dict(model), [], {}
     for step in range(job.steps):

@@ -61,7 +61,7 @@ class Slow(Callback):
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         self.seen.append(
-            (trainer.global_step, trainer.strategy._background.busy, sorted(p.name for p in self.folder.glob("*.ckpt")))
+            (trainer.global_step, trainer.strategy.checkpoint_writer.busy, sorted(p.name for p in self.folder.glob("*.ckpt")))
         )
 
 
@@ -86,7 +86,7 @@ def test_a_run_with_checkpoints_in_the_background(tmp_path: Path) -> None:
                 look = Slow(folder)
                 run = trainer(look, keep, strategy=dict(save_distributed_checkpoint=not whole, **options))
                 run.fit(module := Net(), data())
-                assert not run.strategy._background.busy
+                assert not run.strategy.checkpoint_writer.busy
                 out[kind, whole] = look.seen if not whole else None
                 dist.barrier()  # rank 0 may still be removing
                 assert sorted(os.listdir(folder)) == ["last.ckpt", "step=4.ckpt"]

@@ -31,7 +31,7 @@ def test_estimate(config: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_tune(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", config, "--gpus", "2", "--global-batch", "1", "--hardware", "t4", "--precision", "16-mixed,32-true"]) == 0
     text = capsys.readouterr().out
-    assert "choices fit on 2 devices" in text and "32-true" in text and "16-mixed" in text
+    assert "configurations fit on 2 devices" in text and "32-true" in text and "16-mixed" in text
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.cli.main import _parser, main
 from lightning_tp.cli.target import load
-from lightning_tp.estimate.trace.rank import default_loss
+from lightning_tp.estimate.rank.inputs import default_loss
 from lightning_tp.testing import run_ranks
 
 TARGETS = """
@@ -137,7 +137,7 @@ def test_plan_of_a_function(targets: Any, capsys: pytest.CaptureFixture[str]) ->
     out, err = capsys.readouterr()
     assert not err
     first, *_, held, sent = out.splitlines()
-    assert first.startswith("Plan, given, tp=2: ") and "sequence parallel on" in first
+    assert first.startswith("Plan (user-provided), tp=2: ") and "sequence parallelism on" in first
     assert "layers.{0-1}.attention.wq" in out
     assert held.startswith("One rank of 6 (tp=2 x dp=3) holds ") and held.endswith("KiB in float32")
     # a block: gather and scatter at attention and MLP, both ways; around them the embedding, the head and the loss
@@ -165,15 +165,15 @@ def test_other_targets(targets: Any, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["plan", targets("Module")]) == 0
     assert "net.layers.{0-1}.attention.wq" in capsys.readouterr().out
     assert main(["plan", targets("llama"), "--inferred", "--no-sequence-parallel"]) == 0
-    assert "Plan, inferred" in capsys.readouterr().out
+    assert "Plan (inferred" in capsys.readouterr().out
     assert main(["plan", targets("fused")]) == 0
-    assert "sequence parallel off" in capsys.readouterr().out
+    assert "sequence parallelism off" in capsys.readouterr().out
 
 
 def test_a_module_by_its_name(targets: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(targets("llama").partition(":")[0]).parent)
     assert main(["plan", "targets_of_test_cli:llama"]) == 0
-    assert "Plan, given" in capsys.readouterr().out
+    assert "Plan (user-provided)" in capsys.readouterr().out
 
 
 def test_a_large_model_at_a_size_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,8 +182,8 @@ def test_a_large_model_at_a_size_that_is_not_here(tmp_path: Path, capsys: pytest
     assert main(["plan", config(tmp_path), "--tp", "8", "--dp", "256"]) == 0
     assert time.process_time() - began < 20
     out = capsys.readouterr().out
-    assert out.startswith("Plan, inferred: as declared by LlamaForCausalLM, and with sequence parallelism, tp=8: ")
-    assert "6,738,415,616 parameters, a rank holds 842,534,912 (12.5%)" in out
+    assert out.startswith("Plan (inferred: as declared by LlamaForCausalLM, and with sequence parallelism), tp=8: ")
+    assert "6,738,415,616 parameters, up to 842,534,912 per rank (12.5%)" in out
     assert "One rank of 2048 (tp=8 x dp=256) holds 3,458,064 of 6,738,415,616 parameters (0.05%), 6.6 MiB in bfloat16" in out
     assert re.search(r"tensor-parallel axis: \d+ all-gather, \d+ all-reduce, 128 reduce-scatter", out)  # 2 a block, and 2 back
 
@@ -193,7 +193,7 @@ def test_a_small_hugging_face_model(tmp_path: Path, capsys: pytest.CaptureFixtur
     target = config(tmp_path, **TINY)
     assert main(["plan", str(tmp_path), "--declared"]) == 0  # its folder will do
     out = capsys.readouterr().out
-    assert "Plan, declared" in out and "all-reduce" in out.splitlines()[-1]
+    assert "Plan (declared" in out and "all-reduce" in out.splitlines()[-1]
     assert main(["verify", target, "--dp", "1"]) == 0
     assert "As in one process" in capsys.readouterr().out
 
@@ -218,7 +218,7 @@ def test_json_there_and_back(targets: Any, tmp_path: Path, capsys: pytest.Captur
     assert ltp.Plan.from_json(file.read_text()) == plan
     assert f"Wrote {file}" in capsys.readouterr().out
     assert main(["plan", targets("llama"), "--plan", str(file)]) == 0
-    assert "Plan, inferred" in capsys.readouterr().out
+    assert "Plan (inferred" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [[], ["--no-sequence-parallel"], ["--inferred"]], ids=["given", "no sequence", "inferred"])
@@ -266,7 +266,7 @@ def test_verify(targets: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", targets("llama"), "--tp", "2", "--dp", "2", "--steps", "2"]) == 0
     assert "As in one process (tp=2 x dp=2, 2 steps" in capsys.readouterr().out
     assert main(["verify", targets("with_loss")]) == 0
-    assert "Plan, inferred" in capsys.readouterr().out
+    assert "Plan (inferred" in capsys.readouterr().out
 
 
 def test_verify_fails(targets: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_a_model_that_does_not_run_split(targets: Any, tmp_path: Path, capsys: p
         (["plan", "{llama}", "--plan", "nowhere.json"], "there is no such file"),
         (["plan", "{llama}", "--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
         (["plan", "{llama}", "--emit-python", "/proc/all.py"], "can't be written"),
-        (["plan", "{llama}", "--plan", "{file}"], "This is no plan"),
+        (["plan", "{llama}", "--plan", "{file}"], "This is not a plan"),
         (["plan", __file__ + ":"], "name the function in it"),
         (["plan", "{file}"], "ran to its end without `Trainer.fit`"),
         (["plan", "{leaves}"], "sys.exit('I leave')"),
@@ -315,7 +315,7 @@ def test_a_model_that_does_not_run_split(targets: Any, tmp_path: Path, capsys: p
         (["plan", "."], "no config.json"),
         (["verify", "{llama}", "--steps", "0"], "--steps 0"),
         (["verify", "{llama}", "--rtol", "-1"], "--rtol -1"),
-        (["estimate", "{loss_fails}", "--tp", "1"], "`loss_fn` ended with AttributeError"),
+        (["estimate", "{loss_fails}", "--tp", "1"], "`loss_fn` raised AttributeError"),
         (["estimate", "{fails_forward}"], "ended with ValueError: my mistake"),
         (["verify", "{llama}", "--dp", "3"], "4 rows"),
         (["plan", "no_such_package.of_mine:build"], "ModuleNotFoundError"),
@@ -409,7 +409,7 @@ def test_colour_on_a_terminal(targets: Any, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert main(["plan", targets("llama")]) == 0
     out = capsys.readouterr().out
-    assert "\u2502" in out and "layers.{0-1}.attention.wq" in out and "rowwise(output='sequence')" in out
+    assert "\u2502" in out and "layers.{0-1}.attention.wq" in out and "rowwise(output=S(1))" in out
 
 
 def test_the_loss_of_an_output() -> None:
@@ -419,5 +419,5 @@ def test_the_loss_of_an_output() -> None:
     torch.testing.assert_close(default_loss(logits, (tokens,)), expected)
     torch.testing.assert_close(default_loss({"loss": expected, "logits": logits}, (tokens,)), expected)
     assert default_loss((logits,), (torch.ones(2, 5),)).ndim == 0
-    with pytest.raises(ltp.TPError, match="without a tensor of floats"):
+    with pytest.raises(ltp.TPError, match="without a floating-point tensor"):
         default_loss(tokens, (tokens,))

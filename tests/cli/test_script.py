@@ -82,7 +82,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_script_is_stopped_where_it_would_train(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", script, "--tp", "4", "--dp", "256"]) == 0
     found = capsys.readouterr()
-    assert "inferred, tp=4" in found.out and "1024 (tp=4 x dp=256)" in found.out and "all-reduce" in found.out
+    assert "Plan (inferred), tp=4" in found.out and "1024 (tp=4 x dp=256)" in found.out and "all-reduce" in found.out
     assert "on 1" in found.err and [p.name for p in tmp_path.iterdir()] == ["train.py"]
     assert main(["plan", script, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)  # what the script prints is not among it
@@ -91,7 +91,7 @@ def test_a_script_is_stopped_where_it_would_train(script: str, tmp_path: Path, c
 def test_arguments_of_the_script_and_the_plan_of_its_strategy(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", f"{script} --dim 48"]) == 0
     text = capsys.readouterr().out
-    assert "Plan, given" in text and "(192, 48) -> (96, 48)" in text
+    assert "Plan (user-provided)" in text and "(192, 48) -> (96, 48)" in text
     assert main(["plan", f"{script} --size 3"]) == 2
     assert "sys.exit(2)" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
@@ -24,7 +24,6 @@ from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.ops.rng import seed_mesh
 from lightning_tp.data.group_loader import Ranks, share_loader
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-from lightning_tp.trainer.strategy import _warn_of_items_counted_twice
 
 MESHES = [(1, 2), (2, 2), (2, 1)]
 
@@ -377,18 +376,6 @@ def test_an_error_while_reading_by_index(broken: tuple[int, ...]) -> None:
 
     for rank, said in enumerate(run_ranks(body, 2)):
         assert said.startswith("OSError" if rank in broken else "SecondaryError") and "no such file" in said, said
-
-
-def test_items_that_count_twice_are_named() -> None:
-    for items, expected in ((8, 0), (7, 1)):
-        loader = DataLoader(ByIndex(items), sampler=DistributedSampler(range(items), 2, 0))
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            _warn_of_items_counted_twice(loader, "validate")
-        assert len(said) == expected
-    assert "do not divide 7 items, so 1 of them count(s) twice" in str(said[0].message) and "Give 6 or 8 items" in str(
-        said[0].message
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- in a Trainer

@@ -26,6 +26,17 @@ def llama() -> Model:
     return lambda: Llama(LlamaConfig(vocab_size=V, num_layers=5)), {"tokens": tokens()}, None
 
 
+def meta_llama(layers: int = 6, **options: Any) -> nn.Module:
+    """A Llama on the meta device, of 512 tokens where nothing else is said."""
+    from llama import Llama, LlamaConfig
+
+    with torch.device("meta"):
+        return Llama(LlamaConfig(num_layers=layers, **options))
+
+
+TOKENS = {"tokens": torch.zeros(2, 64, dtype=torch.int64)}
+
+
 def gpt2() -> Model:
     from transformers import AutoModelForCausalLM, GPT2Config
 

@@ -12,9 +12,8 @@ from torch import nn
 import lightning_tp as ltp
 from lightning_tp.cli.main import main
 from lightning_tp.errors import TPError
-from lightning_tp.estimate.cost.measure import Key, key_of, measure
 from lightning_tp.estimate.cost.products import Lost
-from lightning_tp.estimate.matmul_report import Cell, Shapes
+from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
 from tests.estimate.models import V, gpt2, llama
 
 T = 64
@@ -32,7 +31,7 @@ def of_llama() -> Shapes:
     return found_for(llama, local_batches=[0.5, 1])
 
 
-def counted(cell: Cell) -> Counter[tuple[str, int, int, int]]:
+def counted(cell: StudyPoint) -> Counter[tuple[str, int, int, int]]:
     found: Counter[tuple[str, int, int, int]] = Counter()
     for s in cell.products:
         assert s.batch == 1
@@ -118,15 +117,6 @@ def test_agrees_with_estimate(of_llama: Shapes) -> None:
         assert (cell.sent == 0) == (tp == 1) and (cell.gathered == 0) == (tp == 4)
 
 
-def test_all_seconds_have_a_reason(of_llama: Shapes) -> None:
-    peak = of_llama.hardware.peak(torch.bfloat16) * of_llama.hardware.product_efficiency * of_llama.hardware.sustained
-    for cell in of_llama.cells:
-        assert sum(cell.lost) == pytest.approx(cell.seconds - cell.flops / peak)
-        for s in cell.products:
-            assert min(s.lost) > -1e-12 and 0 <= s.padding < 1 and 0 <= s.idle < 1
-            assert s.intensity == pytest.approx(s.m * s.n * s.k / (s.m * s.k + s.k * s.n + s.m * s.n))  # two bytes, two FLOPs
-
-
 def test_heads_that_tp_does_not_divide() -> None:
     build, inputs, _ = gpt2()
     with torch.device("meta"):
@@ -136,24 +126,6 @@ def test_heads_that_tp_does_not_divide() -> None:
     assert "uneven" in three_.why and three_.flops > 1.03 * one.flops
     widest = max(s.n for s in three_.products if s.role == "forward" and any("c_attn" in m for m in s.modules))
     assert widest == 3 * 3 * 16
-
-
-def test_the_verdict_says_which_and_why() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(2048, 16384), nn.GELU(), nn.Linear(16384, 2048))
-    found = ltp.shapes(
-        model, (torch.empty(1, 2048, device="meta"),), gpus=8, local_batches=[16, 8192], tps=[1, 8], loss_fn=lambda y: y.mean()
-    )
-    few, many = found.cell(16, 8), found.cell(8192, 8)
-    assert few is not None and many is not None
-    saved = found.saved(few), found.saved(many)
-    assert saved[0] is not None and saved[1] is not None
-    assert saved[0] > 0.5 and abs(saved[1]) < 0.1  # 16 rows read all weights
-    line = found.verdict()[0]
-    assert line.startswith("tp=8, matrix products against tp=1: gains") and "16 (fewer bytes for each FLOP)" in line
-    assert f"{saved[0]:.0%} of matrix time" in line
-    assert "samples/s" in " ".join(found.verdict())
-    assert "tp=1 x dp=8" not in str(found)  # several batches: no single products
 
 
 def test_samples_without_a_sequence_can_not_be_split() -> None:
@@ -190,24 +162,6 @@ def test_mistakes(kwargs: dict[str, Any], words: str) -> None:
         ltp.shapes(model, (torch.empty(2, 8),), **({"gpus": 4} | kwargs), loss_fn=lambda y: y.mean())
 
 
-def test_measured_beside_predicted() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 2**17))
-    found = ltp.shapes(model, (torch.empty(1, 64),), gpus=2, local_batches=[32], tps=[1, 2], loss_fn=lambda y: y.mean())
-    measured = measure(found, seconds=0.05, device="cpu")  # enough for the small ones
-    keys = {key_of(s) for c in found.cells for s in c.products}
-    assert measured.seconds.keys() | measured.left_out.keys() == keys and not measured.seconds.keys() & measured.left_out.keys()
-    assert Key("x @ w.T", 1, 32, 256, 64) in measured.seconds and all(t > 0 for t in measured.seconds.values())
-    assert any("too long" in why for why in measured.left_out.values())
-    one, two = found.cells
-    compared = measured.compared(two, one)
-    assert compared is not None and compared[0] < 1 and 0 < compared[2] < 0.5  # the head has most of the FLOPs
-    text = measured.text(found)
-    assert "Left out" in text and "GFLOP/s" in text and "saves" in text
-    with pytest.raises(TPError, match="above 0"):
-        measure(found, seconds=0)
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     values = {
@@ -221,7 +175,7 @@ def config(tmp_path: Path) -> str:
 def test_command(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shapes", config, "--gpus", "4", "--global-batch", "4", "--tp", "1,2"]) == 0
     text = capsys.readouterr().out
-    assert "samples of 96 tokens" in text and "grad of weight" in text and "tp=2, matrix products against tp=1" in text
+    assert "samples of 96 tokens" in text and "grad of weight" in text and "tp=2, matmuls against tp=1" in text
     plot = tmp_path / "tp.svg"
     arguments = ["--local-batch", "0.5,1", "--tp", "1,2", "--seq", "64", "--json", "--plot", str(plot)]
     assert main(["shapes", config, "--gpus", "4", *arguments, "--measure", "--seconds", "0.2"]) == 0

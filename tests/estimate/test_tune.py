@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from lightning_tp import TPError
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.predict import estimate
 from lightning_tp.estimate.tune import tune
-from tests.estimate.models import MODELS
-from tests.estimate.test_predict import TOKENS, llama
+from tests.estimate.models import MODELS, TOKENS
+from tests.estimate.models import meta_llama as llama
 
 
 def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
@@ -27,8 +28,8 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
     times = [e.time.step for e in found.fits]
     assert times == sorted(times)
     reasons = {r.what: r.why for r in found.refused}
-    assert "can't be dealt out evenly over 16" in reasons["tp=1 x dp=16"]  # less than a sample for each
-    assert any(" over the memory of " in why for why in reasons.values())
+    assert "can't be distributed evenly over 16" in reasons["tp=1 x dp=16"]  # less than a sample for each
+    assert any(why.startswith("out of memory: ") and "; peak in the " in why for why in reasons.values())
     assert any(what.startswith("tp=16") for what in reasons)  # its eight heads are not cut in sixteen
     assert "Not possible:" in str(found) and json.loads(found.to_json())["fits"][0]["tp"] == found.fits[0].tp
 
@@ -37,12 +38,12 @@ def test_what_fits_is_ranked_and_the_rest_has_a_reason() -> None:
 def test_it_says_what_estimate_says(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama import PLAN
 
-    from lightning_tp.estimate.trace import rank, traces
+    from lightning_tp.estimate.rank import trace_cache
 
     traced: list[int] = []
-    step = rank.trace_step
+    step = trace_cache.trace_step
     monkeypatch.setattr(
-        traces, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
+        trace_cache, "trace_step", lambda m, f, inputs, *a: (traced.append(len(inputs["tokens"])), step(m, f, inputs, *a))[1]
     )
     model = llama(layers=4)
     found = tune(model, TOKENS, 4, 64, tps=[tp], seq=32, plan=PLAN, compile=True, checkpointing=[None, "block"])
@@ -121,3 +122,19 @@ def test_images_are_samples() -> None:
 
 def test_meta_inputs() -> None:
     assert tune(llama(), {"tokens": torch.zeros(1, 16, dtype=torch.int64, device="meta")}, 2, 2, checkpointing=[None]).fits
+
+
+def test_a_tp_that_shards_little_is_of_little_use() -> None:
+    """Of these weights 80% stay whole: a rank of eight would hold 82%, not 12%."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.Flatten(), nn.Linear(64, 64)).to("meta")
+    plan = {"0": "colwise", "2": "rowwise", "4": "replicate"}
+    found = tune(model, (torch.ones(1, 4, 16),), 8, 8, plan=plan, tps=[8], loss_fn=lambda y: y.mean())
+    assert not found.fits
+    (why,) = [r.why for r in found.refused if r.what == "tp=8"]
+    assert why.startswith("a rank would hold 82% of the weights, not 12%: `4` ")
+
+
+def test_a_page_is_written(tmp_path: Path) -> None:
+    found = tune(llama(layers=2), TOKENS, 1, 1, checkpointing=[None])
+    found.html(tmp_path / "tune.html")
+    assert "bf16-mixed" in (tmp_path / "tune.html").read_text()

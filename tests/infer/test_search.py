@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.plan.check import any_split, splits_nothing
+from lightning_tp.core.comm.state import I
 from tests.zoo import CASES, LM, Attention, Block, Fused, ids
 
 
@@ -139,7 +139,7 @@ def test_a_head_that_something_else_reads_is_split_and_gathered() -> None:
 
     plan = ltp.infer_plan(Own([Block(Attention())]), {"tokens": ids()}, tp=2)
     (head,) = [r for r in plan.rules if r.pattern == "head"]
-    assert (head.style.name, head.style.options()["output"]) == ("colwise", "replicate")
+    assert (head.style.name, head.style.options()["output"]) == ("colwise", "I")
     assert "gathered" in head.reason
 
 
@@ -159,7 +159,7 @@ def test_code_that_does_not_run_on_shards_is_kept_whole() -> None:
             return self.d(self.c(self.b(y)).relu())
 
     found = {r.pattern: r for r in ltp.infer_plan(Strict(), (torch.zeros(2, 3, 8),), tp=2).rules}
-    assert "a" not in found or found["a"].style.output == "replicate"  # type: ignore[attr-defined]
+    assert "a" not in found or found["a"].style.output == I  # type: ignore[attr-defined]
     assert "a" in found or "does not run on shards" in found["a.weight"].reason
 
 
@@ -171,8 +171,8 @@ def test_tp_is_checked() -> None:
 def test_a_model_with_nothing_to_split_is_told() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ReLU())
     plan = ltp.infer_plan(model, (torch.zeros(2, 4, 9),), tp=2).check(model, 2)
-    assert not any_split(plan.entries)
-    assert "Nothing in its forward can be split over ranks" in splits_nothing(plan, model, 2)
+    assert not plan.shards_anything
+    assert "Nothing in its forward can be sharded" in plan.why_nothing_is_sharded(model)
 
 
 def test_what_stays_whole_says_why_and_what_it_costs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.state import R
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import Colwise, PrepareInput, Replicate, Rowwise, VocabEmbedding, VocabHead
@@ -117,7 +119,7 @@ def test_fewer_key_value_heads_than_ranks(name: str, kernel: str) -> None:
         groups = {m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")}
         assert groups == ({1} if name == "llama" else {2})
         k = model._tp_applied_plan.splits["model.layers.0.self_attn.k_proj.weight"]
-        assert k.sum_over == (2 if name == "llama" else 1)
+        assert k.sum_over(4) == (2 if name == "llama" else 1)
 
     run_ranks(body, 4)
 
@@ -191,7 +193,7 @@ def test_shared_heads_are_told_to_the_attention() -> None:
     shared = declared_plan(build("llama"), tp=4)
     assert shared is not None
     told = {r.pattern: r.style for r in shared.rules if isinstance(r.style, PrepareInput)}
-    style = PrepareInput(arrives="replicate", wanted="replicate", attributes=(("num_key_value_groups", 1),))
+    style = PrepareInput(arrives="I", wanted="I", attributes=(("num_key_value_groups", 1),))
     assert told == {f"model.layers.{i}.self_attn": style for i in range(2)}
     for name in ("llama", "olmo2"):
         plan = declared_plan(build(name), tp=2 if name == "llama" else 4)
@@ -199,11 +201,15 @@ def test_shared_heads_are_told_to_the_attention() -> None:
 
 
 def test_a_norm_between_the_layers_gets_its_gradient_summed() -> None:
-    plan = declared_plan(build("qwen3"), tp=2)
+    model = build("qwen3")
+    plan = declared_plan(model, tp=2)
     assert plan is not None
-    splits = plan.check(build("qwen3"), 2).splits
-    assert splits["model.layers.0.self_attn.q_norm.weight"].sum_over == 2
-    assert splits["model.layers.0.input_layernorm.weight"].sum_over == 1
+    splits = plan.check(model, 2).splits
+    says_so = any(
+        "q_norm" in pattern for pattern in model.tp_plan
+    )  # transformers does from 5.1 on; before, the first gradients tell
+    assert splits["model.layers.0.self_attn.q_norm.weight"].state == (R if says_so else None)
+    assert splits["model.layers.0.input_layernorm.weight"].sum_over(2) == 1
 
 
 def test_a_declared_style_that_is_not_known_here() -> None:
@@ -211,7 +217,9 @@ def test_a_declared_style_that_is_not_known_here() -> None:
     with pytest.raises(ltp.TPError) as error:
         declared_plan(build("mixtral", **experts), tp=2)
     message = str(error.value)
-    assert "`model.layers.*.mlp.experts.gate_up_proj`: MixtralForCausalLM declares the style 'packed_colwise'" in message
+    assert re.match(
+        r"`model\.layers\.\*\.mlp\.\S+`: MixtralForCausalLM declares the style '\w+', which has no counterpart", message
+    )
     assert "`plan=`" in message and "colwise, rowwise" in message
     with pytest.raises(ltp.TPError, match=r"`inner.model.layers"):
         declared_plan(nn.ModuleDict({"inner": build("mixtral", **experts)}), tp=2)

@@ -12,7 +12,6 @@ from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.core.modules.blocks import fold
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.plan.table import numels
 from lightning_tp.styles import FusedColwise, Replicate
 
 
@@ -27,27 +26,27 @@ def example(**changes: Any) -> nn.Module:
 
 def test_the_example() -> None:
     assert lines(str(Plan(PLAN).check(example(), tp=4))) == [
-        "Plan, given, tp=4: 945,536 parameters, a rank holds 246,656 (26.1%); sequence parallel on",
-        "modules style whole -> on a rank reason",
-        "tok_embeddings vocab_embedding(output='sequence') (1003, 128) -> (251, 128) | (250, 128)",
-        "layers.{0-3}.attention_norm sequence (128,) grad summed over 4",
-        "layers.{0-3}.attention prepare_input(arrives='sequence') gathered once for wq, wk, wv; wo sums",
-        "layers.{0-3}.attention.wq colwise(heads=8, query_heads=8, input='gathered') (128, 128) -> (32, 128)",
-        "layers.{0-3}.attention.wk colwise(heads=2, query_heads=8, input='gathered') (32, 128) -> (16, 128) grad summed over 2",
-        "layers.{0-3}.attention.wv colwise(heads=2, query_heads=8, input='gathered') (32, 128) -> (16, 128) grad summed over 2",
-        "layers.{0-3}.attention.wo rowwise(output='sequence') (128, 128) -> (128, 32)",
-        "layers.{0-3}.ffn_norm sequence (128,) grad summed over 4",
-        "layers.{0-3}.feed_forward prepare_input(arrives='sequence') gathered once for w1, w3; w2 sums",
-        "layers.{0-3}.feed_forward.w{1,3} colwise(input='gathered') (341, 128) -> (86, 128) | (83, 128)",
-        "layers.{0-3}.feed_forward.w2 rowwise(output='sequence') (128, 341) -> (128, 86) | (128, 83)",
-        "norm sequence (128,) grad summed over 4",
-        "output vocab_head(input='sequence') (1003, 128) -> (251, 128) | (250, 128)",
+        "Plan (user-provided), tp=4: 945,536 parameters, up to 246,656 per rank (26.1%); sequence parallelism on",
+        "modules style full shape -> local shard reason",
+        "tok_embeddings vocab_embedding(output=S(1)) (1003, 128) -> (251, 128) | (250, 128)",
+        "layers.{0-3}.attention_norm sequence (128,) gradient summed over 4 ranks",
+        "layers.{0-3}.attention prepare_input(arrives=S(1)) input all-gathered once for wq, wk, wv; wo reduces",
+        "layers.{0-3}.attention.wq colwise(heads=8, query_heads=8, input=R) (128, 128) -> (32, 128)",
+        "layers.{0-3}.attention.wk colwise(heads=2, query_heads=8, input=R) (32, 128) -> (16, 128) gradient summed over 2 ranks",
+        "layers.{0-3}.attention.wv colwise(heads=2, query_heads=8, input=R) (32, 128) -> (16, 128) gradient summed over 2 ranks",
+        "layers.{0-3}.attention.wo rowwise(output=S(1)) (128, 128) -> (128, 32)",
+        "layers.{0-3}.ffn_norm sequence (128,) gradient summed over 4 ranks",
+        "layers.{0-3}.feed_forward prepare_input(arrives=S(1)) input all-gathered once for w1, w3; w2 reduces",
+        "layers.{0-3}.feed_forward.w{1,3} colwise(input=R) (341, 128) -> (86, 128) | (83, 128)",
+        "layers.{0-3}.feed_forward.w2 rowwise(output=S(1)) (128, 341) -> (128, 86) | (128, 83)",
+        "norm sequence (128,) gradient summed over 4 ranks",
+        "output vocab_head(input=S(1)) (1003, 128) -> (251, 128) | (250, 128)",
     ]
 
 
 def test_columns_are_aligned() -> None:
     _, head, *rows = str(Plan(PLAN).check(example(), tp=2)).splitlines()
-    for column in ("style", "whole -> on a rank"):
+    for column in ("style", "full shape -> local shard"):
         at = head.index(column)
         assert all(row[at - 2 : at] == "  " and row[at : at + 1] != "" for row in rows)
     assert not any(row != row.rstrip() for row in rows)
@@ -56,7 +55,7 @@ def test_columns_are_aligned() -> None:
 def test_rules_before_a_model_is_known() -> None:
     plan = Plan([Rule("a.*", "colwise", "read by b"), Rule("b", FusedColwise(parts=2))], source="declared by Net")
     assert lines(str(plan)) == [
-        "Plan, declared by Net: 2 rules",
+        "Plan (declared by Net): 2 rules",
         "modules style reason",
         "a.* colwise read by b",
         "b fused_colwise(parts=2)",
@@ -65,13 +64,13 @@ def test_rules_before_a_model_is_known() -> None:
 
 def test_several_parameters_of_one_module() -> None:
     model = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 4), nn.LayerNorm(4))
-    plan = Plan({"0": FusedColwise(parts=3), "1": "rowwise", "2": Replicate(partial_grad=False)}).check(model, tp=2)
+    plan = Plan({"0": FusedColwise(parts=3), "1": "rowwise", "2": Replicate(state="I")}).check(model, tp=2)
     table = lines(str(plan))
-    assert table[0] == "Plan, given, tp=2: 120 parameters, a rank holds 66 (55.0%); sequence parallel off"
+    assert table[0] == "Plan (user-provided), tp=2: 120 parameters, up to 66 per rank (55.0%); sequence parallelism off"
     assert table[2:] == [
-        "0 fused_colwise(input='replicate') (12, 4) -> (6, 4); (12,) -> (6,)",
-        "1 rowwise(output='replicate') (4, 12) -> (4, 6); (4,)",
-        "2 replicate(partial_grad=False) (4,)",
+        "0 fused_colwise(input=I) (12, 4) -> (6, 4); (12,) -> (6,)",
+        "1 rowwise(output=I) (4, 12) -> (4, 6); (4,)",
+        "2 replicate(state=I) (4,)",
     ]
 
 
@@ -79,7 +78,7 @@ def test_what_a_catch_all_keeps_whole_is_listed_with_its_reason() -> None:
     rules = {p: s for p, s in PLAN.items() if "norm" not in p}
     table = str(Plan({**rules, "**": "replicate"}).check(example(), tp=2))
     assert "layers.{0-3}.attention_norm.weight" in table and "no other rule names it" in table
-    assert "sequence parallel off" in table
+    assert "sequence parallelism off" in table
 
 
 def test_blocks_that_differ_are_lines_of_their_own() -> None:
@@ -101,13 +100,15 @@ def test_numbers_are_those_of_the_model_and_of_the_largest_shard() -> None:
         for tp in (1, 2, 4):
             model = example(**changes)
             plan = Plan(PLAN).check(model, tp)
-            total, held = numels(plan)
+            total = plan.numel
             assert total == sum(p.numel() for p in model.parameters())
             ranks = [
                 sum(math.prod(s.local_shape(plan.shapes[n], rank)) for n, s in plan.splits.items() if n not in plan.tied)
                 for rank in range(tp)
             ]
-            assert held == max(ranks)
-            assert f"{total:,} parameters, a rank holds {held:,}" in str(plan)
+            assert [plan.local_numel(rank) for rank in range(tp)] == ranks
+            assert f"{total:,} parameters, up to {max(ranks):,} per rank" in str(plan)
     with torch.device("meta"):
-        assert numels(Plan(PLAN).check(example(), tp=2)) == numels(Plan(PLAN).check(example(), tp=2))
+        on_meta = Plan(PLAN).check(example(), tp=2)
+    plan = Plan(PLAN).check(example(), tp=2)
+    assert (on_meta.numel, on_meta.local_numel(0)) == (plan.numel, plan.local_numel(0))

@@ -87,13 +87,16 @@ def fit(
 
 def test_tp_does_not_divide_the_world() -> None:
     """When the Trainer is made, before any process is started."""
-    with pytest.raises(ltp.TPError, match=r"`tp=3` does not divide a world of 4 ranks\. Use tp=1, 2, 4"):
+    with pytest.raises(
+        ltp.TPError,
+        match=r"tp=3 needs a multiple of 3 devices, but the Trainer has 4\. Pass `Trainer\(devices=6\)`, or",
+    ):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=3), **QUIET)
     with pytest.raises(ltp.TPError, match=r"`dp=2` x `tp=4` are 8 ranks, and the world has 4"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=4, dp=2), **QUIET)
     with pytest.raises(ltp.TPError, match=r"`tp=0`: give a number of ranks"):
         L.Trainer(accelerator="cpu", devices=4, strategy=ltp.TPStrategy(tp=0), **QUIET)
-    assert "`tp=3` does not divide a world of 2" in message_of(lambda: trainer(strategy=ltp.TPStrategy(tp=3)))
+    assert "tp=3 needs a multiple of 3 devices, but the Trainer has 2" in message_of(lambda: trainer(strategy=ltp.TPStrategy(tp=3)))
 
 
 def test_tp_is_larger_than_the_heads() -> None:
@@ -108,17 +111,17 @@ def test_tp_is_larger_than_the_heads() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"layers.*.attention.q_proj": "colwise"}, "`layers.*.attention.q_proj` -> `colwise` matches no module and no parameter"),
+        ({"layers.*.attention.q_proj": "colwise"}, "`layers.*.attention.q_proj` -> `colwise` matches no module or parameter"),
         (
             {"layers.*.ffn_norm": "colwise"},
             "`model.layers.0.ffn_norm`: the style `colwise` splits a linear layer, and this is a RMSNorm",
         ),
         ({"layers.*.attention": "replicate"}, "two rules for one weight"),
         ({"layers.0.attention.w*": "rowwise"}, "`model.layers.0.attention.wq`: two rules for one module"),
-        ({"norm": None}, "1 of 21 parameters of Net are in no rule: `model.norm.weight` (32,)"),
+        ({"norm": None}, "1 of 21 parameters of Net are not covered by any rule of the plan: `model.norm.weight` (32,)"),
         (
             {"output": "replicate", "tok_embeddings": "rowwise", "layers.*.ffn_norm": "upwards"},
-            "'upwards' is no style. There are colwise,",
+            "unknown style 'upwards'. Valid styles are colwise,",
         ),
     ],
     ids=["matches nothing", "module that can't", "two for one weight", "two for one module", "left out", "no such style"],
@@ -129,21 +132,24 @@ def test_rules_that_do_not_fit(change: dict[str, Any], message: str) -> None:
 
 
 def test_a_plan_that_splits_nothing_or_is_none(tmp_path: Path) -> None:
-    assert "splits nothing of Net" in message_of(fit(plan={"**": "replicate"}))
+    assert "would replicate every parameter of Net" in message_of(fit(plan={"**": "replicate"}))
     assert "there is no such file" in message_of(fit(plan=tmp_path / "plan.json"))
     (tmp_path / "plan.json").write_text("{}")
-    assert "This is no plan: KeyError: 'rules'" in message_of(fit(plan=tmp_path / "plan.json"))
+    assert "This is not a plan: KeyError: 'rules'" in message_of(fit(plan=tmp_path / "plan.json"))
 
 
 def test_no_plan_and_nothing_to_find_one_by() -> None:
     message = message_of(fit(plan=None, loader=lambda: iter(data())))
-    assert "There is no plan for this module, and its data can be read only once" in message
+    assert (
+        "There is no plan for this module, and none can be inferred from its first batch, since its data can be read only once"
+        in message
+    )
     assert "`example_input_array`" in message
 
 
 def test_a_module_without_blocks() -> None:
     message = message_of(lambda: trainer(strategy=ltp.TPStrategy(tp=2)).fit(BoringModel()))
-    assert "splits nothing of BoringModel" in message and "use tp=1" in message
+    assert "would replicate every parameter of BoringModel" in message and "use tp=1" in message
 
 
 def test_what_that_error_recommends_works() -> None:
@@ -176,9 +182,9 @@ def test_a_share_that_the_plan_calls_whole() -> None:
                 layer.attention.wo = Between(layer.attention.wo)
 
     plan = {p: s for p, s in PLAN.items() if "wo" not in p}
-    plan |= {"layers.*.attention.wo.linear": "rowwise", "layers.*.attention.wo.scale": Replicate(partial_grad=False)}
+    plan |= {"layers.*.attention.wo.linear": "rowwise", "layers.*.attention.wo.scale": Replicate(state="I")}
     message = message_of(fit(Scaled, plan=plan))
-    assert re.match(r"`model\.layers\.\d\.attention\.wo\.scale` is whole on every rank, but its gradient is not", message)
+    assert re.match(r"`model\.layers\.\d\.attention\.wo\.scale` is replicated, but its gradient is not", message)
 
 
 # ------------------------------------------------------------------------------------------------------------- the module
@@ -191,7 +197,7 @@ def test_a_module_that_is_wrapped_already(wrap: type[nn.Module]) -> None:
             options = {"device_id": torch.device("cpu")} if wrap is FullyShardedDataParallel else {}
             self.model = wrap(self.model, **options)
 
-    assert f"`model` is wrapped by {wrap.__name__} already. Hand over the plain module" in message_of(fit(Wrapped))
+    assert f"`model` is wrapped by {wrap.__name__} already. Pass the plain module" in message_of(fit(Wrapped))
 
 
 def test_an_optimizer_made_before_the_split() -> None:
@@ -296,9 +302,9 @@ if __name__ == "__main__":
     trainer.fit(module, DataLoader(ltp.RandomTokens(12, 8, 103), batch_size=4))
 """
 MISTAKES = {
-    "rule": ("tp=2, plan={'attention.wrong': 'colwise'}", "LlamaModule", "matches no module and no parameter"),
+    "rule": ("tp=2, plan={'attention.wrong': 'colwise'}", "LlamaModule", "matches no module or parameter"),
     "data": ("tp=2, plan=PLAN", "Other", "differs inside a tensor-parallel group"),
-    "size": ("tp=3, plan=PLAN", "LlamaModule", "does not divide a world of 2"),
+    "size": ("tp=3, plan=PLAN", "LlamaModule", "but the Trainer has 2"),
 }
 
 

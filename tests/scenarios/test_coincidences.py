@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.core.comm.state import WIDTH
 from lightning_tp.styles import RewrittenCalls
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests import zoo
@@ -282,7 +283,7 @@ def test_as_many_sequences_as_tokens(name: str, batch: tuple[int, int]) -> None:
 def test_what_is_too_large_to_be_tried_is_not_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_tp.infer.calls.try_on_shards.MOST_TRIED", 0)
     plan = ltp.infer_plan(*net(name), tp=2)
-    assert not any(r.style.splits_parameters and getattr(r.style, "output", None) == "width" for r in plan.rules)
+    assert not any(r.style.splits_parameters and getattr(r.style, "output", None) == WIDTH for r in plan.rules)
 
 
 def test_heads_of_two_branches_in_one_weight_are_dealt_out_each_by_itself() -> None:

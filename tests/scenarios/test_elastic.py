@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from lightning_tp.testing import assert_trees_close, run_ranks
-from lightning_tp.trainer.launch.watchdog import _has_ended
+from lightning_tp.trainer.launch.watchdog import has_ended
 from tests.scenarios.elastic_worker import STEPS, train
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ class Nodes:
 
     def wait_for_end(self, pids: list[int], seconds: float) -> None:
         until = time.monotonic() + seconds
-        while not all(_has_ended(pid) for pid in pids):
+        while not all(has_ended(pid) for pid in pids):
             assert time.monotonic() < until, f"workers are left\n{self.said()}"
             time.sleep(0.5)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_tp.estimate import Estimate, estimate
-from lightning_tp.estimate.trace.traces import loss_of
+from lightning_tp.estimate.rank.inputs import loss_of
 from lightning_tp.infer.choose import default_plan
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.plan import Plan

@@ -57,7 +57,7 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.slow
 def test_random_tokens() -> None:
     output = run("examples/01_llama_random_tokens.py", "--fast")
-    assert "Plan, given, tp=2" in output
+    assert "Plan (user-provided), tp=2" in output
     assert "2 ranks" in output and "50.1%" in output  # the table of shards
     assert re.search(r"Throughput: [\d,]+ tokens/s", output)
     assert re.search(r"Loss \d\.\d+ after 8 steps", output)
@@ -92,7 +92,7 @@ def test_fabric(by: str) -> None:
         pytest.importorskip("click")
         command = Path(sys.executable).with_name("fabric")
         output = run(command, "run", "--devices=2", "--accelerator=cpu", "examples/06_fabric.py", "--fast")
-    assert "Plan, inferred, tp=2" in output and re.search(r"Loss \d\.\d+ after 8 steps", output)
+    assert "Plan (inferred), tp=2" in output and re.search(r"Loss \d\.\d+ after 8 steps", output)
     before, after = re.search(r"loaded into a new model: loss (\S+) and (\S+)", output).groups()  # type: ignore[union-attr]
     assert before == after
 
@@ -101,7 +101,7 @@ def test_fabric(by: str) -> None:
 def test_cli() -> None:
     pytest.importorskip("jsonargparse")
     output = run("examples/04_lightning_cli.py", "fit", "--trainer.devices=2", "--trainer.strategy=tp", "--trainer.max_steps=4")
-    assert "Plan, given, tp=2" in output
+    assert "Plan (user-provided), tp=2" in output
     assert re.search(r"Throughput: [\d,]+ tokens/s", output)
 
 
@@ -114,7 +114,7 @@ def test_cli_reads_the_yaml_of_its_docstring(tmp_path: Path) -> None:
     assert "class_path: lightning_tp.TPStrategy" in config
     (tmp_path / "config.yaml").write_text(config)
     output = run(script, "fit", "--config=config.yaml", "--model.config.dim=64", "--trainer.max_steps=4", cwd=tmp_path)
-    assert "Plan, given, tp=2" in output and "(64, 64) -> (32, 64)" in output
+    assert "Plan (user-provided), tp=2" in output and "(64, 64) -> (32, 64)" in output
     assert "`max_steps=4` reached" in output
 
 
@@ -129,7 +129,7 @@ def quick_start(folder: Path, *, plan: bool = False) -> None:
 def test_quick_start_of_the_readme(plan: bool, tmp_path: Path) -> None:
     quick_start(tmp_path, plan=plan)
     output = run("train.py", cwd=tmp_path)
-    assert f"Plan, {'given' if plan else 'inferred'}, tp=2" in output and "sequence parallel on" in output
+    assert f"Plan ({'user-provided' if plan else 'inferred'}), tp=2" in output and "sequence parallelism on" in output
     assert "`max_steps=4` reached" in output
 
 

@@ -27,7 +27,7 @@ def test_every_cell_runs_on_two_processes(tmp_path: Path, monkeypatch: pytest.Mo
     text = "".join(o.get("text", "") or str(o.get("data", "")) for cell in notebook.cells for o in cell.get("outputs", ()))
     for said in (
         "two CPU processes",
-        "Plan, inferred, tp=2",
+        "Plan (inferred), tp=2",
         "Shards of GPT",
         "Throughput: ",
         "after 60 steps",

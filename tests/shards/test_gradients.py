@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,15 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_ as imported_before
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp._compat import local_tensor
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL, make_mesh
-from lightning_tp.shards import grad_norm
+from lightning_tp.core.comm.state import I, R
 from lightning_tp.shards import gradients as grad
+from lightning_tp.shards.gradients import no_sync
 from lightning_tp.styles import Colwise, FusedColwise, PrepareInput, Replicate, Rowwise
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
@@ -75,10 +73,10 @@ def fused_plan(kv_heads: int, tp: int, **other: Any) -> dict[str, Any]:
     local = max(1, kv_heads // tp)
     return {
         "embed": "vocab_embedding",
-        "blocks.*": PrepareInput(arrives="replicate", wanted="replicate", attributes=(("kv_heads", local),)),
+        "blocks.*": PrepareInput(arrives="I", wanted="I", attributes=(("kv_heads", local),)),
         "blocks.*.norm": "replicate",
         "blocks.*.qkv": FusedColwise(parts=(8 * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM), heads=(8, kv_heads, kv_heads)),
-        "blocks.*.q_norm": Replicate(partial_grad=True),
+        "blocks.*.q_norm": Replicate(state="R"),
         "blocks.*.out": "rowwise",
         "blocks.*.gate_up": FusedColwise(parts=2),
         "blocks.*.down": "rowwise",
@@ -101,201 +99,6 @@ def backward(model: nn.Module, tokens: Tensor, mesh: Any = None) -> Tensor:
     loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     return loss.detach()
-
-
-class Sent(TorchDispatchMode):
-    """The names of the collectives while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.all.append(func.overloadpacket.__name__.strip("_"))
-        return func(*args, **(kwargs or {}))
-
-
-# ------------------------------------------------------------------------------------------------------ norm and clipping
-
-Build = Callable[[], nn.Module]
-CLIPPED: dict[tuple[int, int], dict[str, tuple[Build, Any]]] = {
-    (1, 2): {
-        "llama, tied": (lambda: llama(4, tied=True), PLAN),
-        "fused, 1 kv head": (fused, fused_plan(1, 2)),
-    },
-    (1, 4): {
-        "llama, 3 words": (lambda: llama(vocab_size=3), PLAN),
-        "fused, 1 kv head": (fused, fused_plan(1, 4)),
-        "fused, 2 kv heads": (lambda: fused(2), fused_plan(2, 4)),
-    },
-    (2, 2): {
-        "llama, tied": (lambda: llama(4, tied=True), PLAN),
-        "llama, 3 words": (lambda: llama(vocab_size=3), PLAN),
-        "fused, 1 kv head": (fused, fused_plan(1, 2)),
-    },
-}
-ORDERS = (2.0, 1.0, float("inf"), 3.0)
-MOST = 1e-3  # so little that there is always something to clip
-
-
-@dataclass
-class Clipped:
-    """What a model has, clipped by each norm: the norms before, and the gradients after; and the norm of every third gradient."""
-
-    tokens: Tensor
-    norms: dict[float, float]
-    gradients: dict[float, dict[str, Tensor]]
-    of_some: float
-
-
-def clipped(model: nn.Module, clip: Callable[..., Tensor], order: float, tokens: Tensor, mesh: Any = None) -> tuple[float, Any]:
-    model.zero_grad()
-    backward(model, tokens, mesh)
-    norm = clip(model.parameters(), MOST, norm_type=order)
-    return norm.item(), {n: g.clone() for n, g in ltp.full_gradients(model).items()}
-
-
-def some(model: nn.Module) -> list[nn.Parameter]:
-    return list(model.parameters())[::3]
-
-
-def clipped_in_one_process(build: Build, tokens: Tensor) -> Clipped:
-    found = {order: clipped(build(), torch.nn.utils.clip_grad_norm_, order, tokens) for order in ORDERS}
-    assert all(norm > 2 * MOST for norm, _ in found.values())
-    whole = build()
-    backward(whole, tokens)
-    of_some = torch.nn.utils.clip_grad_norm_(some(whole), 1e9).item()
-    return Clipped(tokens, {o: norm for o, (norm, _) in found.items()}, {o: g for o, (_, g) in found.items()}, of_some)
-
-
-@each_mesh
-def test_norm_and_clipping_as_in_one_process(mesh: tuple[int, int]) -> None:
-    cases = CLIPPED[mesh]
-    refs = {name: clipped_in_one_process(build, batch() % 3 if "words" in name else batch()) for name, (build, _) in cases.items()}
-
-    def body() -> None:
-        device_mesh = make_mesh("cpu", *mesh)
-        for name, (build, plan) in cases.items():
-            model, ref = ltp.parallelize(build(), device_mesh, plan), refs[name]
-            from torch.nn.utils import clip_grad_norm_ as imported_after
-
-            for who, clip, orders in (
-                ("ours", ltp.clip_grad_norm_, ORDERS),
-                ("before", imported_before, (2.0, float("inf"))),
-                ("after", imported_after, (1.0,)),
-            ):
-                for order in orders:
-                    norm, gradients = clipped(model, clip, order, ref.tokens, device_mesh)
-                    assert norm == pytest.approx(ref.norms[order], rel=1e-9), f"{name}, {who}, order {order}"
-                    assert_trees_close(gradients, ref.gradients[order], rtol=1e-9, name=f"{name}, {who}, order {order}")
-            model.zero_grad()
-            backward(model, ref.tokens, device_mesh)
-            got = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            assert got.item() == pytest.approx(ref.norms[2.0], rel=1e-9), name
-            assert ltp.clip_grad_norm_(some(model), 1e9).item() == pytest.approx(ref.of_some, rel=1e-9), name
-
-    run_ranks(body, mesh[0] * mesh[1])
-
-
-@each_mesh
-def test_clipping_by_value(mesh: tuple[int, int]) -> None:
-    whole = fused()
-    backward(whole, batch())
-    torch.nn.utils.clip_grad_value_(whole.parameters(), 1e-3)
-    ref = ltp.full_gradients(whole)
-    assert all(g.abs().max() <= 1e-3 for g in ref.values())
-
-    def body() -> None:
-        device_mesh = make_mesh("cpu", *mesh)
-        model = ltp.parallelize(fused(), device_mesh, fused_plan(1, mesh[1]))
-        backward(model, batch(), device_mesh)
-        torch.nn.utils.clip_grad_value_(model.parameters(), 1e-3)
-        assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
-
-    run_ranks(body, mesh[0] * mesh[1])
-
-
-@pytest.mark.parametrize("mesh", [(1, 2), (2, 2), (2, 1)], ids=["tp2", "2x2", "dp2"])
-def test_one_all_reduce_an_axis(mesh: tuple[int, int]) -> None:
-    def body() -> None:
-        device_mesh = make_mesh("cpu", *mesh)
-        model = ltp.parallelize(llama(), device_mesh, PLAN)
-        backward(model, batch(), device_mesh)
-        for clip in (ltp.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
-            for order in (2.0, float("inf")):
-                with Sent() as sent:
-                    clip(model.parameters(), 1.0, norm_type=order)
-                assert sent.all == ["allreduce"] * sum(n > 1 for n in mesh), (clip, order)
-
-    run_ranks(body, mesh[0] * mesh[1])
-
-
-def test_norm_of_half_precision_is_taken_in_float32() -> None:
-    """bfloat16 has 3 digits, also in torch's own norm of each gradient; the norm of all should have more."""
-
-    def body() -> None:
-        model = ltp.parallelize(llama(dtype=torch.bfloat16), make_mesh("cpu", 1, 2), PLAN)
-        backward(model, batch())
-        exact = torch.cat([g.double().flatten() for g in ltp.full_gradients(model).values()]).norm().item()
-        assert ltp.clip_grad_norm_(model.parameters(), 1e9).item() == pytest.approx(exact, rel=1e-5)
-
-    run_ranks(body, 2)
-
-
-def test_a_norm_that_is_not_finite() -> None:
-    def body() -> None:
-        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
-        backward(model, batch())
-        if dist.get_rank() == 1:  # on one rank only; all have to know
-            model.output.weight.grad[0, 0] = float("nan")
-        with pytest.raises(RuntimeError, match=r"order 2\.0 is nan"):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
-        assert ltp.clip_grad_norm_(model.parameters(), 1.0).isnan()
-
-    run_ranks(body, 2)
-
-
-def test_nothing_to_clip() -> None:
-    def body() -> None:
-        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
-        for clip in (ltp.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
-            assert clip(model.parameters(), 1.0) == 0
-        backward(model, batch())
-        before = ltp.full_gradients(model)
-        norm = ltp.clip_grad_norm_(model.output.weight, 1e9)  # a tensor alone, as torch's takes it
-        assert norm == torch.nn.utils.clip_grad_norm_(model.output.weight, 1e9) > 0
-        assert_trees_close(ltp.full_gradients(model), before, rtol=0.0)
-
-    run_ranks(body, 2)
-
-
-def test_other_models_are_clipped_as_ever() -> None:
-    def gradients() -> nn.Linear:
-        layer = randomize_(nn.Linear(8, 8))
-        layer(torch.ones(2, 8)).sum().backward()
-        return layer
-
-    ref = torch.nn.utils.clip_grad_norm_(gradients().parameters(), 0.1).item()
-
-    def body() -> None:
-        before = len(grad_norm._applied)  # models of tests before this one, that the forked process has inherited
-        model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
-        backward(model, batch())
-        layer = gradients()
-        with Sent() as sent:
-            assert imported_before(layer.parameters(), 0.1).item() == ref
-        assert not sent.all
-        assert torch.nn.utils.get_total_norm([torch.ones(4)]).item() == 2
-        mine = len(list(model.parameters()))
-        with pytest.raises(ltp.TPError, match=rf"asked of {mine + 2} gradients together, of which {mine} belong"):
-            torch.nn.utils.clip_grad_norm_([*model.parameters(), *gradients().parameters()], 1.0)
-        assert len(grad_norm._applied) == before + 1
-        del model
-        gc.collect()
-        assert len(grad_norm._applied) <= before  # a model that is gone is not asked any more
-
-    run_ranks(body, 2)
 
 
 # ------------------------------------------------------------------------------------------------- shares of gradients
@@ -466,30 +269,78 @@ def test_frozen_parameters() -> None:
 def test_a_share_that_the_plan_calls_whole_is_found(mesh: tuple[int, int]) -> None:
     def body() -> str:
         device_mesh = make_mesh("cpu", *mesh)
-        plan = fused_plan(1, 2, **{"blocks.*.q_norm": Replicate(partial_grad=False)})
+        plan = fused_plan(1, 2, **{"blocks.*.q_norm": Replicate(state="I")})
         model = ltp.parallelize(fused(dtype=torch.float32), device_mesh, plan)
         with pytest.raises(ltp.TPError) as info:
             backward(model, batch(), device_mesh)
         return str(info.value)
 
     for message in run_ranks(body, mesh[0] * mesh[1], timeout=60):
-        assert message.startswith("`blocks.0.q_norm.weight` is whole on every rank, but its gradient is not the same")
-        assert "partial_grad=True" in message
+        assert message.startswith("`blocks.0.q_norm.weight` is replicated, but its gradient is not the same")
+        assert "Replicate(state='R')" in message
 
 
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["tp2", "2x2"])
 def test_a_whole_gradient_that_the_plan_calls_a_share_is_found(mesh: tuple[int, int]) -> None:
     def body() -> str:
         device_mesh = make_mesh("cpu", *mesh)
-        plan = fused_plan(1, 2, **{"blocks.*.norm": Replicate(partial_grad=True)})
+        plan = fused_plan(1, 2, **{"blocks.*.norm": Replicate(state="R")})
         model = ltp.parallelize(fused(dtype=torch.float32), device_mesh, plan)
         with pytest.raises(ltp.TPError) as info:
             backward(model, batch(), device_mesh)
         return str(info.value)
 
     for message in run_ranks(body, mesh[0] * mesh[1], timeout=60):
-        assert message.startswith("`blocks.0.norm.weight`: the plan says that each rank has a share of its gradient")
-        assert "2 times too large" in message and "partial_grad=False" in message
+        assert message.startswith("`blocks.0.norm.weight`: the plan says that its gradient is partial")
+        assert "2 times too large" in message and "Replicate(state='I')" in message
+
+
+@each_mesh
+def test_what_the_plan_leaves_open_is_found_in_the_first_pass(mesh: tuple[int, int]) -> None:
+    """Beside split layers, one norm stands before them and one between: the first has equal gradients, the second partial ones."""
+    reference = fused()
+    ref_loss = backward(reference, batch())
+    ref = {n: p.grad for n, p in reference.named_parameters()}
+    frozen = fused().requires_grad_(False)
+    frozen.blocks[1].q_norm.requires_grad_(True)
+
+    def body() -> None:
+        device_mesh = make_mesh("cpu", *mesh)
+        plan = {n: s for n, s in fused_plan(1, mesh[1]).items() if "norm" not in n} | {"**": "replicate"}
+        for accumulate in (False, True):
+            model = ltp.parallelize(fused(), device_mesh, plan)
+            states = {n: p._tp_shard.split.state for n, p in model.named_parameters() if "norm" in n}
+            assert set(states.values()) == {None}
+            with no_sync(model) if accumulate else nullcontext():
+                loss = backward(model, batch(), device_mesh)
+            if accumulate:  # nothing is summed, so nothing is decided: the next pass does both
+                assert {p._tp_shard.split.state for n, p in model.named_parameters() if "norm" in n} == {None}
+                loss = backward(model, batch(), device_mesh)
+            dist.all_reduce(loss, group=device_mesh.get_group(DATA_PARALLEL))
+            torch.testing.assert_close(loss / mesh[0], ref_loss)
+            states = {n: p._tp_shard.split.state for n, p in model.named_parameters() if "norm" in n}
+            assert states == {n: R if "q_norm" in n else I for n in states}
+            got = ltp.full_gradients(model)
+            assert_trees_close(got, {n: g * (2 if accumulate else 1) for n, g in ref.items()}, rtol=1e-9)
+        model = ltp.parallelize(copy.deepcopy(frozen), device_mesh, plan)  # only one of them has a gradient
+        backward(model, batch(), device_mesh)
+        assert_trees_close(ltp.full_gradients(model), {"blocks.1.q_norm.weight": ref["blocks.1.q_norm.weight"]}, rtol=1e-9)
+
+    run_ranks(body, mesh[0] * mesh[1])
+
+
+def test_a_gradient_of_zeros_decides_nothing() -> None:
+    def body() -> None:
+        device_mesh = make_mesh("cpu", 1, 2)
+        plan = {n: s for n, s in fused_plan(1, 2).items() if "norm" not in n} | {"**": "replicate"}
+        model = ltp.parallelize(fused(), device_mesh, plan)
+        (model(batch()) * 0).sum().backward()
+        assert model.blocks[0].q_norm.weight._tp_shard.split.state is None
+        model.zero_grad()
+        backward(model, batch(), device_mesh)
+        assert model.blocks[0].q_norm.weight._tp_shard.split.state == R
+
+    run_ranks(body, 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizers
@@ -603,10 +454,10 @@ def test_gradients_of_a_model_with_rules_of_other_kinds() -> None:
             return self.head(self.blocks[1](F.gelu(self.blocks[0](x))))
 
     plan = {
-        "embed": Colwise(output="replicate"),
-        "blocks.0": Colwise(output="replicate"),
-        "blocks.1": Rowwise(input="replicate"),
-        "head": Colwise(output="replicate"),
+        "embed": Colwise(output="I"),
+        "blocks.0": Colwise(output="I"),
+        "blocks.1": Rowwise(input="I"),
+        "head": Colwise(output="I"),
         "**": "replicate",
     }
     build = lambda: randomize_(Net().double())  # noqa: E731

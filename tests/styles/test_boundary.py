@@ -30,7 +30,7 @@ class MLP(nn.Module):
         return self.down(self.gate(x).sigmoid() * self.up(x))
 
 
-SPLIT = {"gate": Colwise(input="gathered"), "up": Colwise(input="gathered"), "down": Rowwise(output="replicate")}
+SPLIT = {"gate": Colwise(input="R"), "up": Colwise(input="R"), "down": Rowwise(output="I")}
 SHAPES = {
     "gate.weight": (16, 24),
     "gate.bias": (16,),
@@ -43,7 +43,7 @@ SHAPES = {
 
 def test_an_input_is_gathered_once_for_all_layers_behind_the_door() -> None:
     def body() -> None:
-        for arrives, forward, backward in (("replicate", [AR], [AR]), ("sequence", [AG, AR], [RS])):
+        for arrives, forward, backward in (("I", [AR], [AR]), ("S(1)", [AG, AR], [RS])):
             door = PrepareInput(arrives=arrives)  # type: ignore[arg-type]
             alone(MLP, door, X, arrives=arrives, rules=SPLIT, shapes=SHAPES, forward=forward, backward=backward)
 
@@ -52,10 +52,10 @@ def test_an_input_is_gathered_once_for_all_layers_behind_the_door() -> None:
 
 def test_an_output() -> None:
     def body() -> None:
-        rules = {**SPLIT, "gate": Colwise(input="replicate"), "up": Colwise(input="replicate")}
+        rules = {**SPLIT, "gate": Colwise(input="I"), "up": Colwise(input="I")}
         for leaves, inner, sent, back in (
-            ("replicate", "sequence", [RS, AG], [AG, AR, AR]),  # the last: the bias, added to this rank's tokens
-            ("sequence", "replicate", [AR], [AG, AR]),
+            ("I", "S(1)", [RS, AG], [AG, AR, AR]),  # the last: the bias, added to this rank's tokens
+            ("S(1)", "I", [AR], [AG, AR]),
         ):
             door = PrepareOutput(arrives=inner, wanted=leaves)  # type: ignore[arg-type]
             rules["down"] = Rowwise(output=inner)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ class Scaled(nn.Module):
         return y, "word", y.detach() + 1
 
 
-LAYERS = {"m.up": Colwise(input="gathered"), "m.down": Rowwise(output="sequence"), "other": Colwise(input="gathered")}
+LAYERS = {"m.up": Colwise(input="R"), "m.down": Rowwise(output="S(1)"), "other": Colwise(input="R")}
 
 
 def split(*rules: Rule, module: nn.Module | None = None) -> Any:
@@ -92,17 +92,17 @@ def split(*rules: Rule, module: nn.Module | None = None) -> Any:
 
 def test_which_argument() -> None:
     def body() -> None:
-        shard = held(X, "sequence", dist.get_rank(), 2)
+        shard = held(X, "S(1)", dist.get_rank(), 2)
         scale = torch.rand(2, 17, 24, generator=torch.Generator().manual_seed(1))
-        scale_shard = held(scale, "sequence", dist.get_rank(), 2)
+        scale_shard = held(scale, "S(1)", dist.get_rank(), 2)
         ids = torch.zeros(2, 9, dtype=torch.long)
         calls: list[tuple[PrepareInput, tuple[Any, ...], dict[str, Any]]] = [
-            (PrepareInput(arrives="sequence"), (None, shard), {}),  # the first floating-point tensor
-            (PrepareInput(arrives="sequence"), (ids, shard), {}),
-            (PrepareInput(arrives="sequence"), (ids,), {"x": shard}),
-            (PrepareInput(arrives="sequence"), (), {"ids": ids, "x": shard}),
-            (PrepareInput(arrives="sequence", arg=1), (shard, shard), {}),
-            (PrepareInput(arrives="sequence", arg="x"), (ids,), {"x": shard, "shift": scale_shard}),
+            (PrepareInput(arrives="S(1)"), (None, shard), {}),  # the first floating-point tensor
+            (PrepareInput(arrives="S(1)"), (ids, shard), {}),
+            (PrepareInput(arrives="S(1)"), (ids,), {"x": shard}),
+            (PrepareInput(arrives="S(1)"), (), {"ids": ids, "x": shard}),
+            (PrepareInput(arrives="S(1)", arg=1), (shard, shard), {}),
+            (PrepareInput(arrives="S(1)", arg="x"), (ids,), {"x": shard, "shift": scale_shard}),
         ]
         reference = randomize_(Scaled())
         for style, args, kwargs in calls:
@@ -123,13 +123,13 @@ def test_several_arguments_and_several_outputs() -> None:
     def body() -> None:
         scale = torch.rand(2, 17, 24, generator=torch.Generator().manual_seed(1))
         model = split(
-            Rule("m", PrepareInput(arrives="sequence", arg=1)),
-            Rule("m", PrepareInput(arrives="replicate", wanted="sequence", arg=2)),
-            Rule("m", PrepareInput(arrives="replicate", wanted="sequence", arg="shift")),
+            Rule("m", PrepareInput(arrives="S(1)", arg=1)),
+            Rule("m", PrepareInput(arrives="I", wanted="S(1)", arg=2)),
+            Rule("m", PrepareInput(arrives="I", wanted="S(1)", arg="shift")),
             Rule("m", PrepareOutput(index=0)),
             Rule("m", PrepareOutput(index=2)),
         )
-        shard = held(X, "sequence", dist.get_rank(), 2).requires_grad_()
+        shard = held(X, "S(1)", dist.get_rank(), 2).requires_grad_()
         with Collectives() as comm:
             y, _, more = model(None, shard, scale, shift=scale)
         assert comm.kinds == [AG, RS, AG, AG]
@@ -139,7 +139,7 @@ def test_several_arguments_and_several_outputs() -> None:
         y.square().sum().backward()
         want.square().sum().backward()
         assert shard.grad is not None and x.grad is not None
-        assert_trees_close({"x": whole_gradient_of(shard.grad, "sequence", X.shape)}, {"x": x.grad})
+        assert_trees_close({"x": whole_gradient_of(shard.grad, "S(1)", X.shape)}, {"x": x.grad})
 
     run_ranks(body, 2)
 
@@ -152,12 +152,12 @@ def test_around_a_module_that_has_a_style_of_its_own() -> None:
         model = randomize_(Alone(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24), nn.LayerNorm(24))))
         rules = [
             Rule("other", "colwise"),
-            Rule("m.0", Colwise(input="gathered")),
-            Rule("m.0", PrepareInput(arrives="replicate", wanted="gathered")),
-            Rule("m.1", Rowwise(output="replicate")),
-            Rule("m.1", PrepareOutput(arrives="replicate", wanted="sequence")),
+            Rule("m.0", Colwise(input="R")),
+            Rule("m.0", PrepareInput(arrives="I", wanted="R")),
+            Rule("m.1", Rowwise(output="I")),
+            Rule("m.1", PrepareOutput(arrives="I", wanted="S(1)")),
             Rule("m.2", Sequence()),
-            Rule("m.2", PrepareOutput(arrives="sequence", wanted="replicate")),
+            Rule("m.2", PrepareOutput(arrives="S(1)", wanted="I")),
         ]
         ltp.parallelize(model, mesh(), ltp.Plan(rules))
         with Collectives() as comm:
@@ -176,7 +176,7 @@ def test_attributes_are_set_and_nothing_else_is_done() -> None:
     def body() -> None:
         module = Scaled()
         module.groups, module.name = 4, 7  # type: ignore[assignment]
-        style = PrepareInput(arrives="replicate", wanted="replicate", attributes=[("groups", 2)])  # type: ignore[arg-type]
+        style = PrepareInput(arrives="I", wanted="I", attributes=[("groups", 2)])  # type: ignore[arg-type]
         assert style.attributes == (("groups", 2),) and hash(style) is not None
         model = split(Rule("m", style), module=module)
         assert (model.m.groups, model.m.name, type(model.m)) == (2, 7, Scaled)
@@ -187,16 +187,16 @@ def test_attributes_are_set_and_nothing_else_is_done() -> None:
 def test_wrong_arguments_and_outputs() -> None:
     def body() -> None:
         shard = torch.zeros(2, 9, 24)
-        model = split(Rule("m", PrepareInput(arrives="sequence", arg="scale")))
+        model = split(Rule("m", PrepareInput(arrives="S(1)", arg="scale")))
         with pytest.raises(ltp.TPError, match=r"Scaled: the plan prepares the argument 'scale'.*\[0, 1\].*`arg=`"):
             model(None, shard)
-        model = split(Rule("m", PrepareInput(arrives="sequence", arg=1)))
+        model = split(Rule("m", PrepareInput(arrives="S(1)", arg=1)))
         with pytest.raises(ltp.TPError, match=r"the argument 1 of this module, and it was called with \['ids', 'x'\]"):
             model(ids=None, x=shard)
-        model = split(Rule("m", PrepareInput(arrives="sequence")))
+        model = split(Rule("m", PrepareInput(arrives="S(1)")))
         with pytest.raises(ltp.TPError, match=r"a floating-point tensor of this module, and it was called with \[0, 1\]"):
             model(None, torch.zeros(2, 9, dtype=torch.long))
-        model = split(Rule("m", PrepareOutput(arrives="sequence", wanted="replicate", index=1)))
+        model = split(Rule("m", PrepareOutput(arrives="S(1)", wanted="I", index=1)))
         with pytest.raises(ltp.TPError, match=r"the outputs \[1\], and they are \['Tensor', 'str', 'Tensor'\].*`index=`"):
             model(None, X)
         model = split(Rule("m", PrepareOutput(index=3)))
@@ -217,8 +217,8 @@ def test_wrong_arguments_and_outputs() -> None:
 def test_a_transition_that_there_is_not() -> None:
     def body() -> None:
         model = Alone(Scaled())
-        plan = ltp.Plan([*(Rule(p, s) for p, s in LAYERS.items()), Rule("m", PrepareOutput(arrives="width", wanted="sequence"))])
-        with pytest.raises(ltp.TPError, match=r"`m`: .*from 'width' to 'sequence'"):
+        plan = ltp.Plan([*(Rule(p, s) for p, s in LAYERS.items()), Rule("m", PrepareOutput(arrives="S(-1)", wanted="S(1)"))])
+        with pytest.raises(ltp.TPError, match=r"`m`: .*from S\(-1\) to S\(1\)"):
             ltp.parallelize(model, mesh(), plan)
         assert model.m.up.weight.shape == (32, 24)  # nothing is changed
 
@@ -229,7 +229,7 @@ def test_whole_of_undoes_held() -> None:
     """The tests' own tool."""
 
     def body() -> None:
-        for state in ("replicate", "sequence", "width", "partial"):
+        for state in ("I", "S(1)", "S(-1)", "P"):
             mine = held(X, state, dist.get_rank(), dist.get_world_size())
             torch.testing.assert_close(whole_of(mine, state, X.shape), X, msg=state)
 

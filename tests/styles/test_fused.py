@@ -82,7 +82,7 @@ def test_attention(tp: int) -> None:
         ]
         for heads, kv_heads, style in cases:
             inner, outer = (heads + 2 * kv_heads) * 4 // tp, heads * 4 // tp
-            for inputs, forward, backward in (("replicate", [AR], [AR]), ("sequence", [AG, AR], [RS])):
+            for inputs, forward, backward in (("I", [AR], [AR]), ("S(1)", [AG, AR], [RS])):
                 for bias, conv in ((True, False), (False, False), (True, True)):
                     door = PrepareInput(arrives=inputs)  # type: ignore[arg-type]
                     weight, out = ((24, inner), (outer, 24)) if conv else ((inner, 24), (24, outer))
@@ -92,7 +92,7 @@ def test_attention(tp: int) -> None:
                         door,
                         X,
                         arrives=inputs,
-                        rules={"qkv": style, "out": Rowwise(output="replicate")},
+                        rules={"qkv": style, "out": Rowwise(output="I")},
                         shapes=shapes,
                         forward=forward,
                         backward=backward,
@@ -116,7 +116,7 @@ def test_shared_heads() -> None:
 
                 alone(
                     make,
-                    PrepareInput(arrives="replicate", attributes=(("kv_heads", 1),)),
+                    PrepareInput(arrives="I", attributes=(("kv_heads", 1),)),
                     X,
                     rules={
                         "qkv": FusedColwise(parts=(16, 4 * kv_heads, 4 * kv_heads), heads=(4, kv_heads, kv_heads)),
@@ -137,13 +137,13 @@ def test_gate_and_up_of_a_width_that_does_not_divide(tp: int) -> None:
 
     def body() -> None:
         for parts in (2, (341, 341)):
-            for inputs, forward, backward in (("replicate", [AR], [AR]), ("sequence", [AG, AR], [RS])):
+            for inputs, forward, backward in (("I", [AR], [AR]), ("S(1)", [AG, AR], [RS])):
                 alone(
                     lambda: GatedMLP(341),
                     "",
                     X,
                     arrives=inputs,
-                    rules={"gate_up": FusedColwise(parts=parts, input=inputs), "down": Rowwise(output="replicate")},  # type: ignore[arg-type]
+                    rules={"gate_up": FusedColwise(parts=parts, input=inputs), "down": Rowwise(output="I")},  # type: ignore[arg-type]
                     shapes={
                         "gate_up.weight": tuple((2 * n, 24) for n in shards),
                         "gate_up.bias": tuple((2 * n,) for n in shards),
@@ -166,7 +166,7 @@ def test_alone_the_output_is_this_ranks_shard_of_every_part() -> None:
         layer.weight.data = torch.arange(12.0)[:, None]
         model = nn.Sequential(layer)
 
-        ltp.parallelize(model, mesh(), {"0": FusedColwise(parts=(6, 2, 4), input="replicate")})
+        ltp.parallelize(model, mesh(), {"0": FusedColwise(parts=(6, 2, 4), input="I")})
         mine = [[0, 1, 2, 6, 8, 9], [3, 4, 5, 7, 10, 11]][dist.get_rank()]
         assert model(torch.ones(1, 1)).tolist() == [mine]
         assert model[0].out_features == 6
@@ -187,7 +187,7 @@ def test_splits_by_hand() -> None:
         ((4, 6), (10, 12), (14, 16)),
         ((6, 8), (10, 12), (14, 16)),
     )
-    assert (shared.sum_over, shared.sum_rows) == (2, (2, 6))
+    assert (shared.sum_over(4), shared.shared_rows) == (2, (2, 6))
     assert FusedColwise(parts=[8, 4], heads=[2, 1]) == FusedColwise(parts=(8, 4), heads=(2, 1))  # type: ignore[arg-type]
 
 
@@ -205,14 +205,18 @@ def test_splits_by_hand() -> None:
             r"3 key/value heads \(of 6 heads\) do not split over tp=2. Use tp=1, 3, 6",
         ),
         (FusedColwise(parts=(8, 2, 2), heads=(4, 1, 1)), 12, 8, r"tp is larger than the 4 heads"),
-        (FusedColwise(parts=(8, 2, 4, 2), heads=(4, 1, None, 1)), 16, 2, r"shared ones have to lie side by side"),
-        (FusedColwise(parts=(8, 4, 2), heads=(4, 2, 1)), 14, 4, r"shared ones have to lie side by side"),
-        (FusedColwise(input="width"), 12, 2, r"`fused_colwise` has no `input='width'`"),  # type: ignore[arg-type]
+        (FusedColwise(parts=(8, 2, 4, 2), heads=(4, 1, None, 1)), 16, 2, r"parts that ranks share have to lie side by side"),
+        (FusedColwise(parts=(8, 4, 2), heads=(4, 2, 1)), 14, 4, r"parts that ranks share have to lie side by side"),
     ],
 )
 def test_parts_that_do_not_fit(style: FusedColwise, out: int, tp: int, message: str) -> None:
     with pytest.raises(ltp.TPError, match=r"`qkv`: .*" + message):
         style.splits(nn.Linear(8, out), "qkv", tp)
+
+
+def test_a_state_that_its_input_can_not_have() -> None:
+    with pytest.raises(ltp.TPError, match=r"`fused_colwise\(input=S\(-1\)\)`: input can be R or I or S\(1\)"):
+        FusedColwise(input="S(-1)")  # type: ignore[arg-type]
 
 
 def test_torch_has_no_counterpart() -> None:

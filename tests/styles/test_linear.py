@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.styles import Colwise, PrepareInput, Rowwise, Sequence
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Collectives, alone, gradients, mesh
@@ -43,11 +45,11 @@ def test_colwise(tp: int) -> None:
 
     def body() -> None:
         def check(make: Any, style: Colwise, forward: list[str], backward: list[str], **kwargs: Any) -> None:
-            arrives, leaves = style.input or "replicate", style.output
+            arrives, leaves = style.input or I, style.output
             alone(make, style, X, arrives=arrives, leaves=leaves, forward=forward, backward=backward, **kwargs)
 
-        for inputs, before in (("gathered", ([], [])), ("replicate", ([], [AR])), ("sequence", ([AG], [RS]))):
-            for output, after in (("width", []), ("replicate", [AG])):
+        for inputs, before in (("R", ([], [])), ("I", ([], [AR])), ("S(1)", ([AG], [RS]))):
+            for output, after in (("S(-1)", []), ("I", [AG])):
                 style = Colwise(input=inputs, output=output)  # type: ignore[arg-type]
                 for make in (
                     lambda: nn.Linear(24, 341),
@@ -56,8 +58,8 @@ def test_colwise(tp: int) -> None:
                 ):
                     check(make, style, before[0] + after, before[1], shapes=shapes)
         transposed = {"weight": tuple((24, n) for n in SHARDS[tp]), "bias": columns(tp)}
-        for output, after in (("width", []), ("replicate", [AG])):
-            style = Colwise(input="replicate", output=output)  # type: ignore[arg-type]
+        for output, after in (("S(-1)", []), ("I", [AG])):
+            style = Colwise(input="I", output=output)  # type: ignore[arg-type]
             check(lambda: conv1d(24, 341), style, after, [AR], shapes=transposed)
 
     run_ranks(body, tp)
@@ -72,16 +74,16 @@ def test_rowwise(tp: int) -> None:
 
     def body() -> None:
         def check(make: Any, style: Rowwise, shapes: Any, bias: bool) -> None:
-            leaves = style.output or "replicate"
-            forward = [RS] if leaves == "sequence" else [AR]
-            backward = [AG] if leaves == "sequence" else []
-            backward += [AG] if style.input == "replicate" else []
-            backward += [AR] if bias and leaves == "sequence" else []  # of which a rank has the share of its own tokens
+            leaves = style.output or I
+            forward = [RS] if leaves == SEQUENCE else [AR]
+            backward = [AG] if leaves == SEQUENCE else []
+            backward += [AG] if style.input == I else []
+            backward += [AR] if bias and leaves == SEQUENCE else []  # of which a rank has the share of its own tokens
             kwargs: Any = dict(arrives=style.input, leaves=leaves, forward=forward, backward=backward, shapes=shapes)
             alone(make, style, WIDE, **kwargs)
 
-        for inputs in ("width", "replicate"):
-            for output in ("replicate", "sequence"):
+        for inputs in ("S(-1)", "I"):
+            for output in ("I", "S(1)"):
                 style = Rowwise(input=inputs, output=output)  # type: ignore[arg-type]
                 check(lambda: nn.Linear(341, 24), style, shapes, bias=True)
                 check(lambda: nn.Linear(341, 24, bias=False), style, shapes, bias=False)
@@ -98,7 +100,7 @@ def test_ranges_that_are_no_even_cut() -> None:
     def body() -> None:
         ranges = (((0, 3), (10, 13)), ((3, 10), (13, 16)))
         shapes = {"0.weight": ((6, 24), (10, 24)), "0.bias": ((6,), (10,)), "1.weight": ((24, 6), (24, 10)), "1.bias": (24,)}
-        rules = {"0": Colwise(ranges=ranges, input="replicate"), "1": Rowwise(ranges=ranges)}
+        rules = {"0": Colwise(ranges=ranges, input="I"), "1": Rowwise(ranges=ranges)}
         make = lambda: nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24))  # noqa: E731
         alone(make, "", X, rules=rules, shapes=shapes, forward=[AR], backward=[AR])
 
@@ -129,9 +131,9 @@ def test_colwise_embedding(tp: int) -> None:
         for padding in (None, 3):
             make = lambda padding=padding: nn.Embedding(11, 26, padding_idx=padding)  # noqa: E731
             alone(make, Colwise(), ids, shapes=shapes, forward=[AG], backward=[])
-            style = Colwise(output="sequence")
-            alone(make, style, ids, leaves="sequence", shapes=shapes, forward=[AG], backward=[AG])
-            alone(make, Colwise(output="replicate"), ids, shapes=shapes, forward=[AG], backward=[])
+            style = Colwise(output="S(1)")
+            alone(make, style, ids, leaves="S(1)", shapes=shapes, forward=[AG], backward=[AG])
+            alone(make, Colwise(output="I"), ids, shapes=shapes, forward=[AG], backward=[])
 
     run_ranks(body, tp)
 
@@ -175,14 +177,14 @@ def test_heads(tp: int) -> None:
                 "o.bias": (24,),
             }
             sums = [AR] if kv_heads < tp else []  # of all shared weights together
-            for inputs, forward, backward in (("replicate", [AR], [AR, *sums]), ("sequence", [AG, AR], [RS, *sums])):
+            for inputs, forward, backward in (("I", [AR], [AR, *sums]), ("S(1)", [AG, AR], [RS, *sums])):
                 # in shards of the sequence, the attention's input is gathered at its door: it reads the length from it
-                door, read = (PrepareInput(arrives=inputs), "gathered") if inputs == "sequence" else ("", inputs)
+                door, read = (PrepareInput(arrives=inputs), "R") if inputs == "S(1)" else ("", inputs)
                 rules = {
                     "q": Colwise(heads=heads, input=read),
                     "k": Colwise(heads=kv_heads, query_heads=heads, input=read),
                     "v": Colwise(heads=kv_heads, query_heads=heads, input=read),
-                    "o": Rowwise(output="replicate"),
+                    "o": Rowwise(output="I"),
                 }
                 make = lambda h=heads, k=kv_heads: Attention(h, k)  # noqa: E731
                 what = f"{heads} heads, {kv_heads} key/value heads, {inputs}"
@@ -195,8 +197,8 @@ def test_heads(tp: int) -> None:
 def test_shared_heads_lie_side_by_side() -> None:
     split = Colwise(heads=2, query_heads=8).splits(nn.Linear(24, 12), "k", tp=4)["weight"]
     assert split.ranges == (((0, 6),), ((0, 6),), ((6, 12),), ((6, 12),))
-    assert (split.dim, split.sum_over, split.sum_rows) == (0, 2, None)
-    assert Colwise(heads=4, query_heads=8).splits(nn.Linear(24, 24), "k", tp=4)["weight"].sum_over == 1
+    assert (split.dim, split.sum_over(4), split.shared_rows) == (0, 2, None)
+    assert Colwise(heads=4, query_heads=8).splits(nn.Linear(24, 24), "k", tp=4)["weight"].sum_over(4) == 1
 
 
 def test_a_gathered_output_needs_no_whole_heads() -> None:
@@ -204,7 +206,7 @@ def test_a_gathered_output_needs_no_whole_heads() -> None:
 
     def body() -> None:
         for heads, tp in ((1, dist.get_world_size()), (3, dist.get_world_size())):
-            style = Colwise(heads=heads, input="replicate", output="replicate")
+            style = Colwise(heads=heads, input="I", output="I")
             shapes = {"weight": (24 // tp, 24), "bias": (24 // tp,)}
             alone(lambda: nn.Linear(24, 24), style, X, shapes=shapes, forward=[AG], backward=[AR])
 
@@ -220,7 +222,7 @@ def test_evaluation_sends_the_forward_half() -> None:
     def body() -> None:
         whole = randomize_(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24)))
         model = copy.deepcopy(whole)
-        ltp.parallelize(model, mesh(), {"0": Colwise(input="replicate"), "1": "rowwise"})
+        ltp.parallelize(model, mesh(), {"0": Colwise(input="I"), "1": "rowwise"})
         x = X.clone()
         for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad):
             with mode(), Collectives() as comm:
@@ -239,7 +241,7 @@ def test_a_copy_trains_by_itself() -> None:
     def body() -> None:
         whole = randomize_(nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 24), nn.LayerNorm(24)))
         model = copy.deepcopy(whole)
-        plan = {"0": Colwise(input="replicate"), "1": Rowwise(output="sequence"), "2": Sequence(output="replicate")}
+        plan = {"0": Colwise(input="I"), "1": Rowwise(output="S(1)"), "2": Sequence(output="I")}
         ltp.parallelize(model, mesh(), plan)
         twin = copy.deepcopy(model)
         with torch.no_grad():
@@ -285,17 +287,31 @@ def test_heads_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    "style, option",
+    "style, options, allowed",
     [
-        (Colwise(input="width"), "input='width'"),  # type: ignore[arg-type]
-        (Colwise(output="sequence"), "output='sequence'"),
-        (Colwise(output="gathered"), "output='gathered'"),
-        (Rowwise(input="sequence"), "input='sequence'"),
-        (Rowwise(output="width"), "output='width'"),
-        (Rowwise(output="all"), "output='all'"),  # type: ignore[arg-type]
+        (Colwise, {"input": "S(-1)"}, "R or I or S(1)"),
+        (Colwise, {"output": "R"}, "S(-1) or I or S(1)"),
+        (Rowwise, {"input": "S(1)"}, "S(-1) or I"),
+        (Rowwise, {"output": "S(-1)"}, "I or S(1) or P"),
     ],
     ids=str,
 )
-def test_states_that_a_layer_can_not_take_or_leave(style: Any, option: str) -> None:
-    with pytest.raises(ltp.TPError, match=f"`up`: `{style.name}`.*{option}"):
-        style.splits(nn.Linear(8, 8), "up", 2)
+def test_states_that_a_layer_can_not_take_or_leave(style: Any, options: dict[str, Any], allowed: str) -> None:
+    ((option, state),) = options.items()
+    says = re.escape(f"`{style.name}({option}={state})`: {option} can be {allowed}.")
+    with pytest.raises(ltp.TPError, match=says):
+        style(**options)
+    with pytest.raises(ltp.TPError, match="`up`.*" + says):
+        ltp.Plan({"up": {"style": style.name, **options}})
+
+
+def test_what_is_no_state() -> None:
+    with pytest.raises(ltp.TPError, match=r"`rowwise\(output='all'\)`: 'all' is not a state.*'R'.*'I'.*'P'.*'S\(1\)'.*'S\(-1\)'"):
+        Rowwise(output="all")  # type: ignore[arg-type]
+
+
+def test_only_embeddings_leave_sequence_shards_of_their_columns() -> None:
+    with pytest.raises(
+        ltp.TPError, match=r"`up`: `colwise\(output=S\(1\)\)` is not for a linear layer: output can be S\(-1\) or I"
+    ):
+        Colwise(output="S(1)").splits(nn.Linear(8, 8), "up", 2)  # type: ignore[arg-type]

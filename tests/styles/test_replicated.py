@@ -25,8 +25,8 @@ def test_norm_on_this_ranks_tokens(tp: int, length: int) -> None:
     def body() -> None:
         for norm in (nn.LayerNorm, nn.RMSNorm):
             shapes = {"weight": (24,), "bias": (24,)}
-            for inputs, enter, back in (("sequence", [], []), ("replicate", [], [AG])):
-                for output, leave in (("sequence", []), ("replicate", [AG])):
+            for inputs, enter, back in (("S(1)", [], []), ("I", [], [AG])):
+                for output, leave in (("S(1)", []), ("I", [AG])):
                     style = Sequence(input=inputs, output=output)  # type: ignore[arg-type]
                     kwargs: Any = dict(arrives=inputs, leaves=output, shapes=shapes)
                     alone(lambda norm=norm: norm(24), style, x, forward=enter + leave, backward=[*back, AR], **kwargs)
@@ -41,7 +41,7 @@ def test_a_module_with_parameters_below_it() -> None:
         shapes = {"0.weight": (24,), "0.bias": (24,), "1.weight": (24, 24), "1.bias": (24,)}
         alone(
             lambda: nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24)),
-            Sequence(input="replicate", output="replicate"),
+            Sequence(input="I", output="I"),
             x,
             shapes=shapes,
             forward=[AG],
@@ -81,13 +81,13 @@ X = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(0))
 
 def test_replicate_with_a_share_of_the_gradient() -> None:
     def body() -> None:
-        for partial in (Replicate(partial_grad=True), "replicate"):  # the plan finds it out inside a gathered region
+        for partial in (Replicate(state="R"), "replicate"):  # the plan finds it out inside a gathered region
             alone(
                 Normed,
-                PrepareInput(arrives="sequence"),
+                PrepareInput(arrives="S(1)"),
                 X,
-                arrives="sequence",
-                rules={"up": "colwise", "down": Rowwise(output="replicate"), "norm": partial, "scale": partial},
+                arrives="S(1)",
+                rules={"up": "colwise", "down": Rowwise(output="I"), "norm": partial, "scale": partial},
                 shapes=SHAPES,
                 forward=[AG, AR],
                 backward=[RS, AR],
@@ -117,8 +117,8 @@ def test_replicate_of_what_all_ranks_see() -> None:
             "mlp.2.bias": (24,),
             "pos": (6, 24),
         }
-        for style in ("replicate", Replicate(partial_grad=False)):
-            rules = {"mlp.0": Colwise(input="replicate"), "mlp.2": "rowwise", "norm": style, "pos": style}
+        for style in ("replicate", Replicate(state="I")):
+            rules = {"mlp.0": Colwise(input="I"), "mlp.2": "rowwise", "norm": style, "pos": style}
             alone(Model, "", X, rules=rules, shapes=shapes, forward=[AR], backward=[AR])
 
     run_ranks(body, 2)
@@ -126,16 +126,16 @@ def test_replicate_of_what_all_ranks_see() -> None:
 
 def test_a_wrong_word_about_a_gradient_is_noticed_in_the_first_backward_pass() -> None:
     def body() -> None:
-        rules: dict[str, Any] = {"up": Colwise(input="replicate"), "down": "rowwise", "scale": Replicate(partial_grad=True)}
+        rules: dict[str, Any] = {"up": Colwise(input="I"), "down": "rowwise", "scale": Replicate(state="R")}
         model = randomize_(Normed())
-        ltp.parallelize(model, mesh(), {**rules, "norm": Replicate(partial_grad=False)})
-        with pytest.raises(ltp.TPError, match=r"`norm.weight` is whole.*not the same on all tp=2 ranks.*partial_grad=True"):
+        ltp.parallelize(model, mesh(), {**rules, "norm": Replicate(state="I")})
+        with pytest.raises(ltp.TPError, match=r"`norm.weight` is replicated.*not the same on all tp=2 ranks.*state='R'"):
             model(X).square().sum().backward()
 
         model = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 32), nn.Linear(32, 24))
-        rules = {"0": Replicate(partial_grad=True), "1": Colwise(input="replicate"), "2": "rowwise"}
+        rules = {"0": Replicate(state="R"), "1": Colwise(input="I"), "2": "rowwise"}
         ltp.parallelize(randomize_(model), mesh(), rules)
-        with pytest.raises(ltp.TPError, match=r"`0.weight`.*all tp=2 ranks have the same.*2 times too large.*partial_grad=False"):
+        with pytest.raises(ltp.TPError, match=r"`0.weight`.*all tp=2 ranks have the same.*2 times too large.*state='I'"):
             model(X).square().sum().backward()
 
     run_ranks(body, 2)
@@ -144,7 +144,7 @@ def test_a_wrong_word_about_a_gradient_is_noticed_in_the_first_backward_pass() -
 def test_dropout_drops_this_ranks_tokens() -> None:
     def body() -> None:
         model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4, bias=False))
-        plan = {"0": Sequence(), "1": Colwise(input="sequence", output="replicate")}
+        plan = {"0": Sequence(), "1": Colwise(input="S(1)", output="I")}
         ltp.parallelize(model, mesh(), plan)
         axis = model._tp_registry.gradients.axis
         axis.seq_len = 10
@@ -158,15 +158,15 @@ def test_dropout_drops_this_ranks_tokens() -> None:
 
 
 def test_splits() -> None:
-    assert {n: s.sum_over for n, s in Sequence().splits(nn.LayerNorm(4), "n", 4).items()} == {"weight": 4, "bias": 4}
+    assert {n: s.sum_over(4) for n, s in Sequence().splits(nn.LayerNorm(4), "n", 4).items()} == {"weight": 4, "bias": 4}
     assert Sequence().splits(nn.Dropout(), "d", 4) == {}
-    for style, copies in ((Replicate(), 1), (Replicate(partial_grad=False), 1), (Replicate(partial_grad=True), 4)):
-        assert {s.sum_over for s in style.splits(nn.LayerNorm(4), "n", 4).values()} == {copies}
+    for style, copies in ((Replicate(), 1), (Replicate(state="I"), 1), (Replicate(state="R"), 4)):
+        assert {s.sum_over(4) for s in style.splits(nn.LayerNorm(4), "n", 4).values()} == {copies}
         assert {s.dim for s in style.splits(nn.LayerNorm(4), "n", 4).values()} == {None}
 
 
 def test_states_that_it_can_not_take_or_leave() -> None:
     for option in ("input", "output"):
-        with pytest.raises(ltp.TPError, match=f"`n`: `sequence` has no `{option}='width'`.*'sequence' or 'replicate'"):
-            Sequence(**{option: "width"}).splits(nn.LayerNorm(4), "n", 2)
+        with pytest.raises(ltp.TPError, match=rf"`sequence\({option}=S\(-1\)\)`: {option} can be S\(1\) or I"):
+            Sequence(**{option: "S(-1)"})
     assert PrepareOutput().splits(nn.LayerNorm(4), "n", 2) == {}

@@ -32,17 +32,17 @@ TOKENS = torch.randint(0, 61, (2, 17), generator=torch.Generator().manual_seed(0
 
 OURS: list[tuple[Any, tuple[Any, ...]]] = [
     (ColwiseParallel(), (Colwise(),)),
-    (ColwiseParallel(input_layouts=Shard(1)), (Colwise(input="sequence"),)),
-    (ColwiseParallel(output_layouts=Replicate()), (Colwise(output="replicate"),)),
-    (ColwiseParallel(input_layouts=Shard(1), use_local_output=False), (VocabHead(input="sequence"),)),
+    (ColwiseParallel(input_layouts=Shard(1)), (Colwise(input="S(1)"),)),
+    (ColwiseParallel(output_layouts=Replicate()), (Colwise(output="I"),)),
+    (ColwiseParallel(input_layouts=Shard(1), use_local_output=False), (VocabHead(input="S(1)"),)),
     (ColwiseParallel(use_local_output=False), (VocabHead(),)),
-    (RowwiseParallel(), (Rowwise(output="replicate"),)),
-    (RowwiseParallel(input_layouts=Replicate()), (Rowwise(input="replicate", output="replicate"),)),
-    (RowwiseParallel(output_layouts=Shard(1)), (Rowwise(output="sequence"),)),
+    (RowwiseParallel(), (Rowwise(output="I"),)),
+    (RowwiseParallel(input_layouts=Replicate()), (Rowwise(input="I", output="I"),)),
+    (RowwiseParallel(output_layouts=Shard(1)), (Rowwise(output="S(1)"),)),
     (SequenceParallel(), (Sequence(),)),
     (
         PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
-        (PrepareInput(arrives="sequence", wanted="gathered", arg=0),),
+        (PrepareInput(arrives="S(1)", wanted="R", arg=0),),
     ),
     (
         PrepareModuleInput(
@@ -52,13 +52,13 @@ OURS: list[tuple[Any, tuple[Any, ...]]] = [
             desired_input_kwarg_layouts={"mask": Replicate()},
         ),
         (
-            PrepareInput(arrives="replicate", wanted="sequence", arg=1),
-            PrepareInput(arrives="sequence", wanted="gathered", arg="mask"),
+            PrepareInput(arrives="I", wanted="S(1)", arg=1),
+            PrepareInput(arrives="S(1)", wanted="R", arg="mask"),
         ),
     ),
     (
         PrepareModuleOutput(output_layouts=(Shard(1), Partial()), desired_output_layouts=(Replicate(), Shard(1))),
-        (PrepareOutput(index=0), PrepareOutput(arrives="partial", wanted="sequence", index=1)),
+        (PrepareOutput(index=0), PrepareOutput(arrives="P", wanted="S(1)", index=1)),
     ),
 ]
 
@@ -76,7 +76,7 @@ def test_ours_go_back(style: Any, ours: tuple[Any, ...]) -> None:
     for one in ours:
         again = from_torch(one.to_torch(module), "x")
         if isinstance(one, VocabHead):
-            assert again == (Colwise(input=one.input, output="replicate"),)
+            assert again == (Colwise(input=one.input, output="I"),)
         elif isinstance(one, PrepareOutput):
             assert again == (PrepareOutput(arrives=one.arrives, wanted=one.wanted),)
         else:
@@ -87,8 +87,8 @@ def test_row_wise_on_an_embedding_is_the_vocabulary() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
     plan = ltp.Plan({"0": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)), "1": ColwiseParallel()})
     embedding, up = plan.check(model, tp=2).entries
-    assert embedding.style == VocabEmbedding(output="sequence")
-    assert up.style == Colwise(input="sequence")  # torch's default layout says nothing: the plan knows
+    assert embedding.style == VocabEmbedding(output="S(1)")
+    assert up.style == Colwise(input="S(1)")  # torch's default layout says nothing: the plan knows
 
 
 # ------------------------------------------------------------------------------------------------------ a whole model
@@ -216,19 +216,18 @@ def test_what_has_no_counterpart(style: Any, message: str) -> None:
 @pytest.mark.parametrize(
     "style, message",
     [
-        (ColwiseParallel(input_layouts=Shard(-1)), "`colwise` has no `input='width'`"),
-        (ColwiseParallel(output_layouts=Shard(1)), "`colwise` has no `output='sequence'`"),
-        (RowwiseParallel(input_layouts=Shard(1)), "`rowwise` has no `input='sequence'`"),
-        (RowwiseParallel(output_layouts=Shard(-1)), "`rowwise` has no `output='width'`"),
-        (PrepareModuleInput(input_layouts=Shard(2), desired_input_layouts=Shard(1)), "from 'width' to 'sequence'"),
-        (PrepareModuleOutput(output_layouts=Shard(2), desired_output_layouts=Shard(1)), "from 'width' to 'sequence'"),
+        (ColwiseParallel(input_layouts=Shard(-1)), r"`colwise\(input=S\(-1\)\)`: input can be R or I or S\(1\)"),
+        (ColwiseParallel(output_layouts=Shard(1)), r"`colwise\(output=S\(1\)\)` is not for a linear layer"),
+        (RowwiseParallel(input_layouts=Shard(1)), r"`rowwise\(input=S\(1\)\)`: input can be S\(-1\) or I"),
+        (RowwiseParallel(output_layouts=Shard(-1)), r"`rowwise\(output=S\(-1\)\)`: output can be I or S\(1\) or P"),
+        (PrepareModuleInput(input_layouts=Shard(2), desired_input_layouts=Shard(1)), r"from S\(-1\) to S\(1\)"),
+        (PrepareModuleOutput(output_layouts=Shard(2), desired_output_layouts=Shard(1)), r"from S\(-1\) to S\(1\)"),
     ],
     ids=lambda v: type(v).__name__,
 )
 def test_placements_that_ours_do_not_have(style: Any, message: str) -> None:
-    plan = ltp.Plan({"0": style, "1": "colwise", "**": "replicate"})
     with pytest.raises(ltp.TPError, match=f"`0`: .*{message}"):
-        plan.check(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tp=2)
+        ltp.Plan({"0": style, "1": "colwise", "**": "replicate"}).check(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tp=2)
 
 
 def test_one_rule_takes_one_style() -> None:

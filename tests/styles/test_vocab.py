@@ -36,8 +36,8 @@ def test_embedding(tp: int) -> None:
             make = lambda padding=padding: nn.Embedding(V, 24, padding_idx=padding)  # noqa: E731
             alone(make, VocabEmbedding(), ids, shapes=shapes, forward=[AR], backward=[], what=f"padding {padding}")
             alone(make, "vocab_embedding", ids[0], shapes=shapes, forward=[AR], backward=[], what="(T,) ids")
-            style = VocabEmbedding(output="sequence")
-            alone(make, style, ids, leaves="sequence", shapes=shapes, forward=[RS], backward=[AG])
+            style = VocabEmbedding(output="S(1)")
+            alone(make, style, ids, leaves="S(1)", shapes=shapes, forward=[RS], backward=[AG])
 
     run_ranks(body, tp)
 
@@ -89,7 +89,7 @@ def test_head_with_gathered_logits(tp: int) -> None:
     transposed = {**shapes, "weight": tuple((24, n) for n in ROWS[tp])}
 
     def body() -> None:
-        for arrives, before, after in (("replicate", [], [AR]), ("sequence", [AG], [RS]), ("gathered", [], [])):
+        for arrives, before, after in (("I", [], [AR]), ("S(1)", [AG], [RS]), ("R", [], [])):
             for make, of in (
                 (lambda: nn.Linear(24, V), shapes),
                 (lambda: nn.Linear(24, V, bias=False), shapes),
@@ -112,7 +112,7 @@ def test_head_with_split_logits(tp: int) -> None:
 
     def body() -> None:
         rank = dist.get_rank()
-        for arrives, before, after in (("replicate", [], [AR]), ("sequence", [AG], [RS])):
+        for arrives, before, after in (("I", [], [AR]), ("S(1)", [AG], [RS])):
             whole = randomize_(Alone(nn.Linear(24, V)))
             model = copy.deepcopy(whole)
             style = VocabHead(input=arrives)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def test_the_wrong_module_and_the_wrong_states() -> None:
         VocabEmbedding().splits(nn.Linear(8, 8), "x", 2)
     with pytest.raises(ltp.TPError, match=r"`x`: the style `vocab_head` splits a linear layer, and this is a Embedding"):
         VocabHead().splits(nn.Embedding(8, 8), "x", 2)
-    with pytest.raises(ltp.TPError, match=r"`x`: `vocab_embedding` has no `output='width'`"):
-        VocabEmbedding(output="width").splits(nn.Embedding(8, 8), "x", 2)
-    with pytest.raises(ltp.TPError, match=r"`x`: `vocab_head` has no `input='width'`"):
-        VocabHead(input="width").splits(nn.Linear(8, 8), "x", 2)
+    with pytest.raises(ltp.TPError, match=r"`vocab_embedding\(output=S\(-1\)\)`: output can be I or S\(1\)"):
+        VocabEmbedding(output="S(-1)")
+    with pytest.raises(ltp.TPError, match=r"`vocab_head\(input=S\(-1\)\)`: input can be R or I or S\(1\)"):
+        VocabHead(input="S(-1)")

@@ -361,11 +361,11 @@ def test_mistakes_end_with_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def setup(model: Any = None, **options: Any) -> Callable[[], Any]:
         return lambda: fabric_of(TP2, **options).setup(model or build())
 
-    assert "Fabric has no batch on which one could be found" in message_of(setup(inputs=None))
-    assert "Following the forward of Llama to find a plan ended with" in message_of(setup(inputs=(torch.zeros(2, 12),)))
+    assert "Fabric has no batch from which one could be inferred" in message_of(setup(inputs=None))
+    assert "Could not infer a plan: tracing `Llama.forward` raised" in message_of(setup(inputs=(torch.zeros(2, 12),)))
     assert "`inputs` is a Tensor" in message_of(setup(inputs=INPUTS[0]))
     assert "matches no module" in message_of(setup(plan={"nope": "colwise"}))
-    assert "`tp=2` does not divide a world of 3 ranks" in message_of(lambda: fabric_of(TP2), 3)
+    assert "tp=2 needs a multiple of 2 devices, but the Fabric has 3" in message_of(lambda: fabric_of(TP2), 3)
     assert "`launcher='thread'`" in message_of(setup(launcher="thread"))
 
     def early() -> None:

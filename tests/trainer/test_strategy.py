@@ -17,15 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp import errors
+from lightning_tp.core.ops.rng import rng_state
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from lightning_tp.testing.fixtures import run_if
+from lightning_tp.trainer.adapt.finetuning import TRAINABLE
 
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -123,6 +125,13 @@ class Flat(Net):
         return self(batch["tokens"]).argmax(-1)
 
 
+class Direct(Flat):
+    """The step does not go through the LightningModule's own `__call__`, on which FSDP2 has its hooks."""
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(self.forward(batch["tokens"]).flatten(0, 1), batch["targets"].flatten())
+
+
 @dataclass
 class Result:
     losses: list[float]
@@ -191,7 +200,7 @@ def strategy(mesh: tuple[int, int] = TP2, **options: Any) -> ltp.TPStrategy:
 @both
 def test_fit_as_in_one_process(mesh: tuple[int, int]) -> None:
     """The same losses, weights and logged metrics; every rank shows the whole of them."""
-    makes = [Net, Mixed, Late, LateMixed, Flat]
+    makes = [Net, Mixed, Late, LateMixed, Flat, Direct]
     ranks = on(mesh[0] * mesh[1], lambda: [fit(make, strategy(mesh), mesh[0]) for make in makes])
     for make, *results in zip(makes, *ranks):
         assert_same(results, reference(), what=make.__name__)
@@ -227,7 +236,7 @@ def test_ways_to_name_the_strategy_and_the_plan(tmp_path: Path) -> None:
 
 def test_the_plans_source_is_said() -> None:
     _, output = run_ranks(lambda: fit(strategy=strategy()) and None, 2, init=False, return_output=True)[0]
-    assert "Plan, given, tp=2" in output and "layers.{0-1}.attention.wq" in output
+    assert "Plan (user-provided), tp=2" in output and "layers.{0-1}.attention.wq" in output
 
 
 @both
@@ -511,6 +520,41 @@ def test_resume_what_one_process_began(tmp_path: Path) -> None:
 
     assert_same(on(2, lambda: body(TP2)), ref)
     assert_same(on(4, lambda: body(MESH_2X2)), ref)
+
+
+def test_random_states_of_a_checkpoint_are_those_of_the_next_step() -> None:
+    """Where batches were prefetched, its loader is behind them already."""
+
+    class Draws(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            torch.manual_seed(3)
+            self.trainer.strategy.resume.rng_at_step = rng_state(self.trainer.strategy.device_mesh)
+            self.expected = torch.rand(2)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            if hasattr(self, "expected"):  # else it is traced for a plan
+                assert torch.equal(torch.rand(2), self.expected) and self.trainer.strategy.resume.rng_at_step is None
+            return super().training_step(batch, batch_idx)
+
+    on(2, lambda: trainer_of(strategy(), max_steps=2).fit(Draws(), data()))
+
+
+def test_which_weights_are_trained_is_saved(tmp_path: Path) -> None:
+    class Finetunes(BaseFinetuning):
+        def freeze_before_training(self, module: L.LightningModule) -> None:
+            self.freeze(module.model.layers[0])
+
+        def finetune_function(self, *args: Any) -> None:
+            pass
+
+    def body() -> list[str]:
+        trainer, module = trainer_of(strategy(), max_steps=1, callbacks=[Finetunes()]), Net()
+        trainer.fit(module, data())
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        return torch.load(tmp_path / "a.ckpt" / "meta.pt", weights_only=False)[TRAINABLE]
+
+    names = on(2, body)[0]
+    assert "model.layers.1.attention.wq.weight" in names and not any("layers.0." in name for name in names)
 
 
 def test_validate_a_checkpoint(tmp_path: Path) -> None:

@@ -80,11 +80,11 @@ def assert_ok(report: ParityReport, of: type[nn.Module]) -> None:
 def test_a_given_plan(tp: int, dp: int) -> None:
     report = verify(llama, (TOKENS,), next_token, tp=tp, dp=dp, plan=PLAN)
     assert_ok(report, llama)  # type: ignore[arg-type]
-    assert report.plan.source == "given" and report.plan.tp == tp
+    assert report.plan.source == "user-provided" and report.plan.tp == tp
     assert report.held == pytest.approx(1 / (tp * dp), abs=0.02)
     first, *_, last = str(report).splitlines()
     assert first.startswith(f"As in one process (tp={tp} x dp={dp}, 3 steps of SGD")
-    assert "Plan, given" in last
+    assert "Plan (user-provided)" in last
 
 
 def test_a_declared_plan() -> None:
@@ -152,7 +152,7 @@ def test_a_wrong_plan_is_found() -> None:
     """A norm on whole activations, its gradient said to be a share: the first backward pass sees it before the comparison does."""
     whole = Plan(PLAN).without_sequence_parallel()
     rules = [r for r in whole.rules if r.pattern != "layers.*.ffn_norm"]
-    rules += [ltp.Rule(f"layers.{i}.ffn_norm", {"style": "replicate", "partial_grad": i == 1}) for i in range(2)]
+    rules += [ltp.Rule(f"layers.{i}.ffn_norm", {"style": "replicate", "state": "RI"[i == 0]}) for i in range(2)]
     with pytest.raises(TPError, match=r"`layers\.1\.ffn_norm\.weight`: the plan says"):
         verify(llama, (TOKENS,), next_token, plan=Plan(rules))
 

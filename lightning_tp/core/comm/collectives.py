@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from lightning_tp._compat import all_gather_into, reduce_scatter_into
 from lightning_tp.core.comm.axis import Axis, even_shard
 
 unseen = torch._C.DisableTorchFunction  # by function modes: a module that has its calls changed would look at each one in here
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over the ranks, in place: `x` has to be this rank's own."""
+    """Sum `x` over the ranks, in place; return it."""
     axis.group.allreduce([x]).wait()
     return x
 
 
+def reduce_over(x: Tensor, groups: Iterable[dist.ProcessGroup], *, largest: bool = False) -> Tensor:
+    """Sum `x` over several groups, one after the other, or take the largest of each element; in place; return it."""
+    options = dist.AllreduceOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    for group in groups:
+        if group.size() > 1:
+            group.allreduce([x], options).wait()
+    return x
+
+
 def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
-    """Shards (.., ceil(length / tp), ..) -> the whole (.., length, ..), the padding of the last shards cut off."""
+    """All-gather shards (.., ceil(length / tp), ..) to (.., length, ..), without the padding of the last ones."""
     with unseen():
         x = x.contiguous()
         shape, tp = x.shape, axis.size
         out = x.new_empty((tp * shape[0], *shape[1:]))
-        axis.group._allgather_base(out, x).wait()
+        all_gather_into(out, x, axis.group)
         if dim == 0 or (dim == 1 and shape[0] == 1):  # the shards lie behind each other already
             whole = out if dim == 0 else out.view(1, tp * shape[1], *shape[2:])
             return whole if tp * shape[dim] == length else whole.narrow(dim, 0, length)
@@ -33,7 +47,7 @@ def all_gather(x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """Terms (.., length, ..) -> this rank's shard (.., ceil(length / tp), ..) of their sum, zeros in the padding."""
+    """Sum terms (.., length, ..) over the ranks and return this rank's shard (.., ceil(length / tp), ..), padded with zeros."""
     with unseen():
         tp, shape = axis.size, x.shape
         if dim == 1 and shape[0] > 1 and x.stride(0) < x.stride(1) and x.transpose(0, 1).is_contiguous():
@@ -47,12 +61,12 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
         else:
             rows = x.contiguous() if dim == 0 else torch.cat(x.chunk(tp, dim), 0)
             out = x.new_empty((rows.shape[0] // tp, *rows.shape[1:]))
-        axis.group._reduce_scatter_base(out, rows).wait()  # type: ignore[call-arg]  # its options have a default
+        reduce_scatter_into(out, rows, axis.group)
         return out
 
 
-def cut(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """The whole (.., length, ..) -> this rank's shard (.., ceil(length / tp), ..), zeros in the padding."""
+def shard_of(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Return this rank's shard (.., ceil(length / tp), ..) of a full tensor (.., length, ..), padded with zeros."""
     if x.shape[dim] % axis.size:
         x = _pad(x, dim, axis.size)
     shard = x.shape[dim] // axis.size
@@ -60,8 +74,8 @@ def cut(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return x.narrow(dim, axis.rank * shard, shard).clone(memory_format=torch.contiguous_format)
 
 
-def _columns(x: Tensor, axis: Axis) -> Tensor:
-    """The whole (.., width) -> (.., this rank's columns), of which the last ranks may have less."""
+def width_shard_of(x: Tensor, axis: Axis) -> Tensor:
+    """Return this rank's columns of a full tensor (.., width), without padding: the last ranks may have less."""
     mine = even_shard(x.shape[-1], axis.rank, axis.size)
     return x.narrow(-1, mine.start, len(mine)).clone(memory_format=torch.contiguous_format)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -88,3 +88,15 @@ def _spans(numbers: Iterable[int]) -> str:
 def starred(name: str) -> str:
     """`layers.3.wq` -> `layers.*.wq`: what blocks have in common."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def enclosing(name: str, modules: Container[str]) -> str:
+    """Return the innermost of `modules` that a module or parameter belongs to; "" if it belongs to none.
+
+    Example:
+        >>> enclosing("layers.3.mlp.weight", {"layers.3", "layers.4"})
+        'layers.3'
+    """
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name

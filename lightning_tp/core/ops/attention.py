@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis
-from lightning_tp.core.comm.transitions import partial_to_replicate
+from lightning_tp.core.comm.transitions import partial_to_invariant
 from lightning_tp.core.modules.swap_class import swap_class
 
 
@@ -140,7 +140,7 @@ def _shown(weights: Tensor, average: bool, batched: bool, heads: int, axis: Axis
     if average:
         with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
             mean = weights.sum(1) / heads  # heads of this rank
-        weights = mean if axis is None else partial_to_replicate(mean, axis)
+        weights = mean if axis is None else partial_to_invariant(mean, axis)
     return weights if batched else weights.squeeze(0)
 
 

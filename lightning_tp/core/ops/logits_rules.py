@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_tp.core.comm.axis import Axis, even_shard
-from lightning_tp.core.comm.transitions import replicate_to_gathered
+from lightning_tp.core.comm.transitions import invariant_to_replicate
 from lightning_tp.core.ops.cross_entropy import cross_entropy_of_split
 from lightning_tp.core.ops.split_logits import (
     DISPATCH_RULES,
@@ -82,7 +82,7 @@ def _part(a: Any, like: SplitLogits) -> Any:
     dim = like.vocab_dim - like.local.ndim
     if a.ndim >= -dim and a.shape[dim] == like.vocab:
         return _columns(a, dim, like.axis)
-    return replicate_to_gathered(a, like.axis) if torch.is_grad_enabled() and a.requires_grad else a
+    return invariant_to_replicate(a, like.axis) if torch.is_grad_enabled() and a.requires_grad else a
 
 
 def _cast(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

@@ -289,7 +289,7 @@ class RandomCallPolicy:
             if last is not None and (split := last[0].__dict__["_tp_split"]).dim == _out_dim(last[0]):
                 n, out = len(last[1]), last[1]
                 in_order = (
-                    split.sum_over > 1
+                    split.sum_over(axis.size) > 1
                     or all(  # each part of the features is cut in the order of the ranks
                         len(a) == len(b) and all(i[1] == j[0] for i, j in zip(a, b)) for a, b in zip(split.ranges, split.ranges[1:])
                     )

@@ -35,7 +35,7 @@ from torch._ops import OpOverload
 from torch.autograd import Function
 
 from lightning_tp.core.comm.axis import Axis, even_shard
-from lightning_tp.core.comm.transitions import replicate_to_width, width_to_replicate
+from lightning_tp.core.comm.transitions import invariant_to_width, width_to_invariant
 from lightning_tp.errors import TPError
 
 # name of a function, or of an operator -> what it does with split logits; filled by `logits_rules.py`, which makes the first tensor of this kind
@@ -211,13 +211,13 @@ def _gather(x: SplitLogits) -> Tensor:
         with torch.inference_mode(False):
             return _gather(x)
     with torch.no_grad():
-        whole = width_to_replicate(x.local.movedim(x.vocab_dim, -1), x.axis, x.vocab)
+        whole = width_to_invariant(x.local.movedim(x.vocab_dim, -1), x.axis, x.vocab)
         return whole.movedim(-1, x.vocab_dim).contiguous()
 
 
 def _columns(whole: Tensor, dim: int, axis: Axis) -> Tensor:
     """This rank's part of `whole` along `dim`; backward all-gather."""
-    return replicate_to_width(whole.movedim(dim, -1), axis).movedim(-1, dim)
+    return invariant_to_width(whole.movedim(dim, -1), axis).movedim(-1, dim)
 
 
 def _sizes(x: SplitLogits) -> tuple[int, ...]:

@@ -1,29 +1,37 @@
-"""What a rank sends and receives in a step: on the tensor-parallel axis as traced, and what FSDP2 and the gradients add."""
+"""List what a rank sends and receives in a step: the collectives of the trace, and those that FSDP2 and the gradients add."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_tp.core.comm.axis import even_shard
-from lightning_tp.estimate.cost.memory import trained, units_of
-from lightning_tp.estimate.trace.rank import LocalParam, Precision, RankModel
+from lightning_tp.estimate.rank.fsdp_units import units_of
+from lightning_tp.estimate.rank.rank_model import LocalParam, RankModel
+from lightning_tp.estimate.rank.settings import Precision
+
+OUTSIDE = "outside the blocks"
+FINITE = "gradients are finite"
+NORM = "norm of gradients"
+PARTIAL = "partial gradients"
+PER_STEP = frozenset({FINITE, NORM, PARTIAL})  # collectives of a step, and not of a micro-batch
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of a rank that are alike.
+    """Equal collectives of a rank.
 
     Args:
         kind: "all-reduce", "all-gather" or "reduce-scatter".
-        axis: "tp", "dp".
+        axis: "tp" or "dp".
         ranks: that take part.
-        bytes: of one: the whole tensor that is summed or gathered.
+        bytes: of the full tensor that one reduces or gathers.
         count: in a step.
-        where: the block it belongs to, a unit of FSDP2, or what it is for.
-        phase: "forward", "recompute", "backward", "step".
+        where: the block or FSDP2 unit that it belongs to, or what it is for.
+        phase: "forward", "recompute", "backward" or "step".
     """
 
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
@@ -36,63 +44,77 @@ class Collective:
 
 
 def collectives_of(
-    world: RankModel, precision: Precision, tp: int, dp: int, *, accumulate: int = 1, clip: bool = True, rank: int = 0
+    model: RankModel, precision: Precision, tp: int, dp: int, *, accumulate: int = 1, clip: bool = True
 ) -> tuple[Collective, ...]:
-    """All collectives of one optimizer step (but for what is checked in the very first)."""
-    found: Counter[tuple[object, ...]] = Counter()
-    for piece in world.trace.pieces:
-        if piece.again:
-            continue
-        for sent, n in world.trace.of(piece).sent.items():
-            found[sent.kind, "tp", tp, sent.bytes, piece.block, sent.phase] += n * accumulate
-        if piece.like is not None:
-            for sent, n in piece.sent.items():
-                found[sent.kind, "tp", tp, sent.bytes, piece.block, sent.phase] += n * accumulate
-    if dp > 1:
-        units = units_of(world, precision, dp)
-        runs = Counter(p.block for p in world.trace.pieces if p.phase == "forward")
-        back = Counter(p.block for p in world.trace.pieces if p.phase == "backward")
-        for name, unit in units.items():
-            if not unit.gathered:
-                continue
-            where = name or "outside of blocks"
-            if not name:
-                found["all-gather", "dp", dp, unit.gathered, where, "forward"] += accumulate
-            else:
-                found["all-gather", "dp", dp, unit.gathered, where, "forward"] += runs[name] * accumulate
-                found["all-gather", "dp", dp, unit.gathered, where, "backward"] += min(runs[name], back[name]) * accumulate
-            if unit.summed:
-                found["reduce-scatter", "dp", dp, unit.summed, where, "backward"] += 1
-    mine = trained(world)
+    """Return all collectives of one optimizer step; the checks of the very first step are left out.
+
+    Args:
+        model: traced.
+        precision: of the training.
+        tp, dp: the mesh.
+        accumulate: micro-batches of a step.
+        clip: whether the norm of all gradients is computed.
+    """
+    found: Counter[Collective] = Counter()
+    for one in (
+        *_of_trace(model, tp, accumulate),
+        *(_of_fsdp(model, precision, dp, accumulate) if dp > 1 else ()),
+        *_of_gradients(model, precision, tp, dp, clip),
+    ):
+        found[replace(one, count=0)] += one.count
+    return tuple(replace(one, count=count) for one, count in found.items() if count)
+
+
+def _of_trace(model: RankModel, tp: int, accumulate: int) -> Iterator[Collective]:
+    """Yield those on the tensor-parallel axis."""
+    for segment in model.trace.segments:
+        ran = model.trace.representative(segment)
+        for run in () if segment.duplicate else (ran,) if ran is segment else (ran, segment):
+            for call, n in run.collectives.items():
+                yield Collective(call.kind, "tp", tp, call.bytes, n * accumulate, segment.block, call.phase)
+
+
+def _of_fsdp(model: RankModel, precision: Precision, dp: int, accumulate: int) -> Iterator[Collective]:
+    """Yield those of FSDP2: all-gathers before each forward and backward (the root's stay), and reduce-scatters after the last backward."""
+    forwards = Counter(s.block for s in model.trace.segments if s.phase == "forward")
+    backwards = Counter(s.block for s in model.trace.segments if s.phase == "backward")
+    for name, unit in units_of(model, precision, dp).items():
+        where = name or OUTSIDE
+        if unit.gathered:
+            runs = forwards[name] if name else 1
+            again = min(runs, backwards[name]) if name else 0
+            yield Collective("all-gather", "dp", dp, unit.gathered, runs * accumulate, where, "forward")
+            yield Collective("all-gather", "dp", dp, unit.gathered, again * accumulate, where, "backward")
+        if unit.reduced:
+            yield Collective("reduce-scatter", "dp", dp, unit.reduced, 1, where, "backward")
+
+
+def _of_gradients(model: RankModel, precision: Precision, tp: int, dp: int, clip: bool) -> Iterator[Collective]:
+    """Yield those once per step: partial gradients are summed, a gradient scaler looks for infinities, and clipping takes the norm."""
     if tp > 1:
-        for (over, dtype), size in _shares(mine, dp).items():
-            found["all-reduce", "tp", over, size * dtype, "shares of gradients", "backward"] += 1
-    axes = [(name, n) for name, n in (("tp", tp), ("dp", dp)) if n > 1]
-    for name, n in axes if precision.scaled else ():
-        found["all-reduce", name, n, 4, "whether gradients are finite", "step"] += 1
-    for name, n in axes if clip and mine else ():
-        found["all-reduce", name, n, 4, "norm of gradients", "step"] += 1
-    return tuple(
-        Collective(kind, axis, ranks, size, n, where, phase)  # type: ignore[arg-type]
-        for (kind, axis, ranks, size, where, phase), n in found.items()
-        if n
-    )
+        for (over, itemsize), numel in _partial_gradients(model.trained, tp, dp).items():
+            yield Collective("all-reduce", "tp", over, numel * itemsize, 1, PARTIAL, "backward")
+    for wanted, where in ((precision.scaled, FINITE), (clip and model.trained, NORM)):
+        if wanted and tp > 1:
+            yield Collective("all-reduce", "tp", tp, 4, 1, where, "step")
+        if wanted and dp > 1:
+            yield Collective("all-reduce", "dp", dp, 4, 1, where, "step")
 
 
-def _shares(mine: list[LocalParam], dp: int) -> dict[tuple[int, int], int]:
-    """Elements of gradients that are summed at the end of the backward, by (ranks, bytes of one), on the first data-parallel rank."""
+def _partial_gradients(params: list[LocalParam], tp: int, dp: int) -> dict[tuple[int, int], int]:
+    """Count the elements of gradients that are summed over the tensor-parallel axis, by (ranks, bytes of one), on data-parallel rank 0."""
     found: Counter[tuple[int, int]] = Counter()
-    for h in mine:
-        split = h.split
-        if split.sum_over <= 1:
+    for p in params:
+        split = p.split
+        if split.sum_over(tp) <= 1:
             continue
-        rows = len(even_shard(h.tp_shape[0], 0, dp)) if h.tp_shape else 1
-        rest = math.prod(h.tp_shape[1:])
-        if split.sum_rows is not None and split.dim is not None:
-            start, stop = split.sum_rows
+        rows = len(even_shard(p.tp_shape[0], 0, dp)) if p.tp_shape else 1
+        rest = math.prod(p.tp_shape[1:])
+        if split.shared_rows is not None and split.dim is not None:
+            start, stop = split.shared_rows
             if split.dim == 0:
                 rows = max(0, min(stop, rows) - min(start, rows)) if dp > 1 else stop - start
             else:
-                rest = rest // h.tp_shape[split.dim] * (stop - start)
-        found[split.sum_over, h.dtype.itemsize] += rows * rest
+                rest = rest // p.tp_shape[split.dim] * (stop - start)
+        found[split.sum_over(tp), p.dtype.itemsize] += rows * rest
     return dict(found)

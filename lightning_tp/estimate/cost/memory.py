@@ -1,36 +1,42 @@
-"""What is in the memory of one rank over a step, by kind: from the trace, and from how FSDP2 and the optimizer keep things.
+"""Compute what is in the memory of one rank over a step, by category.
 
-FSDP2's own buffers follow its sources (`torch/distributed/fsdp/_fully_shard`): a unit's parameters whole while it runs, beside the flat
-tensor they were
-gathered into (in the forward until the next unit's; in the backward, the flat tensor of the unit that is gathered ahead), the flat input of a unit's
-reduce-scatter until the next unit's, and the root's parameters and gradients whole from the first module to the end of the backward.
+A step is a row of moments: each segment of the trace at its peak, each reduce-scatter of FSDP2, and the step of the optimizer. Each source of
+memory (parameters, gradients, activations, FSDP2's buffers, ..) is a function of its own that yields changes, (time, category, bytes). Their
+cumulative sums are the memory at each moment.
 
-Not in here: what the allocator rounds up and can't use (fragments), CUDA's context and NCCL's buffers; `Hardware.reserved` allows for these.
+FSDP2's buffers follow its sources (`torch/distributed/fsdp/_fully_shard`). A unit's all-gathered parameters are there while it runs, beside the
+flat tensor that they were gathered into: in the forward its own, in the backward that of the unit that is prefetched. The flat input of a unit's
+reduce-scatter stays until the next unit's. The root's parameters and gradients are unsharded from the first module to the end of the backward.
+
+Not in here: what the allocator rounds up and fragments, the CUDA context, and NCCL's buffers: see `Hardware.reserved_bytes` and `fragmentation`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
-from lightning_tp.estimate.trace.rank import LocalParam, Precision, RankModel
-from lightning_tp.estimate.trace.trace import Label, Levels, Segment
+from lightning_tp.core.modules.blocks import enclosing
+from lightning_tp.estimate.cost.activations import LiveSegment, live_segments
+from lightning_tp.estimate.rank.fsdp_units import Unit, units_of
+from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.rank.settings import Precision
 
 Kinds = Mapping[str, int]
-MODEL_KINDS = ("parameters", "gradients", "optimizer", "buffers")
-ACTIVATION_KINDS = ("attention", "MLP", "norms", "residual", "embedding", "logits and loss", "other", "backward")
 
 
 @dataclass(frozen=True)
 class MemorySnapshot:
-    """The memory at one time.
+    """The memory at one moment.
 
     Args:
         name: such as "backward of layers.79".
-        kinds: bytes of each kind.
+        kinds: bytes by category.
     """
 
     name: str
@@ -38,7 +44,7 @@ class MemorySnapshot:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes of all categories."""
         return sum(self.kinds.values())
 
 
@@ -48,9 +54,9 @@ class Memory:
 
     Args:
         parameters, gradients, optimizer, buffers: from one step to the next (gradients: after the backward).
-        activations: kept for the backward when the forward has ended, by kind.
-        peak: the moment when it is most.
-        timeline: the largest moment of each piece of the step, in order.
+        activations: saved for the backward when the forward has ended, by category.
+        peak: the moment with most.
+        timeline: all moments of the step, in order.
     """
 
     parameters: int
@@ -62,264 +68,243 @@ class Memory:
     timeline: tuple[MemorySnapshot, ...]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A unit of FSDP2 on a rank, bytes.
+def memory_of(model: RankModel, precision: Precision, dp: int, *, optimizer: int, scratch: int, accumulate: int = 1) -> Memory:
+    """Return the memory of a rank over a step.
 
     Args:
-        gathered: its parameters whole (its share of the tensor-parallel axis), as modules read them.
-        summed: its gradients, as they go into the reduce-scatter.
-        held: its shard.
-        gradients: of the shard.
-    """
-
-    gathered: int
-    summed: int
-    held: int
-    gradients: int
-
-
-def units_of(world: RankModel, precision: Precision, dp: int) -> dict[str, Unit]:
-    """FSDP2's units, by name; "" is the root's."""
-    found = {}
-    with_gradient = {h.name for h in trained(world)}
-    for name in world.units:
-        mine = [h for h in world.held if h.unit == name]
-        gathered = sum(h.numel * dp * (precision.gathered or h.dtype).itemsize for h in mine)
-        got = [h for h in mine if h.name in with_gradient]
-        summed = sum(h.numel * dp * (precision.reduced or precision.gathered or h.dtype).itemsize for h in got)
-        found[name] = Unit(
-            gathered,
-            summed,
-            sum(h.numel * h.dtype.itemsize for h in mine),
-            sum(h.numel * h.dtype.itemsize for h in got),
-        )
-    return found
-
-
-def _with_gradient(world: RankModel) -> frozenset[str]:
-    """Parameters that got a gradient, those of blocks like one that was followed included."""
-    got = set(world.trace.gradients)
-    blocks = {b: like for b, like in world.trace.followed.items() if b != like}
-    for h in world.held:
-        where = h.unit or h.name
-        while where and where not in blocks:
-            where = where.rpartition(".")[0]
-        if where and blocks[where] + h.name[len(where) :] in got:
-            got.add(h.name)
-    return frozenset(got)
-
-
-def trained(world: RankModel) -> list[LocalParam]:
-    """The parameters that get a gradient."""
-    got = _with_gradient(world)
-    return [h for h in world.held if h.trained and h.name in got]
-
-
-def memory_of(world: RankModel, precision: Precision, dp: int, *, optimizer: int, scratch: int, accumulate: int = 1) -> Memory:
-    """The memory of a rank over a step.
-
-    Args:
-        world: traced.
+        model: traced.
         precision: of the training.
         dp: data-parallel ranks.
         optimizer: bytes of its state.
-        scratch: bytes that its step needs for a while.
-        accumulate: micro-batches of a step; the last one is looked at.
+        scratch: bytes that its step needs temporarily.
+        accumulate: micro-batches of a step; the last one is shown.
     """
-    labels = _Labels(world)
-    units = units_of(world, precision, dp)
-    fsdp = dp > 1
-    mine = trained(world)
-    gradient = sum(h.numel * h.dtype.itemsize for h in mine)
-    fixed = {
-        "parameters": sum(h.numel * h.dtype.itemsize for h in world.held),
-        "optimizer": optimizer,
-        "buffers": world.buffers,
-    }
-    by_block = _block_gradients(world, mine)
-    unsummed = sum(u.summed for u in units.values()) if fsdp and accumulate > 1 else 0
-    grads = 0 if fsdp or accumulate == 1 else gradient  # held already when a piece begins
-
-    extra: Counter[str] = Counter()  # of blocks that are not followed
-    stand_in: Counter[str] = Counter()  # at the start of the last piece
-    moments: list[MemorySnapshot] = []
-    after_forward: dict[str, int] = {}
-    trace = world.trace
-    order = [p.block for p in trace.pieces if p.phase == "forward" and p.block and p.block in units]
-    ahead = {name: before for before, name in pairwise(order)}  # gathered while this one's backward runs
-    behind = {before: name for before, name in pairwise(order)}
-    root = units.get("", Unit(0, 0, 0, 0))
-    last_forward = [p for p in trace.pieces if p.phase == "forward"][-1]
-    for piece in trace.pieces:
-        of = trace.of(piece)
-        kinds = [labels.sum(levels) for levels in (piece.start, of.start, of.peak, of.end)]
-        start, of_start, of_peak, of_end = kinds
-        if piece.like is None:
-            peak = labels.sum(piece.peak)
-            end = labels.sum(piece.end)
-        else:
-            peak, end = start + _minus(of_peak, of_start), start + _minus(of_end, of_start)
-        backward = piece.phase == "backward"
-        unit = units.get(piece.block) if fsdp and piece.block else None
-        around: Counter[str] = Counter(fixed)
-        if fsdp:
-            around["gathered parameters"] = root.gathered
-            around["gradients"] += grads
-            around["unsharded gradients"] += unsummed
-            if unit is not None:
-                around["gathered parameters"] += unit.gathered
-                ahead_of = units[ahead[piece.block]].gathered if backward and piece.block in ahead else 0
-                around["FSDP2 buffers"] += ahead_of if backward else unit.gathered
-                if backward and piece.block in behind:
-                    around["FSDP2 buffers"] += units[behind[piece.block]].summed
-        else:
-            around["gradients"] += grads
-        name = _moment(piece, world)
-        grads_kind = "unsharded gradients" if fsdp else "gradients"
-        at_peak = _named(peak + extra, grads_kind if accumulate == 1 or fsdp else "")
-        if not piece.again:
-            moments.append(_as_moment(name, around + at_peak))
-        if backward and unit is not None and unit.summed:  # the gradients go into one flat tensor; the whole parameters are gone
-            reducing = Counter(around)
-            reducing["gathered parameters"] -= unit.gathered
-            reducing["FSDP2 buffers"] += unit.summed - (units[behind[piece.block]].summed if piece.block in behind else 0)
-            reducing["gradients"] += unit.gradients
-            moments.append(_as_moment(f"gradients of {piece.block} are summed", reducing + _named(end + extra, grads_kind)))
-        if backward and piece.block:
-            if fsdp:
-                grads += unit.gradients if unit is not None else 0
-                unsummed -= unit.summed if unit is not None and accumulate > 1 else 0
-            elif accumulate == 1:
-                grads += by_block.get(piece.block, 0)
-        if piece.like is not None:
-            change = _minus(of_end, of_start)
-            own = _minus(labels.sum(piece.end), start)
-            change["gradient"] -= of.freed
-            own["gradient"] -= piece.freed
-            extra.update(change)
-            if backward:
-                extra.subtract(own)
-        elif piece.again:  # with the block before, which is not followed either
-            extra.subtract(_minus(end, stand_in))
-        stand_in = start
-        if piece is last_forward:
-            extra.subtract(_let_go(world, labels))
-        if not backward:
-            after_forward = dict(_named(labels.sum(piece.end) + extra if piece.like is None else end + extra, ""))
-    if fsdp and root.summed:
-        left = labels.sum(trace.pieces[-1].end) + extra
-        last = Counter(fixed) + Counter({"gradients": grads + root.gradients, "FSDP2 buffers": root.summed})
-        last["FSDP2 buffers"] += units[order[0]].summed if order else 0
-        moments.append(_as_moment("gradients outside of blocks are summed", last + _named(left, "unsharded gradients")))
-    moments.append(_as_moment("step of the optimizer", {**fixed, "gradients": gradient, "optimizer's scratch": scratch}))
-    kept = {k: n for k, n in after_forward.items() if n > 0}
+    step = _Step(model, units_of(model, precision, dp) if dp > 1 else {}, optimizer, scratch, accumulate)
+    changes = [change for source in SOURCES for change in source(step)]
+    timeline = tuple(_snapshots(step.moments, changes))
+    saved = [s.after for s in step.live if s.segment.phase == "forward"][-1]
     return Memory(
-        fixed["parameters"],
-        gradient,
+        sum(p.bytes for p in model.params),
+        step.gradient_bytes,
         optimizer,
-        world.buffers,
-        kept,
-        max(moments, key=lambda m: m.total),
-        tuple(moments),
+        model.buffer_bytes,
+        {category: n for category, n in saved.items() if n > 0 and category != "gradient"},
+        max(timeline, key=lambda m: m.total),
+        timeline,
     )
 
 
-def _block_gradients(world: RankModel, mine: list[LocalParam]) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    blocks = set(world.blocks)
-    for h in mine:
-        where = h.name
-        while where and where not in blocks:
-            where = where.rpartition(".")[0]
-        if where:
-            found[where] += math.prod(h.tp_shape) * h.dtype.itemsize
-    return dict(found)
+class Change(NamedTuple):
+    """Bytes that begin (above 0) or end (below 0) at a moment, and stay so."""
+
+    time: int
+    category: str
+    bytes: int
 
 
-def _let_go(world: RankModel, labels: _Labels) -> Counter[str]:
-    """What ends to be alive with the forward, of blocks that were not followed."""
-    times = Counter(like for block, like in world.trace.followed.items() if block != like)
-    found: Counter[str] = Counter()
-    for label, n in world.trace.let_go.items():
-        where = label[0]
-        while where and where not in times:
-            where = where.rpartition(".")[0]
-        if where:
-            found.update(labels.sum({label: n * times[where]}))
-    return found
+def _during(time: int, category: str, size: int) -> Iterator[Change]:
+    yield Change(time, category, size)
+    yield Change(time + 1, category, -size)
 
 
-def _minus(a: Counter[str], b: Counter[str]) -> Counter[str]:
-    found = Counter(a)
-    found.subtract(b)
-    return found
+def _snapshots(moments: Iterable[_Moment], changes: Iterable[Change]) -> Iterator[MemorySnapshot]:
+    """Yield the memory at each moment: the sum of all changes up to it."""
+    at: dict[int, list[Change]] = defaultdict(list)
+    for change in changes:
+        at[change.time].append(change)
+    held: Counter[str] = Counter()
+    for moment in moments:
+        for change in at[moment.time]:
+            held[change.category] += change.bytes
+        yield MemorySnapshot(moment.name, {category: n for category, n in held.items() if n > 0})
 
 
-def _named(levels: Counter[str], gradients: str) -> Counter[str]:
-    found = Counter({k: n for k, n in levels.items() if n > 0 and k != "gradient"})
-    if gradients and levels["gradient"] > 0:
-        found[gradients] += levels["gradient"]
-    return found
+class _Moment(NamedTuple):
+    """A moment of the step.
+
+    Args:
+        time: its place among all.
+        name: for reading.
+        kind: a segment runs forward or backward; its unit's gradients are reduce-scattered; those of the root; the optimizer steps.
+        live: of the segment.
+        unit: of FSDP2, whose block runs; None outside of blocks, and for a block that is no unit of its own.
+    """
+
+    time: int
+    name: str
+    kind: Literal["forward", "backward", "reduce", "reduce root", "optimizer"]
+    live: LiveSegment
+    unit: Unit | None = None
+
+    @property
+    def block(self) -> str:
+        """The block that runs; "" outside of blocks."""
+        return self.live.segment.block
 
 
-def _as_moment(name: str, kinds: Mapping[str, int]) -> MemorySnapshot:
-    return MemorySnapshot(name, {k: int(n) for k, n in kinds.items() if n > 0})
+@dataclass(frozen=True)
+class _Step:
+    """A step, as all sources of memory see it.
+
+    Args:
+        model: on this rank.
+        units: FSDP2's; none with one data-parallel rank.
+        optimizer, scratch, accumulate: see `memory_of`.
+    """
+
+    model: RankModel
+    units: Mapping[str, Unit]
+    optimizer: int
+    scratch: int
+    accumulate: int
+
+    @cached_property
+    def live(self) -> list[LiveSegment]:
+        """All segments with their live bytes."""
+        return live_segments(self.model)
+
+    @cached_property
+    def moments(self) -> list[_Moment]:
+        """All moments in order; the step of the optimizer is the last one."""
+        found: list[_Moment] = []
+        for live in self.live:
+            segment = live.segment
+            unit = self.units.get(segment.block) if segment.block else None
+            where = f" of {segment.block}" if segment.block else " pass, outside the blocks"
+            if not segment.duplicate:
+                found.append(_Moment(len(found), segment.phase + where, segment.phase, live, unit))
+            if segment.phase == "backward" and unit is not None and unit.reduced:
+                found.append(_Moment(len(found), f"gradient reduction of {segment.block}", "reduce", live, unit))
+        if self.root.reduced:
+            found.append(_Moment(len(found), "gradient reduction, outside the blocks", "reduce root", self.live[-1]))
+        return [*found, _Moment(len(found), "step of the optimizer", "optimizer", self.live[-1])]
+
+    @property
+    def root(self) -> Unit:
+        """FSDP2's unit of all that is in no block."""
+        return self.units.get("", Unit(0, 0, 0))
+
+    @property
+    def end(self) -> int:
+        """The time of the optimizer's step."""
+        return len(self.moments) - 1
+
+    @property
+    def backward_end(self) -> int:
+        """The time after all segments and the reduce-scatters of blocks."""
+        return self.end - (self.root.reduced > 0)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradients of all parameters, as held after the backward."""
+        return sum(p.bytes for p in self.model.trained)
+
+    @property
+    def next_units(self) -> list[tuple[_Moment, _Moment]]:
+        """Each unit in the order of the forward, and the next one."""
+        return list(pairwise(m for m in self.moments if m.kind == "forward" and m.unit is not None))
 
 
-def _moment(piece: Segment, world: RankModel) -> str:
-    if piece.block:
-        return f"{piece.phase} of {piece.block}"
-    return f"{piece.phase} outside of blocks"
+def _model_state(step: _Step) -> Iterator[Change]:
+    yield Change(0, "parameters", sum(p.bytes for p in step.model.params))
+    yield Change(0, "optimizer", step.optimizer)
+    yield Change(0, "buffers", step.model.buffer_bytes)
+    yield Change(step.end, "optimizer's scratch", step.scratch)
 
 
-class _Labels:
-    """Which kind a module's activations are of."""
+def _gathered_parameters(step: _Step) -> Iterator[Change]:
+    """Yield the unsharded parameters of the unit that runs, and the root's through forward and backward."""
+    yield Change(0, "gathered parameters", step.root.gathered)
+    yield Change(step.backward_end, "gathered parameters", -step.root.gathered)
+    for m in step.moments:
+        if m.unit is not None and m.kind in ("forward", "backward"):
+            yield from _during(m.time, "gathered parameters", m.unit.gathered)
 
-    def __init__(self, world: RankModel) -> None:
-        self.classes = world.classes
-        self.blocks = set(world.blocks)
-        attention, products = set(), set()
-        for piece in world.trace.pieces:
-            for op in piece.ops:
-                if op.phase == "backward":
-                    continue
-                if op.kind == "attention" or op.name in ("_softmax", "bmm", "_safe_softmax"):
-                    attention.add(op.module)
-                elif op.kind == "product":
-                    products.add(op.module)
-        self.attention, self.products = attention, products
-        self.known: dict[Label, str] = {}
 
-    def sum(self, levels: Levels) -> Counter[str]:
-        """Bytes of each kind."""
-        found: Counter[str] = Counter()
-        for label, n in levels.items():
-            if n:
-                kind = self.known.get(label)
-                if kind is None:
-                    kind = self.known[label] = self._kind(label)
-                found[kind] += n
-        return found
+def _gradients(step: _Step) -> Iterator[Change]:
+    """Yield the gradients as they are held between steps: with FSDP2, each unit's shard from its reduce-scatter on."""
+    held = 0
+    for change in _sharded_gradients(step) if step.units else _block_gradients(step):
+        held += change.bytes
+        yield change
+    yield Change(step.end, "gradients", step.gradient_bytes - held)
 
-    def _kind(self, label: Label) -> str:
-        module, what = label
-        if what != "kept":
-            return what
-        if "norm" in self.classes.get(module, "").lower():
-            return "norms"
-        block = module
-        while block and block not in self.blocks:
-            block = block.rpartition(".")[0]
-        if not block:
-            if "embedding" in self.classes.get(module, "").lower():
-                return "embedding"
-            return "logits and loss" if module == "" or module in self.products else "other"
-        if module == block:
-            return "residual"
-        part = f"{block}.{module[len(block) + 1 :].partition('.')[0]}"
-        if any(m == part or m.startswith(part + ".") for m in self.attention):
-            return "attention"
-        if any(m == part or m.startswith(part + ".") for m in self.products):
-            return "MLP"
-        return "residual"
+
+def _sharded_gradients(step: _Step) -> Iterator[Change]:
+    for m in step.moments:
+        if m.kind == "backward" and m.unit is not None:
+            yield Change(m.time + 1, "gradients", m.unit.gradients)
+        elif m.kind == "reduce root":
+            yield Change(m.time, "gradients", step.root.gradients)
+
+
+def _block_gradients(step: _Step) -> Iterator[Change]:
+    """Yield each block's from the end of its backward on; with accumulation, all are there from the micro-batches before."""
+    if step.accumulate > 1:
+        yield Change(0, "gradients", step.gradient_bytes)
+        return
+    blocks = set(step.model.blocks)
+    by_block: Counter[str] = Counter()
+    for p in step.model.trained:
+        by_block[enclosing(p.name, blocks)] += math.prod(p.tp_shape) * p.dtype.itemsize
+    for m in step.moments:
+        if m.kind == "backward" and m.block:
+            yield Change(m.time + 1, "gradients", by_block[m.block])
+
+
+def _accumulated_gradients(step: _Step) -> Iterator[Change]:
+    """Yield the unsharded gradients of earlier micro-batches, which FSDP2 keeps until each unit's reduce-scatter."""
+    if step.accumulate == 1:
+        return
+    left = sum(unit.reduced for unit in step.units.values())
+    yield Change(0, "unsharded gradients", left)
+    for m in step.moments:
+        if m.kind == "reduce" and m.unit is not None:
+            left -= m.unit.reduced
+            yield Change(m.time + 1, "unsharded gradients", -m.unit.reduced)
+    yield Change(step.backward_end, "unsharded gradients", -left)
+
+
+def _all_gather_buffers(step: _Step) -> Iterator[Change]:
+    """Yield the flat tensors that parameters are gathered into: the unit's own, in the backward that of the next one, which is prefetched."""
+    prefetched = {after.block: before.unit for before, after in step.next_units}
+    for m in step.moments:
+        unit = prefetched.get(m.block) if m.kind in ("backward", "reduce") else m.unit
+        if unit is not None:
+            yield from _during(m.time, "FSDP2 buffers", unit.gathered)
+
+
+def _reduce_scatter_buffers(step: _Step) -> Iterator[Change]:
+    """Yield the flat inputs of reduce-scatters: a unit's own, and while its backward runs that of the unit before it in the backward."""
+    pending = {before.block: after.unit for before, after in step.next_units}
+    first = next((m.unit.reduced for m in step.moments if m.unit is not None), 0)  # of the forward: the last one of the backward
+    for m in step.moments:
+        unit = pending.get(m.block) if m.kind == "backward" else m.unit if m.kind == "reduce" else None
+        if unit is not None:
+            yield from _during(m.time, "FSDP2 buffers", unit.reduced)
+        elif m.kind == "reduce root":
+            yield from _during(m.time, "FSDP2 buffers", step.root.reduced + first)
+
+
+def _activations(step: _Step) -> Iterator[Change]:
+    """Yield what is alive at each moment. Gradients that nothing has reduced yet are among it, unless they are added to those already held."""
+    for m in step.moments[:-1]:
+        live = m.live.end if m.kind == "reduce" else m.live.after if m.kind == "reduce root" else m.live.peak
+        for category, size in live.items():
+            if category != "gradient":
+                yield from _during(m.time, category, max(0, size))
+            elif step.units:
+                yield from _during(m.time, "unsharded gradients", max(0, size))
+            elif step.accumulate == 1:
+                yield from _during(m.time, "gradients", max(0, size))
+
+
+SOURCES = (
+    _model_state,
+    _gathered_parameters,
+    _gradients,
+    _accumulated_gradients,
+    _all_gather_buffers,
+    _reduce_scatter_buffers,
+    _activations,
+)

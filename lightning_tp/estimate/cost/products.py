@@ -1,4 +1,4 @@
-"""The matrix products of a rank, one by one: their role, how they are cut into tiles, how fast they are, and where their seconds go."""
+"""Describe the matmuls of a rank one by one: their role, how they are cut into tiles, how fast they are, and where their time goes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_tp.estimate.cost.flops import Product
+from lightning_tp.estimate.cost.gemm_tiling import START, Tiling, tiling
 from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.roofline import kernel_seconds
-from lightning_tp.estimate.cost.tiles import START, Tiling, tiling
-from lightning_tp.estimate.trace.trace import Op
+from lightning_tp.estimate.trace.step_trace import Op
 
 
 class Lost(NamedTuple):
-    """Seconds of products beyond what their FLOPs take at the peak that is reached in training.
+    """Seconds of matmuls beyond those of their FLOPs at the peak that is achieved in training.
 
     Args:
         padding: tiles that reach over the edge.
-        waves: units that idle in the last wave.
+        waves: multiprocessors that idle in the last wave.
         tiles: small tiles, which read more for each FLOP.
         memory: waiting for memory.
-        start: starting and ending.
+        start: kernel launch latency.
     """
 
     padding: float = 0.0
@@ -34,7 +34,7 @@ class Lost(NamedTuple):
     start: float = 0.0
 
     def plus(self, other: Lost, times: int = 1) -> Lost:
-        """This and `times` the other."""
+        """Return the sum of this and `times` the other."""
         return Lost(*(a + times * b for a, b in zip(self, other)))
 
 
@@ -43,20 +43,20 @@ NOTHING = Lost()
 
 @dataclass(frozen=True)
 class MatmulShape:
-    """Products of a rank that are alike: `batch` times (m, k) x (k, n).
+    """Equal matmuls of a rank: `batch` times (m, k) x (k, n).
 
     Args:
-        modules: whose, with the number of the block as `*`.
-        role: "forward", "recompute", "grad of input", "grad of weight", or "backward" where it is not known which.
+        modules: that compute them, with the block's number as `*`.
+        role: "forward", "recompute", "grad of input", "grad of weight", or "backward" where it is unknown which.
         kind: "product" or "attention" (fused: m queries, n keys of width k).
         batch, m, n, k: the sizes; 0 for a convolution.
         dtype: of the operands.
-        counts: in a step, of each of the modules.
-        flops, bytes, seconds: of one; seconds as in the middle of training.
-        tile, split: how it is cut; (0, 0) and 0 where that is not known.
+        counts: of each of the modules, in a step.
+        flops, bytes, seconds: of one; the seconds as in the middle of training.
+        tile, split: how it is cut; (0, 0) and 0 where that is unknown.
         padding: share of the tiles' area that is padding.
-        idle: share of the last wave's units that idle.
-        lost: where its seconds go, of one.
+        idle: share of the last wave's multiprocessors that idle.
+        lost: where the seconds of one go.
     """
 
     modules: tuple[str, ...]
@@ -79,22 +79,22 @@ class MatmulShape:
 
     @property
     def count(self) -> int:
-        """In a step."""
+        """The number of all of them in a step."""
         return sum(self.counts)
 
     @property
     def intensity(self) -> float:
-        """FLOPs for each byte moved."""
+        """FLOPs for each byte that is moved."""
         return self.flops / self.bytes
 
     @property
     def flop_s(self) -> float:
-        """FLOP/s, predicted."""
+        """Predicted FLOP/s."""
         return self.flops / self.seconds
 
 
 def shapes_of(products: Iterable[Product], hw: Hardware) -> tuple[MatmulShape, ...]:
-    """The products of an estimate with their roles, tiles and times; those of equal shape and role are one."""
+    """Return the matmuls of an estimate with their roles, tiles and times; those of equal shape and role as one."""
     products = list(products)
     forwards = {p.module: p for p in products if p.phase == "forward" and p.kind == "product"}
     modules: dict[Any, Counter[str]] = defaultdict(Counter)
@@ -110,7 +110,15 @@ def shapes_of(products: Iterable[Product], hw: Hardware) -> tuple[MatmulShape, .
 
 
 def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], work: int) -> MatmulShape:
-    """One of them, with its time; `modules` with how often each has it."""
+    """Return one of them, with its time.
+
+    Args:
+        hw: the device.
+        p: the matmul.
+        role: see `MatmulShape`.
+        modules: how often each computes it.
+        work: FLOPs of one that have to be computed.
+    """
     names = tuple(sorted(modules))
     counts = tuple(modules[n] for n in names)
     dtype = getattr(torch, p.dtype)
@@ -118,7 +126,7 @@ def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], wo
     if p.kind == "product" and p.m:
         t = tiling(hw, *sizes, dtype, p.bytes)
         lost = Lost(*(x / hw.sustained for x in _lost(hw, t, work, dtype)))
-        seconds = t.seconds / hw.sustained  # as in the middle of training: see roofline.py
+        seconds = t.seconds / hw.sustained  # as in the middle of training: see `roofline`
         return MatmulShape(
             names, role, p.kind, *sizes, p.dtype, counts, work, p.bytes, seconds, t.tile, t.split, t.padding, t.idle, lost
         )
@@ -132,7 +140,7 @@ def shape_of(hw: Hardware, p: Product, role: str, modules: Mapping[str, int], wo
 
 
 def _lost(hw: Hardware, t: Tiling, work: int, dtype: torch.dtype) -> Lost:
-    """From its FLOPs at the reachable peak to its seconds, one reason after the other."""
+    """Go from its FLOPs at the achievable peak to its seconds, one reason after the other."""
     ideal = work / (hw.peak(dtype) * hw.product_efficiency)
     start = START if hw.device != "cpu" else 0.0
     padded = ideal / (1 - t.padding)
@@ -151,7 +159,7 @@ def _role(p: Product, forward: Product | None) -> str:
     return "grad of input" if of_input else "grad of weight"
 
 
-def longer(s: MatmulShape, times: float, hw: Hardware) -> MatmulShape:
-    """The attention of queries to `times` as many keys."""
+def with_more_keys(s: MatmulShape, times: float, hw: Hardware) -> MatmulShape:
+    """Return the attention of the same queries to `times` as many keys."""
     product = Product(s.batch, s.m, round(s.n * times), s.k, s.count, "", s.role, s.kind, s.dtype, 0, s.bytes, 0)
     return shape_of(hw, product, s.role, dict(zip(s.modules, s.counts)), round(s.flops * times))

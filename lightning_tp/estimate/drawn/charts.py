@@ -9,13 +9,13 @@ from lightning_tp.core.units import seconds, share, size
 from lightning_tp.estimate.drawn.drawing import BOLD, Drawing, fit, width_of, wrap
 from lightning_tp.estimate.drawn.picture_drawing import NARROW, WIDE
 from lightning_tp.estimate.drawn.series import block_collectives, kinds_of, memory_series, roofline_points, time_parts
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.report.step import StepReport
 
 GiB = 2**30
 MOST_BARS = 14
 
 
-def memory_over_step(found: Estimate, width: float = WIDE) -> Drawing:
+def memory_over_step(found: StepReport, width: float = WIDE) -> Drawing:
     """Bytes of a rank by kind at each moment, stacked."""
     series, moments, peak = memory_series(found), found.memory.timeline, found.memory.peak
     most = max(m.total for m in moments)
@@ -66,7 +66,7 @@ def memory_over_step(found: Estimate, width: float = WIDE) -> Drawing:
     return d
 
 
-def memory_at_peak(found: Estimate, width: float = WIDE) -> Drawing:
+def memory_at_peak(found: StepReport, width: float = WIDE) -> Drawing:
     """Bytes of each kind at the peak, as bars, and what a device has."""
     peak, limit = found.memory.peak, found.hardware.usable_bytes
     d = Drawing(width, label=f"Memory of a rank at the peak ({peak.name}), by kind: {size(peak.total)} of {size(limit)}")
@@ -86,7 +86,7 @@ def memory_at_peak(found: Estimate, width: float = WIDE) -> Drawing:
     return d
 
 
-def collectives(found: Estimate, width: float = WIDE) -> Drawing:
+def collectives(found: StepReport, width: float = WIDE) -> Drawing:
     """What the blocks send: bytes of each kind of collective in a block."""
     rows = sorted(block_collectives(found), key=lambda r: -r.bytes * r.each)
     d = Drawing(width, label="Collectives of a step in each block, by bytes")
@@ -110,7 +110,7 @@ def collectives(found: Estimate, width: float = WIDE) -> Drawing:
     return d
 
 
-def time_of_step(found: Estimate, width: float = WIDE) -> Drawing:
+def time_of_step(found: StepReport, width: float = WIDE) -> Drawing:
     """Seconds of a step by part, with overlap and one after the other."""
     parts, t = time_parts(found), found.time
     d = Drawing(width, label=f"Time of a step by part: {seconds(t.step)}, without overlap {seconds(t.without_overlap)}")
@@ -128,7 +128,7 @@ def time_of_step(found: Estimate, width: float = WIDE) -> Drawing:
     return d
 
 
-def roofline(found: Estimate, width: float = WIDE) -> Drawing:
+def roofline(found: StepReport, width: float = WIDE) -> Drawing:
     """The matrix products of a rank under the roof of the device: FLOPs for each byte moved, and FLOP/s."""
     points, hw = roofline_points(found), found.hardware
     d = Drawing(width, label=f"Matrix products under the roofline of {hw.name}: {len(points)} kinds")
@@ -170,7 +170,7 @@ def roofline(found: Estimate, width: float = WIDE) -> Drawing:
     return d
 
 
-def bar_of(found: Estimate, width: float, most: float) -> Drawing:
+def bar_of(found: StepReport, width: float, most: float) -> Drawing:
     """The memory of one choice as a small bar, on a scale up to `most` bytes."""
     peak = found.memory.peak
     d = Drawing(width, 18, f"{size(peak.total)} at the peak")
@@ -181,7 +181,7 @@ def bar_of(found: Estimate, width: float, most: float) -> Drawing:
     return d
 
 
-def all_of(found: Estimate, width: float = WIDE) -> list[Drawing]:
+def all_of(found: StepReport, width: float = WIDE) -> list[Drawing]:
     """All plots."""
     return [f(found, width) for f in (memory_over_step, memory_at_peak, collectives, time_of_step)]
 

@@ -10,7 +10,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.estimate.drawn.drawing import check_picture
 
 if TYPE_CHECKING:
-    from lightning_tp.estimate.matmul_report import Shapes
+    from lightning_tp.estimate.report.matmul import Shapes
 
 COLORS = (
     "#0072B2",

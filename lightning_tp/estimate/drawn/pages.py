@@ -23,10 +23,9 @@ from lightning_tp.estimate.drawn.picture import Picture
 from lightning_tp.estimate.drawn.picture_drawing import NARROW, WIDE, draw_picture
 from lightning_tp.estimate.drawn.picture_from_trace import of_world
 from lightning_tp.estimate.drawn.series import block_collectives, stretches, time_parts
-from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.tune_report import TuningResult
-from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.table import numels, shapes_rows
+from lightning_tp.estimate.report.step import StepReport
+from lightning_tp.estimate.report.tuning import TuningReport
+from lightning_tp.plan.checked import CheckedPlan
 
 PRODUCTS = 15  # largest products that are listed
 MOST_ON_PAPER = 2.2  # times its width that a picture may be high, to be printed on one sheet
@@ -67,7 +66,7 @@ figure svg.narrow{display:none!important}.scroll{overflow:visible}table{font-siz
 """
 
 
-def write_report(found: Estimate, path: str | Path, *, command: str = "") -> None:
+def write_report(found: StepReport, path: str | Path, *, command: str = "") -> None:
     """Write an estimate as HTML; see `Estimate.html`.
 
     Raises:
@@ -77,7 +76,7 @@ def write_report(found: Estimate, path: str | Path, *, command: str = "") -> Non
     write_text(path, report(found, command=command))
 
 
-def report(found: Estimate, *, command: str = "") -> str:
+def report(found: StepReport, *, command: str = "") -> str:
     """The HTML of an estimate."""
     title = f"{found.model} on {found.dp * found.tp:,} x {found.hardware.name}"
     drawn, rules = "", ""
@@ -118,7 +117,7 @@ def report(found: Estimate, *, command: str = "") -> str:
     return page(f"{title}: memory, communication and time of a training step", body)
 
 
-def write_plan(plan: Plan, picture: Picture, path: str | Path, *, command: str = "", held: Sequence[str] = ()) -> None:
+def write_plan(plan: CheckedPlan, picture: Picture, path: str | Path, *, command: str = "", held: Sequence[str] = ()) -> None:
     """Write a plan as HTML: its picture, and its table with the reasons.
 
     Args:
@@ -139,7 +138,7 @@ def write_plan(plan: Plan, picture: Picture, path: str | Path, *, command: str =
     write_text(path, page(title, body))
 
 
-def write_choices(found: TuningResult, path: str | Path, *, command: str = "") -> None:
+def write_choices(found: TuningReport, path: str | Path, *, command: str = "") -> None:
     """Write what `tune` found as HTML: the choices with their memory, the fastest first, and what is not possible.
 
     Raises:
@@ -206,7 +205,7 @@ def page(title: str, body: Iterable[str], wide: bool = False) -> str:
 # -------------------------------------------------------------------------------------------------------------- sections
 
 
-def _sentence(found: Estimate) -> str:
+def _sentence(found: StepReport) -> str:
     has = size(found.hardware.memory_bytes)
     fit = (
         f'<span class="good">fits</span>: {size(found.needed)} of {has} on each device'
@@ -217,7 +216,7 @@ def _sentence(found: Estimate) -> str:
     return f"<p>A step of training {fit}.</p><p class='dim'>{escape(words)}</p>"
 
 
-def _facts(found: Estimate) -> str:
+def _facts(found: StepReport) -> str:
     each = f"{found.tokens_per_s_per_device:,.0f} on a device"
     facts = [
         ("parameters", count(found.parameters), f"{count(found.held)} on a rank"),
@@ -236,7 +235,7 @@ def _facts(found: Estimate) -> str:
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
-def _memory(found: Estimate) -> str:
+def _memory(found: StepReport) -> str:
     m = found.memory
     kinds = sorted(m.peak.kinds.items(), key=lambda x: -x[1])
     at_peak = [(k, size(n), share(n, m.peak.total)) for k, n in kinds] + [("together", size(m.peak.total), "100%")]
@@ -260,7 +259,7 @@ def _memory(found: Estimate) -> str:
     )
 
 
-def _collectives(found: Estimate) -> str:
+def _collectives(found: StepReport) -> str:
     _, names, rows = next(t for t in found.tables() if t[0].startswith("Collectives"))
     blocks = [
         (r.where, r.phase, r.kind, r.axis, f"{r.ranks:,}", size(r.bytes), str(r.each), f"{r.blocks:,}", size(r.total))
@@ -278,7 +277,7 @@ def _collectives(found: Estimate) -> str:
     )
 
 
-def _flops(found: Estimate) -> str:
+def _flops(found: StepReport) -> str:
     total = sum(p.flops for p in found.products)
     ridge = found.peak_flops / found.hardware.memory_bandwidth
     rows = []
@@ -320,7 +319,7 @@ def _flops(found: Estimate) -> str:
     )
 
 
-def _time(found: Estimate) -> str:
+def _time(found: StepReport) -> str:
     rows = [(name, seconds(a), f"{a / found.time.step:.1%}", seconds(b)) for name, _, a, b in time_parts(found)]
     rows.append(("a step", seconds(found.time.step), "100%", seconds(found.time.without_overlap)))
     return _figure(lambda w: charts.time_of_step(found, w)) + _table(
@@ -333,10 +332,10 @@ def _picture(picture: Picture) -> str:
     return _figure(lambda w: draw_picture(picture, w), caption, chart=False)
 
 
-def _rules(plan: Plan) -> str:
-    total, held = numels(plan)
-    caption = f"The plan ({plan.source}): {total:,} parameters, a rank of tp={plan.tp} holds {held:,}"
-    return _table(caption, ("modules", "style", "whole -> on a rank", "reason"), shapes_rows(plan))
+def _rules(plan: CheckedPlan) -> str:
+    total, held = plan.numel, max(map(plan.local_numel, range(plan.tp)))
+    caption = f"The plan ({plan.source}): {total:,} parameters, up to {held:,} per rank of tp={plan.tp}"
+    return _table(caption, ("modules", "style", "full shape -> local shard", "reason"), plan.rows)
 
 
 def _made(command: str) -> str:

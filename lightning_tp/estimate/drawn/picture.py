@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
-from lightning_tp.estimate.trace.steps import Shape
+from lightning_tp.estimate.trace.forward_log import Shape
 
 StateKind = Literal["whole", "tokens", "features", "split", "partial", "unknown"]
 

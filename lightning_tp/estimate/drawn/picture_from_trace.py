@@ -16,10 +16,9 @@ from torch import nn
 from lightning_tp.core.modules.blocks import find_blocks
 from lightning_tp.estimate.drawn.picture import Border, Box, Frame, Picture, Row, State, Weight
 from lightning_tp.estimate.drawn.picture_fold import alike, beside, merged, partial
-from lightning_tp.estimate.trace.rank import RankModel
-from lightning_tp.estimate.trace.steps import ForwardEvent, Shape
-from lightning_tp.plan.plan import Plan
-from lightning_tp.plan.rule import Entry
+from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.trace.forward_log import ForwardEvent, Shape
+from lightning_tp.plan.checked import CheckedPlan, Entry
 
 MANY = 2  # modules that stay whole and are drawn as one
 BACK = {
@@ -104,7 +103,7 @@ def _registered(model: nn.Module, name: str = "") -> Node:
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def of_world(model: str, plan: Plan, world: RankModel, whole: RankModel) -> Picture:
+def of_world(model: str, plan: CheckedPlan, world: RankModel, whole: RankModel) -> Picture:
     """The picture of a model that was traced.
 
     Args:
@@ -114,19 +113,21 @@ def of_world(model: str, plan: Plan, world: RankModel, whole: RankModel) -> Pict
         whole: the trace of the model in one process.
     """
     backward: dict[str, list[ForwardEvent]] = {}
-    for piece in world.trace.pieces:
-        for sent, n in piece.sent.items():
+    for piece in world.trace.segments:
+        for sent, n in piece.collectives.items():
             if sent.phase == "backward":
-                backward.setdefault(sent.module, []).extend([ForwardEvent("sent", sent.module, sent.kind, bytes=sent.bytes)] * n)
-    root = tree_of(world.trace.steps, world.trace.followed)
+                backward.setdefault(sent.module, []).extend(
+                    [ForwardEvent("collective", sent.module, sent.kind, bytes=sent.bytes)] * n
+                )
+    root = tree_of(world.trace.forward, world.trace.followed)
     shapes: dict[str, list[Node]] = {}
-    for node in _nodes(tree_of(whole.trace.steps, whole.trace.followed)):
+    for node in _nodes(tree_of(whole.trace.forward, whole.trace.followed)):
         shapes.setdefault(node.module, []).append(node)
     made = _Maker(plan, world.classes, set(world.blocks), backward, shapes)
     return made.picture(model, root, "as the modules ran in the trace")
 
 
-def of_plan(model: nn.Module, plan: Plan) -> Picture:
+def of_plan(model: nn.Module, plan: CheckedPlan) -> Picture:
     """The picture of a model that can't be traced: modules as they were registered, no shapes of activations, no collectives."""
     classes = {n: type(m).__name__ for n, m in model.named_modules()}
     made = _Maker(plan, classes, {n for n, _ in find_blocks(model)}, {}, {})
@@ -144,7 +145,7 @@ def _nodes(node: Node) -> Iterator[Node]:
 class _Maker:
     def __init__(
         self,
-        plan: Plan,
+        plan: CheckedPlan,
         classes: Mapping[str, str],
         blocks: set[str],
         backward: Mapping[str, list[ForwardEvent]],
@@ -215,11 +216,11 @@ class _Maker:
         for event in node.events:
             if isinstance(event, Node):
                 rows_of.extend(self.rows(event, inside))
-            elif event.what == "sent":
+            elif event.what == "collective":
                 border = self._border(event, back, node.module, bool(rows_of) and not isinstance(rows_of[-1], Border))
                 last = not node.module and not any(isinstance(e, Node) for e in node.events[node.events.index(event) :])
                 rows_of.append(replace(border, reason="after the last module: the loss") if last else border)
-            elif event.what == "op" and event.name in ("attention", "product"):
+            elif event.what == "kernel" and event.name in ("attention", "product"):
                 rows_of.append(self._operation(event, whole))
         if back:
             rows.extend(self._entrance(node, back))
@@ -236,18 +237,20 @@ class _Maker:
     def _drawn(self, node: Node) -> bool:
         if node.module in self.own or any(self._drawn(c) for c in node.children):
             return True
-        return any(isinstance(e, ForwardEvent) and (e.what == "sent" or e.name in ("attention", "product")) for e in node.events)
+        return any(
+            isinstance(e, ForwardEvent) and (e.what == "collective" or e.name in ("attention", "product")) for e in node.events
+        )
 
     def _leaf(self, node: Node, prefix: str, arrives: State, leaves: State) -> list[Row]:
         back = self._pending(node)
         before, after, ran = list[Row](), list[Row](), False
-        kinds = {e.name for e in node.events if isinstance(e, ForwardEvent) and e.what == "op"}
+        kinds = {e.name for e in node.events if isinstance(e, ForwardEvent) and e.what == "kernel"}
         first = "product" if "product" in kinds else "other"
         notes: list[str] = []
         for event in node.events:
             if not isinstance(event, ForwardEvent):
                 continue
-            if event.what == "op":
+            if event.what == "kernel":
                 ran = ran or event.name == first
                 if event.name == "attention":
                     notes.append(self._operation(event, self._whole(node)).style)
@@ -302,14 +305,14 @@ class _Maker:
     def _weight(self, name: str, module: str) -> Weight:
         split, shape = self.plan.splits[name], self.plan.shapes[name]
         local = tuple(dict.fromkeys(split.local_shape(shape, r) for r in range(self.tp)))
-        return Weight(name[len(module) + 1 :] if module else name, tuple(shape), local, split.dim, split.sum_over)
+        return Weight(name[len(module) + 1 :] if module else name, tuple(shape), local, split.dim, split.sum_over(self.tp))
 
     def _as_one(self, node: Node, prefix: str, arrives: State, leaves: State) -> Box | None:
         """A container of which nothing is split and nothing sent: one box."""
         if node.module in self.holds or (any(c.module in self.blocks for c in _nodes(node)) and node.module not in self.blocks):
             return None
         inside = list(_nodes(node))
-        if any(isinstance(e, ForwardEvent) and e.what == "sent" for n in inside for e in n.events):
+        if any(isinstance(e, ForwardEvent) and e.what == "collective" for n in inside for e in n.events):
             return None
         if any(self.backward.get(n.source) for n in inside):
             return None
@@ -347,7 +350,7 @@ class _Maker:
 
     def _entrance(self, node: Node, back: list[ForwardEvent]) -> list[Row]:
         """Collectives that the backward alone has: where the module is entered."""
-        alone = not any(isinstance(e, ForwardEvent) and e.what == "sent" for e in node.events)
+        alone = not any(isinstance(e, ForwardEvent) and e.what == "collective" for e in node.events)
         reason = self._why(node.module, "prepare_input") if alone else ""
         return merged([Border("", b.name, b.bytes, reason=reason) for b in back])
 

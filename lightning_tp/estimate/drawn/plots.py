@@ -15,15 +15,17 @@ from lightning_tp.estimate.drawn.drawing import check_picture, under
 from lightning_tp.estimate.drawn.picture import Picture
 from lightning_tp.estimate.drawn.picture_drawing import draw_picture
 from lightning_tp.estimate.drawn.picture_from_trace import of_plan, of_world
-from lightning_tp.estimate.report import Estimate
-from lightning_tp.estimate.trace.rank import PRECISIONS, Precision, Settings, trace_step
+from lightning_tp.estimate.rank.settings import PRECISIONS, Precision, Settings
+from lightning_tp.estimate.rank.trace_step import trace_step
+from lightning_tp.estimate.report.step import StepReport
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 
 # what a plan is traced in: the model's own dtypes, or bfloat16, where a kernel is known for that alone on the meta device
 TRIED = (Precision("as it is"), PRECISIONS["bf16-true"])
 
 
-def plot(found: Estimate, path: str | Path) -> None:
+def plot(found: StepReport, path: str | Path) -> None:
     """Write plots of an estimate: memory over a step and at its peak, collectives of the blocks, time by part.
 
     Args:
@@ -40,7 +42,7 @@ def plot(found: Estimate, path: str | Path) -> None:
 def picture_of(
     model: nn.Module,
     inputs: Mapping[str, Any] | tuple[Any, ...],
-    plan: Plan,
+    plan: CheckedPlan,
     *,
     loss_fn: Callable[..., Tensor] | None = None,
 ) -> Picture:
@@ -63,10 +65,8 @@ def picture_of(
         >>> [f"{box.name}: {box.style}" for box in picture.boxes()], [border.words for border in picture.borders()]
         (['0: column-wise', '2: row-wise'], ['all-reduce'])
     """
-    from lightning_tp.estimate.trace.traces import loss_of
+    from lightning_tp.estimate.rank.inputs import loss_of
 
-    if not plan.entries or plan.tp is None:
-        raise TPError("A picture needs the sizes of a model: call `plan.check(model, tp)` first, it returns the plan to use.")
     whole = Plan({"**": "replicate"}).check(model, 1)
     losses = (loss_fn, None) if loss_fn is not None else (None,)  # one that holds real tensors can't be followed; the model can
     for precision, loss in product(TRIED, losses):

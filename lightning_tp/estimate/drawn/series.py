@@ -14,7 +14,7 @@ from lightning_tp.core.modules.blocks import fold
 from lightning_tp.estimate.cost.memory import MemorySnapshot
 from lightning_tp.estimate.cost.roofline import product_seconds
 from lightning_tp.estimate.drawn.drawing import COLORS
-from lightning_tp.estimate.report import Estimate
+from lightning_tp.estimate.report.step import StepReport
 
 ORDER = tuple(COLORS)  # of kinds: what lasts first
 
@@ -69,13 +69,13 @@ def kinds_of(moments: Sequence[MemorySnapshot]) -> list[str]:
     return sorted(found, key=lambda k: (ORDER.index(k) if k in ORDER else len(ORDER), k))
 
 
-def memory_series(found: Estimate) -> dict[str, list[int]]:
+def memory_series(found: StepReport) -> dict[str, list[int]]:
     """Bytes of each kind at each moment of `found.memory.timeline`."""
     moments = found.memory.timeline
     return {kind: [m.kinds.get(kind, 0) for m in moments] for kind in kinds_of(moments)}
 
 
-def stretches(found: Estimate) -> list[Stretch]:
+def stretches(found: StepReport) -> list[Stretch]:
     """The timeline in a few lines."""
     at, lines = 0, []
     for _, group in groupby(found.memory.timeline, key=lambda m: _starred(m.name)):
@@ -106,7 +106,7 @@ def _together(lines: list[Stretch]) -> list[Stretch]:
     return found
 
 
-def time_parts(found: Estimate) -> list[tuple[str, str, float, float]]:
+def time_parts(found: StepReport) -> list[tuple[str, str, float, float]]:
     """(part, color, seconds with overlap, seconds one after the other) of a step."""
     t = found.time
     parts = [
@@ -132,7 +132,7 @@ class Point:
     words: str
 
 
-def roofline_points(found: Estimate) -> list[Point]:
+def roofline_points(found: StepReport) -> list[Point]:
     """The matrix products of a micro-batch, as fast as they are taken to be."""
     points = []
     for p in found.products:
@@ -146,7 +146,7 @@ def roofline_points(found: Estimate) -> list[Point]:
     return points
 
 
-def block_collectives(found: Estimate) -> list[BlockCollective]:
+def block_collectives(found: StepReport) -> list[BlockCollective]:
     """The collectives of a step by block; those that many blocks have in one line, and these first."""
     each: Counter[tuple[str, str, str, str, int, int]] = Counter()
     for c in found.collectives:

@@ -1,25 +1,22 @@
-"""Run a model on the meta device as it would run on the device in question: under autocast, and with that device's fused kernels.
+"""Run a model on the meta device as a GPU (or the CPU) would run it: under autocast, and with that device's fused kernels.
 
-On the meta device there is no autocast, attention is written out, and dropout keeps a mask in the activation's own dtype. Here a
-`TorchFunctionMode` puts in their place what a GPU (or the CPU) has: it keeps the same tensors for the backward, so that what is counted on
-meta is what is
-held there.
+The meta device has no autocast, writes attention out, and keeps a dropout mask in the dtype of the activation. A `TorchFunctionMode` runs
+instead what the device has, and saves the same tensors for the backward, so that the bytes counted on the meta device are those of the device.
 
-| call | in its place, on "cuda" | on "cpu" |
+| call | on "cuda" | on "cpu" |
 |---|---|---|
-| `F.scaled_dot_product_attention` | keeps q, k, v, mask, output and a float32 a row (flash attention) | the same, but written out under dropout |
-| `F.dropout` | keeps one byte an element | as it is |
-| `F.rms_norm` | keeps its input and one float32 a row | as it is |
-| products under autocast | their operands in half precision | the same |
+| `F.scaled_dot_product_attention` | saves q, k, v, mask, output and one float32 per row (flash attention) | the same, but written out with dropout |
+| `F.dropout` | saves one byte per element | as on the meta device |
+| `F.rms_norm` | saves its input and one float32 per row | as on the meta device |
+| matmuls under autocast | operands in half precision | the same |
 | softmax, norms, losses under autocast | float32 | float32 for losses only |
 
-The lists of autocast are the essential part of PyTorch's (docs, "Autocast Op Reference"); a kernel that is not named keeps its dtype.
+The lists of autocast are the essential part of PyTorch's (docs, "Autocast Op Reference"); a kernel that is not listed keeps its dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
+
+from lightning_tp._compat import flash_attention_on_meta
 
 SDPA = F.scaled_dot_product_attention
 HALF = frozenset(
@@ -47,16 +46,14 @@ FLOAT = LOSSES | frozenset(
     }
 )  # fmt: skip
 
-FUSED: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # keeps what the kernels of all devices keep
-
 
 class Kernels(TorchFunctionMode):
     """The mode.
 
     Args:
         device: "cuda" or "cpu".
-        half: the dtype of autocast; None without it.
-        fused_attention: False writes it out, and keeps the scores.
+        half: dtype of autocast; None without autocast.
+        fused_attention: False writes attention out and saves its scores.
     """
 
     def __init__(self, device: str, half: torch.dtype | None, *, fused_attention: bool = True) -> None:
@@ -64,14 +61,16 @@ class Kernels(TorchFunctionMode):
         self.cuda = device != "cpu"
         self.half = half
         self.fused_attention = fused_attention
-        self.casts: dict[int, tuple[Tensor, Tensor]] = {}  # of weights, made once a forward, as autocast keeps them
-        self.lists: list[tuple[frozenset[Any], Callable[[Any], Any]]] = []
+        self.casts: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # id of a weight -> (it, its cast), until the forward ends, as autocast caches them
+        self.autocasts: list[tuple[frozenset[Any], Callable[[Any], Any]]] = []
         if half is not None:
-            self.lists = [(HALF, self._to_half), (FLOAT if self.cuda else LOSSES, _to_float)]
+            self.autocasts = [(HALF, self._to_half), (FLOAT if self.cuda else LOSSES, _to_float)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for functions, cast in self.lists:
+        for functions, cast in self.autocasts:
             if func in functions:
                 args, kwargs = [cast(x) for x in args], {k: cast(v) for k, v in kwargs.items()}
                 break
@@ -80,7 +79,7 @@ class Kernels(TorchFunctionMode):
         if self.cuda and func is F.dropout:
             return self._dropout(*args, **kwargs)
         if self.cuda and func is F.rms_norm and self._is_plain(args[0]):
-            return _RMSNorm.apply(args[0], *_of_norm(*args[1:], **kwargs))
+            return _RMSNorm.apply(args[0], *_norm_arguments(*args[1:], **kwargs))
         return func(*args, **kwargs)
 
     @staticmethod
@@ -115,27 +114,25 @@ class Kernels(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        fused = self.fused_attention and self._is_plain(query) and query.ndim == 4 and (self.cuda or dropout_p == 0)
-        if not fused or (attn_mask is not None and attn_mask.requires_grad):
-            return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         wide, narrow = query.shape[-1], value.shape[-1]
-        if narrow > wide:
+        fused = self.fused_attention and self._is_plain(query) and query.ndim == 4 and (self.cuda or dropout_p == 0)
+        if not fused or narrow > wide or (attn_mask is not None and attn_mask.requires_grad):
             return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if narrow < wide:  # values are padded to the width of keys, as the kernels want it
+        if narrow < wide:  # the kernels take values as wide as keys
             value = F.pad(value, (0, wide - narrow))
-        return FUSED(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0][..., :narrow]
+        return flash_attention_on_meta(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0][..., :narrow]
 
 
 def _to_float(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _of_norm(normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> tuple[int, Tensor | None]:
+def _norm_arguments(normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> tuple[int, Tensor | None]:
     return len(normalized_shape), weight
 
 
 class _RMSNorm(Function):
-    """(.., d) -> (.., d); as `torch._fused_rms_norm`."""
+    """(.., d) -> (.., d), saving what `torch._fused_rms_norm` saves."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: int, weight: Tensor | None) -> Tensor:
@@ -149,19 +146,3 @@ class _RMSNorm(Function):
         if weight is None:
             return torch.mul(grad, x), None, None
         return torch.mul(grad, x), None, torch.empty_like(weight)
-
-
-@contextmanager
-def memory_of_casts(kernels: Kernels) -> Iterator[None]:
-    """The forward: afterwards autocast lets go of the weights that it has cast."""
-    try:
-        yield
-    finally:
-        kernels.casts.clear()
-
-
-def attention_flops(q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> int:
-    """Multiply-adds times two of scores and weighted sums, both in full; the backward takes five products for the forward's two."""
-    b, h, s, d = q.shape
-    forward = 2 * b * h * s * k.shape[-2] * (d + v.shape[-1])
-    return forward * 5 // 2 if backward else forward

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from lightning_tp._compat import no_dispatch_modes, writes_into_arguments
+from lightning_tp._compat import is_in_place, without_dispatch_modes
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.errors import TPError
 from lightning_tp.infer.follow.features import FeatureSets
@@ -105,14 +105,14 @@ class Values(TorchDispatchMode):
         tensors = list(tensors_in((args, kwargs), depth=0))
         elsewhere = [t for t in tensors if t.ndim and not t.is_meta] if any(t.is_meta for t in tensors) else []
         if elsewhere:
-            with no_dispatch_modes():
+            with without_dispatch_modes():
                 twins = {id(t): self._twin(t) for t in elsewhere}
             args, kwargs = tree_map_only(Tensor, lambda t: twins.get(id(t), t), (args, kwargs))
             tensors = [twins.get(id(t), t) for t in tensors]
         out = _run(func, args, kwargs)
-        with no_dispatch_modes():
+        with without_dispatch_modes():
             self.keep_values(func, args, kwargs, out, tensors)
-        if elsewhere and writes_into_arguments(func):
+        if elsewhere and is_in_place(func):
             originals = {id(twins[id(t)]): t for t in elsewhere}
             for twin in originals:
                 self.values.pop(twin, None)  # those from before the write
@@ -132,7 +132,7 @@ class Values(TorchDispatchMode):
         outs = list(tensors_in(out, depth=0))
         if not outs or not outs[0].is_meta or any(t.is_meta and id(t) not in self.values for t in tensors):
             return
-        if writes_into_arguments(func) or sum(t.numel() for t in outs) > MOST_KNOWN:
+        if is_in_place(func) or sum(t.numel() for t in outs) > MOST_KNOWN:
             return
         cpu = torch.device("cpu")
         real = tree_map_only(Tensor, self.value, (args, kwargs))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_tp._compat import no_dispatch_modes
+from lightning_tp._compat import without_dispatch_modes
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.follow.features import gradient_is_partial, no_features, shrunk
 from lightning_tp.infer.follow.meta import Values
@@ -109,7 +109,7 @@ class FeatureTracer(Values):
         facts = [self.shadow(t) for t in tensors]
         if any(f.label is not None or f.param is not None or f.grad for f in facts):
             self.trace.classes.why = f"`{_name_of(func).strip('_')}` in `{self.stack[-1] or 'the model'}`"
-            with no_dispatch_modes():
+            with without_dispatch_modes():
                 self._follow(AtenCall(func, args, kwargs, out, tensors, facts))
         return out
 
@@ -123,7 +123,7 @@ class FeatureTracer(Values):
         rest = tuple(x if isinstance(x, (int, float, str, type(None))) else str(x) for x in leaves)
         made: tuple[Any, ...] = tuple(tuple(t.shape) for t in tensors_in(out, depth=0))
         if func is torch.ops.aten.lift_fresh.default and not out.is_meta and out.numel() <= MOST_WRITTEN:  # a literal in the code
-            with no_dispatch_modes():
+            with without_dispatch_modes():
                 made = (*made, str(out.tolist()))
         return self.stack[-1], func, rest, made
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp.core.comm.axis import State
+from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
 from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.features import shrunk
 from lightning_tp.infer.follow.trace import TensorFacts
@@ -49,7 +49,7 @@ class _Doors:
         self.model, self.cuts = model, cuts
         self.columns = {r.pattern: r.style for r in rules if isinstance(r.style, Colwise)}
         self.handles: list[Any] = []
-        self.reads: dict[str, set[str]] = {}
+        self.reads: dict[str, set[State]] = {}
         self.problem: str | None = None
 
     @contextmanager
@@ -112,9 +112,7 @@ class _Doors:
             @_unseen
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 label = tracer.shadow(args[0]).label if args else None
-                self.reads.setdefault(name, set()).add(
-                    "replicate" if label is None else "width" if bool(shrunk(label).any()) else "gathered"
-                )
+                self.reads.setdefault(name, set()).add(I if label is None else WIDTH if bool(shrunk(label).any()) else R)
 
             return hook
 
@@ -124,7 +122,7 @@ class _Doors:
             for region in cut.regions.values():
                 self._hook(region.name, enter(region), leave(region))
         for name, style in self.columns.items():
-            gathered = _unseen(lambda m, a, out: whole(out)) if style.output == "replicate" else None
+            gathered = _unseen(lambda m, a, out: whole(out)) if style.output == I else None
             self._hook(name, read(name), gathered)
 
     def _hook(self, name: str, enter: Any, leave: Any) -> None:
@@ -153,25 +151,25 @@ def _with_cuts(model: nn.Module, rules: list[Rule], cuts: list[SequencePlan], re
     sums, terms = {n for cut in cuts for n in cut.sums}, {n for cut in cuts for n in cut.terms}
     call_sums = {key: bias for cut in cuts for key, bias in cut.call_sums.items()}
     reads_of = {m: _alike(calls) for cut in cuts for m, calls in cut.reads.items()}
-    direct = {n for n, r in regions.items() if n in reads and reads[n] == {"gathered"} and len(r.args or ()) == 1}
+    direct = {n for n, r in regions.items() if n in reads and reads[n] == {R} and len(r.args or ()) == 1}
     new: list[Rule] = []
     for rule in _expanded(plan, model):
         if followed(rule.pattern, alike) != rule.pattern:
             continue
         style, name = rule.style, rule.pattern
-        if isinstance(style, Colwise) and (how := reads.get(name, {"replicate"})) != {"replicate"}:
-            if how != {"gathered"}:
+        if isinstance(style, Colwise) and (how := reads.get(name, {I})) != {I}:
+            if how != {R}:
                 raise NotSequenceParallel(f"`{name}` reads the stream and what is whole", {name})
-            style = replace(style, input="sequence" if name in direct else "gathered")
+            style = replace(style, input=SEQUENCE if name in direct else R)
         elif isinstance(style, Rowwise) and name in sums | terms:
-            style = replace(style, output="sequence" if name in sums else "partial")
+            style = replace(style, output=SEQUENCE if name in sums else P)
         elif isinstance(style, RewrittenCalls):
             inside = any(name == r or name.startswith(f"{r}.") for r, of in regions.items() if of.how == "return" and of.summed)
-            to: State = "partial" if inside else "replicate"
+            to: State = P if inside else I
             style = replace(
                 style,
                 calls=tuple(
-                    replace(c, to="sequence" if (name, c.name, c.at) in call_sums else to) if c.leave else c for c in style.calls
+                    replace(c, to=SEQUENCE if (name, c.name, c.at) in call_sums else to) if c.leave else c for c in style.calls
                 ),
             )
             if name in reads_of:
@@ -200,15 +198,15 @@ def _moves(cut: SequencePlan, direct: set[str]) -> Iterator[Rule]:
     """What crosses the ranks at the doors of blocks and regions."""
     yield Rule(
         cut.blocks[0],
-        PrepareInput(arrives="replicate", wanted="sequence", arg=cut.entry),
+        PrepareInput(arrives=I, wanted=SEQUENCE, arg=cut.entry),
         "the stream is cut into tokens here",
     )
     for region in cut.regions.values():
         for arg in (region.args or ()) if region.name not in direct else ():
-            yield Rule(region.name, PrepareInput(arrives="sequence", wanted="gathered", arg=arg), "gathered once for all in it")
+            yield Rule(region.name, PrepareInput(arrives=SEQUENCE, wanted=R, arg=arg), "gathered once for all in it")
         if region.how == "return" and region.summed:
-            yield Rule(region.name, PrepareOutput(arrives="partial", wanted="sequence"), "the ranks' terms are summed once")
-    yield Rule(cut.blocks[-1], PrepareOutput(arrives="sequence", wanted="replicate"), "and gathered here")
+            yield Rule(region.name, PrepareOutput(arrives=P, wanted=SEQUENCE), "the ranks' terms are summed once")
+    yield Rule(cut.blocks[-1], PrepareOutput(arrives=SEQUENCE, wanted=I), "and gathered here")
 
 
 def _on_tokens(model: nn.Module, rules: list[Rule], cuts: list[SequencePlan], found: CallChanges) -> Iterator[Rule]:

@@ -5,22 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_tp.core.comm.axis import State
+from lightning_tp.core.comm.state import I, State
 from lightning_tp.styles.base import as_tuples
 from lightning_tp.styles.split import Ownership
 
 SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})  # are given sizes of their result
 SPLIT_CALLS = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
 FACTORIES = frozenset({"zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full"})
-FIRST_SIZE = {
-    "unflatten": 2,
-    "zeros": 0,
-    "ones": 0,
-    "empty": 0,
-    "full": 0,
-    "rand": 0,
-    "randn": 0,
-}  # position; else 1: behind the tensor
+# where sizes begin among the arguments; else at 1: behind the tensor
+FIRST_SIZE = {"unflatten": 2, "zeros": 0, "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0}
 CONVOLUTIONS = frozenset(f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3))
 COUNTS = frozenset({"numel", "nelement", "__len__"})
 READS = frozenset({"__get__", "size"}) | COUNTS  # read sizes; "__get__" is `.shape`
@@ -60,7 +53,7 @@ class Call:
         leave: its result is a partial sum, which is reduced over the ranks; a bias among its arguments is added once.
         logits: its result stays split for the loss: the length of the vocabulary.
         groups: for each rank, how many groups of channels a convolution has.
-        to: with `leave`, what partial sums become: "replicate", "sequence" (this rank's tokens), or "partial" (as they are).
+        to: with `leave`, what partial sums become: `I`, `S(1)` (this rank's tokens), or `P` (partial sums, as they are).
     """
 
     name: str
@@ -72,7 +65,7 @@ class Call:
     leave: bool = False
     logits: int | None = None
     groups: tuple[int, ...] = ()
-    to: State = "replicate"
+    to: State = I
 
     @property
     def changes(self) -> bool:
@@ -84,4 +77,4 @@ def call_from(plain: dict[str, Any]) -> Call:
     """Return a call from plain data, as `RewrittenCalls.options` gives it and JSON keeps it."""
     plain = as_tuples(plain)
     operands = tuple(Operand(**{**o, "part": o["part"] and (o["part"][0], Ownership(**o["part"][1]))}) for o in plain["operands"])
-    return Call(**{**plain, "operands": operands})
+    return Call(**{**plain, "operands": operands, "to": State.of(plain["to"])})

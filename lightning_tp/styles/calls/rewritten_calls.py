@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.core.comm.transitions import outside
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.rewrite import rewritten
@@ -66,8 +67,14 @@ class RewrittenCalls(Style):
         else:
             swap_class(module, _UnderCallMode, _mode=_CallMode(self.calls, site.axis))
 
+    def without_sequence(self) -> Style:
+        calls = tuple(replace(c, to=I) if c.to == SEQUENCE else c for c in self.calls)
+        of_sequence = -1  # the denominator of a size that is the length of the sequence
+        calls = tuple(replace(c, sizes=()) if any(den == of_sequence for of in c.sizes for _, _, den in of) else c for c in calls)
+        return replace(self, calls=calls)
+
     def options(self) -> dict[str, Any]:
-        return {"calls": [asdict(c) for c in self.calls]} if self.calls else {}
+        return {"calls": [{**asdict(c), "to": str(c.to)} for c in self.calls]} if self.calls else {}
 
     def __str__(self) -> str:
         names = dict.fromkeys(c.name for c in self.calls)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_tp.core.comm.axis import Axis
-from lightning_tp.core.comm.transitions import length_of, replicate_to_gathered, transition
+from lightning_tp.core.comm.sequence import full_length
+from lightning_tp.core.comm.state import P
+from lightning_tp.core.comm.transitions import invariant_to_replicate, transition
 from lightning_tp.core.ops.logits_rules import split_logits
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.call import CONVOLUTIONS, COUNTS, FIRST_SIZE, READS, Call, Operand, Path
@@ -62,7 +64,7 @@ def _full_size(call: Call, args: Args, kwargs: Kwargs, axis: Axis) -> Any:
     """Return the size that code would read from the full tensor."""
     sizes = list(args[0].size())
     for at, num, den in call.sizes[axis.rank] if call.sizes else ():
-        sizes[at] = length_of(args[0], axis) if den == -1 else sizes[at] * num // den if den else num
+        sizes[at] = full_length(args[0], axis) if den == -1 else sizes[at] * num // den if den else num
     if call.name in COUNTS:
         return sizes[0] if call.name == "__len__" else math.prod(sizes)
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -79,7 +81,7 @@ def _with_operands(call: Call, args: Args, kwargs: Kwargs, axis: Axis) -> tuple[
         holder = _holder(operand.path, new, kwargs)
         x = holder[operand.path[-1]]
         if operand.enter and x.requires_grad:
-            x = replicate_to_gathered(x, axis)
+            x = invariant_to_replicate(x, axis)
         if operand.part is not None and not _is_local(x, operand, new, kwargs):
             x = part_of(x, operand.part, axis.rank)
         holder[operand.path[-1]] = x
@@ -188,7 +190,7 @@ def dim_of_item(items: Sequence[Any], position: int, ndim: int) -> int | None:
 def _reduced(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, axis: Axis) -> Any:
     """Run a product with a row-wise weight, and reduce its partial sums; a bias is added once."""
     func, args, kwargs, bias = _without_bias(call.name, func, args, kwargs)
-    reduce = transition("partial", call.to)
+    reduce = transition(P, call.to)
     out = func(*args, **kwargs)
     if reduce is not None:
         out = reduce(out, axis)

@@ -1,8 +1,8 @@
-"""Runs with Lightning's `BaseFinetuning` that go on from a checkpoint: what had been thawed is thawed again, with its optimizer groups.
+"""Resume a run with Lightning's `BaseFinetuning`: weights that were unfrozen are unfrozen again, with their optimizer groups.
 
-Such a callback freezes in `setup` and adds groups to the optimizer when an epoch begins. Lightning gives a resumed run the groups back in
-`on_fit_start`, before a checkpoint of shards is read, and leaves their weights frozen (in one process as well); here both are as they were,
-before the optimizer's state is read into them.
+Such a callback freezes weights in `setup`, and adds groups to the optimizer when an epoch begins. Lightning gives a resumed run these groups in
+`on_fit_start`, before a sharded checkpoint is read, and leaves their weights frozen (in one process as well). Here both are restored
+before the optimizer's state is loaded into them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ TRAINABLE = "lightning_tp_trainable"  # in a checkpoint: the names of the parame
 
 
 def note_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Put the names of the weights that are trained at this moment into a checkpoint, if a callback thaws any."""
-    if _thawing(trainer):
+    """Put the names of the parameters that require gradients into a checkpoint, if a callback changes which ones do."""
+    if _finetuning_callbacks(trainer):
         checkpoint[TRAINABLE] = [name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad]
 
 
 def restore_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Freeze and thaw as it was when the checkpoint was written, and give the optimizers the groups that they had.
+    """Freeze and unfreeze parameters as they were when the checkpoint was written, and add the groups that the optimizers had.
 
     Args:
-        trainer: it has its optimizers, as `configure_optimizers` made them.
-        checkpoint: what is not sharded of it.
+        trainer: Its optimizers are as `configure_optimizers` made them.
+        checkpoint: The part of it that is not sharded.
     """
-    states = [checkpoint.get("callbacks", {}).get(callback.state_key) for callback in _thawing(trainer)]
+    states = [checkpoint.get("callbacks", {}).get(callback.state_key) for callback in _finetuning_callbacks(trainer)]
     if not any(states):
         return
     parameters = dict(trainer.lightning_module.named_parameters())
@@ -46,5 +46,5 @@ def restore_trainable(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
             p.requires_grad_(trained is None or name in trained)
 
 
-def _thawing(trainer: pl.Trainer) -> list[BaseFinetuning]:
+def _finetuning_callbacks(trainer: pl.Trainer) -> list[BaseFinetuning]:
     return [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]  # type: ignore[attr-defined]

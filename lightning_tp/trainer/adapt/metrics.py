@@ -1,15 +1,15 @@
-"""Numbers as one process would have them: each logical element counted once, over the data-parallel axis, and no sharded tensor in sight.
+"""Metrics as in one process: each sample counts once, over the data-parallel axis, and no sharded tensor is logged or returned.
 
-The ranks of one tensor-parallel group work on the same batch, so all that is summed, averaged or gathered over ranks goes over the
-data-parallel axis: `self.log(sync_dist=True)`, `self.all_gather`, and torchmetrics, whose metrics gather over all ranks unless they
-were told otherwise. Callbacks that count ranks are told how many there are; a prediction writer runs on the first rank of each
-tensor-parallel group. All of it ends with the Trainer's run, but for the metrics of the module, which may be computed later.
+The ranks of one tensor-parallel group work on the same batch, so what is summed, averaged or gathered over ranks goes over the data-parallel
+axis: `self.log(sync_dist=True)`, `self.all_gather`, and torchmetrics, whose metrics gather over all ranks unless told otherwise. Callbacks that
+count ranks get the number of data-parallel ones; a prediction writer runs on the first rank of each tensor-parallel group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,84 +23,88 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
-from torchmetrics import Metric
+from torchmetrics import Metric, metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from lightning_tp._compat import local_tensor, patched
+from lightning_tp._compat import local_tensor
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.core.ops.split_logits import SplitLogits
+from lightning_tp.trainer.patches import private
+from lightning_tp.trainer.patches.replaced import replaced
 
 
-class MetricsOverDataParallel:
-    """What a strategy changes about the Trainer's counting for as long as it runs.
+@contextmanager
+def metrics_over_data_parallel(trainer: pl.Trainer, mesh: DeviceMesh, module: nn.Module) -> Iterator[None]:
+    """While a Trainer runs, reduce metrics over the data-parallel axis only, and let its callbacks count each sample once.
 
     Args:
-        trainer: whose callbacks have been set up.
-        mesh: of its strategy.
+        trainer: Its callbacks have been set up.
+        mesh: The strategy's.
+        module: Its metrics are reduced over the data-parallel axis afterwards, too.
     """
-
-    def __init__(self, trainer: pl.Trainer, mesh: DeviceMesh) -> None:
-        from lightning.pytorch.trainer.connectors.logger_connector import result
-        from torchmetrics import metric
-
-        self.mesh = mesh
-        self.gather = OverDataParallel(mesh.get_group(DATA_PARALLEL))
-        self._undo: list[Callable[[], None]] = [
-            patched(metric, "gather_all_tensors", self.gather),
-            patched(result._ResultCollection, "log", _log_plain(result._ResultCollection.log)),
-        ]
+    gather = GatherOverDataParallel(mesh.get_group(DATA_PARALLEL))
+    with ExitStack() as stack:
+        stack.enter_context(replaced(metric, "gather_all_tensors", lambda own: gather))
+        stack.enter_context(replaced(private.ResultCollection, "log", _log_full_tensors))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ThroughputMonitor):
-                for stage, throughput in callback._throughputs.items():
-                    callback._throughputs[stage] = _counted_once(throughput, mesh)
-            elif isinstance(callback, ModelSummary):
-                self._undo.append(patched(callback, "_summary", _WholeSummary.of(callback)))
-            elif isinstance(callback, BasePredictionWriter) and mesh.get_local_rank(TENSOR_PARALLEL):
-                for name in ("write_on_batch_end", "write_on_epoch_end"):
-                    self._undo.append(patched(callback, name, _nothing))
-
-    def close(self, module: nn.Module | None) -> None:
-        """Back to as it was; the metrics of the module go on counting over the data-parallel axis."""
-        while self._undo:
-            self._undo.pop()()
-        for m in module.modules() if module is not None else ():
-            if isinstance(m, Metric) and m.dist_sync_fn is None and m.process_group is None:
-                m.dist_sync_fn = self.gather
+            _adapt(callback, mesh, stack)
+        try:
+            yield
+        finally:
+            for m in module.modules():
+                if isinstance(m, Metric) and m.dist_sync_fn is None and m.process_group is None:
+                    m.dist_sync_fn = gather
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+def _adapt(callback: Any, mesh: DeviceMesh, stack: ExitStack) -> None:
+    if isinstance(callback, ThroughputMonitor):
+        throughputs = private.throughputs_of(callback)  # made for this run
+        throughputs.update({stage: MeshThroughput.like(own, mesh) for stage, own in throughputs.items()})
+    elif isinstance(callback, ModelSummary):
+        depth = private.summary_depth(callback)
+        make = lambda own: lambda trainer, pl_module: FullSummary(pl_module, max_depth=depth)  # noqa: E731
+        stack.enter_context(replaced(callback, "_summary", make))
+    elif isinstance(callback, BasePredictionWriter) and mesh.get_local_rank(TENSOR_PARALLEL):
+        for name in ("write_on_batch_end", "write_on_epoch_end"):
+            stack.enter_context(replaced(callback, name, lambda own: lambda *args, **kwargs: None))
 
 
 # --------------------------------------------------------------------------------------------------------------- tensors
 
 
-def plain(tree: Any) -> Any:
-    """The same nesting with every sharded tensor in it whole: a DTensor, split logits. A collective, if there are any."""
-    return tree_map_only(Tensor, _plain, tree)
+def full_tensors(tree: Any) -> Any:
+    """Replace every DTensor and every SplitLogits in a nesting by its full tensor. A collective, if there are any."""
+    return tree_map_only(Tensor, _full, tree)
 
 
-def _plain(t: Tensor) -> Tensor:
+def _full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, (DTensor, SplitLogits)) else t
 
 
-def _log_plain(log: Callable[..., None]) -> Callable[..., None]:
-    def log_plain(self: Any, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        log(self, fx, name, _plain(value) if isinstance(value, Tensor) else value, *args, **kwargs)
+def _log_full_tensors(own: Callable[..., None]) -> Callable[..., None]:
+    def log(self: Any, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, fx, name, _full(value) if isinstance(value, Tensor) else value, *args, **kwargs)
 
-    return log_plain
+    return log
+
+
+def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: Any) -> Tensor:
+    """Reduce a tensor over the ranks of a group, as Lightning does, but take the mean of integers in floating point."""
+    if not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
+        tensor = tensor.to(torch.float64 if tensor.device.type != "mps" else torch.float32)
+    return private.sync_over_group(tensor, group, reduce_op=reduce_op)
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup, *, sync_grads: bool = False) -> Tensor:
-    """This tensor (..) of each rank of the group -> (size of the group, ..).
+    """All-gather a tensor: (..) on each rank of the group -> (size of the group, ..).
 
     Args:
-        tensor: of the same shape on all ranks.
-        group: of the data-parallel axis, as a rule.
-        sync_grads: let the gradient flow back to where each part came from; the sum of all ranks' gradients.
+        tensor: Of the same shape on all ranks.
+        group: The data-parallel axis, as a rule.
+        sync_grads: Sum the gradients of all ranks, and hand each rank those of its own tensor.
     """
-    tensor = _plain(tensor)
+    tensor = _full(tensor)
     if sync_grads and torch.is_grad_enabled():
         return _AllGather.apply(tensor, group)
     return _gathered(tensor.detach(), group)
@@ -128,22 +132,22 @@ class _AllGather(torch.autograd.Function):
         return grad[ctx.group.rank()], None
 
 
-class OverDataParallel:
-    """What a torchmetrics metric gathers its states with: over the data-parallel axis, unless it was given a group.
+class GatherOverDataParallel:
+    """Gather the states of a torchmetrics metric over the data-parallel axis, unless the metric was given a group.
 
-    Copies of a metric share it; one that is pickled goes without.
+    Copies of a metric share it; a metric that is pickled goes without.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
     def __call__(self, result: Tensor, group: Any = None) -> list[Tensor]:
-        result = _plain(result)
+        result = _full(result)
         if group is not None and group is not dist.group.WORLD:
             return gather_all_tensors(result, group)
         return [result] if self.group.size() == 1 else gather_all_tensors(result, self.group)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OverDataParallel:
+    def __deepcopy__(self, memo: dict[int, Any]) -> GatherOverDataParallel:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,10 +157,18 @@ class OverDataParallel:
 # ------------------------------------------------------------------------------------------------------------- callbacks
 
 
-class _ThroughputOnce(Throughput):
-    """Lightning's, whose samples are those of the data-parallel ranks, and whose FLOPs are shared by all."""
+class MeshThroughput(Throughput):
+    """Lightning's Throughput, with the samples of the data-parallel ranks, and FLOPs that a tensor-parallel group shares."""
 
     tp: int
+
+    @classmethod
+    def like(cls, other: Throughput, mesh: DeviceMesh) -> MeshThroughput:
+        """Make one that goes on from another one, and shares its history."""
+        made = cls.__new__(cls)
+        made.__dict__.update(other.__dict__)
+        made.world_size, made.tp = mesh[DATA_PARALLEL].size(), mesh[TENSOR_PARALLEL].size()
+        return made
 
     @override
     def compute(self) -> dict[str, int | float]:
@@ -168,71 +180,63 @@ class _ThroughputOnce(Throughput):
         return metrics
 
 
-def _counted_once(throughput: Throughput, mesh: DeviceMesh) -> Throughput:
-    once = _ThroughputOnce.__new__(_ThroughputOnce)
-    once.__dict__.update(throughput.__dict__)
-    once.world_size, once.tp = mesh[DATA_PARALLEL].size(), mesh[TENSOR_PARALLEL].size()
-    return once
+def _num_full(module: nn.Module, *, trainable: bool = False) -> int:
+    """Count the elements of the full parameters of a module."""
+    parameters = [p for p in module.parameters() if p.requires_grad or not trainable]
+    return sum(math.prod(p._tp_shard.shape) if hasattr(p, "_tp_shard") else p.numel() for p in parameters)
 
 
-def _num_whole(module: nn.Module, *, trainable: bool = False) -> int:
-    """Elements of the whole model's parameters of this module."""
-    whole = 0
-    for p in module.parameters():
-        if p.requires_grad or not trainable:
-            whole += math.prod(p._tp_shard.shape) if hasattr(p, "_tp_shard") else p.numel()
-    return whole
-
-
-class _WholeLayer(LayerSummary):
-    """Counted when it is made: FSDP2 has other parameters after a forward."""
+class FullLayer(LayerSummary):
+    """A row of the summary, counted when it is made: FSDP2 replaces parameters in a forward."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.whole = _num_whole(module)
-        self.held = sum(local_tensor(p).numel() for p in module.parameters())
+        self.full = _num_full(module)
+        self.local = sum(local_tensor(p).numel() for p in module.parameters())
 
     @property
     @override
     def num_parameters(self) -> int:
-        return self.whole
+        return self.full
 
 
-class _WholeSummary(Summary):
-    """Lightning's table with the parameters of the whole model, and those of this rank beside them."""
+class FullSummary(Summary):
+    """Lightning's summary with the parameters of the full model, and those of this rank beside them.
 
-    _layer_summary: dict[str, _WholeLayer]  # type: ignore[assignment]
+    Args:
+        model: The LightningModule.
+        max_depth: As in Lightning's.
+    """
 
-    @classmethod
-    def of(cls, callback: ModelSummary) -> Callable[..., Summary]:
-        """What makes the summary of this callback."""
-        return lambda trainer, module: cls(module, max_depth=callback._max_depth)
+    def __init__(self, model: pl.LightningModule, max_depth: int) -> None:
+        self.root, self.depth = model, max_depth
+        super().__init__(model, max_depth=max_depth)
 
     @override
     def summarize(self) -> dict[str, LayerSummary]:
-        layers = {name: _WholeLayer(module) for name, module in self.named_modules}
-        self._all, self._trainable = _WholeLayer(self._model), _num_whole(self._model, trainable=True)
+        layers = {name: FullLayer(module) for name, module in self.named_modules}
+        self.total, self.trainable = FullLayer(self.root), _num_full(self.root, trainable=True)
         super().summarize()  # runs the example, if there is one, and so fills in the sizes
-        for layer in (self._all, *layers.values()):
+        for layer in (self.total, *layers.values()):
             layer.detach_hook()
-        depth = self._max_depth
-        return {name: layer for name, layer in layers.items() if depth < 1 or name.count(".") < depth}
+        self.rows = {name: layer for name, layer in layers.items() if self.depth < 1 or name.count(".") < self.depth}
+        return dict(self.rows)
 
     @property
     @override
     def total_parameters(self) -> int:
-        return self._all.whole
+        return self.total.full
 
     @property
     @override
     def trainable_parameters(self) -> int:
-        return self._trainable
+        return self.trainable
 
     @override
     def _get_summary_data(self) -> list[tuple[str, list[str]]]:
         data = super()._get_summary_data()
-        held = [get_human_readable_count(layer.held) for layer in self._layer_summary.values()]
-        if len(data[0][1]) > len(held):  # the row of parameters that are the LightningModule's own
-            held.append(get_human_readable_count(max(self._all.held - sum(x.held for x in self._layer_summary.values()), 0)))
-        data.insert(4, ("Params per Device", held))
+        local = [row.local for row in self.rows.values()]
+        if len(data[0][1]) > len(local):  # the row of parameters that are the LightningModule's own
+            local.append(max(self.total.local - sum(local), 0))
+        data.insert(4, ("Params per Device", [get_human_readable_count(n) for n in local]))
         return data

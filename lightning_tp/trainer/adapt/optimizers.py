@@ -1,16 +1,18 @@
-"""Optimizers of a split model: which can't work on shards, and which give other steps there than in one process."""
+"""Check the optimizers of a split model: some can't step on shards, and some take other steps there than in one process."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.optim import Optimizer
 
 from lightning_tp.errors import TPError
 
-OF_WHOLE_WEIGHTS = {  # optimizers that do not work element by element, and what they take of a weight
+NOT_ELEMENTWISE = {  # optimizers that look at a weight as a whole, and what they take of it
     "adafactor": "row and column statistics",
     "muon": "orthogonal directions",
     "lamb": "norms",
@@ -20,18 +22,23 @@ OF_WHOLE_WEIGHTS = {  # optimizers that do not work element by element, and what
 }
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The user's optimizer, if this is Lightning's wrapper around it."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
 def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, plain: bool = True) -> None:
-    """Warn of an optimizer whose steps on shards are others than on whole weights.
+    """Refuse an optimizer that can't step on shards, and warn of one that takes other steps there than on full weights.
 
     Args:
-        optimizer: of a model that `parallelize` was applied to.
-        dp: sizes of the mesh,
-        tp: likewise.
-        collected: where its parameters were collected, for the error.
-        plain: the parameters are this package's shards (not those of `backend="dtensor"`).
+        optimizer: Made from the parameters of a model that `parallelize` was applied to.
+        dp: The size of the data-parallel axis.
+        tp: The size of the tensor-parallel axis.
+        collected: Where its parameters were collected, for the error.
+        plain: The parameters are this package's shards (not those of `backend="dtensor"`).
 
     Raises:
-        TPError: if it steps parameters that are not the model's, or can't step on shards.
+        TPError: If it steps parameters that are not the model's, or can't step on shards.
     """
     name, world = type(optimizer).__name__, dp * tp
     strangers = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]
@@ -42,17 +49,17 @@ def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, p
         )
     if isinstance(optimizer, torch.optim.LBFGS) and world > 1:
         raise TPError(
-            "LBFGS takes its steps from dot products over all parameters, and a rank would take them of its shards only: the ranks "
-            f"would go different ways. It needs one process (here are {world}), or use another optimizer."
+            "LBFGS computes its steps from dot products over all parameters, and each rank would take them over its own shards only, so the "
+            f"ranks would diverge. Use one process (this run has {world}), or another optimizer."
         )
     if isinstance(optimizer, torch.optim.Adafactor) and dp > 1:
         raise TPError(
-            "torch's Adafactor can't step on FSDP2's shards (its in-place squares of partial norms), and "
+            "torch's Adafactor can't step on FSDP2's shards (it squares partial norms in place), and "
             f"dp={dp}. Use tp={world}, or another optimizer."
         )
-    if name.lower() in OF_WHOLE_WEIGHTS and tp > 1 and dist.get_rank() == 0:
+    if name.lower() in NOT_ELEMENTWISE and tp > 1 and dist.get_rank() == 0:
         warnings.warn(
-            f"{name} takes its {OF_WHOLE_WEIGHTS[name.lower()]} of each rank's shard of a split weight, not of the whole: its steps "
+            f"{name} takes {NOT_ELEMENTWISE[name.lower()]} of each rank's shard of a split weight, not of the full weight: its steps "
             "differ from those of one process.",
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
-"""Precision under a Trainer: what Lightning refuses for a model-parallel strategy, and a scaler of which all ranks think the same.
+"""Precision on a mesh: plugins for `16-mixed` and `bf16-mixed`, and a gradient scaler that all ranks agree on.
 
-`32-true`, `bf16-true` and `16-true` are Lightning's own plugins. Here are `16-mixed` and `bf16-mixed`, whose gradients are clipped after they
-were unscaled, whatever the optimizer, and the permission for `16-mixed` and `64-true`. What FSDP2 gathers and sums in is `fsdp_policy`.
+`32-true`, `bf16-true` and `16-true` are Lightning's own plugins; `patches/process.py` permits `16-mixed` and `64-true`, which Lightning refuses for
+model-parallel strategies. With mixed precision gradients are unscaled before they are clipped, whatever the optimizer.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch.amp import GradScaler
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_tp._compat import OptState, local_tensor, non_finite_check_and_unscale_
+from lightning_tp._compat import is_unscaled, local_tensor, non_finite_check_and_unscale_, scaler_settings
 from lightning_tp.errors import TPError
+from lightning_tp.trainer.adapt.optimizers import unwrapped
+from lightning_tp.trainer.patches import private
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
-def precision_of(plugin: Precision | None) -> Precision | None:
-    """The plugin that does the same on a mesh of ranks: Lightning's own where that is right."""
+def mesh_precision(plugin: Precision | None) -> Precision | None:
+    """Replace a precision plugin by its counterpart for a mesh of ranks, where Lightning's own is not right there."""
     if type(plugin) is not MixedPrecision:
         return plugin
     scaler = MeshGradScaler.like(plugin.scaler) if type(plugin.scaler) is GradScaler else plugin.scaler
@@ -34,7 +36,7 @@ def precision_of(plugin: Precision | None) -> Precision | None:
 
 
 def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
-    """FSDP2's policy for a Trainer's precision: what it gathers and computes in is half, what it sums in is float32.
+    """Choose FSDP2's policy for a Trainer's precision: it gathers and computes in half precision, and reduces in float32.
 
     Example:
         >>> fsdp_policy("16-mixed").param_dtype, fsdp_policy("16-mixed").reduce_dtype
@@ -51,14 +53,14 @@ def fsdp_policy(precision: str | int) -> MixedPrecisionPolicy:
 
 
 class MeshMixedPrecision(MixedPrecision):
-    """Lightning's, with a scaler for all ranks, and gradients that are unscaled before anything clips them.
+    """Lightning's mixed precision with a scaler that all ranks agree on, and gradients that are unscaled before anything clips them.
 
-    Lightning leaves unscaling to optimizers that can do it (`fused=True`), and refuses to clip their gradients, even where there is no scaler; with
-    `automatic_optimization=False` it clips gradients that are still scaled.
+    Lightning leaves unscaling to optimizers that can do it (`fused=True`), and refuses to clip their gradients, even without a scaler; in manual
+    optimization it clips gradients that are still scaled.
     """
 
     def span(self, groups: Iterable[dist.ProcessGroup]) -> None:
-        """The groups over which a gradient that is not finite is everybody's: those of both axes."""
+        """Set the groups over which the ranks agree on whether a gradient is finite: those of both axes of the mesh."""
         if isinstance(self.scaler, MeshGradScaler):
             self.scaler.groups = tuple(group for group in groups if group.size() > 1)
 
@@ -76,13 +78,13 @@ class MeshMixedPrecision(MixedPrecision):
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, LBFGS):
             raise TPError(
-                "`precision='16-mixed'`: LBFGS evaluates its closure several times a step, which a gradient scaler can't follow."
+                "`precision='16-mixed'`: LBFGS evaluates its closure several times per step, which a gradient scaler does not support."
             )
         result = closure()
         skipped = result is None and model.automatic_optimization  # the step returned None: there was no backward
         if not skipped:
             self._unscale(optimizer)
-        self._after_closure(model, optimizer)
+        private.after_closure(self, model, optimizer)
         if skipped:
             return result
         done = self.scaler.step(optimizer, **kwargs)  # not taken where a gradient on any rank is not finite
@@ -91,33 +93,26 @@ class MeshMixedPrecision(MixedPrecision):
 
     def _unscale(self, optimizer: Optimizer) -> None:
         assert self.scaler is not None
-        optimizer = getattr(optimizer, "_optimizer", optimizer)  # LightningOptimizer, in manual optimization
-        if self.scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+        optimizer = unwrapped(optimizer)  # in manual optimization
+        if not is_unscaled(self.scaler, optimizer):
             self.scaler.unscale_(optimizer)
 
 
-MeshMixedPrecision.__qualname__ = MixedPrecision.__qualname__  # under which a checkpoint has the scale: that of one process fits
+MeshMixedPrecision.__qualname__ = MixedPrecision.__qualname__  # the key of the scale in a checkpoint: that of one process fits
 
 
 class MeshGradScaler(GradScaler):
-    """torch's, for gradients of which each rank has its shards: what one rank finds not to be finite, all ranks know.
+    """torch's gradient scaler for sharded gradients: if a gradient is not finite on one rank, all ranks skip the step and reduce the scale.
 
-    So all ranks skip the same steps and have the same scale. One all-reduce an axis for each optimizer step.
+    One all-reduce per axis and optimizer step.
     """
 
     groups: tuple[dist.ProcessGroup, ...] = ()
 
     @classmethod
     def like(cls, other: GradScaler) -> MeshGradScaler:
-        """One with the same settings."""
-        return cls(
-            other._device,
-            init_scale=other._init_scale,
-            growth_factor=other._growth_factor,
-            backoff_factor=other._backoff_factor,
-            growth_interval=other._growth_interval,
-            enabled=other._enabled,
-        )
+        """Make one with the settings of another scaler."""
+        return cls(**scaler_settings(other))
 
     @override
     @torch.no_grad()

@@ -1,8 +1,7 @@
-"""Ranks that are started from one process and end before the next line runs: what a notebook needs.
+"""The launchers of this package: by the script itself, by fork or spawn, or none where torchrun or SLURM has started the ranks.
 
-Lightning's own launcher, beside which a script is started once for each rank (`python train.py`), or ranks are found (torchrun, SLURM).
-What comes back to the process that started them is what Lightning's `ddp_notebook` brings: metrics, results, and the weights, whole; and how
-far the run has come.
+Forked and spawned ranks end before the next line of a notebook runs. What comes back to the process that started them is what Lightning's
+`ddp_notebook` brings back (metrics, results, weights), with full weights, and the progress of the loops.
 """
 
 from __future__ import annotations
@@ -16,98 +15,112 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher, _WorkerOutput
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.multiprocessing import ProcessRaisedException
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.errors import HEAD_START, TPError
 from lightning_tp.shards.state_dict import full_state_dict
+from lightning_tp.trainer.patches import private
+from lightning_tp.trainer.patches.replaced import replace
+from lightning_tp.trainer.patches.run import checkpoint_path_found_by
 
-LAST_WORDS = 30.0  # seconds that a process waits for the ranks it has started, once it has come to its own end
-
-
-def end_with_children(launcher: Any) -> None:
-    """Let a process that has started the other ranks (`python train.py`) end after them, and with status 1 if one of them has failed.
-
-    Lightning's launcher ends without looking; so a rank that failed last of all (in `on_fit_end`, say) was not seen in the status. And its
-    thread, which looks every 5 s, kills all ranks the moment it finds one dead: they are left time to say which one that was.
-    """
-    children = getattr(launcher, "procs", None)
-    if children and not hasattr(launcher, "_tp_children"):
-        launcher._tp_children = children
-        atexit.register(_end_with, children)
-        for thread in threading.enumerate():
-            if getattr(thread, "_child_processes", None) is children:
-                thread._terminate_all = partial(_after_their_words, thread._terminate_all)  # type: ignore[attr-defined]
+CHILDREN_MAY_TAKE = 30.0  # seconds that a process waits for the ranks it has started, once it has come to its own end
 
 
-def _after_their_words(terminate: Callable[[], None]) -> None:
-    time.sleep(HEAD_START)
-    terminate()
+# ------------------------------------------------------------------------------------------------------- launchers of Trainers
 
 
-def _end_with(children: list[subprocess.Popen[Any]]) -> None:
-    failed = getattr(sys, "last_value", None) is not None
-    until = time.monotonic() + (2 * HEAD_START if failed else LAST_WORDS)
-    for child in children:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(max(0.0, until - time.monotonic()))
-        if failed and child.returncode is None:
-            child.kill()
-    if any(child.returncode for child in children):  # None: it still works, and this one has come to its end
-        if not failed:
-            sys.stderr.write("[rank 0] ends with status 1, since another rank has failed\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+def trainer_launcher(strategy: Any, method: str) -> Any:
+    """Make the launcher of a Trainer for "external" (the ranks run already), "popen" (the script runs once for each), "fork" or "spawn"."""
+    if method == "external":
+        return ExternalLauncher(strategy)
+    return ScriptLauncher(strategy) if method == "popen" else ProcessLauncher(strategy, start_method=method)
 
 
-class ProcessLauncher(_MultiProcessingLauncher):
-    """Lightning's, for ranks that hold shards: the weights that come back are whole, and an error of ours is seen as itself."""
+class ExternalLauncher(private.Launcher):
+    """No launcher: torchrun, SLURM and the like have started the ranks."""
 
-    _results: Any = None
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return True
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        with checkpoint_path_found_by(self.strategy, trainer, function, args, kwargs):
+            return function(*args, **kwargs)
+
+    @override
+    def kill(self, signum: Any) -> None:
+        """Kill none: whoever has started the ranks ends them."""
+
+
+class ScriptLauncher(private.ScriptLauncher):
+    """Lightning's launcher, which runs the script once more for each other rank of this machine."""
+
+    def __init__(self, strategy: Any) -> None:
+        super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+        self.strategy = strategy
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        with checkpoint_path_found_by(self.strategy, trainer, function, args, kwargs):
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+
+
+class ProcessLauncher(private.MultiProcessingLauncher):
+    """Lightning's launcher, for ranks that hold shards: full weights come back, and a `TPError` of a rank is raised as itself."""
+
+    results: Any = None  # of a run, while they are on their way back
+
+    def __init__(self, strategy: Any, start_method: Any) -> None:
+        super().__init__(strategy, start_method)
+        self.strategy, self.start_method = strategy, start_method
 
     @override
     def launch(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_used_cuda(self._strategy, self._start_method)
-        try:
+        refuse_used_cuda(self.strategy, self.start_method)
+        with errors_of_ranks_raised():
             super().launch(*args, **kwargs)
-        except ProcessRaisedException as error:
-            if own := own_error(error):
-                raise own from None
-            raise
-        results, self._results = self._results, None
+        results, self.results = self.results, None
         return results
 
     @override
-    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
-        one_thread(self._start_method)
-        super()._wrapping_function(*args, **kwargs)
+    def _wrapping_function(self, process_idx: int, trainer: Any, function: Any, args: Any, kwargs: Any, *queue: Any) -> None:
+        use_one_thread(self.start_method)
+        with checkpoint_path_found_by(self.strategy, trainer, function, args, kwargs):
+            super()._wrapping_function(process_idx, trainer, function, args, kwargs, *queue)
 
     @override
-    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> _WorkerOutput | None:
+    def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> private.WorkerOutput | None:
         trained = None
         if trainer.state.fn == TrainerFn.FITTING:  # every rank takes part
             progress = trainer.fit_loop.state_dict()
             progress["state_dict"].pop("combined_loader", None)  # of loaders that end with the ranks
             trained = full_state_dict(trainer.lightning_module), progress
-        if self._strategy.local_rank != 0:
+        if self.strategy.local_rank != 0:
             return None
         best = getattr(trainer.checkpoint_callback, "best_model_path", None)
-        return _WorkerOutput(best, to_file((trained, results)), trainer.state, None, self.get_extra_results(trainer))
+        file = write_results((trained, results))
+        return private.WorkerOutput(best, file, trainer.state, None, self.get_extra_results(trainer))
 
     @override
-    def _recover_results_in_main_process(self, worker_output: _WorkerOutput, trainer: pl.Trainer) -> None:
-        trained, self._results = from_file(worker_output.weights_path)
+    def _recover_results_in_main_process(self, worker_output: private.WorkerOutput, trainer: pl.Trainer) -> None:
+        trained, self.results = read_results(worker_output.weights_path)
         if trained is not None:
             weights, progress = trained
             copy_weights_back(trainer.lightning_module, weights)
@@ -115,12 +128,47 @@ class ProcessLauncher(_MultiProcessingLauncher):
         super()._recover_results_in_main_process(worker_output._replace(weights_path=None), trainer)
 
 
-def refuse_used_cuda(strategy: Any, method: str) -> None:
-    """Say it here, where the mistake is: torch raises in the forked ranks, and Lightning's own check sees nothing before.
+# -------------------------------------------------------------------------------------------------------- launchers of Fabrics
 
-    Raises:
-        TPError: if ranks that use GPUs are to be forked from a process that has used them.
-    """
+
+def fabric_launcher(strategy: Any, method: str) -> Any:
+    """Make the launcher of a Fabric, likewise; None where the ranks run already."""
+    if method == "external":
+        return None
+    if method == "popen":
+        return private.FabricScriptLauncher(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+    return FabricProcessLauncher(strategy, start_method=method)
+
+
+class FabricProcessLauncher(private.FabricMultiProcessingLauncher):
+    """Fabric's launcher, for ranks that hold shards: split logits come back whole, and a `TPError` of a rank is raised as itself."""
+
+    def __init__(self, strategy: Any, start_method: Any) -> None:
+        super().__init__(strategy, start_method)
+        self.strategy, self.start_method = strategy, start_method
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        refuse_used_cuda(self.strategy, self.start_method)
+        with errors_of_ranks_raised():
+            return read_results(super().launch(partial(_write_results_of, function), *args, **kwargs))
+
+    @override
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        use_one_thread(self.start_method)
+        super()._wrapping_function(*args, **kwargs)
+
+
+def _write_results_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Path | None:
+    results = tree_map_only(SplitLogits, lambda logits: logits.full_tensor(), function(*args, **kwargs))  # every rank takes part
+    return write_results(results) if int(os.environ["LOCAL_RANK"]) == 0 else None
+
+
+# ------------------------------------------------------------------------------------------------------- forked and spawned ranks
+
+
+def refuse_used_cuda(strategy: Any, method: str) -> None:
+    """Refuse to fork ranks that use GPUs from a process that has used them: torch would raise in the ranks, far from the mistake."""
     if method == "fork" and strategy.parallel_devices[0].type == "cuda" and torch.cuda.is_initialized():
         raise TPError(
             "This process has used a GPU already, and ranks that are forked from it could not use theirs. Restart the notebook's kernel, and leave "
@@ -128,42 +176,89 @@ def refuse_used_cuda(strategy: Any, method: str) -> None:
         )
 
 
-def one_thread(method: str) -> None:
-    """Let a forked rank compute with one thread: the pool of a process that has computed with several before is gone after a fork, and the
-    first operation that asks for it waits for ever."""
+def use_one_thread(method: str) -> None:
+    """Let a forked rank compute with one thread.
+
+    A fork does not copy the thread pool of a process that has computed with several, and the first operation that uses it would hang.
+    """
     if method == "fork":
         os.environ["OMP_NUM_THREADS"] = "1"  # Lightning then leaves it
         torch.set_num_threads(1)
 
 
-def to_file(results: Any) -> Path:
-    """Write what comes back where the other process finds it: a queue would hand it memory of a process that has ended."""
+@contextlib.contextmanager
+def errors_of_ranks_raised() -> Iterator[None]:
+    """Raise the `TPError` that ended a rank, where torch raises an error with its traceback as text."""
+    try:
+        yield
+    except ProcessRaisedException as error:
+        mark = f"\n{TPError.__module__}.{TPError.__name__}: "
+        if mark not in str(error):
+            raise
+        raise TPError(str(error).rpartition(mark)[2].strip()) from None
+
+
+def write_results(results: Any) -> Path:
+    """Write results to a file for the process that started this one: a queue would hand over memory of a process that has ended."""
     path = Path(tempfile.mkdtemp()) / "results.pt"
     torch.save(results, path)
     return path
 
 
-def from_file(path: Any) -> Any:
-    """Read what `to_file` has written, onto the CPU, and remove it."""
+def read_results(path: Any) -> Any:
+    """Read what `write_results` has written, onto the CPU, and remove the file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=False)  # our own
     finally:
         shutil.rmtree(Path(path).parent)
 
 
-def own_error(error: ProcessRaisedException) -> TPError | None:
-    """The `TPError` that ended a rank, if it was one."""
-    mark = f"\n{TPError.__module__}.{TPError.__name__}: "
-    text = str(error)
-    return TPError(text.rpartition(mark)[2].strip()) if mark in text else None
-
-
-def copy_weights_back(module: torch.nn.Module, whole: dict[str, torch.Tensor]) -> None:
-    """Put weights that came back from the ranks into the module of the process that started them."""
+def copy_weights_back(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy full weights that came back from the ranks into the module of the process that started them."""
     on_meta = any(p.is_meta for p in module.parameters())
-    lost = module.load_state_dict(whole, strict=False, assign=on_meta).unexpected_keys
+    lost = module.load_state_dict(weights, strict=False, assign=on_meta).unexpected_keys
     if lost:  # made in `configure_model`, which has run on the ranks only
         rank_zero_warn(
-            f"{len(lost)} of {len(whole)} trained weights (`{lost[0]}`, ..) have no place in the module of this process: they were made on the "
+            f"{len(lost)} of {len(weights)} trained weights (`{lost[0]}`, ..) have no place in the module of this process: they were made on the "
             "ranks. Make them in `__init__`, or load a checkpoint."
         )
+
+
+# ------------------------------------------------------------------------------------------------ ranks that run the script again
+
+
+def end_with_children(launcher: Any) -> None:
+    """Let a process that has started the other ranks (`python train.py`) end after them, and with status 1 if one of them has failed.
+
+    Lightning's launcher ends without waiting, so a rank that fails last of all (in `on_fit_end`, say) would not show in the exit status. And its
+    thread, which looks every 5 s, kills all ranks as soon as it finds one dead; here they get time to report which one that was.
+    """
+    children = getattr(launcher, "procs", None)
+    if not children or hasattr(launcher, "_tp_children"):
+        return
+    launcher._tp_children = children
+    atexit.register(_end_with, children)
+    for thread in threading.enumerate():
+        if private.watched_processes(thread) is children:
+            replace(thread, "_terminate_all", lambda own: partial(_after_head_start, own))
+
+
+def _after_head_start(terminate: Callable[[], None]) -> None:
+    time.sleep(HEAD_START)
+    terminate()
+
+
+def _end_with(children: list[subprocess.Popen[Any]]) -> None:
+    failed = getattr(sys, "last_value", None) is not None
+    until = time.monotonic() + (2 * HEAD_START if failed else CHILDREN_MAY_TAKE)
+    for child in children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, until - time.monotonic()))
+        if failed and child.returncode is None:
+            child.kill()
+    if any(child.returncode for child in children):  # None: it still works, and this one has come to its end
+        if not failed:
+            sys.stderr.write("[rank 0] exits with status 1, because another rank has failed\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

@@ -1,8 +1,8 @@
-"""Workers that torchrun has started agree on which start it is, before they make their process group.
+"""Let workers that torchrun has restarted agree on which start they belong to, before they make their process group.
 
-torchrun lends its workers the store of its own rendezvous, which lives on when it starts them again: after a restart on several nodes they
-would read the addresses of processes that are gone ("Connection refused"). Here the first rank asks who is there, by names that are drawn
-anew in each start, until all have answered one and the same question; what follows is kept under its name in the store.
+torchrun lends its workers the store of its own rendezvous, which survives a restart: on several nodes the new workers would read the addresses of
+processes that are gone ("Connection refused"). Here rank 0 asks who is there, by names that are drawn anew in each start, until all have answered
+the same question; the process group is then made under the name of that start.
 """
 
 from __future__ import annotations
@@ -19,44 +19,35 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_tp._compat import patched
 from lightning_tp.errors import TPError
+from lightning_tp.trainer.patches.replaced import replaced
 
-PERIOD = 0.05  # seconds between two looks
+PERIOD = 0.05  # seconds between two looks at the store
 
 
 @contextmanager
 def agree_on_start(rank: int, world: int, timeout: timedelta | None) -> Iterator[None]:
-    """While this lasts, the process group of torchrun's workers is made under a name that all of this start share, and no other does.
+    """While this lasts, make the process group of torchrun's workers under a name that all ranks of this start share, and no other start does.
 
     Raises:
-        TPError: if not all ranks have come in time; it names those that have not.
+        TPError: If some ranks do not arrive in time; it names them.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         yield
         return
     wait = timeout or timedelta(minutes=30)
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, False, wait)
-    name = agreed_store(dist.PrefixStore("lightning_tp/meeting", store), rank, world, wait)
-    init = partial(dist.init_process_group, store=dist.PrefixStore(f"lightning_tp/{name}", store))
-    undo = patched(dist, "init_process_group", init)
-    try:
+    name = agreed_store(dist.PrefixStore("lightning_tp/rendezvous", store), rank, world, wait)
+    prefixed = dist.PrefixStore(f"lightning_tp/{name}", store)
+    with replaced(dist, "init_process_group", lambda own: partial(own, store=prefixed)):
         yield
-    finally:
-        undo()
 
 
 def agreed_store(store: Any, rank: int, world: int, timeout: timedelta) -> str:
-    """A name that all ranks of this start agree on. What earlier starts have left in the store does no harm.
-
-    Args:
-        store: of `torch.distributed`, shared by all.
-        rank: of this process.
-        world: how many there are.
-        timeout: to wait for them.
+    """Agree with all ranks of this start on a name that was never used before, whatever earlier starts have left in the store.
 
     Raises:
-        TPError: if some have not come by then.
+        TPError: If some ranks do not arrive in time.
     """
     until = time.monotonic() + timeout.total_seconds()
     mine = uuid.uuid4().hex
@@ -65,23 +56,23 @@ def agreed_store(store: Any, rank: int, world: int, timeout: timedelta) -> str:
 
 
 def _call(store: Any, world: int, until: float) -> str:
-    """Rank 0: ask those who are there, and anew if one of them turns out to be another, until all have answered."""
+    """Rank 0: call those who are there, and call again if one of them turns out to be another process, until all have answered."""
     called: list[str] = []
     while True:
         here = [_get(store, f"here/{r}") for r in range(world)]
         if None not in here and here != called:
             called = [str(name) for name in here]
             store.set("call", json.dumps(called))
-        if called and all(_get(store, f"answer/{r}") == json.dumps(called) for r in range(1, world)):
-            store.set("go", json.dumps(called))
+        question = json.dumps(called)
+        silent = [r for r in range(1, world) if _get(store, f"answer/{r}") != question] if called else []
+        if called and not silent:
+            store.set("go", question)
             return called[0]  # drawn anew in each start
-        _wait(
-            until,
-            [r for r in range(world) if here[r] is None or (called and r and _get(store, f"answer/{r}") != json.dumps(called))],
-        )
+        _wait(until, sorted({r for r in range(world) if here[r] is None} | set(silent)))
 
 
 def _answer(store: Any, rank: int, mine: str, until: float) -> str:
+    """Another rank: answer each call that has this process in it, until one of them is the last."""
     answered = None
     while True:
         call = _get(store, "call")
@@ -99,8 +90,8 @@ def _get(store: Any, key: str) -> str | None:
 
 def _wait(until: float, missing: list[int]) -> None:
     if time.monotonic() > until:
-        who = f"rank(s) {', '.join(map(str, missing[:8]))} did not come" if missing else "not all ranks came"
+        who = f"rank(s) {', '.join(map(str, missing[:8]))} did not arrive" if missing else "not all ranks arrived"
         raise TPError(
-            f"torchrun has started this worker, and {who} in time. Look at what their nodes say, or give `TPStrategy(timeout=..)` more."
+            f"torchrun has started this worker, and {who} in time. Look at the logs of their nodes, or raise `TPStrategy(timeout=..)`."
         )
     time.sleep(PERIOD)

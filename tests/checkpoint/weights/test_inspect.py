@@ -65,7 +65,7 @@ def test_a_folder(saved: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureF
         "a folder that many ranks have written, by lightning_tp",
         "step 2",
         "data_parallel 2 x tensor_parallel 2",
-        "given",
+        "user-provided",
         "complete      yes",
     ):
         assert part in out

@@ -40,7 +40,7 @@ def test_names_as_vendors_write_them(name: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("h100-pcie", "Did you mean h100 or"), ("a10", "Did you mean a100?"), ("", "known. There are t4")]
+    ("name", "near"), [("h100-pcie", "Did you mean h100 or"), ("a10", "Did you mean a100?"), ("", "`hardware=''`. There are t4")]
 )
 def test_a_name_that_is_not_known_gets_the_nearest(name: str, near: str) -> None:
     with pytest.raises(TPError, match=near.replace("?", r"\?")):
@@ -52,16 +52,16 @@ def test_files_of_users(tmp_path: Path) -> None:
     file.write_text(json.dumps({"mine": {"like": "h100", "memory_bytes": 1e9}}))
     assert hardware(file).memory_bytes == 1e9 and hardware(f"{file}:mine").peak(torch.bfloat16) == 989e12
     for content, word in (
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ("[]", "object"),
         ('{"x": {"like": "h100", "speed": 3}}', "speed"),
         ('{"x": {"like": "h1"}}', "'h1'"),
         ('{"x": {"memory_bytes": 1}}', "lacks"),
         ('{"x": {"like": "h100", "memory_bytes": -1}}', "above 0"),
-        ('{"x": {"like": "h100"}, "y": {"like": "h100"}}', "say which"),
+        ('{"x": {"like": "h100"}, "y": {"like": "h100"}}', "Say which"),
     ):
         file.write_text(content)
         with pytest.raises(TPError, match=word):
             hardware(file)
-    with pytest.raises(TPError, match="can't be read"):
+    with pytest.raises(TPError, match="could not read"):
         hardware(tmp_path / "none.json")

@@ -1,18 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 
-from lightning_tp.core.units import seconds
+from lightning_tp.estimate.cost.gemm_tiling import START
 from lightning_tp.estimate.cost.hardware import hardware
-from lightning_tp.estimate.cost.roofline import collective_seconds, in_node, product_seconds
-from lightning_tp.estimate.cost.tiles import START
-from lightning_tp.estimate.predict import Options, predict
-from lightning_tp.estimate.trace.traces import TraceCache, loss_of
-from tests.estimate.models import MODELS
+from lightning_tp.estimate.cost.roofline import collective_seconds, in_node, kernel_seconds, product_seconds
+from tests.estimate.by_hand import op
 
 H100 = hardware("h100")
 GIB = 2**30
@@ -50,26 +44,12 @@ def test_products() -> None:
     assert product_seconds(hardware("cpu"), 1, 1, 1, 1, torch.float32, 1) == hardware("cpu").kernel_s
 
 
-@pytest.fixture(scope="module")
-def traced() -> tuple[TraceCache, Any]:
-    """Traced once for all that follows: meshes of 1 x 1, 1 x 2, 16 x 1, 4 x 2."""
-    build, inputs, loss = MODELS["llama"]()
-    return TraceCache(build(), inputs, loss_of(loss)), inputs
-
-
-@pytest.mark.parametrize("device", ["h100", "cpu"])  # with kernels that wait for the host, and without
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("mesh", [(1, 1), (1, 2), (16, 1), (4, 2)])
-def test_the_parts_of_a_step_add_up_to_it(
-    traced: tuple[TraceCache, Any], mesh: tuple[int, int], accumulate: int, device: str
-) -> None:
-    found = predict(*traced, *mesh, device, Options(accumulate=accumulate))
-    t = found.time
-    parts = [getattr(t, n) for n in ("products", "attention", "other", "tp", "slowed", "host", "optimizer")]
-    assert all(seconds >= 0 for seconds in parts)
-    assert sum(parts) + t.dp_exposed == pytest.approx(t.step, rel=1e-9)
-    assert sum(parts) + t.dp == pytest.approx(t.without_overlap, rel=1e-9)
-    assert (t.slowed > 0) == (mesh[0] > 1) and (t.tp > 0) == (mesh[1] > 1) and t.dp_exposed <= t.dp
-    assert ("kernels slowed by FSDP2's collectives beside them", seconds(t.slowed)) in found.tables()[-1][2]
-    lighter = predict(*traced, *mesh, replace(hardware(device), fsdp_traffic=1.0), Options(accumulate=accumulate)).time
-    assert lighter.slowed == pytest.approx(t.slowed / hardware(device).fsdp_traffic)
+def test_a_kernel_takes_the_longer_of_computing_and_moving() -> None:
+    slow = H100.sustained
+    bandwidth = H100.memory_bandwidth * H100.memory_efficiency
+    assert kernel_seconds(H100, op("add", bytes=10**9)) == pytest.approx(10**9 / bandwidth / slow)
+    assert kernel_seconds(H100, op("add", bytes=1)) == H100.kernel_s
+    computing = 10**12 / (H100.peak(torch.float32) * H100.attention_efficiency) / slow
+    assert kernel_seconds(H100, op("sdpa", flops=2 * 10**12, work=10**12)) == pytest.approx(computing)  # half is masked
+    shape = (1, 512, 512, 512)
+    assert kernel_seconds(H100, op("mm", flops=1, bytes=3, shape=shape)) == product_seconds(H100, *shape, torch.float32, 3) / slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_tp import Plan, TPError, estimate, infer_plan
+from lightning_tp import Plan, estimate, infer_plan
 from lightning_tp.estimate.drawn.picture import Border, Box, Frame, Picture, Row, Side
 from lightning_tp.estimate.drawn.picture_drawing import NARROW, WIDE, draw_picture
 from lightning_tp.estimate.drawn.picture_from_trace import of_plan, of_world
@@ -55,7 +55,7 @@ def drawn(request: pytest.FixtureRequest) -> tuple[nn.Module, Plan, Picture, dic
     plan, world, whole = found.traced
     sent: dict[str, int] = {}
     for c in found.collectives:
-        if c.axis == "tp" and c.where not in ("norm of gradients", "shares of gradients"):
+        if c.axis == "tp" and c.where not in ("norm of gradients", "partial gradients"):
             sent[c.kind] = sent.get(c.kind, 0) + c.count
     return model, plan, of_world(type(model).__name__, plan, world, whole), sent
 
@@ -188,11 +188,6 @@ def test_a_model_that_can_not_be_traced_is_drawn_as_it_is_registered() -> None:
     assert picture == of_plan(model, plan) and "registered" in picture.order
     assert [b.name for b in picture.boxes()] == ["up", "down"] and not list(picture.borders())
     assert "registered" in draw_picture(picture).svg()
-
-
-def test_a_plan_has_to_be_checked() -> None:
-    with pytest.raises(TPError, match=r"plan\.check"):
-        picture_of(nn.Linear(8, 8), (torch.ones(2, 8),), Plan({"**": "colwise"}))
 
 
 @pytest.mark.slow

@@ -53,3 +53,25 @@ def test_fused_norm() -> None:
     norm = nn.RMSNorm(8, device="meta")
     x = meta(4, 8)
     assert sum(torch.Size(s).numel() for s, _ in saved(lambda: norm(x), "cuda")) == 32 + 8 + 4
+
+
+def test_attention_that_is_written_out_keeps_its_scores() -> None:
+    q = meta(2, 8, 64, 16)
+    with (
+        Kernels("cuda", None, fused_attention=False),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t),
+    ):
+        shapes: list[torch.Size] = []
+        F.scaled_dot_product_attention(q, q, q)
+    assert any(s[-2:] == (64, 64) for s in shapes)
+
+
+def test_values_narrower_than_keys() -> None:
+    q, v = meta(2, 8, 64, 16), meta(2, 8, 64, 8)
+    with Kernels("cuda", None):
+        assert F.scaled_dot_product_attention(q, q, v).shape == (2, 8, 64, 8)
+
+
+def test_a_dropout_that_drops_nothing() -> None:
+    x = meta(4, 8)
+    assert saved(lambda: F.dropout(x, 0.0) * 2, "cuda") == saved(lambda: F.dropout(x, 0.5, training=False) * 2, "cuda") == []

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.state import I
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallRecorder, untracked_size_reads
 from lightning_tp.infer.follow.run import run
@@ -265,4 +266,4 @@ def test_what_needs_all_features_keeps_the_weights_whole_or_gathers_them(between
 
     plan = ltp.infer_plan(Net(), (torch.zeros(2, 3, 4),), tp=2).without_sequence_parallel()
     style = next((r.style for r in plan.rules if r.pattern == "a"), None)
-    assert style is None or style.output == "replicate"  # type: ignore[attr-defined]
+    assert style is None or style.output == I  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.core.comm.state import SEQUENCE, I, P, R
 from lightning_tp.styles import PrepareInput, PrepareOutput, RewrittenCalls, Rowwise, Sequence
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
@@ -250,8 +251,8 @@ def test_the_stream_is_in_shards_and_crosses_once_into_and_once_out_of_a_region(
     assert plan.sequence_parallel
     model = build(name)
     styles = [e.style for e in plan.check(model, 2).entries]
-    assert not any(s.output == "replicate" for s in styles if isinstance(s, Rowwise))
-    assert not any(c.leave and c.to == "replicate" for s in styles if isinstance(s, RewrittenCalls) for c in s.calls)
+    assert not any(s.output == I for s in styles if isinstance(s, Rowwise))
+    assert not any(c.leave and c.to == I for s in styles if isinstance(s, RewrittenCalls) for c in s.calls)
     norms = [
         n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, ShiftedNorm)) and (".layers." in n or "blocks" in n)
     ]
@@ -263,8 +264,8 @@ def test_the_stream_is_in_shards_and_crosses_once_into_and_once_out_of_a_region(
 def test_experts_are_summed_once_when_their_block_returns() -> None:
     plan = plan_of("experts")
     mlp = [r.style for r in plan.rules if r.matches("blocks.0.mlp")]
-    assert [s.wanted for s in mlp if isinstance(s, PrepareInput)] == ["gathered"]
-    assert [(s.arrives, s.wanted) for s in mlp if isinstance(s, PrepareOutput)] == [("partial", "sequence")]
+    assert [s.wanted for s in mlp if isinstance(s, PrepareInput)] == [R]
+    assert [(s.arrives, s.wanted) for s in mlp if isinstance(s, PrepareOutput)] == [(P, SEQUENCE)]
 
 
 @pytest.mark.parametrize("block", [mixed, lambda: PreNorm(Attention(), Mixed())])

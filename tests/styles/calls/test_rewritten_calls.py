@@ -18,6 +18,7 @@ import lightning_tp as ltp
 from lightning_tp._compat import function_modes
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.core.comm.state import I, R
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.errors import TPError
 from lightning_tp.styles import BindContext, PrepareInput, RewrittenCalls, ShardParameter
@@ -158,7 +159,7 @@ def test_a_module_that_another_style_runs_around_is_left_to_the_mode() -> None:
         at = Recorded.of(Plain(), torch.zeros(8))
         call = Call("view", at, sizes=(((1, 1, 2),),) * 2)
         plain, prepared = Plain(), Plain()
-        PrepareInput(arrives="replicate", wanted="gathered").bind(prepared, BindContext("", Axis(dist.group.WORLD)))
+        PrepareInput(arrives=I, wanted=R).bind(prepared, BindContext("", Axis(dist.group.WORLD)))
         for model, has_mode in ((plain, False), (prepared, True)):
             bound(model, call)
             assert hasattr(model, "_mode") == has_mode

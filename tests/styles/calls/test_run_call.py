@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.state import I, P, State
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.call import Call, Operand
 from lightning_tp.styles.calls.run_call import dim_of_item, part_of, run_call
@@ -98,13 +99,13 @@ def _products() -> list[Any]:
 def test_a_bias_is_added_once_to_partial_sums(number: int) -> None:
     func, args, kwargs, product, bias = _products()[number]
 
-    def run(rank: int, to: str) -> Tensor:
+    def run(rank: int, to: State) -> Tensor:
         out: Tensor = call(func, *args, rank=rank, kwargs=dict(kwargs), leave=True, to=to)
         return out
 
-    torch.testing.assert_close(run(0, "partial"), product + bias)
-    torch.testing.assert_close(run(1, "partial"), product)
-    torch.testing.assert_close(run(1, "replicate"), product + bias)  # the all-reduce of a fake world sends nothing
+    torch.testing.assert_close(run(0, P), product + bias)
+    torch.testing.assert_close(run(1, P), product)
+    torch.testing.assert_close(run(1, I), product + bias)  # the all-reduce of a fake world sends nothing
 
 
 def test_the_dim_that_an_item_is_about() -> None:

@@ -29,7 +29,7 @@ class Scheduled(Net):
 
 
 def run(strategy: Any, batch: int, **options: Any) -> tuple[int, int, dict[str, torch.Tensor]]:
-    world = 1 if strategy == "auto" else strategy._asked[0] * strategy._asked[1]
+    world = 1 if strategy == "auto" else strategy.requested_sizes[0] * strategy.requested_sizes[1]
     trainer = L.Trainer(accelerator="cpu", devices=world, strategy=strategy, **{**QUIET, "max_epochs": 2, **options})
     module = Scheduled()
     trainer.fit(module, DataLoader(ltp.RandomTokens(32, 12, 103), batch_size=batch))
@@ -44,7 +44,7 @@ def test_steps_of_one_process(mesh: tuple[int, int]) -> None:
     def body() -> Any:
         # what was set is taken back after the run, and said anew in the next
         made = strategy(mesh, dp=dp, global_batch=8)
-        made._asked = (tp, dp)
+        made.requested_sizes = (tp, dp)
         return [run(made, 2, use_distributed_sampler=True)]
 
     for results in on(dp * tp, body):
@@ -87,7 +87,7 @@ def test_it_is_the_only_one_to_accumulate() -> None:
 
 def test_batches_to_accumulate() -> None:
     assert batches_to_accumulate(512, 4, 64) == 2
-    with pytest.raises(ltp.TPError, match="no batches for 3"):
+    with pytest.raises(ltp.TPError, match="no batch size fits 3"):
         batches_to_accumulate(2, 1, 3)
 
 
@@ -137,6 +137,6 @@ def test_what_is_no_whole_number_of_batches(kind: str) -> None:
     counts = {"ready": 7 if kind == "ready" else 8, "completed": 7}
     loaded = {"loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": dict(counts), "current": counts}}}}
     with pytest.raises(
-        ltp.TPError, match="after 7 batches on each of 1 data-parallel ranks, which is no whole number of batches on 2"
+        ltp.TPError, match="after 7 batches on each of 1 data-parallel ranks, which is not a whole number of batches on 2"
     ):
         rescale(loaded, [{"read": 7}], before=1, now=2)

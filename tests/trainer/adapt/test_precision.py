@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp import errors
+from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, MeshMixedPrecision
 
@@ -258,6 +259,25 @@ def test_one_all_reduce_an_axis_finds_what_is_not_finite(mesh: tuple[int, int]) 
     on(mesh, lambda: fit(mesh, Counted, precision="16-mixed") and None)
 
 
+def test_ranks_of_both_axes_agree_on_what_is_not_finite() -> None:
+    """Whichever rank of a 2 x 2 mesh finds it, none takes the step, and all halve the scale."""
+
+    def body() -> list[Any]:
+        mesh, seen = make_mesh("cpu", 2, 2), []
+        for rank in range(4):
+            scaler = MeshGradScaler("cpu", init_scale=8.0)
+            scaler.groups = tuple(mesh.get_all_groups())
+            p = torch.nn.Parameter(torch.ones(2))
+            optimizer = torch.optim.SGD([p], lr=1.0)
+            scaler.scale((p * (math.inf if dist.get_rank() == rank else 1.0)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            seen.append((scaler.get_scale(), p.tolist()))
+        return seen
+
+    assert run_ranks(body, 4) == [[(4.0, [1.0, 1.0])] * 4] * 4
+
+
 def test_half_parameters_and_lbfgs_are_refused_with_a_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "HEAD_START", 0.0)
 
@@ -278,7 +298,7 @@ def test_half_parameters_and_lbfgs_are_refused_with_a_scaler(monkeypatch: pytest
         return said
 
     first = on(TP2, body)[0]
-    assert "is float16, so the parameter is" in first[0] and "LBFGS takes its steps from dot products" in first[1]
+    assert "is float16, so the parameter is" in first[0] and "LBFGS computes its steps from dot products" in first[1]
 
 
 # ------------------------------------------------------------------------------------------------- steps taken by hand

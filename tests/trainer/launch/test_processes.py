@@ -171,7 +171,7 @@ def test_a_notebook_forks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     for launcher in ("popen", "spawn"):
         with pytest.raises(ltp.TPError, match=r"launcher='fork'.*tp_notebook"):
             trainer_of(ltp.TPStrategy(tp=2, launcher=launcher), 2)  # type: ignore[arg-type]
-    with pytest.raises(ltp.TPError, match="there are 'auto', 'popen', 'fork', 'spawn'"):
+    with pytest.raises(ltp.TPError, match="Valid values: 'auto', 'popen', 'fork', 'spawn'"):
         ltp.TPStrategy(launcher="thread")  # type: ignore[arg-type]
 
 

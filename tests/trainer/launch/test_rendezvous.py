@@ -40,7 +40,7 @@ def test_each_start_has_a_name_of_its_own() -> None:
 
 
 def test_those_who_do_not_come_are_named() -> None:
-    with pytest.raises(ltp.TPError, match=r"rank\(s\) 1, 2 did not come in time"):
+    with pytest.raises(ltp.TPError, match=r"rank\(s\) 1, 2 did not arrive in time"):
         agreed_store(dist.HashStore(), 0, 3, timedelta(seconds=0.2))
-    with pytest.raises(ltp.TPError, match=r"rank\(s\) 0 did not come in time"):
+    with pytest.raises(ltp.TPError, match=r"rank\(s\) 0 did not arrive in time"):
         agreed_store(dist.HashStore(), 1, 3, timedelta(seconds=0.2))

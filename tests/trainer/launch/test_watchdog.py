@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_tp as ltp
-from lightning_tp.trainer.launch.watchdog import hang_report
 
 TIMEOUT = 15
 QUICK = [("step", "script"), ("kill", "fork"), ("late", "script")]
@@ -197,7 +196,7 @@ def test_the_others_stop(what: str, launcher: str, tmp_path: Path) -> None:
     if launcher != "fork":  # its parent shows the one that it saw
         assert len(shown) == (0 if what.startswith("kill") else 1), output
     if what == "kill0" or (what == "kill" and launcher == "script"):
-        assert "has ended without a word" in output
+        assert "died without an error message" in output
 
 
 @pytest.mark.parametrize(
@@ -211,26 +210,14 @@ def test_the_others_stop(what: str, launcher: str, tmp_path: Path) -> None:
 def test_a_hang_is_named(what: str, launcher: str, tmp_path: Path) -> None:
     code, output, seconds = launch(what, launcher, tmp_path)
     assert code != 0 and seconds < TIMEOUT + 30
-    assert len(re.findall(r"Rank 0 waited in all_?reduce for 15 s: rank\(s\) 1 did not come\.", output)) == 1, output
+    assert (
+        len(re.findall(r"Collective mismatch: rank 0 timed out after 15 s in all_?reduce while rank 1 did not join it\.", output))
+        == 1
+    ), output
     assert re.search(r"rank 1 is in no collective, step 3, at .*test_watchdog.py:\d+ in sleeps: `time.sleep\(1000\)`", output), (
         output
     )
     assert "Timed out waiting" not in output
-
-
-def at(collective: str | None, line: str = "train.py:3 in step: `x`") -> dict[str, Any]:
-    return {"collective": collective, "line": line, "module": "layers.0", "step": 7}
-
-
-def test_what_a_hang_report_says() -> None:
-    limit = timedelta(seconds=60)
-    gone = hang_report({0: at("barrier"), 1: None, 2: at(None)}, 0, limit)
-    assert gone.startswith("Rank 0 waited in barrier for 60 s: rank(s) 1, 2 did not come.")
-    assert "rank 1 does not answer" in gone and "rank 2 is in no collective, in `layers.0`, step 7, at train.py:3" in gone
-    other = hang_report({0: at("gather", "train.py:9 in step: `logits.argmax()`"), 1: at("all_reduce")}, 0, limit)
-    assert "rank(s) 1 went to another one" in other and "logits.argmax()" in other and "waits in all_reduce" in other
-    assert "one time more" in hang_report({0: at("barrier"), 1: at("barrier")}, 0, None)
-    assert len(hang_report({rank: at(None) for rank in range(64)} | {0: at("barrier")}, 0, limit).splitlines()) < 15
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""`TPStrategy(verify=True)`: before training, run the first batch in one process and split, and compare the loss and every gradient.
+
+The full model runs once on every rank before it is split, so it has to fit there. Dropout is off in both runs. No optimizer steps, and
+neither the data nor the random state advances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
+
+from lightning_tp.data.sample_batch import quiet
+from lightning_tp.errors import TPError
+from lightning_tp.shards.state_dict import full_gradients
+from lightning_tp.verify.compare import compare_tensors
+
+RTOL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+SHOWN = 10  # parameters in an error
+
+
+class FirstBatchCheck:
+    """The loss and the gradients of one process on the first batch, to compare those of the split module with.
+
+    Args:
+        module: Not split yet; on the CPU.
+        batch: The first batch, on the CPU.
+        context: Makes the context of a training step in the Trainer's precision.
+
+    Raises:
+        TPError: For a module that steps its optimizers by itself, is on the meta device, or whose loss is not finite.
+    """
+
+    def __init__(self, module: pl.LightningModule, batch: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        if not module.automatic_optimization:
+            raise TPError(
+                "`verify=True` runs `training_step` without an optimizer step, and this module steps its optimizers by itself. Leave it out."
+            )
+        if any(p.is_meta for p in module.parameters()):
+            raise TPError(
+                "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of the same kind."
+            )
+        self.context, self.batch = context, batch
+        self.loss, self.gradients = self._run(module, module.training_step)
+        if not bool(torch.isfinite(self.loss).all()):
+            raise TPError(f"`verify=True`: the loss of the first batch is {self.loss.item()} in one process. Check the data first.")
+
+    def compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
+        """Run the same batch through the split module.
+
+        Args:
+            module: The same module, split.
+            step: Runs its `training_step` as the Trainer does.
+
+        Returns:
+            One line that says how closely it matches.
+
+        Raises:
+            TPError: If the loss or gradients differ; the worst parameters come first.
+        """
+        loss, gradients = self._run(module, step)
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        autocast = self._autocast()
+        rtol = max(RTOL.get(dtype, 1e-3), 0.0 if autocast is None else RTOL.get(autocast, 0.0))
+        rows = compare_tensors("loss", {"first batch": loss}, {"first batch": self.loss}, rtol)
+        rows += compare_tensors("grad", gradients, self.gradients, rtol)
+        rows.sort(key=lambda row: -row.badness)
+        bad = [row for row in rows if not row.ok]
+        if bad:
+            raise TPError(
+                f"`verify=True`: on the first batch the split model does not match one process: {len(bad)} of {len(rows)} tensors differ.\n"
+                + "\n".join(f"  {row.kind} of {row.name}: {row.detail} (allowed {row.tolerance:g})" for row in bad[:SHOWN])
+                + "\nIf you wrote the plan, check its rules for these modules; if it was inferred, please report this as a bug."
+            )
+        return (
+            f"The first batch matches one process: loss and {len(rows) - 1} gradients, largest relative error {rows[0].error:.1e}"
+        )
+
+    def _autocast(self) -> torch.dtype | None:
+        with self.context():
+            return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+    def _run(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, full gradients) of a step on the batch."""
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        batch = tree_map_only(Tensor, lambda t: t.clone().to(device), self.batch)
+        with _without_dropout(module), quiet(module), self.context(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            out = step(batch, 0)
+            loss = out if isinstance(out, Tensor) else out["loss"] if isinstance(out, dict) else None
+            if loss is None:
+                raise TPError("`verify=True`: `training_step` returned no loss for the first batch.")
+        loss.backward()
+        gradients = full_gradients(module)
+        module.zero_grad(set_to_none=True)
+        return loss.detach().double().cpu(), gradients
+
+
+@contextmanager
+def _without_dropout(module: pl.LightningModule) -> Iterator[None]:
+    """Run a module in eval mode, from one random state, and restore its modes and the random state."""
+    modes = [(m, m.training) for m in module.modules()]
+    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        module.eval()
+        try:
+            yield
+        finally:
+            for m, training in modes:
+                m.training = training

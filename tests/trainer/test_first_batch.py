@@ -1,0 +1,87 @@
+"""`TPStrategy(verify=True)`: the first batch in one process and split, before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lightning_tp as ltp
+from lightning_tp.errors import TPError
+from lightning_tp.testing import RankError
+from tests.trainer.test_strategy import TP2, Flat, Net, assert_same, both, data, on, reference, result_of, strategy, trainer_of
+
+
+class Wrong(ltp.TPStrategy):
+    """Changes a weight on one rank, as a wrong plan might."""
+
+    def model_to_device(self) -> None:
+        super().model_to_device()
+        if self.global_rank == 1:
+            with torch.no_grad():
+                next(p for n, p in self.lightning_module.named_parameters() if n.endswith("wo.weight")).mul_(1.1)
+
+
+class Dropping(Net):
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        return torch.nn.functional.dropout(super().loss(batch), 0.5, self.training)
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def message_of(module: Any, chosen: Any) -> str:
+    """What the first rank shows, before a step; the others end by themselves."""
+
+    def body() -> None:
+        try:
+            trainer_of(chosen).fit(module, data())
+        except TPError:
+            assert module.losses == []
+            raise
+
+    with pytest.raises(RankError) as caught:
+        on(2, body)
+    return caught.value.errors[0].message
+
+
+@both
+def test_training_goes_on_as_without(mesh: tuple[int, int]) -> None:
+    def body() -> list[Any]:
+        found = []
+        for make in (Net, Flat):
+            trainer, module = trainer_of(strategy(mesh, verify=True, plan=None)), make()
+            trainer.fit(module, data(mesh[0]))
+            found.append(result_of(trainer, module))
+        return found
+
+    for results in zip(*on(mesh[0] * mesh[1], body), strict=True):
+        assert_same(list(results), reference())
+
+
+def test_what_differs_is_found_before_the_first_step() -> None:
+    message = message_of(Net(), Wrong(tp=2, verify=True))
+    assert "on the first batch the split model does not match one process" in message
+    assert "grad of model.layers." in message and "allowed 0.001" in message
+
+
+def test_precision_and_dropout() -> None:
+    """bf16 rounds differently when split; dropout is off in both runs and on again after them."""
+
+    def body() -> list[bool]:
+        trained = []
+        for precision, make in (("bf16-mixed", Net), ("32-true", Dropping)):
+            module = make()
+            trainer_of(strategy(TP2, verify=True), precision=precision).fit(module, data())
+            trained.append(module.training and len(module.losses) == 3)
+        return trained
+
+    assert all(all(r) for r in on(2, body))
+
+
+def test_what_cannot_be_verified_is_refused() -> None:
+    assert "this module steps its optimizers by itself" in message_of(Manual(), strategy(TP2, verify=True))
