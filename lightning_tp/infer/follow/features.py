@@ -71,7 +71,10 @@ class FeatureSets:
         return top if keepdim else top.squeeze(dims)
 
     def _join_pairs(self, a: Tensor, b: Tensor) -> None:
-        a, b = _shrink(*torch.broadcast_tensors(a, b))
+        a, b = torch.broadcast_tensors(a, b)
+        both_constant = [sa == 0 and sb == 0 for sa, sb in zip(a.stride(), b.stride(), strict=True)]  # by construction
+        index = tuple(slice(0, 1) if constant else slice(None) for constant in both_constant)
+        a, b = a[index], b[index]
         differ = (a != b) & (a > 0) & (b > 0)
         if not bool(differ.any()):
             return
@@ -106,14 +109,10 @@ def no_features(*shape: int) -> Tensor:
 
 
 def gradient_is_partial(label: Tensor | None) -> bool:
-    """Return whether a tensor with this label has equal values on all ranks and a partial gradient on each (state R of `spmd_types`).
+    """Return whether a tensor with this label has equal values on all ranks and a partial gradient on each (state R).
 
-    It does where there is a label that names no feature: every rank computes all elements, for use with its own shards, so that its
-    gradient is a summand of the whole one. Without a label, values and gradients are equal on all ranks (state I).
-
-    Example:
-        >>> gradient_is_partial(no_features(2, 3)), gradient_is_partial(torch.tensor([1, 2])), gradient_is_partial(None)
-        (True, False, False)
+    It does where the label names no feature: every rank computes all elements, for use with its own shards. Without a label, values and
+    gradients are equal on all ranks (state I).
     """
     return label is not None and not bool(shrunk(label).any())
 
@@ -160,9 +159,3 @@ def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
         index += [slice(0, 1) if constant else slice(None)] * len(ins)
         small += [1 if constant else large[d] for d in outs]
     return labels[tuple(index)].reshape(small).expand(large)
-
-
-def _shrink(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same pairs without the dims along which both are constant by construction (stride 0)."""
-    index = tuple(slice(0, 1) if sa == 0 and sb == 0 else slice(None) for sa, sb in zip(a.stride(), b.stride(), strict=True))
-    return a[index], b[index]

@@ -1,7 +1,7 @@
 """Classes of operators, by name: which move data, reduce, multiply, draw random numbers, write into their input.
 
-One place for the sets that inference decides by, as `OpTypes` is for the partitioner of torch's AOTAutograd. Names with `ATEN_` in front are of
-aten operators, as a `TorchDispatchMode` sees them; the others are of torch functions and methods, as a `TorchFunctionMode` sees them.
+Names with `ATEN_` in front are of aten operators, as a `TorchDispatchMode` sees them; the others are of torch functions and methods, as a
+`TorchFunctionMode` sees them.
 """
 
 from __future__ import annotations
@@ -65,22 +65,6 @@ TRIANGLES = _names("tril triu tril_ triu_")
 BY_POSITION = TRIANGLES | _names("roll rot90 outer ger __setitem__")
 # Write into their first argument, beside the functions that end in an underscore.
 IN_PLACE = _names("__setitem__ __iadd__ __isub__ __imul__ __idiv__ __itruediv__ __iand__ __ior__ __ixor__")
-
-# ----------------------------------------------------- torch functions that are linear in partial sums, for sequence parallelism
-
-# Move, cast or sum partial sums.
-LINEAR_MOVES = _names(
-    "view reshape transpose permute contiguous flatten unflatten squeeze unsqueeze to type float half bfloat16 type_as clone expand chunk "
-    "split __getitem__ index_select unbind narrow view_as __get__ sum mean movedim swapaxes reshape_as"
-)
-# Add partial sums to each other, or put them one behind the other.
-LINEAR_SUMS = _names("add __add__ __radd__ add_ __iadd__ sub __sub__ sub_ __isub__ cat stack")
-# Write partial sums into zeros, or into other partial sums.
-LINEAR_WRITES = _names("index_add index_add_ scatter_add scatter_add_ __setitem__ index_put_ copy_")
-# Multiply partial sums by something else.
-LINEAR_FACTORS = _names("mul __mul__ __rmul__ mul_ __imul__ einsum matmul bmm __matmul__")
-# Make the zeros into which partial sums are written.
-ZEROS = _names("zeros zeros_like new_zeros")
 
 
 def writes_in_place(name: str, keywords: Container[str] = ()) -> bool:

@@ -83,14 +83,7 @@ class _CrossEntropy(torch.overrides.TorchFunctionMode):
 
 
 def cross_entropy(tracer: Values, args: Any, kwargs: Any, logits: list[Tensor] | None = None) -> Any:
-    """Run a cross entropy on logits that may be sharded by class: features end there, they are not joined.
-
-    Args:
-        tracer: of the run.
-        args: of the cross entropy.
-        kwargs: likewise.
-        logits: to which the label of the logits is added.
-    """
+    """Run a cross entropy on logits that may be sharded by class: features end there, are not joined, and are added to `logits`."""
     given = args[0] if args else kwargs["input"]
     label = tracer.shadow(given).label
     if label is not None:
@@ -106,14 +99,8 @@ def leaves(out: Any, depth: int = 4) -> list[Tensor]:
     """Return the tensors in the output of a model: in lists, dicts and dataclasses; not those in a cache, which goes back into the model."""
     if isinstance(out, Tensor):
         return [out]
-    if depth == 0:
+    if is_dataclass(out) and not isinstance(out, (dict, type)):
+        out = [getattr(out, f.name, None) for f in fields(out)]
+    if not depth or not isinstance(out, (dict, list, tuple)):
         return []
-    if isinstance(out, dict):
-        inner = list(out.values())
-    elif isinstance(out, (list, tuple)):
-        inner = list(out)
-    elif is_dataclass(out) and not isinstance(out, type):
-        inner = [getattr(out, f.name, None) for f in fields(out)]
-    else:
-        return []
-    return [t for i in inner for t in leaves(i, depth - 1)]
+    return [t for i in (out.values() if isinstance(out, dict) else out) for t in leaves(i, depth - 1)]

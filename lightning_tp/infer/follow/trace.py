@@ -22,9 +22,8 @@ class ParamView(NamedTuple):
 class TensorFacts:
     """What is known of a tensor."""
 
-    label: Tensor | None = (
-        None  # of each element the feature it was computed from, 0: every rank has it; None: with an equal gradient
-    )
+    # of each element the feature it was computed from, 0: every rank has it; None: with an equal gradient
+    label: Tensor | None = None
     param: ParamView | None = None  # the parameter that it is a view of
     grad: bool = False  # whether a gradient flows back through it
 
@@ -53,9 +52,8 @@ class FeatureTrace:
     nodes: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # (parameter, dim) -> its features
     uses: dict[Use, None] = field(default_factory=dict)  # in order
     pieces: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)  # -> indices in one product: experts in a stack
-    local_uses: dict[str, set[str]] = field(
-        default_factory=dict
-    )  # parameter -> modules where it is combined with sharded activations
+    # parameter -> modules where it is combined with sharded activations
+    local_uses: dict[str, set[str]] = field(default_factory=dict)
     whole_uses: dict[str, set[str]] = field(default_factory=dict)  # and with activations that are equal on all ranks
     looked_up: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules that take rows of it
     convolved: set[str] = field(default_factory=set)  # weights of convolutions: their features lie along dim 1 of the output

@@ -80,22 +80,18 @@ class FeatureTracer(Values):
         whole: (parameter, dim) that make no features: an earlier run found that they are needed whole.
         shared: (parameter, dim) -> mask of the indices whose features every rank has.
 
-    Attributes that a caller may set before the run:
-        known: (parameter, dim, kind) of the uses that an earlier run found.
-        owner: the rank of each feature, -1 for all ranks.
-        gathered: whether a split weight may read an activation whose gradient is partial.
-        deferring: whether sums over ranks stay partial sums where they are made.
-        log: a list to which each operation is written, to compare runs: (module, operator, other arguments, shapes of the results).
+    A caller may set the other attributes before the run.
     """
 
     def __init__(self, model: nn.Module, whole: set[tuple[str, int]], shared: dict[tuple[str, int], Tensor]) -> None:
         super().__init__(model)
         self.whole, self.shared = whole, shared
         self.shapes = {n: p.shape for n, p in model.named_parameters()}
-        self.known: set[tuple[str, int, str]] = set()
-        self.owner: Tensor | None = None
-        self.gathered = False
-        self.deferring = False
+        self.known: set[tuple[str, int, str]] = set()  # (parameter, dim, kind) of the uses that an earlier run found
+        self.owner: Tensor | None = None  # the rank of each feature, -1 for all ranks
+        self.gathered = False  # whether a split weight may read an activation whose gradient is partial
+        self.deferring = False  # whether sums over ranks stay partial sums where they are made
+        # each operation, to compare runs: (module, operator, other arguments, shapes of the results)
         self.log: list[tuple[Any, ...]] | None = None
         # ("out" | "in" | "apart", parameter) of the torch function that runs now; "apart": several products that are not split alike
         self.events: list[tuple[str, str]] = []
@@ -110,13 +106,10 @@ class FeatureTracer(Values):
         if any(f.label is not None or f.param is not None or f.grad for f in facts):
             self.trace.classes.why = f"`{_name_of(func).strip('_')}` in `{self.stack[-1] or 'the model'}`"
             with without_dispatch_modes():
-                self._follow(AtenCall(func, args, kwargs, out, tensors, facts))
+                op = AtenCall(func, args, kwargs, out, tensors, facts)
+                for t, found in zip(op.outs, RULES.get(op.name, RULES[ANY_OTHER])(self, op), strict=False):
+                    self.put(t, found)
         return out
-
-    def _follow(self, op: AtenCall) -> None:
-        rule = RULES.get(op.name, RULES[ANY_OTHER])
-        for t, facts in zip(op.outs, rule(self, op), strict=False):
-            self.put(t, facts)
 
     def _entry(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[Any, ...]:
         leaves = [x for x in tree_flatten((args, kwargs))[0] if not isinstance(x, Tensor)]
@@ -126,8 +119,6 @@ class FeatureTracer(Values):
             with without_dispatch_modes():
                 made = (*made, str(out.tolist()))
         return self.stack[-1], func, rest, made
-
-    # What rules ask, and what they note.
 
     def label(self, t: Tensor) -> Tensor:
         """Return the labels of a tensor, zeros for none; without memory for constant dims."""
@@ -153,15 +144,12 @@ class FeatureTracer(Values):
 
     def note_operands(self, params: Iterable[str], labels: list[Tensor]) -> None:
         """Note that parameters are combined with activations of these labels: with sharded ones, or with ones that are equal everywhere."""
-        sharded = labels if self.owner is None else [x for x in labels if self._is_inside(x)]
-        uses = self.trace.local_uses if sharded else self.trace.whole_uses
+        owner = self.owner
+        if owner is not None:  # logits show their full shape: ranks neither have different elements of them, nor partial gradients
+            labels = [x for x in labels if gradient_is_partial(x) or bool((owner[shrunk(x)] >= 0).any())]
+        uses = self.trace.local_uses if labels else self.trace.whole_uses
         for name in params:
             uses.setdefault(name, set()).add(self.stack[-1])
-
-    def _is_inside(self, label: Tensor) -> bool:
-        """Return whether ranks have different elements of it, or partial gradients; logits show their full shape, and are not inside."""
-        assert self.owner is not None
-        return gradient_is_partial(label) or bool((self.owner[shrunk(label)] >= 0).any())
 
     def note_leaked_partial(self, op: AtenCall) -> None:
         """Note where a tensor with a partial gradient is combined with one whose gradient is equal on all ranks: neither would be right."""
