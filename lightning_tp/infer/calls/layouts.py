@@ -32,12 +32,7 @@ class OnRanks:
     layout: Layout
 
     def sizes(self, tp: int) -> list[tuple[int, ...]]:
-        """Return for each dim the size on each of tp ranks.
-
-        Example:
-            >>> OnRanks(torch.zeros(2, 8), Sharded(1, Ownership(((0, 3), (1, 5))))).sizes(tp=2)
-            [(2, 2), (3, 5)]
-        """
+        """Return for each dim the size on each of tp ranks."""
         sizes = [(n,) * tp for n in self.tensor.shape]
         if isinstance(self.layout, Sharded):
             dim, ownership = self.layout

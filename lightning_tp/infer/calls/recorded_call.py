@@ -43,9 +43,7 @@ class RecordedCall:
     given: tuple[Given, ...]  # the tensors among its arguments
     results: tuple[OnRanks, ...]  # the tensors that it returned
     before: Mapping[int, OnRanks]  # id -> what it was before, of the tensors given to a call that writes in place
-    products: tuple[
-        tuple[str, str], ...
-    ]  # ("out" | "in" | "apart", weight) that it multiplies with, once each; see `FeatureTracer.events`
+    products: tuple[tuple[str, str], ...]  # with weights, once each; as of `FeatureTracer.events`
     vocabulary: int | None  # of a product that makes logits: how many
     partial_results: bool  # whether a result is equal on all ranks, with a partial gradient
     tp: int
@@ -82,9 +80,8 @@ class Change:
     """What becomes of a recorded call on each rank."""
 
     call: Call  # what changes in it
-    sizes: tuple[
-        PerRankInt, ...
-    ] = ()  # of its arguments, known for sizes and right with what changes: code need not read full ones
+    # of its arguments, known for sizes and right with what changes: code need not read full ones
+    sizes: tuple[PerRankInt, ...] = ()
 
 
 class NotOnShards(Exception):

@@ -21,11 +21,10 @@ from lightning_tp._compat import unobserved
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.core.trees import tensors_in
-from lightning_tp.infer.calls.changes import change_of
+from lightning_tp.infer.calls.changes import change_of, full_sizes
 from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, fraction, per_rank_ints, plain
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
-from lightning_tp.infer.calls.sizes import full_sizes
 from lightning_tp.infer.follow.features import gradient_is_partial
 from lightning_tp.infer.follow.ops import MOVES, writes_in_place
 from lightning_tp.infer.follow.run import cross_entropy, run
@@ -49,23 +48,17 @@ class CallRecorder(TorchFunctionMode):
     """See every call of a torch function, with the layouts of what goes in and out.
 
     Args:
-        tracer: of the run.
-        owner: the rank of each feature, -1 for 0 (all ranks); from an earlier run that numbered features alike.
-        tp: how many ranks.
+        tracer: of the run; this and `owner`, `tp` and `nodes`: as of `Layouts`.
         standard: names of modules that a style runs: calls in them are not recorded.
         heads: parameter -> vocabulary, of those used outside of a standard module whose result stays split for the loss.
-        nodes: (parameter, dim) -> features, of all parameters that are split.
         whole_reads: (module, function, call site) where code that reads a size has to be given the full one.
 
-    Attributes that a caller may set before the run:
-        mixed: parameters that are also used with equal activations: ranks' partial gradients of them are all-reduced at once.
-        outside: parameters of which only what is computed from them is combined with shards.
-        tables: modules that look up rows of a split table on their own.
-        tried: calls that were found right on shards before.
-        remakes: whether a tensor that every rank has all of may be made with sizes read from shards; full ones are given, then.
+    A caller may set `mixed`, `outside`, `tables` and `tried` before the run.
     """
 
-    remakes = False
+    remakes = (
+        False  # whether a tensor that every rank has all of may be made with sizes read from shards; full ones are given, then
+    )
 
     def __init__(
         self,
@@ -80,10 +73,10 @@ class CallRecorder(TorchFunctionMode):
         super().__init__()
         self.tracer, self.tp, self.standard, self.heads, self.whole_reads = tracer, tp, standard, heads, whole_reads
         self.layouts = Layouts(tracer, owner, tp, nodes)
-        self.mixed: set[str] = set()
-        self.outside: set[str] = set()
-        self.tables: set[str] = set()
-        self.tried: set[Any] = set()
+        self.mixed: set[str] = set()  # parameters also used with equal activations: their partial gradients are all-reduced at once
+        self.outside: set[str] = set()  # parameters of which only what is computed from them is combined with shards
+        self.tables: set[str] = set()  # modules that look up rows of a split table on their own
+        self.tried: set[Any] = set()  # calls that were found right on shards before
         self.found = CallChanges()
         self.local_reads: set[Any] = set()  # where code was given the sizes of a shard
         self.uneven = False  # whether these are not the same on all ranks
@@ -121,8 +114,6 @@ class CallRecorder(TorchFunctionMode):
             n.computed_with()
         return out
 
-    # Reads of sizes.
-
     def _may_be_local(self, name: str, t: Tensor, frame: Any) -> bool:
         """Return whether a size may differ on a rank; or is full, and read in a loop where others are given the full size."""
         if self.layouts.is_followed(t):
@@ -153,8 +144,6 @@ class CallRecorder(TorchFunctionMode):
             return shape[0]
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return shape if dim is None or name != "size" else shape[dim]
-
-    # Calls.
 
     def analyse_call(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
         """Note what has to change in a call on a rank, or which features it needs together."""
@@ -242,15 +231,8 @@ def untracked_size_reads(
 ) -> set[Any]:
     """Return the reads of sizes of shards by which code computes in ways that can't be seen: `range(n)`, an index into a list.
 
-    The model runs once more with the numbers that a rank's code would have, where numbers that are known for sizes are full again. What
-    still has another result is not known for a size.
-
-    Args:
-        model: this and the next four: as of `run`.
-        make: makes a recorder for a tracer.
-        once: as `during` of `run`.
-        recorder: of the run before, in which nothing was seen to be computed with.
-        tracer: of that run.
+    The model runs once more (see `run`; `once` is its `during`) with the numbers that a rank's code would have, where numbers that are known for
+    sizes are full again. What still has another result than in the run of `recorder` and `tracer` is not known for a size.
 
     Returns:
         Those around the first operation that differs; nothing if none does.

@@ -19,7 +19,6 @@ from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.calls.layouts import Layouts, OnRanks, Sharded
 from lightning_tp.infer.calls.local_sizes import PerRankInt, mapped, on_rank, plain
-from lightning_tp.infer.calls.operands import check_broadcast
 from lightning_tp.infer.calls.recorded_call import NotOnShards, RecordedCall
 from lightning_tp.infer.follow.ops import BY_POSITION, MOVES, NOT_BROADCASTING, OPERANDS_STAY_WHOLE, PRODUCTS, TRIANGLES
 from lightning_tp.styles.calls.call import Call, Operand
@@ -32,14 +31,8 @@ MOST_CUT = 3  # operands of one call that may turn out to be whole on each rank,
 def fitting_operands(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> tuple[Operand, ...]:
     """Return the operands of a change with which the call is right on shards: all that are cut, or but for some.
 
-    Args:
-        call: as it was recorded.
-        change: what is to change in it.
-        layouts: of the run.
-        tried: what was found right before; added to.
-
     Raises:
-        NotOnShards: if it is not right.
+        NotOnShards: if it is right with none of these.
     """
     cut = [i for i, o in enumerate(change.operands) if o.part is not None]
     first: NotOnShards | None = None
@@ -57,29 +50,27 @@ def fitting_operands(call: RecordedCall, change: Call, layouts: Layouts, tried: 
 
 
 def _check_untried(call: RecordedCall) -> None:
-    """Refuse a call that could not be tried, and may well be another one on shards.
-
-    Raises:
-        NotOnShards: if so.
-    """
+    """Raise `NotOnShards` for a call that could not be tried, and may well be another one on shards."""
     t, layout = next(((x.tensor, x.layout) for x in call.tensors if x.layout is not None), (None, None))
     if t is None or not isinstance(layout, Sharded):
         return
     if call.name in BY_POSITION and not (call.name in TRIANGLES and layout.dim < t.ndim - 2):
         raise NotOnShards("it depends on positions along the split dimension")
-    if call.name not in OPERANDS_STAY_WHOLE | PRODUCTS | NOT_BROADCASTING | MOVES:
-        check_broadcast(call, t, layout)
+    if call.name in OPERANDS_STAY_WHOLE | PRODUCTS | NOT_BROADCASTING | MOVES:
+        return
+    # else operands have to lie beside each other, as those of a pointwise operation do
+    others = [g.tensor for g in call.given if g.tensor is not t and g.tensor.ndim and g.facts.label is None]
+    try:
+        shape = torch.broadcast_shapes(t.shape, *(o.shape for o in others))
+    except RuntimeError:
+        shape = None
+    as_broadcast = shape is not None and (not call.results or call.results[0].tensor.shape == shape)
+    if not as_broadcast and any(o.numel() > 1 for o in others) and any(t.shape[layout.dim] in o.shape for o in others):
+        raise NotOnShards("operands that do not broadcast, one of which has the size of the split dimension")
 
 
 def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> bool:
-    """Run the call on shards: its results have to be the shards of what it returned.
-
-    Returns:
-        Whether that could be tried: not without values, nor with too many.
-
-    Raises:
-        NotOnShards: if they are not.
-    """
+    """Run the call on shards, unless there are no values, or too many; raise `NotOnShards` if its results are not the shards of the full one's."""
     given = {id(t): call.before.get(id(t)) or OnRanks(t, layouts.of(t)) for t in (g.tensor for g in call.given)}
     results = [OnRanks(t, layouts.of(t)) for t in (*(r.tensor for r in call.results), *_written(call))]
     tensors = [*given.values(), *results]
@@ -129,11 +120,7 @@ def _value(t: Tensor, layouts: Layouts) -> Tensor | None:
 
 
 def _compare(rank: int, call: RecordedCall, change: Call, given: dict[int, OnRanks], expected: list[OnRanks]) -> None:
-    """Run a changed call on the shards of one rank.
-
-    Raises:
-        NotOnShards: if it raises, or if its results are not the shards of those expected.
-    """
+    """Run a changed call on the shards of one rank; raise `NotOnShards` if that fails, or gives other shards than expected."""
     shards = {i: x.shard(rank).clone() for i, x in given.items()}
     args, kwargs = (on_rank(_with(x, shards), rank) for x in (call.args, call.kwargs))
     try:

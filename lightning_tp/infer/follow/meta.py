@@ -33,13 +33,7 @@ _DRAWS = {aten.rand.default, aten.uniform_.default}
 
 
 class Values(TorchDispatchMode):
-    """Run operations, and keep of each tensor what is known without following features.
-
-    That is the parameter that it is, and, on the meta device, the value of a tensor that no weight takes part in.
-
-    Args:
-        model: whose parameters are the weights.
-    """
+    """Run operations, and keep of each tensor which parameter it is and, on the meta device, its value if no weight takes part in it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -170,11 +164,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def made(func: Any, args: Any, kwargs: Any) -> Made:
-    """Return what `func(*args, **kwargs)` gives for tensors on the meta device: new tensors of the same shapes, dtypes and strides.
-
-    Returns:
-        None where a general case is given, to be computed by torch.
-    """
+    """Return what `func(*args, **kwargs)` gives for tensors on the meta device; None for a general case, to be computed by torch."""
     make = _MAKERS.get(func)
     return None if make is None or not _SHAPELESS.issuperset(kwargs) else make(*args)
 

@@ -5,7 +5,6 @@ A parameter that is moved (transposed, sliced, flattened) stays known as a view 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,11 +16,6 @@ from lightning_tp.infer.follow.features import compact, reshaped, shrunk
 from lightning_tp.infer.follow.ops import ATEN_CASTS, ATEN_FILLS, ATEN_LIKE, ATEN_MOVES, ATEN_POINTWISE, ATEN_REDUCTIONS
 from lightning_tp.infer.follow.trace import ParamView, TensorFacts
 from lightning_tp.infer.follow.tracer import ANY_OTHER, AtenCall, FeatureTracer, follows
-
-# ------------------------------------------------------------------------------------------------------------ movement
-
-# (labels or coordinates in place of the first argument, the operation) -> in place of its results
-Mover = Callable[[Any, AtenCall], Any]
 
 
 @follows(*ATEN_MOVES)
@@ -42,7 +36,7 @@ def move(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
 
 def _moved_labels(tracer: FeatureTracer, op: AtenCall) -> list[Tensor]:
     labels = tree_map_only(Tensor, tracer.label, op.args[0])
-    if op.name not in MOVERS and any(tracer.value(t) is None for t in tensors_in(op.args[1:], depth=0)):
+    if any(tracer.value(t) is None for t in tensors_in(op.args[1:], depth=0)):
         for dim in _indexed_dims(op):  # which elements are taken is not known: they are joined
             labels = tracer.trace.classes.join_along(labels, (dim,), keepdim=True).expand(labels.shape)
     moved = _moved(tracer, op, labels)
@@ -50,39 +44,28 @@ def _moved_labels(tracer: FeatureTracer, op: AtenCall) -> list[Tensor]:
 
 
 def _moved(tracer: FeatureTracer, op: AtenCall, first: Any) -> list[Tensor]:
-    """Apply the operation to labels or coordinates."""
-    if op.name in MOVERS:
-        moved = MOVERS[op.name](first, op)
-    else:
-        moved = op.func(
-            first, *tree_map_only(Tensor, tracer.index, op.args[1:]), **{k: v for k, v in op.kwargs.items() if k != "memory_format"}
-        )
+    """Apply the operation to labels or coordinates, in place of its first argument."""
+    match op.name:
+        case "clone" | "contiguous" | "alias" | "detach" | "lift_fresh" | "_conj":
+            moved = first
+        case "view" | "_unsafe_view" | "reshape" | "_reshape_alias":
+            moved = reshaped(first, op.outs[0].shape)
+        case "view_as_complex":
+            moved = first.amax(-1)
+        case "view_as_real":
+            moved = first.unsqueeze(-1).expand(*first.shape, 2)
+        case "constant_pad_nd":
+            moved = op.func(first, op.args[1], 0)
+        case "as_strided":
+            like = op.args[0]
+            first = torch.empty_strided(like.shape, like.stride(), dtype=first.dtype).copy_(first)
+            moved = op.func(first, *op.args[1:], **op.kwargs)
+        case "cat":
+            moved = _cat(first, op)
+        case _:
+            kwargs = {k: v for k, v in op.kwargs.items() if k != "memory_format"}
+            moved = op.func(first, *tree_map_only(Tensor, tracer.index, op.args[1:]), **kwargs)
     return [compact(m) for m in tensors_in(moved, depth=0)]
-
-
-def _stay(first: Tensor, op: AtenCall) -> Tensor:
-    return first
-
-
-def _view(first: Tensor, op: AtenCall) -> Tensor:
-    return reshaped(first, op.outs[0].shape)
-
-
-def _view_as_complex(first: Tensor, op: AtenCall) -> Tensor:
-    return first.amax(-1)
-
-
-def _view_as_real(first: Tensor, op: AtenCall) -> Tensor:
-    return first.unsqueeze(-1).expand(*first.shape, 2)
-
-
-def _pad(first: Tensor, op: AtenCall) -> Any:
-    return op.func(first, op.args[1], 0)
-
-
-def _as_strided(first: Tensor, op: AtenCall) -> Any:
-    like = op.args[0]
-    return op.func(torch.empty_strided(like.shape, like.stride(), dtype=first.dtype).copy_(first), *op.args[1:], **op.kwargs)
 
 
 def _cat(parts: list[Tensor], op: AtenCall) -> Tensor:
@@ -95,17 +78,6 @@ def _cat(parts: list[Tensor], op: AtenCall) -> Tensor:
     index = tuple(slice(0, 1) if d in same else slice(None) for d in range(like.ndim))
     small = torch.cat([p[index] for p in parts], dim)
     return small.expand([like.shape[d] if d in same else n for d, n in enumerate(small.shape)])
-
-
-MOVERS: dict[str, Mover] = {
-    **dict.fromkeys(("clone", "contiguous", "alias", "detach", "lift_fresh", "_conj"), _stay),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias"), _view),
-    "view_as_complex": _view_as_complex,
-    "view_as_real": _view_as_real,
-    "constant_pad_nd": _pad,
-    "as_strided": _as_strided,
-    "cat": _cat,
-}
 
 
 def _indexed_dims(op: AtenCall) -> list[int]:
@@ -141,9 +113,6 @@ def cast(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     return [TensorFacts(op.facts[0].label, op.facts[0].param, op.grad)]
 
 
-# -------------------------------------------------------------------------------------------------- operators that combine
-
-
 @follows(ANY_OTHER)
 def combine(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     """Join the features that an operator combines: those of each element, or along the dims that it reduces, or, of an unknown one, all."""
@@ -156,7 +125,11 @@ def combine(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     if op.name in ATEN_REDUCTIONS:
         return _reduced(tracer, op)
     if torch.Tag.pointwise in op.func.tags or op.name in ATEN_FILLS or op.name in ATEN_POINTWISE:
-        return _pointwise(tracer, op)
+        label: Tensor | None = None
+        for f in op.facts:
+            if f.label is not None:
+                label = f.label if label is None else tracer.trace.classes.join(label, f.label)
+        return op.labelled(label)
     return mixed(tracer, op, labels)
 
 
@@ -167,14 +140,6 @@ def embedding(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     if table is not None:
         tracer.trace.looked_up.setdefault(table.name, set()).add(tracer.stack[-1])
     return combine(tracer, op)
-
-
-def _pointwise(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
-    label: Tensor | None = None
-    for f in op.facts:
-        if f.label is not None:
-            label = f.label if label is None else tracer.trace.classes.join(label, f.label)
-    return op.labelled(label)
 
 
 def _reduced(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:

@@ -20,6 +20,8 @@ from lightning_tp.infer.follow.moves import mixed
 from lightning_tp.infer.follow.trace import ParamView, TensorFacts
 from lightning_tp.infer.follow.tracer import AtenCall, FeatureTracer, follows
 
+ROWS, COLUMNS = 1, 2  # dims of a weight (N, k, m) along which its rows follow each other, and its columns
+
 
 @follows("mm", "bmm", "addmm", "baddbmm")
 def product(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
@@ -28,7 +30,7 @@ def product(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     x, y = op.args[start : start + 2]
     a, b = tracer.shadow(x), tracer.shadow(y)
     if x.ndim == 2:
-        a, b = a.moved(_batched), b.moved(_batched)
+        a, b = a.batched(), b.batched()
     label = _product(tracer, a, b, x.shape[-2], y.shape[-1])
     if label is not None:
         label = (label.squeeze(0) if x.ndim == 2 else label).expand(op.out.shape)
@@ -42,7 +44,7 @@ def grouped_product(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     param = tracer.shadow(weight).param
     if param is not None and x.ndim == 2 and weight.ndim == 3:
         first = ParamView(param.name, tuple(c[:1] for c in param.coordinates))
-        label = with_weight(tracer, tracer.shadow(x).moved(_batched).label, first, rows=x.shape[0])
+        label = with_weight(tracer, tracer.shadow(x).batched().label, first, rows=x.shape[0])
         return op.labelled(None if label is None else label.squeeze(0))
     return mixed(tracer, op, [label for t in (x, weight) if (label := tracer.shadow(t).label) is not None])
 
@@ -90,7 +92,8 @@ def _product(tracer: FeatureTracer, a: TensorFacts, b: TensorFacts, rows: int, c
                 uses.setdefault(a.param.name, set()).add(tracer.stack[-1])
         return with_weight(tracer, a.label, b.param, rows)
     if a.param is not None:  # (y^T W^T)^T
-        label = _product(tracer, b.moved(_transposed), a.moved(_transposed), columns, rows)
+        a, b = (f.moved(lambda t: t.transpose(1, 2)) for f in (b, a))
+        label = _product(tracer, a, b, columns, rows)
         return None if label is None else label.transpose(1, 2)
     tops = []
     for label, dim in ((a.label, 2), (b.label, 1)):  # (N, n, 1), (N, 1, m)
@@ -100,14 +103,6 @@ def _product(tracer: FeatureTracer, a: TensorFacts, b: TensorFacts, rows: int, c
     return tracer.trace.classes.join(*tops) if len(tops) == 2 else tops[0] if tops else None
 
 
-def _batched(t: Tensor) -> Tensor:
-    return t.unsqueeze(0)
-
-
-def _transposed(t: Tensor) -> Tensor:
-    return t.transpose(1, 2)
-
-
 def _note_factor(tracer: FeatureTracer, label: Tensor) -> None:
     """Note the features of a factor of a product of activations, unless they are one already."""
     matrix = shrunk(label[(0,) * (label.ndim - 2)])
@@ -115,18 +110,8 @@ def _note_factor(tracer: FeatureTracer, label: Tensor) -> None:
         tracer.trace.operands.append(shrunk(label).unique())
 
 
-# --------------------------------------------------------------------------------------------------- products with a weight
-
-
 def with_weight(tracer: FeatureTracer, x: Tensor | None, weight: ParamView, rows: int) -> Tensor | None:
-    """Return the labels (N, n, m) of an input of labels (N, n, k) times a weight (N, k, m); None for a result that is equal on all ranks.
-
-    Args:
-        tracer: of the run.
-        x: labels of the input; None where it is equal on all ranks.
-        weight: of which coordinates are (N, k, m).
-        rows: n.
-    """
+    """Return the labels (N, n, m) of an input of labels (N, n, k) times a weight (N, k, m); None for what is equal on all ranks."""
     batch, _, columns = weight.coordinates[0].shape
     if not batch * rows:
         return _without_rows(tracer, weight, rows)
@@ -152,7 +137,7 @@ def with_weight(tracer: FeatureTracer, x: Tensor | None, weight: ParamView, rows
 def _without_rows(tracer: FeatureTracer, weight: ParamView, rows: int) -> Tensor | None:
     """Return labels for an expert without tokens: how its weight is split is known from other uses of it, or it is kept whole."""
     batch, _, columns = weight.coordinates[0].shape
-    for kind, dims in (("in", _dims_of_rows(weight)), ("out", _dims_of_columns(weight))):
+    for kind, dims in (("in", _dims_along(weight, ROWS)), ("out", _dims_along(weight, COLUMNS))):
         for dim, where in dims:
             if (weight.name, dim, kind) in tracer.known:
                 tracer.note_product(weight.name, dim, kind)
@@ -166,7 +151,7 @@ def _without_rows(tracer: FeatureTracer, weight: ParamView, rows: int) -> Tensor
 def _makes_features(tracer: FeatureTracer, weight: ParamView, rows: int) -> Tensor | None:
     """Return the features (N, n, m) of a weight's columns, for an input that is equal on all ranks; None if they are needed whole."""
     batch, _, columns = weight.coordinates[0].shape
-    along = next((a for a in _dims_of_columns(weight) if (weight.name, a[0]) not in tracer.whole), None)
+    along = next((a for a in _dims_along(weight, COLUMNS) if (weight.name, a[0]) not in tracer.whole), None)
     if along is None:
         tracer.trace.whole_uses.setdefault(weight.name, set()).add(tracer.stack[-1])
         return None
@@ -174,19 +159,14 @@ def _makes_features(tracer: FeatureTracer, weight: ParamView, rows: int) -> Tens
     features = tracer.features(weight.name, dim)[where]  # (N, m)
     tracer.note_product(weight.name, dim, "out")
     tracer.events.append(("out", weight.name))
-    _note_piece(tracer, weight.name, dim, where)
+    indices, known = where.unique(), tracer.trace.pieces.setdefault((weight.name, dim), [])
+    if indices.numel() < tracer.shapes[weight.name][dim] and not any(torch.equal(indices, k) for k in known):
+        known.append(indices)
     return features.unsqueeze(1).expand(batch, rows, columns)
 
 
 def _of_each_product(tracer: FeatureTracer, x: Tensor, found: Tensor, weight: ParamView) -> Tensor | None:
-    """Return the feature (N, 1, 1) of each of several products, whose inputs and matrices share none: heads, with a matrix for each.
-
-    Args:
-        tracer: of the run.
-        x: labels of the input.
-        found: its representatives (N, n or 1, k).
-        weight: of which coordinates are (N, k, m).
-    """
+    """Return the feature (N, 1, 1) of each of several products, whose inputs and matrices share none: heads, with a matrix for each."""
     if not _disjoint(found[:, 0, :]):
         return None
     for dim, coordinates in enumerate(weight.coordinates):
@@ -202,7 +182,7 @@ def _of_each_product(tracer: FeatureTracer, x: Tensor, found: Tensor, weight: Pa
 
 def _row_dim(tracer: FeatureTracer, found: Tensor, weight: ParamView) -> tuple[int, Tensor] | None:
     """Return the dim along which a weight's rows go with the features (N, n or 1, k) of its input, and the coordinates there."""
-    candidates = _dims_of_rows(weight)
+    candidates = _dims_along(weight, ROWS)
     if len(candidates) != 1:
         candidates = [a for a in candidates if _differ_by(found[:, 0, :], a[1])][:1]
     return next((a for a in candidates if (weight.name, a[0]) not in tracer.whole), None)
@@ -217,28 +197,12 @@ def _sums_over_features(tracer: FeatureTracer, x: Tensor, name: str, dim: int, w
         tracer.events.append(("apart", name))
 
 
-def _note_piece(tracer: FeatureTracer, name: str, dim: int, where: Tensor) -> None:
-    """Note the indices of a weight that take part in one product, if they are not all."""
-    indices = where.unique()
-    known = tracer.trace.pieces.setdefault((name, dim), [])
-    if indices.numel() < tracer.shapes[name][dim] and not any(torch.equal(indices, k) for k in known):
-        known.append(indices)
-
-
-def _dims_of_columns(weight: ParamView) -> list[tuple[int, Tensor]]:
-    """Return the dims of the parameter along which the columns of a view (N, k, m) run, with the coordinates (N, m) there."""
-    return _dims_along([c[:, 0, :] for c in weight.coordinates]) if weight.coordinates[0].shape[1] else []
-
-
-def _dims_of_rows(weight: ParamView) -> list[tuple[int, Tensor]]:
-    """Return the dims of the parameter along which the rows of a view (N, k, m) run, with the coordinates (N, k) there."""
-    return _dims_along([c[:, :, 0] for c in weight.coordinates]) if weight.coordinates[0].shape[2] else []
-
-
-def _dims_along(coordinates: list[Tensor]) -> list[tuple[int, Tensor]]:
+def _dims_along(weight: ParamView, direction: int) -> list[tuple[int, Tensor]]:
+    """Return the dims of the parameter along which rows or columns of a view (N, k, m) run, with the coordinates (N, k or m) there."""
+    across = ROWS + COLUMNS - direction
     found = []
-    for dim, coordinate in enumerate(coordinates):
-        small = shrunk(coordinate)
+    for dim, coordinates in enumerate(weight.coordinates if weight.coordinates[0].shape[across] else ()):
+        small = shrunk(coordinates.select(across, 0))
         if small.numel() and small.shape[-1] > 1 and bool((small != small[..., :1]).any()):
             found.append((dim, small))
     return sorted(found, key=lambda a: -int(a[1].amax()))  # the longest first

@@ -31,11 +31,11 @@ def run(
     """Trace one forward of the model, `call(model, inputs)`.
 
     Args:
-        model: to run; its parameters are the weights that are followed.
+        model: whose parameters are the weights that are followed.
         call: runs it.
         inputs: of the call; taken to the meta device if the model is there.
-        whole: (parameter, dim) that make no features.
-        shared: (parameter, dim) -> mask of the indices whose features every rank has.
+        whole: this and the next: as of `FeatureTracer`.
+        shared: likewise.
         recorder: `recorder(tracer)` makes a mode that sees the calls of torch functions.
         tracer_of: makes the tracer, of the model, `whole` and `shared`; default `FeatureTracer`.
         during: `during(tracer)` is a context in which the forward runs.

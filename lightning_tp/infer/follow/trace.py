@@ -32,6 +32,10 @@ class TensorFacts:
         param = None if self.param is None else ParamView(self.param.name, tuple(map(move, self.param.coordinates)))
         return TensorFacts(None if self.label is None else move(self.label), param, self.grad)
 
+    def batched(self) -> TensorFacts:
+        """Return the facts of the tensor as a batch of one."""
+        return self.moved(lambda t: t.unsqueeze(0))
+
 
 @dataclass(frozen=True)
 class Use:

@@ -10,6 +10,7 @@ costs a microsecond or two for each call of a torch function inside the module.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -95,9 +96,6 @@ class _WrittenOutAttention(nn.Module):
             functional.multi_head_attention_forward = before
 
 
-# -------------------------------------------------------------------------------------------- by a copy of its functions
-
-
 @lru_cache(maxsize=256)
 def _rewritten_functions(cls: type[nn.Module], calls: tuple[Call, ...]) -> type | None:
     """Return a mixin with the functions of this class that hand these calls over; None if its source does not show them."""
@@ -122,9 +120,6 @@ def _local_call(self: Any, number: int, func: Any, *args: Any, **kwargs: Any) ->
         running.pop()
 
 
-# ------------------------------------------------------------------------------------------------------------ by a mode
-
-
 class _UnderCallMode(nn.Module):
     _mode: _CallMode
 
@@ -134,13 +129,13 @@ class _UnderCallMode(nn.Module):
         return self._call_impl(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mode = self._mode
-        mode.begin()
+        self._mode.turns.clear()
+        _CallMode._running.append(self._mode)
         try:
-            with mode:
+            with self._mode:
                 return super().forward(*args, **kwargs)
         finally:
-            mode.end()
+            _CallMode._running.pop()
 
 
 class _CallMode(TorchFunctionMode):
@@ -155,19 +150,10 @@ class _CallMode(TorchFunctionMode):
         for call in calls:
             self.table.setdefault((call.name, call.at), []).append(call)
         self.names = frozenset(c.name for c in calls)
-        self.turns: dict[Any, int] = {}  # call site -> calls from there in this forward
+        self.turns: Counter[Any] = Counter()  # call site -> calls from there in this forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CallMode:
         return self
-
-    def begin(self) -> None:
-        """Start a forward of the module."""
-        self._running.append(self)
-        self.turns.clear()
-
-    def end(self) -> None:
-        """End it."""
-        self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -177,12 +163,10 @@ class _CallMode(TorchFunctionMode):
         calls = self.table.get(key)
         if calls is None or (name == "__get__" and func.__self__ is not Tensor.shape):
             return func(*args, **(kwargs or {}))
-        if len(calls) == 1:
-            call = calls[0]
-        else:  # one call site in a loop, or in a helper that is called several times
-            turn = self.turns.get(key, 0)
-            self.turns[key] = turn + 1
-            call = calls[turn % len(calls)]
+        call = calls[0]
+        if len(calls) > 1:  # one call site in a loop, or in a helper that is called several times
+            call = calls[self.turns[key] % len(calls)]
+            self.turns[key] += 1
         return run_call(call, func, args, kwargs or {}, self.axis)
 
 

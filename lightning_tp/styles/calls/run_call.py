@@ -26,14 +26,7 @@ PRODUCTS_WITH_SUMMAND: dict[str, Callable[..., Any]] = {"addmm": torch.mm, "badd
 
 
 def run_call(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, axis: Axis) -> Any:
-    """Make a call with what changes on this rank.
-
-    Args:
-        call: what changes.
-        func: the torch function.
-        args: as the code gives them.
-        kwargs: likewise.
-        axis: of the ranks.
+    """Call a torch function with what changes in the call on this rank.
 
     Raises:
         TPError: if a size is not what it was when the plan was made.
@@ -69,9 +62,6 @@ def _full_size(call: Call, args: Args, kwargs: Kwargs, axis: Axis) -> Any:
         return sizes[0] if call.name == "__len__" else math.prod(sizes)
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     return torch.Size(sizes) if dim is None or call.name != "size" else sizes[dim]
-
-
-# ------------------------------------------------------------------------------------------------------------- operands
 
 
 def _with_operands(call: Call, args: Args, kwargs: Kwargs, axis: Axis) -> tuple[Args, Kwargs]:
@@ -140,9 +130,6 @@ def _index(ownership: Ownership, rank: int, length: int, device: torch.device) -
     return ownership.index(rank, length).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------- sizes
-
-
 def _with_sizes(call: Call, args: Args, rank: int) -> Args:
     first = FIRST_SIZE.get(call.name, 1)
     packed = len(args) == first + 1 and isinstance(args[first], (tuple, list, torch.Size))
@@ -184,9 +171,6 @@ def dim_of_item(items: Sequence[Any], position: int, ndim: int) -> int | None:
     return sum(counts[:position]) + rest
 
 
-# --------------------------------------------------------------------------------------------------------- partial sums
-
-
 def _reduced(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, axis: Axis) -> Any:
     """Run a product with a row-wise weight, and reduce its partial sums; a bias is added once."""
     func, args, kwargs, bias = _without_bias(call.name, func, args, kwargs)
@@ -199,9 +183,7 @@ def _reduced(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, a
     return out if bias is None else out + bias
 
 
-def _without_bias(
-    name: str, func: Callable[..., Any], args: Args, kwargs: Kwargs
-) -> tuple[Callable[..., Any], Args, Kwargs, Tensor | None]:
+def _without_bias(name: str, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Any, Args, Kwargs, Tensor | None]:
     """Take the bias out of a call, in a shape that broadcasts against its result."""
     if name in PRODUCTS_WITH_SUMMAND and len(args) == 3:
         bias = args[0] if kwargs.get("beta", 1) == 1 else args[0] * kwargs["beta"]

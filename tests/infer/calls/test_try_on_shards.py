@@ -126,3 +126,19 @@ def test_rounding_is_no_difference() -> None:
     assert not try_on_shards._same(a[:2], torch.tensor([3.0, 1000.0]))
     assert not try_on_shards._same(a, a.double()) and not try_on_shards._same(a, a[:3])
     assert not try_on_shards._same(torch.tensor([1]), torch.tensor([2]))
+
+
+def test_operands_have_to_broadcast_where_a_call_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(try_on_shards, "MOST_TRIED", 0)
+    x = torch.zeros(2, 3, 8)
+
+    def check(func: Any, *args: Any) -> None:
+        assert tried(recorded(func, *args, layouts={0: halves(2)}, results=halves(2))) == ()
+
+    check(torch.mul, x, ROW)
+    check(torch.mul, x, torch.ones(3, 1))
+    check(lambda x, y: x.clone(), x, torch.zeros(5, 7))  # has no size of the split dim
+    with pytest.raises(NotOnShards, match="do not broadcast"):
+        check(lambda x, y: x.clone(), x, torch.zeros(8, 5))
+    with pytest.raises(NotOnShards, match="do not broadcast"):
+        check(lambda x, y: x.sum(0), x, torch.zeros(3, 8))  # another result than broadcasting gives

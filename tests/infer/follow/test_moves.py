@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_tp.infer.follow.moves import MOVERS, _cat
-from lightning_tp.infer.follow.ops import ATEN_MOVES
+from lightning_tp.infer.follow.moves import _cat
 from lightning_tp.infer.follow.run import run
 from lightning_tp.infer.follow.tracer import AtenCall
 from tests.infer.follow.traced import Net, classes_of, labels_of, traced
@@ -93,10 +92,6 @@ def test_a_parameter_that_is_moved_is_known_by_its_coordinates() -> None:
     _, out, tracer = run(model, call, torch.zeros(1), set(), {})
     view = tracer.shadow(out).param
     assert view.name == "p" and [c.tolist() for c in view.coordinates] == [[1, 0], [0, 1]]
-
-
-def test_every_mover_is_a_move() -> None:
-    assert set(MOVERS) <= ATEN_MOVES
 
 
 def test_a_softmax_joins_what_it_runs_over() -> None:
