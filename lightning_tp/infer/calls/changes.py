@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lightning_tp.infer.calls.layouts import Layouts, OnRanks, Sharded
-from lightning_tp.infer.calls.local_sizes import PerRankInt, fraction, local_of, whole_of
+from lightning_tp.infer.calls.local_sizes import PerRankInt, fraction, local_of, per_rank_ints, whole_of
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall
 from lightning_tp.infer.calls.try_on_shards import fitting_operands
 from lightning_tp.infer.follow.ops import JOINS, MOVES_ALONG_ONE_DIM, OPERANDS_STAY_WHOLE, PRODUCTS, PRODUCTS_WITH_SUMMAND, RANDOM
@@ -31,7 +31,8 @@ Factors = tuple[tuple[tuple[int, int, int], ...], ...]  # for each rank, (positi
 
 def combine(call: RecordedCall) -> Change:
     """`x * mask`: an operand that every rank has whole is cut beside the split dim of the others."""
-    sharded = [g for g in call.given if isinstance(g.layout, Sharded)]
+    # (path, split dim counted from the last) of the first sharded operand
+    sharded = next(((g.path, g.tensor.ndim - g.layout.dim) for g in call.given if isinstance(g.layout, Sharded)), None)
     reference: OnRanks | None = None
     if not call.sums_over_ranks:  # there, what lies beside the split dim is summed over, and not in the result
         reference = next((x for x in (*call.results, *call.given) if isinstance(x.layout, Sharded)), None)
@@ -39,8 +40,8 @@ def combine(call: RecordedCall) -> Change:
     for g in call.given:
         if g.layout is not None or g.is_split:
             continue  # this rank's shard already
-        part = None if reference is None or not _may_be_cut(call.name, g) else _part_beside(call.name, g, reference)
-        beside = sharded[0].path if part and sharded and _is_beside(sharded[0], part) else None
+        part = None if reference is None else _part_beside(call.name, g, reference)
+        beside = sharded[0] if part and sharded and sharded[1] == part[0] else None
         operands.append(Operand(g.path, part, _enters(call, g), beside))
     return _with_operands(call, operands)
 
@@ -55,26 +56,18 @@ def _enters(call: RecordedCall, g: Given) -> bool:
     return ((sharded or call.partial_results) and g.equal_gradient) or (sharded and g.partial_inside)
 
 
-def _may_be_cut(name: str, g: Given) -> bool:
-    return name not in OPERANDS_STAY_WHOLE or (name == "linear" and g.path in ((2,), ("bias",)))
-
-
-def _is_beside(g: Given, part: Part) -> bool:
-    return isinstance(g.layout, Sharded) and g.tensor.ndim - g.layout.dim == part[0]
-
-
 def _part_beside(name: str, g: Given, reference: OnRanks) -> Part | None:
     """Return the part that a rank needs of a whole operand, beside the split dim of another tensor; None for all of it."""
     t, other, layout = g.tensor, reference.tensor, reference.layout
     assert isinstance(layout, Sharded)
     from_last = other.ndim - layout.dim
+    if name in OPERANDS_STAY_WHOLE and not (name == "linear" and g.path in ((2,), ("bias",))):
+        return None
     if name in PRODUCTS and from_last <= 2 and not (name in PRODUCTS_WITH_SUMMAND and g.path == (0,)):
         return None  # its rows or columns are its own
     if name == "scaled_dot_product_attention" and from_last != 3:
         return None
-    if name in JOINS and t.ndim == other.ndim and t.shape[layout.dim] != other.shape[layout.dim]:
-        return None
-    if t.ndim < from_last:
+    if t.ndim < from_last or (name in JOINS and t.ndim == other.ndim and t.shape[layout.dim] != other.shape[layout.dim]):
         return None
     size, length = t.shape[t.ndim - from_last], other.shape[layout.dim]
     if size == length != 1:
@@ -156,8 +149,8 @@ def resize(call: RecordedCall) -> Change:
     ]
     # how a wrong size follows from that of a shard may be another matter with another batch: code is to read the full one
     wrong = {id(g) for g, want, have in pairs if want != have}
-    right = tuple(n for n in _per_rank(given) if id(n) not in wrong)
-    return Change(replace(call.unchanged, sizes=_factors([(want, have) for _, want, have in pairs], call.tp)), right)
+    right = tuple(n for n in per_rank_ints(given) if id(n) not in wrong)
+    return Change(replace(call.unchanged, sizes=factors([(want, have) for _, want, have in pairs], call.tp)), right)
 
 
 def full_sizes(call: RecordedCall) -> Change | None:
@@ -166,7 +159,7 @@ def full_sizes(call: RecordedCall) -> Change | None:
         return None
     given = _sizes_given(call)
     pairs = [((n.whole,) * call.tp, n.local) if isinstance(n, PerRankInt) else ((), ()) for n in given]
-    return Change(replace(call.unchanged, sizes=_factors(pairs, call.tp)), _per_rank(given))
+    return Change(replace(call.unchanged, sizes=factors(pairs, call.tp)), per_rank_ints(given))
 
 
 def _sizes_given(call: RecordedCall) -> list[Any]:
@@ -175,11 +168,7 @@ def _sizes_given(call: RecordedCall) -> list[Any]:
     return list(call.args[first] if packed else call.args[first:])
 
 
-def _per_rank(numbers: Any) -> tuple[PerRankInt, ...]:
-    return tuple(n for n in numbers if isinstance(n, PerRankInt))
-
-
-def _factors(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], tp: int) -> Factors:
+def factors(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]], tp: int) -> Factors:
     """Return by what the sizes that ranks have are multiplied to be those that are wanted; () if nothing changes."""
     of_ranks = tuple(
         tuple((at, *fraction(want[rank], have[rank])) for at, (want, have) in enumerate(pairs) if want and want[rank] != have[rank])
@@ -199,7 +188,7 @@ def split(call: RecordedCall) -> Change:
     of_pieces = [r.sizes(call.tp)[dim] for r in call.results]
     wanted = tuple(tuple(piece[rank] for piece in of_pieces) for rank in range(call.tp))
     same = all(_pieces_of(call.name, how, lengths[rank], rank, call.tp) == wanted[rank] for rank in range(call.tp))
-    numbers = _per_rank(how if isinstance(how, (tuple, list)) else [how])
+    numbers = per_rank_ints(how if isinstance(how, (tuple, list)) else [how])
     return Change(call.unchanged if same else replace(call.unchanged, pieces=wanted), numbers)
 
 
@@ -228,7 +217,7 @@ def getitem(call: RecordedCall) -> Change:
     if not isinstance(item, slice):
         raise NotOnShards("an index into the split dimension")
     bounds = (item.start, item.stop, item.step)
-    numbers = _per_rank(bounds)
+    numbers = per_rank_ints(bounds)
     length = x.shape[layout.dim]
     taken = torch.zeros(length, dtype=torch.bool)
     taken[slice(*(None if b is None else int(whole_of(b)) for b in bounds))] = True

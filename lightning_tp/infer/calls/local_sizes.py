@@ -7,7 +7,7 @@ number, would do the same.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -181,14 +181,8 @@ def on_rank(x: Any, rank: int) -> Any:
     return mapped(x, lambda n: n.local[rank] if isinstance(n, PerRankInt) else n)
 
 
-def per_rank_ints(x: Any) -> Iterator[PerRankInt]:
-    """Yield the sizes of shards among the arguments of a call."""
-    if isinstance(x, PerRankInt):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for i in x:
-            yield from per_rank_ints(i)
-    elif isinstance(x, dict):
-        yield from per_rank_ints(tuple(x.values()))
-    elif isinstance(x, slice):
-        yield from per_rank_ints((x.start, x.stop, x.step))
+def per_rank_ints(x: Any) -> list[PerRankInt]:
+    """Return the sizes of shards among the arguments of a call."""
+    found: list[Any] = []
+    mapped(x, found.append)
+    return [n for n in found if isinstance(n, PerRankInt)]

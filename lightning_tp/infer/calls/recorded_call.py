@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,21 +81,16 @@ class Change:
 
     call: Call  # what changes in it
     # of its arguments, known for sizes and right with what changes: code need not read full ones
-    sizes: tuple[PerRankInt, ...] = ()
+    sizes: Sequence[PerRankInt] = ()
 
 
 class NotOnShards(Exception):
-    """A call can't run on shards, and why.
+    """A call can't run on shards, and why."""
 
-    Args:
-        why: a clause about the call.
-        tensors: whose features have to stay together; None: those of its first sharded operand.
-        sizes: as of `Change`.
-    """
-
-    def __init__(self, why: str, tensors: list[Tensor] | None = None, sizes: tuple[PerRankInt, ...] = ()) -> None:
+    def __init__(self, why: str, tensors: list[Tensor] | None = None, sizes: Sequence[PerRankInt] = ()) -> None:
         super().__init__(why)
-        self.tensors, self.sizes = tensors, sizes
+        self.tensors = tensors  # whose features have to stay together; None: those of its first sharded operand
+        self.sizes = sizes  # as of `Change`
 
 
 def tensors_given(args: Any, kwargs: Any) -> list[tuple[Path, Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,9 @@ from lightning_tp._compat import unobserved
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.core.trees import tensors_in
-from lightning_tp.infer.calls.changes import change_of, full_sizes
+from lightning_tp.infer.calls.changes import change_of, factors, full_sizes
 from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
-from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, fraction, per_rank_ints, plain
+from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, per_rank_ints, plain
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
 from lightning_tp.infer.follow.features import gradient_is_partial
 from lightning_tp.infer.follow.ops import MOVES, writes_in_place
@@ -106,7 +107,7 @@ class CallRecorder(TorchFunctionMode):
             with unobserved():
                 self._before = {id(t): OnRanks(t.clone(), self.layouts.of(t)) for _, t in tensors_given(args, kwargs)}
         out = func(*plain_args, **plain_kwargs)
-        self._numbers = list(per_rank_ints((args, kwargs)))
+        self._numbers = per_rank_ints((args, kwargs))
         if module == self.tracer.stack[-1] and module not in self.standard:
             with unobserved():
                 self.analyse_call(name, func, args, kwargs, out, module, frame)
@@ -126,11 +127,8 @@ class CallRecorder(TorchFunctionMode):
         read = (module, name, site)
         local = self.layouts.sizes(x)
         if read in self.whole_reads:
-            sizes = tuple(
-                tuple((d, *fraction(n, of[r])) for d, (n, of) in enumerate(zip(x.shape, local, strict=True)) if of[r] != n)
-                for r in range(self.tp)
-            )
-            self._note(module, Call(name, site, sizes=sizes if any(sizes) else ()), always=True)
+            sizes = factors([((n,) * self.tp, of) for n, of in zip(x.shape, local, strict=True)], self.tp)
+            self._note(module, Call(name, site, sizes=sizes), always=True)
             return func(*args, **kwargs)
         if name in COUNTS:
             counts = local[0] if name == "__len__" else tuple(math.prod(n) for n in zip(*local, strict=True))
@@ -181,7 +179,7 @@ class CallRecorder(TorchFunctionMode):
         followed = [g.tensor for g in call.given if self.layouts.is_followed(g.tensor)]
         return [self.layouts.features(t) for t in followed[:1]] or [self.tracer.label(call.results[0].tensor)]
 
-    def _set_known(self, sizes: tuple[PerRankInt, ...]) -> None:
+    def _set_known(self, sizes: Sequence[PerRankInt]) -> None:
         """Note that these numbers are known for sizes, so that code need not read full ones for them."""
         known = {id(n) for n in sizes}
         self._numbers = [n for n in self._numbers if id(n) not in known]

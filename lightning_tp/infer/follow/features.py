@@ -7,6 +7,9 @@ its up projection). Features that are never joined may lie on different ranks.
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -136,26 +139,12 @@ def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if not labels.numel() or labels.numel() < LARGE:
         return labels.reshape(shape)
+    ends, new_ends = (list(itertools.accumulate(of, operator.mul)) for of in (labels.shape, shape))
+    index: list[slice] = []
     small: list[int] = []
-    large, index = list(shape), []
-    i = j = 0
-    while i < labels.ndim or j < len(large):
-        ins: list[int] = []
-        outs: list[int] = []
-        a = b = 1
-        while i < labels.ndim and (not ins or a < b or (a == b and j == len(large))):
-            a *= labels.shape[i]
-            ins.append(i)
-            i += 1
-            while j < len(large) and b < a:
-                b *= large[j]
-                outs.append(j)
-                j += 1
-        while j < len(large) and (b < a or i == labels.ndim):
-            b *= large[j]
-            outs.append(j)
-            j += 1
-        constant = all(labels.stride(d) == 0 or labels.shape[d] == 1 for d in ins)
-        index += [slice(0, 1) if constant else slice(None)] * len(ins)
-        small += [1 if constant else large[d] for d in outs]
-    return labels[tuple(index)].reshape(small).expand(large)
+    for end in sorted({*ends} & {*new_ends}):  # of a group
+        dims, new_dims = range(len(index), bisect.bisect(ends, end)), range(len(small), bisect.bisect(new_ends, end))
+        constant = all(labels.stride(d) == 0 or labels.shape[d] == 1 for d in dims)
+        index += [slice(0, 1) if constant else slice(None)] * len(dims)
+        small += [1 if constant else shape[d] for d in new_dims]
+    return labels[tuple(index)].reshape(small).expand(list(shape))
