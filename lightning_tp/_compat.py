@@ -17,7 +17,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors as flatten  # noqa: F401
 from torch._utils import _unflatten_dense_tensors as unflatten  # noqa: F401
 from torch.amp.grad_scaler import OptState
@@ -458,3 +458,11 @@ def unobserved() -> Iterator[None]:
 
 # flash attention as it runs without a device: it saves for the backward what the kernels of all devices save
 flash_attention_on_meta: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+# operators of aten that have no public function, or another one
+read_scalar: Any = torch.ops.aten._local_scalar_dense.default  # `x.item()`
+grouped_mm: Any = torch.ops.aten._grouped_mm.default
+softmax_operators: tuple[Any, ...] = tuple(
+    getattr(torch.ops.aten, name).default for name in ("_softmax", "_log_softmax", "_safe_softmax")
+)
+call_as_written = nn.Module._call_impl  # `module(..)` with hooks, without what `module.compile()` made of it

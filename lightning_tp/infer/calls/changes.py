@@ -26,8 +26,6 @@ Rule = Callable[[RecordedCall], Change]
 Part = tuple[int, Ownership]  # (dim counted from the last, which rank has which index)
 Factors = tuple[tuple[tuple[int, int, int], ...], ...]  # for each rank, (position, numerator, denominator)
 
-# ------------------------------------------------------------------------------------------ calls that combine tensors
-
 
 def combine(call: RecordedCall) -> Change:
     """`x * mask`: an operand that every rank has whole is cut beside the split dim of the others."""
@@ -122,9 +120,6 @@ def convolve(call: RecordedCall) -> Change:
     operands += [Operand(g.path, parts[g.path], enters.get(g.path, False)) for g in call.given if g.path in parts]
     of_ranks = tuple(ownership.local(length, r) * groups // length for r in range(call.tp)) if groups > 1 else ()
     return Change(replace(call.unchanged, operands=tuple(operands), groups=of_ranks))
-
-
-# ----------------------------------------------------------- calls that are given numbers, or move along the dims of one tensor
 
 
 def resize(call: RecordedCall) -> Change:
@@ -245,8 +240,6 @@ def move_along_one_dim(call: RecordedCall) -> Change:
         raise NotOnShards("along the split dimension")
     return Change(call.unchanged)
 
-
-# ------------------------------------------------------------------------------------------------------------ the table
 
 # all other functions: `combine`
 RULES: dict[str, Rule] = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from lightning_tp._compat import is_in_place, without_dispatch_modes
+from lightning_tp._compat import grouped_mm, is_in_place, read_scalar, softmax_operators, without_dispatch_modes
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.errors import TPError
 from lightning_tp.infer.follow.features import FeatureSets
@@ -28,7 +28,6 @@ KEEP_BLOCK = 0.99  # in place of a single random number: stochastic depth then s
 aten = torch.ops.aten
 Made = tuple[Tensor, ...] | Tensor | None
 PLAIN = (Tensor, nn.Parameter)
-_GROUPED = aten._grouped_mm.default
 _DRAWS = {aten.rand.default, aten.uniform_.default}
 
 
@@ -92,8 +91,13 @@ class Values(TorchDispatchMode):
         Raises:
             TPError: if code reads a number that depends on weights, which are on the meta device.
         """
-        if func is aten._local_scalar_dense.default and args[0].is_meta:
-            return self._item(args[0])
+        if func is read_scalar and args[0].is_meta:
+            if (known := self.value(args[0])) is not None:
+                return known.item()
+            raise TPError(
+                f"`{self.stack[-1] or 'the model'}` reads the value of a tensor that depends on weights, which are on the meta device. Infer "
+                "the plan from a model with real weights (a small one of the same architecture has the same plan), or pass `plan=`."
+            )
         if not self.on_meta:
             return _run(func, args, kwargs)
         tensors = list(tensors_in((args, kwargs), depth=0))
@@ -135,15 +139,6 @@ class Values(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.values[id(t)] = (t, value)
 
-    def _item(self, t: Tensor) -> Any:
-        known = self.value(t)
-        if known is not None:
-            return known.item()
-        raise TPError(
-            f"`{self.stack[-1] or 'the model'}` reads the value of a tensor that depends on weights, which are on the meta device. Infer the "
-            "plan from a model with real weights (a small one of the same architecture has the same plan), or pass `plan=`."
-        )
-
 
 def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
     """Return for each dim the coordinate of each element; without memory for the other dims."""
@@ -152,7 +147,7 @@ def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    if func is _GROUPED and args[0].is_meta and args[0].dtype is not torch.bfloat16:
+    if func is grouped_mm and args[0].is_meta and args[0].dtype is not torch.bfloat16:
         # its kernels take other dtypes, except the one for the meta device
         out = func(*(t.bfloat16() for t in args[:2]), *args[2:], **kwargs).to(args[0].dtype)
     else:
@@ -225,9 +220,7 @@ _MAKERS: dict[Any, Callable[..., Made]] = {
     aten.addmm.default: _addmm,
     aten.native_layer_norm.default: _layer_norm,
     aten.tril.default: _triangle,
-    aten._softmax.default: _softmax,
-    aten._log_softmax.default: _softmax,
-    aten._safe_softmax.default: _softmax,
+    **dict.fromkeys(softmax_operators, _softmax),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor), _pair),
     **dict.fromkeys((aten.mul.Scalar, aten.pow.Tensor_Scalar), _same),
     **dict.fromkeys(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp._compat import call_as_written
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.core.comm.transitions import outside
@@ -64,7 +65,7 @@ class RewrittenCalls(Style):
             return
         mixin = _rewritten_functions(type(module), self.calls)  # type: ignore[arg-type]  # as in `swap_class`
         if mixin is not None and not any(isinstance(m, type(module)) for m in module.modules() if m is not module):
-            swap_class(module, mixin, _calls=self.calls, _call_axis=site.axis)
+            swap_class(module, mixin, _tp_calls=self.calls, _tp_call_axis=site.axis)
         else:
             swap_class(module, _UnderCallMode, _mode=_CallMode(self.calls, site.axis))
 
@@ -108,14 +109,14 @@ def _rewritten_functions(cls: type[nn.Module], calls: tuple[Call, ...]) -> type 
 
 def _local_call(self: Any, number: int, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run one of the module's changed calls: what the functions that `rewritten` makes call, as a method of the module."""
-    call = self._calls[number]
+    call = self._tp_calls[number]
     owner = getattr(func, "__self__", None)
     if isinstance(owner, Tensor):
         args, func = (owner, *args), getattr(Tensor, call.name)
     running = _CallMode._running
     running.append(None)  # a mode around this module has no business with what is called here
     try:
-        return run_call(call, func, args, kwargs, self._call_axis)
+        return run_call(call, func, args, kwargs, self._tp_call_axis)
     finally:
         running.pop()
 
@@ -125,8 +126,8 @@ class _UnderCallMode(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():  # compiled code has no call sites
-            return outside(self._call_impl, *args, **kwargs)
-        return self._call_impl(*args, **kwargs)
+            return outside(call_as_written, self, *args, **kwargs)
+        return call_as_written(self, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._mode.turns.clear()
