@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tp.infer.calls import try_on_shards
+from lightning_tp.infer.calls.layouts import Sharded
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorded_call import NotOnShards, RecordedCall
 from lightning_tp.infer.calls.try_on_shards import fitting_operands
 from lightning_tp.styles.calls.call import Call, Operand
-from tests.infer.calls.recorded import LayoutsOf, halves, recorded
+from tests.infer.calls.recorded import LayoutsOf, halves, recorded, sharded
 
 X, ROW = torch.randn(8, 8), torch.arange(8.0)
 OWNED = halves(1).ownership
@@ -142,3 +143,15 @@ def test_operands_have_to_broadcast_where_a_call_is_not_tried(monkeypatch: pytes
         check(lambda x, y: x.clone(), x, torch.zeros(8, 5))
     with pytest.raises(NotOnShards, match="do not broadcast"):
         check(lambda x, y: x.sum(0), x, torch.zeros(3, 8))  # another result than broadcasting gives
+
+
+@pytest.mark.parametrize(
+    ("other", "why"), [(sharded(1, (0, 2), (1, 6)), "does not run on shards"), (sharded(1, (1, 4), (0, 4)), "its result on shards")]
+)
+def test_operands_that_are_split_in_other_ways_do_not_line_up(other: Sharded, why: str) -> None:
+    call = recorded(torch.mul, X, torch.randn(8, 8), layouts={0: halves(1), 1: other}, results=halves(1))
+    with pytest.raises(NotOnShards, match=why):
+        tried(call)
+    rows = recorded(torch.mul, X, torch.randn(8, 8), layouts={0: halves(1), 1: halves(0)}, results=halves(1))
+    with pytest.raises(NotOnShards):
+        tried(rows)
