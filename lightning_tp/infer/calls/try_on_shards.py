@@ -70,7 +70,7 @@ def _check_untried(call: RecordedCall) -> None:
 
 
 def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> bool:
-    """Run the call on shards, unless there are no values, or too many; raise `NotOnShards` if its results are not the shards of the full one's."""
+    """Return whether the call could be tried; raise `NotOnShards` if its results on shards are not the shards of what it returned."""
     given = {id(t): call.before.get(id(t)) or OnRanks(t, layouts.of(t)) for t in (g.tensor for g in call.given)}
     results = [OnRanks(t, layouts.of(t)) for t in (*(r.tensor for r in call.results), *_written(call))]
     tensors = [*given.values(), *results]
