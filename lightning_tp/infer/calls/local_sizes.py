@@ -181,8 +181,8 @@ def on_rank(x: Any, rank: int) -> Any:
     return mapped(x, lambda n: n.local[rank] if isinstance(n, PerRankInt) else n)
 
 
-def per_rank_ints(x: Any) -> list[PerRankInt]:
+def per_rank_ints(x: Any) -> tuple[PerRankInt, ...]:
     """Return the sizes of shards among the arguments of a call."""
     found: list[Any] = []
     mapped(x, found.append)
-    return [n for n in found if isinstance(n, PerRankInt)]
+    return tuple(n for n in found if isinstance(n, PerRankInt))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -81,13 +81,13 @@ class Change:
 
     call: Call  # what changes in it
     # of its arguments, known for sizes and right with what changes: code need not read full ones
-    sizes: Sequence[PerRankInt] = ()
+    sizes: tuple[PerRankInt, ...] = ()
 
 
 class NotOnShards(Exception):
     """A call can't run on shards, and why."""
 
-    def __init__(self, why: str, tensors: list[Tensor] | None = None, sizes: Sequence[PerRankInt] = ()) -> None:
+    def __init__(self, why: str, tensors: list[Tensor] | None = None, sizes: tuple[PerRankInt, ...] = ()) -> None:
         super().__init__(why)
         self.tensors = tensors  # whose features have to stay together; None: those of its first sharded operand
         self.sizes = sizes  # as of `Change`

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +81,7 @@ class CallRecorder(TorchFunctionMode):
         self.local_reads: set[Any] = set()  # where code was given the sizes of a shard
         self.uneven = False  # whether these are not the same on all ranks
         # of the call that runs: sizes of shards among its arguments, and what the tensors were that it writes into
-        self._numbers: list[PerRankInt] = []
+        self._numbers: tuple[PerRankInt, ...] = ()
         self._before: dict[int, OnRanks] = {}
         tracer.log = []
         PerRankInt.diverging = set()
@@ -179,10 +178,10 @@ class CallRecorder(TorchFunctionMode):
         followed = [g.tensor for g in call.given if self.layouts.is_followed(g.tensor)]
         return [self.layouts.features(t) for t in followed[:1]] or [self.tracer.label(call.results[0].tensor)]
 
-    def _set_known(self, sizes: Sequence[PerRankInt]) -> None:
+    def _set_known(self, sizes: tuple[PerRankInt, ...]) -> None:
         """Note that these numbers are known for sizes, so that code need not read full ones for them."""
         known = {id(n) for n in sizes}
-        self._numbers = [n for n in self._numbers if id(n) not in known]
+        self._numbers = tuple(n for n in self._numbers if id(n) not in known)
 
     def _note(self, module: str, call: Call, *, always: bool = False) -> None:
         """Note a call; one in which nothing changes counts the turns of a call site at which others may change."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tp.infer.follow.run import run
-from lightning_tp.infer.follow.tracer import ANY_OTHER, RULES, FeatureTracer
+from lightning_tp.infer.follow.tracer import ANY_OTHER, RULES
 from tests.infer.follow.traced import Net, classes_of, traced
 
 
@@ -112,8 +112,8 @@ def test_joins_name_the_operation_and_the_module() -> None:
 
 def test_only_operations_on_what_is_known_are_followed(monkeypatch: Any) -> None:
     followed = []
-    follow = FeatureTracer._follow
-    monkeypatch.setattr(FeatureTracer, "_follow", lambda self, op: (followed.append(op.name), follow(self, op)))
+    rule = RULES[ANY_OTHER]
+    monkeypatch.setitem(RULES, ANY_OTHER, lambda tracer, op: (followed.append(op.name), rule(tracer, op))[1])
     run(nn.Identity(), lambda m, x: x * 2 + torch.arange(3), torch.zeros(3), set(), {})
     assert followed == []
     trace, _, _ = traced(Net(F.gelu), torch.zeros(2, 4))
