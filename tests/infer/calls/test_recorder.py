@@ -18,15 +18,18 @@ from lightning_tp.styles.split import Ownership
 
 
 class Recording:
-    """One recording of two layers of eight features, halved, with something between them.
+    """One recording of two layers of eight features, of which rank 0 has the first, with something between them.
 
     Args:
         between: what is done, given the module and the features.
         inputs: `(x,)` and what else `between` is given.
+        first: how many features rank 0 has.
         options: attributes of the recorder.
     """
 
-    def __init__(self, between: Any, *inputs: Tensor, whole_reads: Any = (), heads: Any = None, **options: Any) -> None:
+    def __init__(
+        self, between: Any, *inputs: Tensor, whole_reads: Any = (), heads: Any = None, first: int = 4, **options: Any
+    ) -> None:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -42,7 +45,7 @@ class Recording:
         self.nodes = trace.nodes
         owner = torch.full((trace.classes.count,), -1)
         for features in trace.nodes.values():
-            owner[features] = torch.arange(features.numel()) * 2 // features.numel()
+            owner[features] = (torch.arange(8) >= first).long()
         self.owner = owner.where(torch.arange(owner.numel()) > 0, -1)
         _, _, self.tracer = run(self.net, self.call, self.inputs, set(), {}, self.make)
         self.recorder = self.recorders[0]
@@ -121,6 +124,17 @@ def test_what_a_loop_or_a_list_does_with_a_size_is_seen_in_a_second_run() -> Non
     assert [c.sizes for c in again.calls] == [(((0, 2, 1),),) * 2]
     assert Recording(lambda m, x: x.view(2, 3, x.shape[-1])).untracked() == set()
     assert Recording(lambda m, x: x + 1).untracked() == set()
+
+
+def test_where_ranks_have_different_sizes_the_last_rank_is_run_too() -> None:
+    by_size = [0, 0, 0, 0, 0, 1, 0, 0, 0]  # as in one process on a rank with 3 or 4 features; not on one with 5
+
+    def between(m: Any, x: Tensor) -> Tensor:
+        return x + torch.tensor(by_size[x.shape[-1]])
+
+    uneven = Recording(between, first=3)
+    assert uneven.recorder.uneven and len(uneven.untracked()) == 1
+    assert Recording(between).untracked() == set()
 
 
 def test_a_gradient_that_is_equal_on_all_ranks_enters_where_it_is_combined_with_shards() -> None:
