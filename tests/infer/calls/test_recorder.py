@@ -23,7 +23,7 @@ class Recording:
     Args:
         between: what is done, given the module and the features.
         inputs: `(x,)` and what else `between` is given.
-        first: how many features rank 0 has.
+        first: how many of each eight features rank 0 has.
         options: attributes of the recorder.
     """
 
@@ -45,7 +45,7 @@ class Recording:
         self.nodes = trace.nodes
         owner = torch.full((trace.classes.count,), -1)
         for features in trace.nodes.values():
-            owner[features] = (torch.arange(8) >= first).long()
+            owner[features] = (torch.arange(n := features.numel()) * 8 >= first * n).long()
         self.owner = owner.where(torch.arange(owner.numel()) > 0, -1)
         _, _, self.tracer = run(self.net, self.call, self.inputs, set(), {}, self.make)
         self.recorder = self.recorders[0]

@@ -26,7 +26,8 @@ def test_joining_with_zero_joins_nothing_and_keeps_the_other_label() -> None:
     classes = FeatureSets()
     a = classes.new(3)
     out = classes.join(torch.zeros(3, dtype=torch.int64), a)
-    assert out.tolist() == a.tolist()
+    assert out.tolist() == a.tolist() == classes.join(a, torch.zeros(3, dtype=torch.int64)).tolist()
+    assert classes.find(a).tolist() == a.tolist()
     assert classes.find(a).unique().numel() == 3
 
 

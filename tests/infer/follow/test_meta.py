@@ -104,6 +104,13 @@ def test_values_of_inputs_and_buffers_are_known() -> None:
         assert values.value(x["x"] * model.w) is None
 
 
+def test_a_batch_is_not_written_into() -> None:
+    values, batch = Values(nn.Linear(3, 3, device="meta")), torch.arange(3)
+    with values:
+        values.onto_meta(batch).add_(1)
+    assert batch.tolist() == [0, 1, 2]
+
+
 def test_a_parameter_is_known_by_its_name() -> None:
     layer = nn.Linear(3, 2)
     facts = Values(layer).shadow(layer.weight)
