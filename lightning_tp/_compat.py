@@ -505,3 +505,12 @@ def unobserved() -> Iterator[None]:
     """Run operations without the `TorchFunctionMode`s and the `TorchDispatchMode`s that are on."""
     with without_torch_function(), without_dispatch_modes():
         yield
+
+
+enable_function_modes = torch._C._EnableTorchFunction  # again, where function modes are off: inside of one of them
+# operators of aten that have no public function, or another one
+read_scalar: Any = torch.ops.aten._local_scalar_dense.default  # `x.item()`
+grouped_mm: Any = torch.ops.aten._grouped_mm.default
+softmax_operators: tuple[Any, ...] = tuple(
+    getattr(torch.ops.aten, name).default for name in ("_softmax", "_log_softmax", "_safe_softmax")
+)

@@ -31,10 +31,6 @@ STILL = {
     "estimate/trace/rank.py",
     "estimate/trace/steps.py",
     "estimate/trace/trace.py",
-    "infer/calls/recorder.py",
-    "infer/follow/meta.py",
-    "infer/follow/tracer.py",
-    "styles/calls/local_ops.py",
 }
 
 

@@ -31,7 +31,7 @@ from lightning_tp.core.comm import transitions
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.intercept import is_intercepting
 from lightning_tp.errors import TPError
-from lightning_tp.styles.calls.local_ops import changes_calls
+from lightning_tp.styles.calls.rewritten_calls import changes_calls
 
 Compile = bool | str | Callable[..., Any]
 

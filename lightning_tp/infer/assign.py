@@ -14,7 +14,7 @@ from lightning_tp.core.modules.blocks import enclosing, starred
 from lightning_tp.infer.blocks.workload import Key, TracedRun, Workload
 from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import FeatureTrace
+from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.styles.base import is_conv1d
 from lightning_tp.styles.linear import runs_torchs_code
 
@@ -57,7 +57,7 @@ def made_by_weight(trace: FeatureTrace) -> dict[Key, None]:
 
 def leaks_partial_gradients(run: TracedRun) -> bool:
     """Return whether something that every rank has beside its shards, each with a part of its gradient, is used as if all had all of it."""
-    return bool(run.trace.escaped) or any(not bool(shrunk(label).any()) for label in run.outputs)
+    return bool(run.trace.leaked_partial) or any(not bool(shrunk(label).any()) for label in run.outputs)
 
 
 def sets_smaller_than_tp(trace: FeatureTrace, tp: int, parameters: Parameters) -> dict[Key, str]:

@@ -23,7 +23,7 @@ from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, prese
 from lightning_tp.errors import TPError
 from lightning_tp.infer.blocks.repeated import RepeatedBlocks, skip_copies
 from lightning_tp.infer.blocks.workload import Workload
-from lightning_tp.infer.follow.tracer import Values
+from lightning_tp.infer.follow.meta import Values
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import PrepareInput, PrepareOutput

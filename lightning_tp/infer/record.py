@@ -12,7 +12,8 @@ from lightning_tp.infer.assign import Assignment
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
+from lightning_tp.infer.follow.trace import FeatureTrace
+from lightning_tp.infer.follow.tracer import FeatureTracer
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer,
     by_call = {name: vocabulary for name, vocabulary in logits.items() if name not in assignment.layers}
     layers = set(assignment.layers.values())
     recorder = CallRecorder(tracer, shown_owner, workload.tp, layers, by_call, trace.nodes, full_size_reads)
-    recorder.param_owner = assignment.owner
+    recorder.layouts.param_owner = assignment.owner
     recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
     recorder.tried = trace.tried
     recorder.mixed = assignment.mixed

@@ -19,13 +19,12 @@ from lightning_tp.core.modules.blocks import enclosing, starred
 from lightning_tp.infer.assign import SMALL_VOCAB, Assignment, Parameters, made_by_weight
 from lightning_tp.infer.blocks.workload import Key, Workload
 from lightning_tp.infer.calls.recorder import CallChanges
-from lightning_tp.infer.follow.tracer import FeatureTrace
+from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.record import Recording
 from lightning_tp.infer.sequence.rules import calls_in_turn
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import CATCH_ALL, INFERRED, Rule
-from lightning_tp.styles import Colwise, Replicate, Rowwise, VocabEmbedding, VocabHead
-from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
+from lightning_tp.styles import Colwise, Replicate, RewrittenCalls, Rowwise, ShardParameter, VocabEmbedding, VocabHead
 from lightning_tp.styles.linear import runs_torchs_code
 from lightning_tp.styles.split import Ownership, Ranges, even_split
 
@@ -176,7 +175,9 @@ def _adapted_calls(changes: CallChanges) -> Iterator[Rule]:
     for module, calls in changes.calls.items():
         if places := {(c.name, c.at) for c in calls if c.changes}:
             at_places = [c for c in calls if (c.name, c.at) in places]
-            yield Rule(module, LocalOps(calls_in_turn(at_places)), "code that assumes full tensors, adapted to the local shard")
+            yield Rule(
+                module, RewrittenCalls(calls_in_turn(at_places)), "code that assumes full tensors, adapted to the local shard"
+            )
 
 
 def _applied_to_shards(

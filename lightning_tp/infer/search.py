@@ -34,7 +34,8 @@ from lightning_tp.infer.blocks.identical import Caller
 from lightning_tp.infer.blocks.workload import Key, TracedRun, Workload
 from lightning_tp.infer.dry_run import dry_run
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
+from lightning_tp.infer.follow.trace import FeatureTrace
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.infer.record import record_calls
 from lightning_tp.infer.rules import explained, fold, write_plan
 from lightning_tp.infer.sequence.boundaries import Replanned

@@ -21,10 +21,11 @@ from typing import Any
 from lightning_tp.errors import TPError
 from lightning_tp.styles.base import BindContext, Style
 from lightning_tp.styles.boundary import PrepareInput, PrepareOutput
-from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
+from lightning_tp.styles.calls.rewritten_calls import RewrittenCalls
 from lightning_tp.styles.fused import FusedColwise
 from lightning_tp.styles.linear import Colwise, Rowwise
 from lightning_tp.styles.replicated import Replicate, Sequence
+from lightning_tp.styles.shard_parameter import ShardParameter
 from lightning_tp.styles.split import Split
 from lightning_tp.styles.torch_styles import from_torch, is_torch_style
 from lightning_tp.styles.vocab import VocabEmbedding, VocabHead
@@ -41,7 +42,7 @@ STYLES: dict[str, type[Style]] = {
         Replicate,
         PrepareInput,
         PrepareOutput,
-        LocalOps,
+        RewrittenCalls,
         ShardParameter,
     )
 }
@@ -90,7 +91,7 @@ __all__ = [
     "STYLES",
     "Colwise",
     "FusedColwise",
-    "LocalOps",
+    "RewrittenCalls",
     "PrepareInput",
     "PrepareOutput",
     "Replicate",

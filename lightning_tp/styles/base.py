@@ -65,7 +65,7 @@ class Style:
             if f.name in self.states and value is not None:
                 object.__setattr__(self, f.name, self._state(f.name, value))
             elif isinstance(value, (list, tuple)):  # JSON has lists for tuples; a style is hashable
-                object.__setattr__(self, f.name, _as_tuples(value))
+                object.__setattr__(self, f.name, as_tuples(value))
 
     def _state(self, option: str, value: Any) -> State:
         try:
@@ -119,8 +119,16 @@ class Style:
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in shown.items())})" if shown else self.name
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def as_tuples(value: Any) -> Any:
+    """Return plain data with tuples in place of lists, as JSON reads them; in the values of a dict, too.
+
+    Example:
+        >>> as_tuples({"ranges": [[0, 2], [2, 4]]})
+        {'ranges': ((0, 2), (2, 4))}
+    """
+    if isinstance(value, dict):
+        return {k: as_tuples(v) for k, v in value.items()}
+    return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.comm.state import WIDTH
-from lightning_tp.styles.calls.local_ops import LocalOps
+from lightning_tp.styles import RewrittenCalls
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests import zoo
 from tests.zoo import CASES
@@ -185,7 +185,7 @@ def what_is_done(plan: ltp.Plan) -> dict[str, Any]:
     """Without sizes: the styles, and which operands are cut in which calls."""
     done = {}
     for rule in plan.rules:
-        calls = rule.style.calls if isinstance(rule.style, LocalOps) else ()
+        calls = rule.style.calls if isinstance(rule.style, RewrittenCalls) else ()
         changed = {
             (c.name, tuple((o.path, o.part is not None) for o in c.operands), c.leave) for c in calls if c.operands or c.leave
         }
@@ -281,7 +281,7 @@ def test_as_many_sequences_as_tokens(name: str, batch: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["roll", "triangle", "written", "outer_product"])
 def test_what_is_too_large_to_be_tried_is_not_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_tp.infer.calls.recorder.MOST_TRIED", 0)
+    monkeypatch.setattr("lightning_tp.infer.calls.try_on_shards.MOST_TRIED", 0)
     plan = ltp.infer_plan(*net(name), tp=2)
     assert not any(r.style.splits_parameters and getattr(r.style, "output", None) == WIDTH for r in plan.rules)
 

@@ -13,7 +13,7 @@ from lightning_tp.core.comm.state import S
 from lightning_tp.styles import (
     Split,
 )
-from lightning_tp.styles.split import check_heads, even_split, head_split
+from lightning_tp.styles.split import Ownership, check_heads, even_split, head_split
 
 
 def put_together(split: Split, whole: Tensor, tp: int) -> Tensor:
@@ -83,3 +83,16 @@ def test_every_size_of_tp_that_is_named_works_and_no_other() -> None:
             else:
                 with pytest.raises(ltp.TPError, match=f"tp={tp}"):
                     check_heads("k", kv_heads, heads, 24 * kv_heads, tp)
+
+
+def test_an_ownership_is_the_shortest_that_is_repeated() -> None:
+    ownership = Ownership.of(torch.tensor([0, 0, 1, 1] * 3))
+    assert ownership == Ownership(((0, 2), (1, 2)))
+    assert (ownership.period, ownership.local(12, 0), ownership.index(1, 8).tolist()) == (4, 6, [2, 3, 6, 7])
+
+
+def test_what_every_rank_has_counts_for_each() -> None:
+    ownership = Ownership(((0, 2), (1, 2), (-1, 3)))
+    assert ownership.ranges(0) == ((0, 2), (4, 7))
+    assert ownership.ranges(1) == ((2, 7),)
+    assert ownership.count(1) == 5

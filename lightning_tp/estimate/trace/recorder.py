@@ -48,7 +48,7 @@ from lightning_tp.estimate.trace.step_trace import (
     replay,
 )
 from lightning_tp.estimate.trace.storages import LiveStorages
-from lightning_tp.infer.follow.tracer import Values
+from lightning_tp.infer.follow.meta import Values
 
 
 class OpRecorder(Values):
@@ -248,10 +248,10 @@ class OpRecorder(Values):
                 f"sequence is too long for this model (`seq`); if they are tokens, the inputs are not for its vocabulary."
             )
 
-    def _known(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
+    def keep_values(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
         if func.overloadpacket.__name__ in EMPTY:
             return
-        super()._known(func, args, kwargs, out, tensors)
+        super().keep_values(func, args, kwargs, out, tensors)
         for t in tree_flatten(out)[0]:
             known = self.values.get(id(t))
             if known is not None and known[0] is t:  # a value is known as long as its tensor lives, and does not keep it alive

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_tp.infer.follow.tracer import Values
+from lightning_tp.infer.follow.meta import Values
 
 
 class OperationLog(Values):

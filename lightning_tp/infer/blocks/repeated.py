@@ -16,7 +16,8 @@ from lightning_tp.core.modules.blocks import copies_of_first, enclosing
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.infer.blocks.operation_log import OperationLog
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts
+from lightning_tp.infer.follow.trace import TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import PrepareInput, PrepareOutput
 
@@ -111,7 +112,7 @@ def _once(
         mark = len(log.entries[name]) if log is not None else 0
         out = forward(*args, **kwargs)
         outputs, output_spec = tree_flatten(out)
-        operations = log.entries[name][mark:] if log is not None else []
+        operations: list[Any] = log.entries[name][mark:] if log is not None else []
         runs.append(BlockRun(inputs, spec, [_known(x, tracer) for x in outputs], output_spec, operations))
         return out
 

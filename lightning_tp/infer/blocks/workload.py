@@ -14,7 +14,8 @@ from lightning_tp.infer.blocks.identical import Caller, identical_blocks
 from lightning_tp.infer.blocks.repeated import RepeatedBlocks, skip_copies
 from lightning_tp.infer.calls.recorder import CallRecorder, untracked_size_reads
 from lightning_tp.infer.follow.run import leaves, run
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
+from lightning_tp.infer.follow.trace import FeatureTrace
+from lightning_tp.infer.follow.tracer import FeatureTracer
 
 Key = tuple[str, int]  # (parameter, dim)
 RecorderOf = Callable[[FeatureTracer], CallRecorder]

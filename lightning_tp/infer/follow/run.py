@@ -1,4 +1,4 @@
-"""Run a model under the tracer, and its loss."""
+"""Run a model, and its loss, under the tracer."""
 
 from __future__ import annotations
 
@@ -10,45 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, _untraced
-
-
-def leaves(out: Any, depth: int = 4) -> list[Tensor]:
-    """The tensors in what a model returns: in lists, dicts and dataclasses."""
-    if isinstance(out, Tensor):
-        return [out]
-    if depth == 0:
-        return []
-    if isinstance(out, dict):
-        inner = list(out.values())
-    elif isinstance(out, (list, tuple)):
-        inner = list(out)
-    elif is_dataclass(out) and not isinstance(out, type):
-        inner = [getattr(out, f.name, None) for f in fields(out)]
-    else:  # such as a cache of keys and values, which goes back into the model
-        return []
-    return [t for i in inner for t in leaves(i, depth - 1)]
-
-
-class _Losses(torch.overrides.TorchFunctionMode):
-    """The cross entropy takes logits that are split by the class: a sink for features, not a place where they meet."""
-
-    def __init__(self, tracer: FeatureTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.cross_entropy:
-            logits = args[0] if args else kwargs["input"]
-            shadow = self.tracer.shadow(logits)
-            if shadow.label is not None:
-                with _untraced():
-                    plain = logits.detach()
-                    self.tracer.trace.logits.append(shadow.label)
-                rest = {**kwargs, **({} if args else {"input": plain})}
-                return func(plain, *args[1:], **rest) if args else func(**rest)
-        return func(*args, **kwargs)
+from lightning_tp._compat import unobserved
+from lightning_tp.infer.follow import convolutions, moves, products  # noqa: F401  they register the rules of the tracer
+from lightning_tp.infer.follow.meta import Values
+from lightning_tp.infer.follow.trace import FeatureTrace
+from lightning_tp.infer.follow.tracer import FeatureTracer
 
 
 def run(
@@ -61,18 +27,31 @@ def run(
     *,
     tracer_of: Any = None,
     during: Any = None,
-) -> tuple[FeatureTrace, Any, FeatureTracer]:
-    """One forward of the model, `call(model, inputs)`, traced.
+) -> tuple[FeatureTrace, Any, Any]:
+    """Trace one forward of the model, `call(model, inputs)`.
 
     Args:
+        model: whose parameters are the weights that are followed.
+        call: runs it.
+        inputs: of the call; taken to the meta device if the model is there.
+        whole: this and the next: as of `FeatureTracer`.
+        shared: likewise.
         recorder: `recorder(tracer)` makes a mode that sees the calls of torch functions.
         tracer_of: makes the tracer, of the model, `whole` and `shared`; default `FeatureTracer`.
-        during: `during(tracer)` is a context that the forward runs in.
+        during: `during(tracer)` is a context in which the forward runs.
+
+    Returns:
+        What was found, the output of the call, and the tracer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        >>> trace, _, _ = run(model, lambda m, x: m(x), torch.zeros(2, 4), set(), {})
+        >>> [(use.name, use.kind) for use in trace.uses]
+        [('0.weight', 'out'), ('2.weight', 'in')]
     """
-    tracer = (tracer_of or FeatureTracer)(model, whole, shared)
+    tracer: Values = (tracer_of or FeatureTracer)(model, whole, shared)
     if tracer.on_meta:
         inputs = tracer.onto_meta(inputs)
-        tracer._know_buffers(model)
     names = {id(m): n for n, m in model.named_modules()}
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(
@@ -82,9 +61,46 @@ def run(
     ]
     try:
         outer = nullcontext() if during is None else during(tracer)
-        with outer, torch.no_grad(), _Losses(tracer) if recorder is None else recorder(tracer), tracer:
+        with outer, torch.no_grad(), _CrossEntropy(tracer) if recorder is None else recorder(tracer), tracer:
             out = call(model, inputs)
     finally:
         for h in handles:
             h.remove()
     return tracer.trace, out, tracer
+
+
+class _CrossEntropy(torch.overrides.TorchFunctionMode):
+    """Note the logits of each cross entropy."""
+
+    def __init__(self, tracer: Values) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.cross_entropy:
+            return func(*args, **(kwargs or {}))
+        return cross_entropy(self.tracer, args, kwargs or {}, self.tracer.trace.logits)
+
+
+def cross_entropy(tracer: Values, args: Any, kwargs: Any, logits: list[Tensor] | None = None) -> Any:
+    """Run a cross entropy on logits that may be sharded by class: features end there, are not joined, and are added to `logits`."""
+    given = args[0] if args else kwargs["input"]
+    label = tracer.shadow(given).label
+    if label is not None:
+        with unobserved():
+            plain = given.detach()  # of which nothing is known
+        args, kwargs = ((plain, *args[1:]), kwargs) if args else (args, {**kwargs, "input": plain})
+        if logits is not None:
+            logits.append(label)
+    return torch.nn.functional.cross_entropy(*args, **kwargs)
+
+
+def leaves(out: Any, depth: int = 4) -> list[Tensor]:
+    """Return the tensors in the output of a model: in lists, dicts and dataclasses; not those in a cache, which goes back into the model."""
+    if isinstance(out, Tensor):
+        return [out]
+    if is_dataclass(out) and not isinstance(out, (dict, type)):
+        out = [getattr(out, f.name, None) for f in fields(out)]
+    if not depth or not isinstance(out, (dict, list, tuple)):
+        return []
+    return [t for i in (out.values() if isinstance(out, dict) else out) for t in leaves(i, depth - 1)]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lightning_tp._compat import unobserved
 from lightning_tp.core.comm.state import WIDTH, I, R, State
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer, TensorFacts
+from lightning_tp.infer.follow.trace import FeatureTrace, TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.infer.sequence.sequence_plan import Arg, NotSequenceParallel, Region, SequencePlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
@@ -109,8 +110,8 @@ def replan_from_boundaries(
     found = replan(prepare)
     if any(run.take_turns for run in runs):
         raise NotSequenceParallel("two streams take turns")  # the axis remembers the length of one sequence
-    if found.trace.escaped:
-        raise NotSequenceParallel("a partial gradient meets full activations", found.trace.escaped)
+    if found.trace.leaked_partial:
+        raise NotSequenceParallel("a partial gradient meets full activations", found.trace.leaked_partial)
     return found, runs[-1].inputs
 
 

@@ -20,15 +20,15 @@ from lightning_tp.infer.blocks.workload import TracedRun, Workload
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallRecorder
 from lightning_tp.infer.follow.features import shrunk
-from lightning_tp.infer.follow.tracer import FeatureTrace, FeatureTracer
+from lightning_tp.infer.follow.trace import FeatureTrace
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.infer.sequence.boundaries import LabelHooks, first_tensor, tensor_args
 from lightning_tp.infer.sequence.partial_sums import PartialSums, tensors_of
 from lightning_tp.infer.sequence.rules import sharded_names
 from lightning_tp.infer.sequence.sequence_plan import Alternatives, Arg, NotSequenceParallel, Reduction, Region, SequencePlan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Colwise, Rowwise
+from lightning_tp.styles import Colwise, RewrittenCalls, Rowwise
 from lightning_tp.styles.calls.call import CONVOLUTIONS, READS, Call
-from lightning_tp.styles.calls.local_ops import LocalOps
 
 LEAST_BLOCKS = 2  # that follow each other: at the ends of a stream it is all-gathered once more
 MOST_DIMS = 8  # of a parameter
@@ -87,21 +87,21 @@ class TokenRecorder(CallRecorder):
         self.computed = ComputedParameters(tracer)
         self.changed: set[str] = set()
 
-    def _look(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
+    def analyse_call(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, frame: Any) -> None:
         if not self.stream.open:
             return
         self.computed.follow(tensors_of((args, kwargs)), out, module)
         self.stream.follow_call(name, args, kwargs, out, module, frame)
         before = len(self.found.broken)
-        super()._look(name, func, args, kwargs, out, module, frame)
+        super().analyse_call(name, func, args, kwargs, out, module, frame)
         last = self.found.calls.get(module, [None])[-1]
         if len(self.found.broken) > before or (last is not None and (last.operands or last.sizes or last.pieces or last.items)):
             self.changed.add(module)
             self.stream.note_alternatives(args, kwargs, last)
         self.stream.check_apart(module)
 
-    def _enters(self, t: Tensor) -> bool:
-        return t not in self.computed and super()._enters(t)
+    def has_equal_gradient(self, t: Tensor) -> bool:
+        return t not in self.computed and super().has_equal_gradient(t)
 
 
 class ComputedParameters:
@@ -157,11 +157,11 @@ class StreamTracker(LabelHooks):
         self.recorder = TokenRecorder(self, tracer, workload.tp, self.alternatives.full_size_reads)
         self.column_wise = {r.pattern for r in rules if isinstance(r.style, Colwise)}
         self.sharded = sharded_names(rules)
-        self.adapted = {r.pattern for r in rules if isinstance(r.style, LocalOps)}
+        self.adapted = {r.pattern for r in rules if isinstance(r.style, RewrittenCalls)}
         self.summing_calls = {  # (module, function, place) -> whether each call of it sums over ranks
             (r.pattern, c.name, c.at): [other.leave for other in r.style.calls if (other.name, other.at) == (c.name, c.at)]
             for r in rules
-            if isinstance(r.style, LocalOps)
+            if isinstance(r.style, RewrittenCalls)
             for c in r.style.calls
         }
         self.tokens: Tensor | None = None  # their labels
@@ -232,7 +232,7 @@ class StreamTracker(LabelHooks):
             self._fail("the sequence is shorter than tp")
         self.tokens = self.tracer.trace.classes.new(length)
         ranks = torch.cat([torch.full((len(even_shard(length, r, self.tp)),), r) for r in range(self.tp)])
-        self.recorder.owner = torch.cat((torch.full((int(self.tokens[0]),), -1), ranks))
+        self.recorder.layouts.owner = torch.cat((torch.full((int(self.tokens[0]),), -1), ranks))
         self._label_tokens(x)
 
     def _leave_block(self, name: str, module: nn.Module, args: Any, out: Any) -> None:

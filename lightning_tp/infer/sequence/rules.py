@@ -15,9 +15,8 @@ from lightning_tp.infer.sequence.boundaries import Inputs, Replan, Replanned, re
 from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel, Region, SequencePlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import CATCH_ALL, Rule
-from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
+from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, RewrittenCalls, Rowwise, Sequence
 from lightning_tp.styles.calls.call import Call
-from lightning_tp.styles.calls.local_ops import LocalOps
 
 
 def rules_by_name(plan: Plan, model: nn.Module) -> list[Rule]:
@@ -51,10 +50,12 @@ def shard_streams(workload: Workload, rules: list[Rule], sequence: SequencePlan,
     for r in traced:
         in_stream = _IN_STREAM.get(type(r.style))
         new.append(Rule(r.pattern, in_stream(r.pattern, r.style, sequence, inputs), r.reason) if in_stream else r)
-    adapted = {r.pattern for r in new if isinstance(r.style, LocalOps)}
+    adapted = {r.pattern for r in new if isinstance(r.style, RewrittenCalls)}
     for module, calls in sequence.length_reads.items():
         if module not in adapted:
-            new.append(Rule(module, LocalOps(calls_in_turn(calls)), "code that reads the sequence length gets the full length"))
+            new.append(
+                Rule(module, RewrittenCalls(calls_in_turn(calls)), "code that reads the sequence length gets the full length")
+            )
     new += _boundary_rules(sequence, inputs)
     _check_parameters(new, sequence, found)
     new += _on_shards(model, new, sequence)
@@ -88,7 +89,7 @@ def _row_wise(name: str, style: Rowwise, sequence: SequencePlan, inputs: Inputs)
     return replace(style, output=P) if name in sequence.deferred_layers else style
 
 
-def _local_ops(name: str, style: LocalOps, sequence: SequencePlan, inputs: Inputs) -> LocalOps:
+def _local_ops(name: str, style: RewrittenCalls, sequence: SequencePlan, inputs: Inputs) -> RewrittenCalls:
     reads = calls_in_turn(sequence.length_reads.get(name, ()))
     deferred = enclosing(name, {r.name for r in sequence.regions.values() if r.reduces_at_return})
 
@@ -103,7 +104,7 @@ def _local_ops(name: str, style: LocalOps, sequence: SequencePlan, inputs: Input
 _IN_STREAM: dict[type, Callable[[str, Any, SequencePlan, Inputs], Any]] = {
     Colwise: _column_wise,
     Rowwise: _row_wise,
-    LocalOps: _local_ops,
+    RewrittenCalls: _local_ops,
 }
 
 

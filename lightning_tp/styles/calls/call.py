@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lightning_tp.core.comm.state import I, State
+from lightning_tp.styles.base import as_tuples
 from lightning_tp.styles.split import Ownership
 
-SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})
-
-
-WITH_BIAS: dict[str, Callable[..., Any]] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
-
-
-CONVOLUTIONS = frozenset(f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3))
-
-
-COUNTS = frozenset({"numel", "nelement", "__len__"})
-
-
-READS = frozenset({"__get__", "size"}) | COUNTS
-
-
-FACTORIES = frozenset({"zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full"})
-
-
-FIRST_SIZE = {"unflatten": 2, "zeros": 0, "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0}  # else 1: behind the tensor
-
-
+SIZE_CALLS = frozenset({"view", "reshape", "expand", "unflatten", "broadcast_to", "repeat"})  # are given sizes of their result
 SPLIT_CALLS = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"})
+FACTORIES = frozenset({"zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full"})
+# where sizes begin among the arguments; else at 1: behind the tensor
+FIRST_SIZE = {"unflatten": 2, "zeros": 0, "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0}
+CONVOLUTIONS = frozenset(f"conv{way}{n}d" for way in ("", "_transpose") for n in (1, 2, 3))
+COUNTS = frozenset({"numel", "nelement", "__len__"})
+READS = frozenset({"__get__", "size"}) | COUNTS  # read sizes; "__get__" is `.shape`
+
+Path = tuple[int | str, ...]  # where an argument stands: a position, or a name, then a position inside a list
 
 
 @dataclass(frozen=True)
@@ -40,16 +26,16 @@ class Operand:
     """What becomes of one tensor that a call is given.
 
     Args:
-        path: where it stands: a position, or a name, then a position inside a list.
-        part: (dim counted from the last, pattern) of which a rank needs its part.
-        enter: its gradient is summed over the ranks, which work on their shares from here.
-        beside: a split operand of the same call; code may have made this one in the size of its shard already.
+        path: where it stands.
+        part: (dim counted from the last, ownership): a rank needs its part of that dim.
+        enter: ranks compute partial gradients of it, which are all-reduced (I -> R: the identity, backward all-reduce).
+        beside: a split operand of the same call; where this one has the size of its shard already, it is not cut.
     """
 
-    path: tuple[int | str, ...]
+    path: Path
     part: tuple[int, Ownership] | None = None
     enter: bool = False
-    beside: tuple[int | str, ...] | None = None
+    beside: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,16 +44,16 @@ class Call:
 
     Args:
         name: of the torch function.
-        at: the place in the code; see `place`.
+        at: the call site; see `core.modules.call_site`.
         operands: tensors that are changed before it.
         sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it, -1
-            makes it the length of the sequence that is in shards.
+            makes it the length of the sequence that is sharded.
         pieces: for each rank, the sizes that a split makes.
-        items: for each rank, the (position, start, stop, step) of a slice in an index, and the length that it is taken of.
-        leave: its result is a term of a sum over ranks; a bias among its arguments is added once.
+        items: for each rank, the (position, start, stop, step) of a slice in an index, and the length of the dim that it is taken of.
+        leave: its result is a partial sum, which is reduced over the ranks; a bias among its arguments is added once.
         logits: its result stays split for the loss: the length of the vocabulary.
         groups: for each rank, how many groups of channels a convolution has.
-        to: with `leave`, what the terms become: `I`, `S(1)` (this rank's tokens), or `P` (terms, as they are).
+        to: with `leave`, what partial sums become: `I`, `S(1)` (this rank's tokens), or `P` (partial sums, as they are).
     """
 
     name: str
@@ -83,24 +69,12 @@ class Call:
 
     @property
     def changes(self) -> bool:
-        """Whether anything becomes of it: else it only holds its turn at a place in the code."""
+        """Whether anything changes; if not, it counts the turns of a call site that changes at other times."""
         return bool(self.operands or self.sizes or self.pieces or self.items or self.leave or self.logits or self.groups)
 
 
-def _call_of(plain: dict[str, Any]) -> Call:
-    """A call from plain data, as `LocalOps.options` gives it and JSON keeps it."""
-    operands = tuple(
-        Operand(
-            _tuples(o["path"]),
-            None if o["part"] is None else (o["part"][0], Ownership(_tuples(o["part"][1]["runs"]))),
-            o["enter"],
-            None if o["beside"] is None else _tuples(o["beside"]),
-        )
-        for o in plain["operands"]
-    )
-    rest = {k: _tuples(v) for k, v in plain.items() if k not in ("operands", "name", "to")}
-    return Call(plain["name"], operands=operands, to=State.of(plain["to"]), **rest)
-
-
-def _tuples(x: Any) -> Any:
-    return tuple(_tuples(i) for i in x) if isinstance(x, (list, tuple)) else x
+def call_from(plain: dict[str, Any]) -> Call:
+    """Return a call from plain data, as `RewrittenCalls.options` gives it and JSON keeps it."""
+    plain = as_tuples(plain)
+    operands = tuple(Operand(**{**o, "part": o["part"] and (o["part"][0], Ownership(**o["part"][1]))}) for o in plain["operands"])
+    return Call(**{**plain, "operands": operands, "to": State.of(plain["to"])})

@@ -153,8 +153,9 @@ PATCHES: list[Patch] = [
     Patch("torch.nn.functional:multi_head_attention_forward",
           "(query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p,"
           " out_proj_weight, out_proj_bias)", CALL, "core/ops/attention.py",
-          "attention is traced, and runs on local heads, operator by operator (also styles/calls/local_ops.py)"),
-    Patch("torch.nn:Module.forward", None, CALL, "infer/repeats.py",
+          "attention is traced, and runs on local heads, operator by operator (also styles/calls/rewritten_calls.py)"),
+    Patch("torch.nn:Module.forward",
+          None, CALL, "infer/repeats.py",
           "identical blocks are traced once (on the block; also estimate/trace/trace.py)"),
     Patch("torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup._init_mp_dtypes", "(self)", OBJECT, "_compat.py",
           "a unit of FSDP2 that is frozen in its first forward knows in which dtype to reduce once it is unfrozen"),

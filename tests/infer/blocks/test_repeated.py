@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.infer.blocks.repeated import RepeatedBlocks, skip_copies
-from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts
+from lightning_tp.infer.follow.trace import TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import PrepareInput, Replicate
 

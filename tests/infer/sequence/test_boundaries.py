@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.state import WIDTH, I, R
-from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts
+from lightning_tp.infer.follow.trace import TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.infer.sequence.boundaries import LabelHooks, Replanned, first_tensor, replan_from_boundaries, tensor_args
 from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel, Reduction, Region, SequencePlan
 from lightning_tp.plan.plan import Plan
@@ -71,7 +72,7 @@ def replanned(model: Net, escaped: Any = (), labelled: bool = False) -> tuple[Re
                 lambda m, args: tracer.put(args[0], TensorFacts(torch.arange(1, 5).expand(2, 4), None, True)), prepend=True
             )
         model(torch.ones(2, 4))
-        tracer.trace.escaped.update(dict.fromkeys(escaped))
+        tracer.trace.leaked_partial.update(dict.fromkeys(escaped))
         return Replanned(Plan([]), tracer.trace, set())
 
     return replan_from_boundaries(model, RULES, SEQUENCE, replan)

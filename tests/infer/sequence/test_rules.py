@@ -11,15 +11,15 @@ from torch import nn
 from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R
 from lightning_tp.infer.blocks.repeated import RepeatedBlocks
 from lightning_tp.infer.blocks.workload import Workload
-from lightning_tp.infer.follow.tracer import FeatureTracer, TensorFacts
+from lightning_tp.infer.follow.trace import TensorFacts
+from lightning_tp.infer.follow.tracer import FeatureTracer
 from lightning_tp.infer.sequence.boundaries import Replanned
 from lightning_tp.infer.sequence.rules import calls_in_turn, rules_by_name, shard_streams, sharded_names
 from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel, Reduction, Region, SequencePlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
-from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, Rowwise, Sequence
+from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Replicate, RewrittenCalls, Rowwise, Sequence, ShardParameter
 from lightning_tp.styles.calls.call import Call
-from lightning_tp.styles.calls.local_ops import LocalOps, ShardParameter
 
 
 class Block(nn.Module):
@@ -123,9 +123,9 @@ def reads(place: str) -> Call:
 
 def test_code_that_reads_the_length_gets_the_full_one() -> None:
     styles = sharded(length_reads={"blocks.0": [reads("1"), reads("1")]})
-    assert LocalOps((reads("1"),)) in styles["blocks.0"]
-    adapted = [*RULES[:-1], Rule("blocks.0", LocalOps((reads("2"),))), REPLICATE]
-    assert LocalOps((reads("2"), reads("1"))) in sharded(adapted, length_reads={"blocks.0": [reads("1")]})["blocks.0"]
+    assert RewrittenCalls((reads("1"),)) in styles["blocks.0"]
+    adapted = [*RULES[:-1], Rule("blocks.0", RewrittenCalls((reads("2"),))), REPLICATE]
+    assert RewrittenCalls((reads("2"), reads("1"))) in sharded(adapted, length_reads={"blocks.0": [reads("1")]})["blocks.0"]
     with pytest.raises(NotSequenceParallel, match="sizes of tokens and of features by one call"):
         sharded(adapted, length_reads={"blocks.0": [reads("2")]})
 

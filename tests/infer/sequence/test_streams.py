@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.comm.state import SEQUENCE, I, P, R
-from lightning_tp.styles import LocalOps, PrepareInput, PrepareOutput, Rowwise, Sequence
+from lightning_tp.styles import PrepareInput, PrepareOutput, RewrittenCalls, Rowwise, Sequence
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 D, H = 32, 4
@@ -252,7 +252,7 @@ def test_the_stream_is_in_shards_and_crosses_once_into_and_once_out_of_a_region(
     model = build(name)
     styles = [e.style for e in plan.check(model, 2).entries]
     assert not any(s.output == I for s in styles if isinstance(s, Rowwise))
-    assert not any(c.leave and c.to == I for s in styles if isinstance(s, LocalOps) for c in s.calls)
+    assert not any(c.leave and c.to == I for s in styles if isinstance(s, RewrittenCalls) for c in s.calls)
     norms = [
         n for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, ShiftedNorm)) and (".layers." in n or "blocks" in n)
     ]
