@@ -19,8 +19,8 @@ from lightning_tp.estimate.cost.flops import Flops, flops_of_model, flops_of_ran
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.cost.memory import memory_of, trained
 from lightning_tp.estimate.cost.roofline import time_of
+from lightning_tp.estimate.drawn.charts import plot
 from lightning_tp.estimate.drawn.pages import write_report
-from lightning_tp.estimate.drawn.plots import plot
 from lightning_tp.estimate.rank.inputs import check_size, counted, loss_of, resized
 from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer, optimizer_cost
 from lightning_tp.estimate.rank.rank_model import RankModel
