@@ -1,8 +1,7 @@
-"""The calls of modules in one traced forward pass, as a tree."""
+"""The calls of modules in one forward pass, as a tree."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -17,20 +16,20 @@ class Call:
 
     Args:
         module: its name.
-        source: the module that was traced for it: itself, or that of a block that is like its own.
+        source: the module that was traced for it: itself, or of a block that was not traced the one that stands for it.
+        nth: how many times it was called before.
         arrives, leaves: shapes of its input and output on this rank.
         tensor: a number of the input; see `ForwardEvent`.
-        events: what happened in it, in order.
-        nth: how many times the module was called before.
+        events: what happened in `source`, in order.
     """
 
     module: str
     source: str
+    nth: int = 0
     arrives: Shape = ()
     leaves: Shape = ()
     tensor: int = 0
     events: list[Call | ForwardEvent] = field(default_factory=list)
-    nth: int = 0
 
     @property
     def children(self) -> list[Call]:
@@ -49,72 +48,75 @@ class Call:
             yield from child.walk()
 
 
-def call_tree(events: Iterable[ForwardEvent], followed: Mapping[str, str]) -> Call:
-    """Read the tree from the log of a forward pass; blocks that were not traced get the calls of the one that stands for them.
+@dataclass(frozen=True)
+class CallTree:
+    """All calls of a forward pass.
 
     Args:
-        events: of the log.
+        root: the call of the model, with what a loss does behind it; or, for a loss that calls parts of the model, one around all calls.
+        calls: module -> its calls.
         followed: block -> the block that was traced for it.
+    """
 
-    Returns:
-        The call of the model, with what a loss does behind it; or, for a loss that calls parts of the model, one around all calls.
+    root: Call
+    calls: Mapping[str, list[Call]]
+    followed: Mapping[str, str]
+
+    def traced(self, module: str) -> str:
+        """Return the module that was traced for one: itself, unless it is in a block that was not traced."""
+        for parent in (module, *parents(module)):
+            if parent in self.followed:
+                return self.followed[parent] + module[len(parent) :]
+        return module
+
+
+def call_tree(events: Iterable[ForwardEvent], followed: Mapping[str, str]) -> CallTree:
+    """Read the calls from the log of a forward pass.
 
     Example:
         >>> log = [ForwardEvent("enter", ""), ForwardEvent("enter", "up"), ForwardEvent("leave", "up"), ForwardEvent("leave", "")]
-        >>> [call.module for call in call_tree(log, {}).walk()]
+        >>> [call.module for call in call_tree(log, {}).root.walk()]
         ['', 'up']
     """
     top = Call("", "")
-    open_calls = [top]
+    stack, calls = [top], dict[str, list[Call]]()
     for event in events:
         if event.what == "enter":
-            call = Call(event.module, event.module, event.shape, tensor=event.tensor)
-            open_calls[-1].events.append(call)
-            open_calls.append(call)
+            call = Call(event.module, event.module, len(calls.setdefault(event.module, [])), event.shape, tensor=event.tensor)
+            calls[event.module].append(call)
+            stack[-1].events.append(call)
+            stack.append(call)
         elif event.what == "leave":
-            open_calls.pop().leaves = event.shape
+            call = stack.pop()
+            call.leaves = event.shape
+            like = followed.get(call.module, call.module)
+            if like != call.module and like in calls and not call.children:
+                call.source, call.events = like, calls[like][0].events
         else:
-            open_calls[-1].events.append(event)
-    _fill_in(top, followed, {})
+            stack[-1].events.append(event)
     if [call.module for call in top.children] == [""]:
         model = top.children[0]
         at = top.events.index(model)
         model.events = [*top.events[:at], *model.events, *top.events[at + 1 :]]
         top = model
-    return _numbered(top)
+    return CallTree(top, calls, followed)
 
 
-def registered_tree(model: nn.Module) -> Call:
+def registered_tree(model: nn.Module) -> CallTree:
     """Make the tree as if all modules called their children once, in the order of their registration."""
-
-    def call_of(module: nn.Module, name: str) -> Call:
-        children: list[Call | ForwardEvent] = [call_of(m, f"{name}.{n}" if name else n) for n, m in module.named_children()]
-        return Call(name, name, events=children)
-
-    return _numbered(call_of(model, ""))
+    calls = {name: [Call(name, name)] for name, _ in model.named_modules()}
+    for name in list(calls)[1:]:
+        calls[name.rpartition(".")[0]][0].events += calls[name]
+    return CallTree(calls[""][0], calls, {})
 
 
-def _fill_in(call: Call, followed: Mapping[str, str], traced: dict[str, Call]) -> None:
-    like = followed.get(call.module, call.module)
-    if like != call.module and like in traced and not call.children:
-        call.source = like
-        call.events = [_renamed(event, like, call.module) for event in traced[like].events]
-    for child in call.children:
-        _fill_in(child, followed, traced)
-    traced.setdefault(call.module, call)
+def parents(name: str) -> Iterator[str]:
+    """Walk over the names of the modules that a module is in, the nearest first, without the root.
 
-
-def _renamed(event: Call | ForwardEvent, old: str, new: str) -> Call | ForwardEvent:
-    name = new + event.module[len(old) :] if event.module.startswith(old) else event.module
-    if isinstance(event, ForwardEvent):
-        return event._replace(module=name)
-    events = [_renamed(e, old, new) for e in event.events]
-    return Call(name, event.source, event.arrives, event.leaves, event.tensor, events)
-
-
-def _numbered(root: Call) -> Call:
-    calls: Counter[str] = Counter()
-    for call in root.walk():
-        call.nth = calls[call.module]
-        calls[call.module] += 1
-    return root
+    Example:
+        >>> list(parents("model.layers.3"))
+        ['model.layers', 'model']
+    """
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -23,7 +23,7 @@ from lightning_tp.estimate.drawn.figure import NARROW, WIDE, Chart, check_matplo
 from lightning_tp.estimate.drawn.picture import Picture
 from lightning_tp.estimate.drawn.picture_from_trace import picture_from_trace
 from lightning_tp.estimate.drawn.picture_render import draw_picture
-from lightning_tp.estimate.drawn.series import block_collectives, collective_totals, color_of, kinds_of, stretches, time_parts
+from lightning_tp.estimate.drawn.series import block_collectives, color_of, kinds_of, stretches
 from lightning_tp.estimate.report.step import StepReport
 from lightning_tp.estimate.report.tuning import TuningReport
 from lightning_tp.plan.plan import Plan
@@ -88,18 +88,17 @@ def report(found: StepReport, *, command: str = "") -> str:
         command=command,
         found=found,
         facts=_facts(found),
+        tables=[_tabled(*table) for table in found.tables()],
         memory_over_step=_chart(charts.memory_over_step, found),
+        stretches=_stretches_table(found),
         memory_at_peak=_chart(charts.memory_at_peak, found),
-        memory=_memory_tables(found),
         collectives=_chart(charts.collectives, found),
-        totals=_totals_table(found),
         blocks=_blocks_table(found),
         together=found.flops.rank * found.tp / max(1, found.flops.model),
         matmuls=_matmuls_table(found),
         ridge=found.peak_flops / found.hardware.memory_bandwidth,
         roofline=_chart(charts.roofline, found),
         time_of_step=_chart(charts.time_of_step, found),
-        time=_time_table(found),
         picture=picture,
         rules=None if plan is None else _rules_table(plan),
     )
@@ -167,24 +166,14 @@ def _facts(found: StepReport) -> list[tuple[str, str, str]]:
     ]
 
 
-def _memory_tables(found: StepReport) -> dict[str, Table]:
-    m = found.memory
-    over = [(s.name, size(s.begin), size(s.end), size(s.most)) for s in stretches(found)]
-    peak = [(k, size(n), share(n, m.peak.total)) for k, n in sorted(m.peak.kinds.items(), key=lambda x: -x[1])]
-    held = [(k, size(getattr(m, k))) for k in ("parameters", "gradients", "optimizer", "buffers")]
-    held += [(f"saved activations: {k}", size(n)) for k, n in sorted(m.activations.items(), key=lambda x: -x[1])]
-    return {
-        "over": Table("Allocated bytes over the step", ("moments", "first", "last", "maximum"), over, (1, 2, 3)),
-        "peak": Table(
-            f"At the peak: {m.peak.name}", ("kind", "bytes", "share"), [*peak, ("total", size(m.peak.total), "100%")], (1, 2)
-        ),
-        "held": Table("Model state between steps, and activations saved for the backward pass", ("kind", "bytes"), held, (1,)),
-    }
+def _tabled(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Make a table of one that an estimate prints."""
+    return Table(title, header, rows, range(2 if len(header) > 3 else 1, len(header)))
 
 
-def _totals_table(found: StepReport) -> Table:
-    rows = [(axis, kind, f"{ranks:,}", f"{n:,}", size(total)) for axis, kind, ranks, n, total in collective_totals(found)]
-    return Table("Collectives of a step, bytes of the full tensors", ("axis", "kind", "ranks", "count", "bytes"), rows, (2, 3, 4))
+def _stretches_table(found: StepReport) -> Table:
+    rows = [(s.name, size(s.begin), size(s.end), size(s.most)) for s in stretches(found)]
+    return Table("Allocated bytes over the step", ("moments", "first", "last", "maximum"), rows, (1, 2, 3))
 
 
 def _blocks_table(found: StepReport) -> Table:
@@ -210,13 +199,6 @@ def _matmuls_table(found: StepReport) -> Table:
         rows.append((p.module or "(the model)", p.phase, many + sizes, *cells))
     header = ("module", "phase", "sizes", "count", "FLOPs", "share", "FLOPs/byte", "bound by")
     return Table(f"The largest {len(rows)} of {len(found.products)} kinds of matmuls on a rank", header, rows, (3, 4, 5, 6))
-
-
-def _time_table(found: StepReport) -> Table:
-    t = found.time
-    rows = [(p.name, seconds(p.exposed), f"{p.exposed / t.step:.1%}", seconds(p.total)) for p in time_parts(found)]
-    rows.append(("step", seconds(t.step), "100%", seconds(t.without_overlap)))
-    return Table("Time of a step on a rank", ("part", "with overlap", "share", "without overlap"), rows, (1, 2, 3))
 
 
 def _rules_table(plan: Plan) -> Table:

@@ -35,12 +35,7 @@ class State:
 
     @property
     def words(self) -> str:
-        """Say it in words.
-
-        Example:
-            >>> State((2, 8, 64), (2, 4, 64), "sequence").words
-            '2 x 4 x 64 of 2 x 8 x 64, sequence-sharded'
-        """
+        """Say it in words."""
         of = f"{sizes(self.local)} of {sizes(self.full)}" if self.kind in ("sequence", "features", "sharded") else sizes(self.local)
         return ", ".join(part for part in (of, STATES.get(self.kind, "")) if part)
 
@@ -56,12 +51,7 @@ class Weight:
 
     @property
     def words(self) -> str:
-        """Say its shapes in words.
-
-        Example:
-            >>> Weight("weight", (9, 4), ((5, 4), (4, 4)), 0).words
-            '9 x 4 -> 5 x 4 | 4 x 4'
-        """
+        """Say its shapes in words."""
         return sizes(self.full) if self.dim is None else f"{sizes(self.full)} -> {' | '.join(map(sizes, self.local))}"
 
 
@@ -86,12 +76,7 @@ class Communication:
 
     @property
     def words(self) -> str:
-        """Say it in words, without its size.
-
-        Example:
-            >>> Communication("all-gather", "reduce-scatter", 1024, times=2).words
-            '2 x all-gather, backward: reduce-scatter'
-        """
+        """Say it in words, without its size."""
         kinds = [self.forward, f"backward: {self.backward}" if self.backward else ""]
         words = ", ".join(kind for kind in kinds if kind) or "no collective"
         return (f"{self.where}: " if self.where else "") + (f"{self.times} x " if self.times > 1 else "") + words
@@ -191,10 +176,5 @@ def _leaves(rows: Iterable[Row]) -> Iterator[Box | Communication]:
 
 
 def sizes(shape: Shape) -> str:
-    """Format a shape.
-
-    Example:
-        >>> sizes((2, 8, 64))
-        '2 x 8 x 64'
-    """
+    """Format a shape."""
     return " x ".join(map(str, shape))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_tp.core.units import size
 from lightning_tp.estimate.drawn.figure import CHARACTER, DIM, GRAY, STYLE, WIDE, check_plot, new_figure, save
-from lightning_tp.estimate.drawn.picture import STATES, Box, Communication, Cut, Frame, Picture, Row, State, StateKind
+from lightning_tp.estimate.drawn.picture import STATES, Box, Communication, Cut, Frame, Picture, Row, SideBySide, StateKind
 from lightning_tp.estimate.drawn.series import BLUE, GREEN, ORANGE, PINK
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ def draw_picture(picture: Picture, width: float = WIDE) -> Figure:
         y = pen.write(8, 8, right, picture.title, weight="bold", size=9.5)
         y = pen.write(8, y, right, f"Plan: {picture.source}; {picture.order}", **DIM)
         y = pen.legend(8, y + 6, right)
+        pen.changes.append((y + 10, "unknown"))
         y = pen.rows(picture.rows, LEFT, y + 10, right)
-        pen.stripe(y, y + 10)
-        for top, bottom, state in pen.stripes:
+        for (top, state), (bottom, _) in pairwise([*pen.changes, (y + 10, "unknown")]):
             pen.line(state, 10, top, bottom)
         if picture.left_out:
             names = ", ".join(f"{n} {name}" for name, n in sorted(picture.left_out.items(), key=lambda x: -x[1]))
@@ -83,71 +84,62 @@ def draw_picture(picture: Picture, width: float = WIDE) -> Figure:
 
 
 class _Pen:
-    """Draws from top to bottom; each method returns where it ends."""
+    """Draws from top to bottom; most methods return where they end."""
 
     def __init__(self, axes: Axes, tp: int) -> None:
         self.axes, self.tp = axes, tp
-        self.state: StateKind = "unknown"  # of the activations at this height
-        self.stripes: list[tuple[float, float, StateKind]] = []
+        self.changes: list[tuple[float, StateKind]] = []  # from which height on the activations are in which state
 
-    def rows(self, rows: Sequence[Row], left: float, top: float, right: float, depth: int = 1) -> float:
+    def rows(self, rows: Sequence[Row], left: float, y: float, right: float, depth: int = 1) -> float:
         """Draw rows below each other."""
-        y = top
-        for i, row in enumerate(rows):
-            y = self.stripe(y, y + GAP) if i else y
+        for row in rows:
             if isinstance(row, Frame):
                 y = self.frame(row, left, y, right, depth)
             elif isinstance(row, Communication):
                 y = self.communication(row, left, y, right)
-            elif isinstance(row, Box):
-                y = self.boxes([row], left, y, right)
-            elif right - left >= NARROWEST * len(row.boxes):
-                y = self.boxes(row.boxes, left, y, right)
+            elif isinstance(row, SideBySide) and right - left < NARROWEST * len(row.boxes):
+                y = self.rows(row.boxes, left, y, right, depth) - GAP
             else:
-                y = self.rows(row.boxes, left, y, right, depth)
-        return y
+                y = self.boxes(row.boxes if isinstance(row, SideBySide) else [row], left, y, right)
+            y += GAP
+        return y - GAP
 
     def frame(self, frame: Frame, left: float, top: float, right: float, depth: int) -> float:
         """Draw a module around those in it; several that are alike as a stack of paper."""
         y = self.write(left + PAD, top + 6, right - PAD, _title(frame), weight="bold") + 4
-        self.stripe(top, y)
-        y = self.rows(frame.rows, left + PAD, y, right - PAD, depth + 1)
-        y = self.stripe(y, y + PAD)
-        self.rectangle(left, top, right, y, GRAY, 0.08, z=depth)
+        y = self.rows(frame.rows, left + PAD, y, right - PAD, depth + 1) + PAD
+        self.rectangle(left, top, right, y, GRAY, 0.08, zorder=depth)
         if frame.times > 1:
             self.axes.plot([left + 6, right + 5, right + 5], [y + 5, y + 5, top + 6], color=GRAY, linewidth=1)
-            y = self.stripe(y, y + 5)
+            y += 5
         return y
 
     def communication(self, row: Communication, left: float, top: float, right: float) -> float:
         """Draw a collective; from its middle on, the activations are what it makes of them."""
         more = ", ".join(part for part in (row.reason, size(row.bytes) if row.bytes else "") if part)
-        beside = len(row.words) * BOLD + len(more) + 2 < _characters(right - left - 2 * PAD)
         y = self.write(left + PAD, top + 4, right - PAD, row.words, weight="bold")
-        if beside:
-            self.write(right - PAD, top + 4, right, more, ha="right", **DIM)
-        elif more:
+        if len(row.words) * BOLD + len(more) + 2 < _characters(right - left - 2 * PAD):
+            self.axes.text(right - PAD, y - 0.25 * LINE, more, ha="right", zorder=20, **DIM)
+        else:
             y = self.write(left + PAD, y, right - PAD, more, **DIM)
-        self.rectangle(left, top, right, y + 4, SENT, 0.22, radius=10)
-        middle = self.stripe(top, (top + y + 4) / 2)
-        if row.forward == "all-gather" or (self.state, row.forward) == ("partial", "all-reduce"):
-            self.state = "replicated"
-        elif (self.state, row.forward) == ("partial", "reduce-scatter"):
-            self.state = "sequence"
-        return self.stripe(middle, y + 4)
+        self.rectangle(left, top, right, y + 4, SENT, 0.22)
+        now = self.changes[-1][1]
+        if row.forward == "all-gather" or (now, row.forward) == ("partial", "all-reduce"):
+            self.changes.append(((top + y + 4) / 2, "replicated"))
+        elif (now, row.forward) == ("partial", "reduce-scatter"):
+            self.changes.append(((top + y + 4) / 2, "sequence"))
+        return y + 4
 
     def boxes(self, boxes: Sequence[Box], left: float, top: float, right: float) -> float:
         """Draw boxes beside each other; the activations are first what arrives there, then what leaves."""
         width = (right - left - GAP * (len(boxes) - 1)) / len(boxes)
-        bottom = top
-        for i, box in enumerate(boxes):
-            x = left + i * (width + GAP)
-            bottom = max(bottom, self.text_of(box, x + PAD, top + 6, x + width - PAD) + 4)
-        for i, box in enumerate(boxes):
-            x = left + i * (width + GAP)
-            self.rectangle(x, top, x + width, bottom, CUTS[box.cut][0], 0.0, dashed=not box.class_name, z=9)
-        middle = self.stripe(top, (top + bottom) / 2, boxes[-1].arrives)
-        return self.stripe(middle, bottom, boxes[-1].leaves)
+        lefts = [left + i * (width + GAP) for i in range(len(boxes))]
+        bottom = 4 + max(self.text_of(box, x + PAD, top + 6, x + width - PAD) for box, x in zip(boxes, lefts))
+        for box, x in zip(boxes, lefts):
+            self.rectangle(x, top, x + width, bottom, CUTS[box.cut][0], 0.0, linestyle="-" if box.class_name else "--")
+        states = ((top, boxes[-1].arrives.kind), ((top + bottom) / 2, boxes[-1].leaves.kind))
+        self.changes += [(y, kind) for y, kind in states if kind not in ("unknown", self.changes[-1][1])]
+        return bottom
 
     def text_of(self, box: Box, left: float, top: float, right: float) -> float:
         """Write what a box says."""
@@ -159,66 +151,39 @@ class _Pen:
             left += GLYPH + 10
         y = self.write(left, y, right, _title(box), weight="bold")
         y = self.write(left, y, right, box.style)
-        for line in (*_weights(box), *_states(box), *box.notes, *_reasons(box)):
+        for line in _lines(box):
             y = self.write(left, y, right, line, **DIM)
         return max(y, top + GLYPH + 6) if box.cut else y
 
     # ------------------------------------------------------------------------------------------------------------- parts
 
-    def write(self, left: float, top: float, right: float, text: str, ha: str = "left", **style: Any) -> float:
+    def write(self, left: float, top: float, right: float, text: str, **style: Any) -> float:
         """Write lines that are no longer than there is room."""
         room = (right - left) / (BOLD if "weight" in style else 1) * 8 / style.get("size", 8)
-        lines = [text] if ha == "right" else textwrap.wrap(text, _characters(room))
+        lines = textwrap.wrap(text, _characters(room), break_on_hyphens=False)
         for i, line in enumerate(lines):
-            self.axes.text(left, top + LINE * (i + 0.75), line, ha=ha, zorder=20, **style)
+            self.axes.text(left, top + LINE * (i + 0.75), line, zorder=20, **style)
         return top + LINE * len(lines)
-
-    def stripe(self, top: float, bottom: float, state: State | None = None) -> float:
-        """Lengthen the stripe; a state that is not known leaves it as it was."""
-        if state is not None and state.kind != "unknown":
-            self.state = state.kind
-        if self.stripes and self.stripes[-1][2] == self.state:
-            top = self.stripes.pop()[0]
-        self.stripes.append((top, bottom, self.state))
-        return bottom
 
     def line(self, state: StateKind, left: float, top: float, bottom: float) -> None:
         """Draw a line as activations in this state have it."""
         color, dashes = STRIPES[state]
-        self.axes.plot(
-            [left + 6] * 2, [top, bottom], color=color, linewidth=4.5, linestyle=dashes, solid_capstyle="butt", dash_capstyle="butt"
-        )
+        self.axes.vlines(left + 6, top, bottom, color=color, linewidth=4.5, linestyle=dashes)
 
-    def rectangle(
-        self,
-        left: float,
-        top: float,
-        right: float,
-        bottom: float,
-        color: str,
-        alpha: float,
-        *,
-        radius: float = 6,
-        dashed: bool = False,
-        z: float = 9,
-    ) -> None:
+    def rectangle(self, left: float, top: float, right: float, bottom: float, color: str, alpha: float, **style: Any) -> None:
         """Draw a rectangle with round corners."""
-        from matplotlib.colors import to_rgba
         from matplotlib.patches import FancyBboxPatch
 
-        corners = f"round,pad=0,rounding_size={min(radius, (bottom - top) / 2)}"
-        face, line = to_rgba(color, alpha), "--" if dashed else "-"
-        patch = FancyBboxPatch(
-            (left, top), right - left, bottom - top, corners, facecolor=face, edgecolor=color, linestyle=line, zorder=z
-        )
-        self.axes.add_patch(patch)
+        corners = f"round,pad=0,rounding_size={min(6, (bottom - top) / 2)}"
+        paint = {"facecolor": (color, alpha), "edgecolor": color, "zorder": 9, **style}
+        self.axes.add_patch(FancyBboxPatch((left, top), right - left, bottom - top, corners, **paint))
 
     def glyph(self, cut: Cut, x: float, top: float, bottom: float) -> None:
         """Draw a square that is cut as a weight is, with one rank's shard filled; or a piece of the bar of a collective."""
         from matplotlib.patches import Rectangle
 
         if not cut:
-            return self.rectangle(x, top, x + bottom - top, bottom, SENT, 0.22, radius=4)
+            return self.rectangle(x, top, x + bottom - top, bottom, SENT, 0.22)
         n = max(1, min(self.tp, MOST_STRIPES)) if cut in ("columns", "rows") else 1
         side, color = bottom - top, CUTS[cut][0]
         for i in range(n):
@@ -250,24 +215,16 @@ def _title(row: Box | Frame) -> str:
     return f"{row.name}{many}: {row.class_name}" if row.class_name else f"{row.name}{many}"
 
 
-def _weights(box: Box) -> list[str]:
-    """List the shapes of its matrices; biases and the like are left to the table."""
-    shown = [w for w in box.weights if len(w.full) > 1] or list(box.weights[:1])
-    texts = [w.words if len(shown) == 1 else f"{w.name} {w.words}" for w in shown]
-    return texts if len(texts) <= 4 else ["; ".join(texts)]
-
-
-def _states(box: Box) -> list[str]:
+def _lines(box: Box) -> list[str]:
+    """List what a box says below its style: shapes of its matrices, activations, notes, and why a matrix is replicated."""
+    matrices = [w for w in box.weights if len(w.full) > 1]
+    shown = matrices or box.weights[:1]
+    lines = [w.words if len(shown) == 1 else f"{w.name} {w.words}" for w in shown]
+    lines = lines if len(lines) <= 4 else ["; ".join(lines)]
     arrives, leaves = box.arrives.words, box.leaves.words
-    if arrives == leaves:
-        return [f"input and output {arrives}"] if arrives else []
-    return [f"{name} {words}" for name, words in (("input", arrives), ("output", leaves)) if words]
-
-
-def _reasons(box: Box) -> list[str]:
-    """Say why a matrix is replicated."""
-    matrices = not box.weights or any(len(w.full) > 1 for w in box.weights)
-    return [f"because {box.reason}"] if box.reason and matrices and box.cut == "replicated" else []
+    states = [("input and output", arrives)] if arrives == leaves else [("input", arrives), ("output", leaves)]
+    lines += [f"{name} {words}" for name, words in states if words]
+    return [*lines, *box.notes, *([f"because {box.reason}"] if matrices and box.reason and box.cut == "replicated" else [])]
 
 
 def _characters(width: float) -> int:

@@ -169,16 +169,6 @@ def roofline_points(found: StepReport) -> list[RooflinePoint]:
     return points
 
 
-def collective_totals(found: StepReport) -> list[tuple[str, str, int, int, int]]:
-    """List (axis, kind, ranks, count, bytes) of the collectives of a step."""
-    counts: Counter[tuple[str, str, int]] = Counter()
-    sizes: Counter[tuple[str, str, int]] = Counter()
-    for c in found.collectives:
-        counts[c.axis, c.kind, c.ranks] += c.count
-        sizes[c.axis, c.kind, c.ranks] += c.count * c.bytes
-    return [(*key, counts[key], sizes[key]) for key in sorted(counts)]
-
-
 def block_collectives(found: StepReport) -> list[BlockCollective]:
     """List the collectives of a step by block; those that many blocks have in one line, and these first."""
     each: Counter[tuple[str, str, str, str, int, int]] = Counter()

@@ -24,10 +24,11 @@ def names(call: Call) -> list[str]:
 
 def test_calls_lie_in_those_that_made_them() -> None:
     log = [enter(""), enter("up"), sent("up"), leave("up"), enter("down"), leave("down"), sent(""), leave("")]
-    root = call_tree(log, {})
-    up, down = root.children
-    assert names(root) == ["", "up", "down"] and root.own == [sent("")] and up.own == [sent("up")] and not down.own
+    tree = call_tree(log, {})
+    up, down = tree.root.children
+    assert names(tree.root) == ["", "up", "down"] and tree.root.own == [sent("")] and up.own == [sent("up")] and not down.own
     assert (up.arrives, up.leaves, up.tensor, up.source) == ((2, 4), (2, 8), 7, "up")
+    assert tree.calls == {"": [tree.root], "up": [up], "down": [down]}
 
 
 def test_blocks_that_were_not_traced_are_like_the_one_that_stands_for_them() -> None:
@@ -42,28 +43,39 @@ def test_blocks_that_were_not_traced_are_like_the_one_that_stands_for_them() -> 
         leave("h.1"),
         leave(""),
     ]
-    root = call_tree(log, {"h.0": "h.0", "h.1": "h.0"})
-    assert names(root) == ["", "h.0", "h.0.q", "h.1", "h.1.q"]
-    copied = root.children[1]
-    assert copied.source == "h.0" and copied.children[0].source == "h.0.q" and copied.children[0].own == [sent("h.1.q")]
+    tree = call_tree(log, {"h.0": "h.0", "h.1": "h.0"})
+    traced, other = tree.root.children
+    assert (other.module, other.source, other.events) == ("h.1", "h.0", traced.events) and traced.source == "h.0"
+    assert [tree.traced(name) for name in ("h.1.q", "h.1", "h.0.q", "h.10.q", "head")] == [
+        "h.0.q",
+        "h.0",
+        "h.0.q",
+        "h.10.q",
+        "head",
+    ]
+
+
+def test_a_block_that_was_traced_keeps_what_happened_in_it() -> None:
+    log = [enter(""), enter("h.0"), leave("h.0"), enter("h.1"), enter("h.1.q"), leave("h.1.q"), leave("h.1"), leave("")]
+    _, second = call_tree(log, {"h.0": "h.0", "h.1": "h.0"}).root.children
+    assert second.source == "h.1" and [c.module for c in second.children] == ["h.1.q"]
 
 
 def test_what_a_loss_does_is_behind_the_model() -> None:
-    root = call_tree([sent("", "before"), enter(""), enter("a"), leave("a"), leave(""), sent("", "after")], {})
-    assert root.module == "" and [getattr(e, "name", e) for e in root.events if isinstance(e, ForwardEvent)] == ["before", "after"]
+    root = call_tree([sent("", "before"), enter(""), enter("a"), leave("a"), leave(""), sent("", "after")], {}).root
+    assert [event.name for event in root.own] == ["before", "after"] and root.events[-1] == sent("", "after")
     assert names(root) == ["", "a"]
 
 
 def test_a_loss_that_calls_parts_of_the_model() -> None:
-    root = call_tree([enter("a"), leave("a"), enter("b"), leave("b")], {})
-    assert names(root) == ["", "a", "b"]
+    assert names(call_tree([enter("a"), leave("a"), enter("b"), leave("b")], {}).root) == ["", "a", "b"]
 
 
 def test_calls_of_a_module_are_numbered() -> None:
-    root = call_tree([enter(""), enter("a"), leave("a"), enter("b"), enter("a"), leave("a"), leave("b"), leave("")], {})
-    assert [(c.module, c.nth) for c in root.walk()] == [("", 0), ("a", 0), ("b", 0), ("a", 1)]
+    tree = call_tree([enter(""), enter("a"), leave("a"), enter("b"), enter("a"), leave("a"), leave("b"), leave("")], {})
+    assert [(c.module, c.nth) for c in tree.root.walk()] == [("", 0), ("a", 0), ("b", 0), ("a", 1)]
 
 
 def test_registered() -> None:
-    root = registered_tree(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU())))
-    assert names(root) == ["", "0", "1", "1.0"] and all(c.source == c.module for c in root.walk())
+    tree = registered_tree(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU())))
+    assert names(tree.root) == ["", "0", "1", "1.0"] and tree.calls["1"] == [tree.root.children[1]]

@@ -22,8 +22,6 @@ def weights(rows: tuple[Row, ...], times: int = 1) -> int:
             total += weights(row.boxes, times)
         elif isinstance(row, Box):
             total += times * row.times * sum(torch.Size(w.full).numel() for w in row.weights)
-            if "modules, " in row.style:
-                total += times * row.times * int(row.style.split("modules, ")[1].split(" ")[0].replace(",", ""))
     return total
 
 

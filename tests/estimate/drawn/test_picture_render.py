@@ -34,10 +34,12 @@ def words(figure: Any) -> str:
 
 
 def stripes(figure: Any) -> list[tuple[str, float, float]]:
-    """(state, top, bottom) of the pieces of the bar on the left."""
+    """(state, top, bottom) of the pieces of the stripe on the left."""
+    from matplotlib.colors import to_hex
+
     names = {color: state for state, (color, _) in STRIPES.items() if state != "unknown"}
-    lines = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [16, 16]]
-    return [(names[line.get_color()], *line.get_ydata()) for line in lines]
+    lines = [(to_hex(c.get_color()[0]), *c.get_segments()[0]) for c in figure.axes[0].collections]
+    return [(names[color], top[1], bottom[1]) for color, top, bottom in lines if top[0] == 16]
 
 
 def test_what_a_picture_says() -> None:
@@ -66,11 +68,11 @@ def test_what_a_picture_says() -> None:
 def test_the_stripe_follows_the_activations() -> None:
     rows = (replace(UP, arrives=State(FULL, FULL, "replicated")), DOWN, replace(REDUCE, where=""))
     found = stripes(draw_picture(replace(PICTURE, rows=rows)))
-    assert [state for state, *_ in found] == ["replicated", "features", "partial", "replicated"]
+    assert [state for state, *_ in found] == ["replicated", "replicated", "features", "partial", "replicated"]
     assert all(above[2] == below[1] for above, below in itertools.pairwise(found))
     scattered = (DOWN, Communication("reduce-scatter", "all-gather", 64), NORM, Communication("all-gather", "", 64), NORM)
     found = stripes(draw_picture(replace(PICTURE, rows=scattered)))
-    assert [state for state, *_ in found] == ["features", "partial", "sequence", "replicated"]
+    assert [state for state, *_ in found] == ["replicated", "features", "partial", "sequence", "replicated"]
 
 
 def test_a_rank_has_one_of_tp_stripes_of_a_square() -> None:

@@ -10,7 +10,6 @@ from lightning_tp.estimate.drawn.series import (
     KINDS,
     Stretch,
     block_collectives,
-    collective_totals,
     color_of,
     memory_series,
     roofline_points,
@@ -75,10 +74,3 @@ def test_no_matmul_is_over_the_roof(found: Estimate) -> None:
     products = [p for p in found.products if p.kind == "product"]
     taken = sum(p.flops / q.flops_per_s for p, q in zip(products, points, strict=True))
     assert taken * found.accumulate == pytest.approx(found.time.products)
-
-
-def test_collective_totals(found: Estimate) -> None:
-    totals = {(axis, kind): (ranks, n, size) for axis, kind, ranks, n, size in collective_totals(found)}
-    assert list(totals) == sorted(totals) and {axis for axis, _ in totals} == {"tp", "dp"}
-    mine = [c for c in found.collectives if (c.axis, c.kind) == ("tp", "all-gather")]
-    assert totals["tp", "all-gather"] == (2, sum(c.count for c in mine), sum(c.count * c.bytes for c in mine))
