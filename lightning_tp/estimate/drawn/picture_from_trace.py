@@ -151,8 +151,6 @@ class _Builder:
         tied = [(shapes.get(name), name.rpartition(".")[0]) for name in self.plan.tied]
         for name in self.plan.splits:
             module = name.rpartition(".")[0]
-            if self.tree.traced(module) != module:
-                continue
             if module not in calls and any(shape == shapes[name] and owner in calls for shape, owner in tied):
                 continue
             owner = next((parent for parent in (module, *parents(module)) if parent in calls), "")

@@ -43,7 +43,10 @@ def test_memory_over_the_step_is_stacked_on_the_smallest(found: Estimate) -> Non
         kind = above.get_label()
         mine = [a - b for a, b in zip(above.get_data().values, below.get_data().values)]
         assert mine == pytest.approx([m.kinds.get(kind, 0) / scale for m in moments], abs=1e-6)
-    assert "smaller kinds" in stack[-1].get_label()
+    most = {k: max(m.kinds.get(k, 0) for m in moments) / found.memory.peak.total for m in moments for k in m.kinds}
+    small = [k for k, part in most.items() if 0 < part < charts.VISIBLE]
+    assert [p.get_label() for p in stack if p.get_label() in most] == [k for k in reversed(kinds_of(moments)) if k not in small]
+    assert stack[-1].get_label() == f"{len(small)} smaller kinds" and len(stack) - 1 == len(kinds_of(moments)) - len(small)
     assert [t.get_text() for t in axes.get_xticklabels()] == ["forward", "backward"]
     assert f"peak {size(found.memory.peak.total)}" in [t.get_text() for t in axes.texts]
 
@@ -68,6 +71,8 @@ def test_memory_at_the_peak(found: Estimate) -> None:
     assert [bar[0][1] for bar in rest if bar] == large
     assert {color for _, _, color in total} == {color_of(k) for k, n in peak.kinds.items() if n}
     assert axes.collections[0].get_segments()[0][0][0] == pytest.approx(limit)
+    small = axes_of(charts.memory_at_peak, with_memory_of(found, 0.5 * peak.total))
+    assert small.collections[0].get_segments()[0][0][0] == pytest.approx(0.25 * limit)
     others = peak.total - sum(large)
     assert f"all others: {size(others)}" in [t.get_text() for t in axes.texts]
 

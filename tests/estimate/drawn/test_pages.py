@@ -15,7 +15,7 @@ from lightning_tp import TPError
 from lightning_tp.core.units import size
 from lightning_tp.estimate import Estimate, estimate
 from lightning_tp.estimate.cost.hardware import hardware
-from lightning_tp.estimate.drawn.pages import check_page, report, write_choices, write_plan
+from lightning_tp.estimate.drawn.pages import _matmuls_table, check_page, report, write_choices, write_plan
 from lightning_tp.estimate.drawn.picture_from_trace import picture_of
 from lightning_tp.estimate.drawn.series import color_of, kinds_of
 from lightning_tp.estimate.report.tuning import TuningReport
@@ -40,6 +40,7 @@ def test_report(found: Estimate, tmp_path: Path) -> None:
     ids = {v for _, k, v in page.attributes if k == "id"}
     assert {v[1:] for _, k, v in page.attributes if k == "href"} <= ids
     assert page.tags["table"] >= 6 and page.tags["details"] >= 3 and page.tags["svg"] == 12
+    assert f"together {found.flops.rank * 2 / found.flops.model:.1%} of the model's" in " ".join(words.split())
     for kind, n in found.memory.peak.kinds.items():
         assert f"{kind} {size(n)}" in words
 
@@ -73,6 +74,17 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert any("<script>alert(1)</script>" in t for t in page.text)
     found.plot(tmp_path / "x.svg")
     assert not Parsed((tmp_path / "x.svg").read_text()).open
+
+
+def test_matmuls_are_bound_by_what_takes_longer(found: Estimate) -> None:
+    hw, bounds = found.hardware, set()
+    for row, p in zip(_matmuls_table(found).rows, found.products):
+        by_compute = p.flops / found.peak_flops >= p.bytes * p.count / hw.memory_bandwidth
+        assert row[-1] == ("compute" if by_compute else "memory") and row[:2] == (p.module, p.phase) and row[3] == f"{p.count:,}"
+        bounds.add(row[-1])
+    assert bounds == {"memory"}  # it is small
+    fast = dataclasses.replace(found, hardware=dataclasses.replace(hw, memory_bandwidth=1e18))
+    assert {row[-1] for row in _matmuls_table(fast).rows} == {"compute"}
 
 
 def test_wide_and_narrow_figures_are_shown_by_turns(found: Estimate) -> None:

@@ -55,7 +55,7 @@ def test_modules_that_differ_in_their_number() -> None:
 def test_repeats_are_merged() -> None:
     assert merge_repeats([REDUCE, REDUCE, GATHER, REDUCE]) == [replace(REDUCE, times=2), GATHER, REDUCE]
     twice = replace(REDUCE, times=2)
-    assert merge_repeats([twice, REDUCE]) == [replace(REDUCE, times=3)]
+    assert merge_repeats([twice, REDUCE]) == merge_repeats([REDUCE, twice]) == [replace(REDUCE, times=3)]
     attention = [Box("attention", "", style, "") for style in ("4 heads", "8 heads", "4 heads")]
     assert merge_repeats(attention) == [Box("attention", "", "4 heads; 8 heads", "", times=3)]
     assert merge_repeats([BOX, BOX]) == [BOX, BOX]  # modules stay two
@@ -85,6 +85,6 @@ def test_partial_sums_are_what_the_next_collective_sums() -> None:
     assert marked(whole, GATHER) == whole and marked(whole, BOX) == whole
     tokens = State((4, 4), (2, 4), "sequence")
     assert marked(tokens, SCATTER) == State((4, 4), (4, 4), "partial")
-    padded = State((3, 4), (2, 4), "sequence")  # three tokens over two ranks
-    assert marked(padded, SCATTER) == State((3, 4), (3, 4), "partial")
+    padded = State((4, 3), (2, 3), "sequence")  # four tokens over three ranks, padded to six
+    assert marked(padded, replace(SCATTER, bytes=72), 3) == State((4, 3), (4, 3), "partial")
     assert mark_partial_sums([replace(BOX, leaves=whole)], 2) == [replace(BOX, leaves=whole)]

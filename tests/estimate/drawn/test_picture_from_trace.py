@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +11,10 @@ from torch import nn
 from lightning_tp import Plan, TPError, infer_plan
 from lightning_tp.estimate.drawn.figure import NARROW, WIDE
 from lightning_tp.estimate.drawn.picture import Box, Communication, Frame, Picture, Row, SideBySide
-from lightning_tp.estimate.drawn.picture_from_trace import picture_from_registration, picture_of
+from lightning_tp.estimate.drawn.picture_from_trace import picture_from_registration, picture_from_trace, picture_of
 from lightning_tp.estimate.drawn.picture_render import draw_picture
+from lightning_tp.estimate.trace.forward_log import ForwardEvent, Shape
+from lightning_tp.estimate.trace.step_trace import Sent
 from tests.estimate.models import MODELS
 
 
@@ -97,6 +103,73 @@ def test_where_the_backward_alone_sends() -> None:
     picture = picture_of(model, (torch.ones(2, 4, 8),), plan, loss_fn=lambda y: y.mean())
     assert [b.words for b in picture.communications()] == ["backward: all-reduce", "all-reduce"]
     assert isinstance(picture.rows[1], Communication)
+
+
+def pictured(plan: Plan, events: list[ForwardEvent], *backward: Sent, whole: list[ForwardEvent] | None = None) -> Picture:
+    """The picture of a log of one rank, and of one of one process."""
+    traces: list[Any] = [
+        SimpleNamespace(
+            trace=SimpleNamespace(pieces=[SimpleNamespace(sent=Counter(sent))], steps=log, followed={}), classes={}, blocks=()
+        )
+        for log, sent in ((events, backward), (whole or events, ()))
+    ]
+    return picture_from_trace("Net", plan, *traces)
+
+
+def call(module: str, *inside: ForwardEvent, arrives: Shape = (2, 8), leaves: Shape = (2, 8)) -> list[ForwardEvent]:
+    return [ForwardEvent("enter", module, shape=arrives), *inside, ForwardEvent("leave", module, shape=leaves)]
+
+
+def reduce(module: str, size: int, kind: str = "all-reduce") -> ForwardEvent:
+    return ForwardEvent("sent", module, kind, bytes=size)
+
+
+PRODUCT = ForwardEvent("op", "0", "product", (1, 2, 8, 8))
+
+
+def test_an_all_reduce_is_paired_with_one_of_its_size() -> None:
+    plan = Plan({"0": "rowwise"}).check(nn.Sequential(nn.Linear(8, 8)), 2)
+    log = call("", *call("0", PRODUCT, reduce("0", 64)))
+    same, other = (pictured(plan, log, Sent("all-reduce", n, "0", "backward")) for n in (64, 32))
+    assert [c.words for c in same.communications()] == ["all-reduce, backward: all-reduce"]
+    assert [c.words for c in other.communications()] == ["backward: all-reduce", "all-reduce"]
+
+
+def test_each_call_has_its_own_collectives_of_the_backward_pass() -> None:
+    plan = Plan({"0": "colwise"}).check(nn.Sequential(nn.Linear(8, 8)), 2)
+    log = call("", *call("0", PRODUCT), *call("0", PRODUCT))
+    picture = pictured(plan, log, Sent("all-reduce", 64, "0", "backward"), Sent("all-reduce", 32, "0", "backward"))
+    assert [(type(row).__name__, getattr(row, "bytes", 0)) for row in picture.rows] == [
+        ("Communication", 64), ("Box", 0), ("Communication", 32), ("Box", 0),
+    ]  # fmt: skip
+
+
+def test_what_a_loss_sums_is_said_to_be_in_the_loss() -> None:
+    plan = Plan({"0": "colwise"}).check(nn.Sequential(nn.Linear(8, 8)), 2)
+    picture = pictured(plan, [*call("", reduce("", 4), *call("0", PRODUCT), reduce("", 8)), reduce("", 16)])
+    assert [(c.bytes, c.reason) for c in picture.communications()] == [(4, ""), (8, "in the loss"), (16, "in the loss")]
+
+
+def test_outputs_that_are_gathered_leave_the_matmul_sharded() -> None:
+    plan = Plan({"0": "colwise"}).check(nn.Sequential(nn.Linear(8, 6)), 2)
+    log = call("", *call("0", PRODUCT, reduce("0", 48, "all-gather"), leaves=(2, 6)), leaves=(2, 6))
+    (box,) = pictured(plan, log).boxes()
+    assert (box.arrives.kind, box.leaves.kind, box.leaves.local) == ("replicated", "features", (2, 3))
+
+
+def test_heads_of_a_rank_and_of_all() -> None:
+    plan = Plan({"0": "colwise"}).check(nn.Sequential(nn.Linear(8, 8)), 2)
+
+    def log(heads: int) -> list[ForwardEvent]:
+        attention = ForwardEvent("op", "", "attention", (heads, 32, 64, 8))
+        scores = ForwardEvent("op", "", "product", (heads, 32, 64, 8))
+        return call("", *call("0", PRODUCT), attention, scores)
+
+    _, attention, scores = pictured(plan, log(16), whole=log(128)).boxes()
+    assert attention.style == "16 of 128 (batch x heads), 32 queries, 64 keys"
+    assert scores.style == "16 of 128 x (32 x 8) (8 x 64)"
+    _, whole, _ = pictured(plan, log(16)).boxes()
+    assert whole.style == "16 (batch x heads), 32 queries, 64 keys"
 
 
 def test_modules_that_read_the_same_stand_beside_each_other() -> None:
