@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from lightning_tp import TPError, shapes
 from lightning_tp.estimate.drawn.figure import new_figure
 from lightning_tp.estimate.drawn.matmul_chart import line_style, matmul_rates, plot_study, step_rates
-from lightning_tp.estimate.report.matmul import Shapes
+from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
 from tests.estimate.models import MODELS
 
 
@@ -36,6 +37,19 @@ def test_a_line_for_each_tp_and_hollow_markers_for_what_is_not_possible() -> Non
     of_one = [c.estimate.tokens_per_s_per_device for c in found.cells if c.tp == 1 and c.estimate is not None]
     assert list(right.lines[0].get_ydata()) == of_one and "tokens/s per device" in right.get_ylabel()
     assert right.get_ylim()[1] > max(of_one) and right.get_ylim()[0] == 0
+
+
+def test_hollow_markers_for_what_does_not_fit_in_memory() -> None:
+    def with_memory(point: StudyPoint, bytes_: float) -> StudyPoint:
+        e = point.estimate
+        return point if e is None else replace(point, estimate=replace(e, hardware=replace(e.hardware, memory_bytes=bytes_)))
+
+    found = replace(study(), cells=tuple(with_memory(c, 1.0 if c.local_batch > 1 else 1e12) for c in study().cells))
+    axes = new_figure((9, 4)).subplots()
+    step_rates(axes, found)
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_xdata()) for line in hollow] == [[2.0], [2.0]] and "hollow: does not fit" in axes.get_ylabel()
+    assert all(len(line.get_xdata()) > 1 for line in axes.lines if line not in hollow)
 
 
 def test_lines_differ_in_color_and_marker() -> None:
