@@ -19,7 +19,8 @@ from lightning_tp.cli.options import (
 from lightning_tp.cli.parser import TARGET, checked_plan_file, examples
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.drawn.pages import write_plan
-from lightning_tp.estimate.drawn.plots import picture_of, plot_plan
+from lightning_tp.estimate.drawn.picture_from_trace import picture_of
+from lightning_tp.estimate.drawn.picture_render import plot_plan
 from lightning_tp.estimate.predict import Estimate, estimate
 from lightning_tp.estimate.rank.inputs import check_size
 from lightning_tp.estimate.rank.optimizer import KNOWN

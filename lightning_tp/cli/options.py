@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import known_hardware
-from lightning_tp.estimate.drawn.drawing import check_page, check_picture
+from lightning_tp.estimate.drawn.figure import check_plot
+from lightning_tp.estimate.drawn.pages import check_page
 from lightning_tp.estimate.rank.optimizer import KNOWN
 from lightning_tp.estimate.rank.settings import PRECISIONS
 
@@ -30,7 +31,7 @@ def add_hardware(command: Any) -> None:
 def add_pictures(command: Any, plots: str, page: str) -> None:
     """The options `--plot` (where there are plots) and `--html`."""
     if plots:
-        text = f"write {plots}; the ending is the format: .svg, or .png and .pdf (with matplotlib)"
+        text = f"write {plots} as .svg, .png or .pdf, by the file name extension"
         command.add_argument("--plot", metavar="FILE", help=text)
     command.add_argument("--html", metavar="FILE", help=f"write {page}, as one HTML file that needs nothing else")
 
@@ -39,12 +40,12 @@ def check_pictures(args: argparse.Namespace) -> None:
     """Refuse files that could not be written, before the work begins.
 
     Raises:
-        TPError: as `check_picture` and `check_page`.
+        TPError: as `check_plot` and `check_page`.
     """
     if getattr(args, "plot", None) is not None:
-        check_picture(args.plot, "--plot")
+        check_plot(args.plot, "--plot")
     if args.html is not None:
-        check_page(args.html, "--html")
+        check_page(args.html, "--html", figures=hasattr(args, "plot"))
 
 
 def check_names(precisions: str, optimizer: str) -> None:

@@ -12,6 +12,8 @@ from lightning_tp.cli.options import CHECKPOINTING, CHECKPOINTING_HELP, Progress
 from lightning_tp.cli.parser import STATUS, TARGET, checked_plan_file
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import hardware
+from lightning_tp.estimate.drawn.figure import check_plot
+from lightning_tp.estimate.drawn.matmul_chart import plot_study
 from lightning_tp.estimate.matmul_measure import measure
 from lightning_tp.estimate.matmul_study import LOCAL_BATCHES, TPS, shapes
 from lightning_tp.estimate.rank.inputs import check_size
@@ -78,9 +80,7 @@ def _shapes(args: argparse.Namespace) -> int:
         raise TPError(f"`--seconds {args.seconds:g}`: give a time above 0.")
     check_names(args.precision, "adamw")
     if args.plot:
-        from lightning_tp.estimate.drawn.matmul_plot import check
-
-        check(args.plot, "--plot")
+        check_plot(args.plot, "--plot")
     args.plan = checked_plan_file(args.plan)
     target = load(args.target)
     how = args.activation_checkpointing
@@ -106,9 +106,7 @@ def _shapes(args: argparse.Namespace) -> int:
             dtype = DTYPES[args.dtype] if args.dtype else None
             measured = measure(found, seconds=args.seconds, dtype=dtype, progress=progress)
     if args.plot:
-        from lightning_tp.estimate.drawn.matmul_plot import draw
-
-        draw(found, args.plot)
+        plot_study(found, args.plot)
     if args.json:
         values = json.loads(found.to_json())
         print(json.dumps(values if measured is None else values | {"measured": measured.jsonable()}, indent=1))

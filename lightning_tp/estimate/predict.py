@@ -19,8 +19,8 @@ from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.hardware import hardware as find_hardware
 from lightning_tp.estimate.cost.memory import memory_of
 from lightning_tp.estimate.cost.step_time import time_of
+from lightning_tp.estimate.drawn.charts import plot
 from lightning_tp.estimate.drawn.pages import write_report
-from lightning_tp.estimate.drawn.plots import plot
 from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.rank.inputs import check_size, count_batch, loss_of, resized
 from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer, optimizer_cost
