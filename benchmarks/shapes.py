@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matmul_study.chart import line_style, step_rates
+from matmul_study.measure import Measured, ProductKey, free_bytes, once_of, present_device, rate_of
+from matmul_study.study import shapes
 
 from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.drawn.figure import new_figure, save
-from lightning_tp.estimate.drawn.matmul_chart import line_style, step_rates
-from lightning_tp.estimate.matmul_measure import Measured, ProductKey, free_bytes, once_of, present_device, rate_of
 
 TPS = (1, 2, 4, 8)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # for each device
@@ -375,10 +376,8 @@ LOCAL = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def whole_steps(folder: Path | None) -> None:
-    """Tokens/s of the whole step, by `lightning_tp.shapes` on the Llama of transformers."""
+    """Tokens/s of the whole step, by `matmul_study` on the Llama of transformers."""
     import transformers as hf
-
-    import lightning_tp as ltp
 
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
@@ -392,7 +391,7 @@ def whole_steps(folder: Path | None) -> None:
         with torch.device("meta"):
             model = hf.LlamaForCausalLM(config)
         ids = torch.zeros(1, 32, dtype=torch.long)
-        found = ltp.shapes(
+        found = shapes(
             model,
             {"input_ids": ids, "labels": ids, "use_cache": False},
             gpus=gpus,

@@ -1,6 +1,6 @@
 """`lightning-tp`: look at the plan of a model, and check it against one process, from the command line.
 
-`plan`, `estimate`, `tune` and `shapes` need no devices and no process group: the model may be on the meta device, and tp and dp of any size. `verify`
+`plan`, `estimate` and `tune` need no devices and no process group: the model may be on the meta device, and tp and dp of any size. `verify`
 runs real processes on the CPU of this machine.
 
 Exit status: 0 it is well, 1 the split model differs from one process, 2 a mistake of the user.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from lightning_tp._compat import version_of
-from lightning_tp.cli import checkpoint, estimate, options, shapes
+from lightning_tp.cli import checkpoint, estimate, options
 from lightning_tp.cli.parser import TARGET, Parser, ended, examples
 from lightning_tp.cli.plan import _plan
 from lightning_tp.cli.verify import _verify
@@ -45,7 +45,7 @@ def _parser() -> Parser:
     version = f"lightning-tp {version_of('lightning-tp') or '(not installed)'}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(
-        required=True, dest="name", metavar="plan | verify | estimate | tune | shapes | export | consolidate | inspect"
+        required=True, dest="name", metavar="plan | verify | estimate | tune | export | consolidate | inspect"
     )
     about = "how a model is split, what one rank holds, and the collectives of a step; no devices are needed"
     plan = commands.add_parser("plan", help=about, description=f"{about}\n\n{TARGET}", epilog=examples("plan"))
@@ -80,7 +80,6 @@ def _parser() -> Parser:
         "--rtol", type=float, default=1e-3, metavar="X", help="the largest relative error allowed (default: %(default)s)"
     )
     estimate.add_commands(commands)
-    shapes.add_command(commands)
     checkpoint.add_commands(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)

@@ -41,8 +41,6 @@ EXAMPLES = """\
                                                                     the same as a page, and as plots
   lightning-tp tune llama-3-8b/config.json --gpus 64 --hardware h100 --global-batch 512 --seq 8192
                                                                     which mesh, micro-batch and checkpointing
-  lightning-tp shapes llama-3-8b/config.json --gpus 64 --global-batch 32 --seq 4096 --hardware h100
-                                                                    whether tp makes matrix products faster
 """
 
 

@@ -1,4 +1,4 @@
-"""Say how a model is trained, for `estimate`, `tune` and `shapes`."""
+"""Say how a model is trained, for `estimate` and `tune`."""
 
 from __future__ import annotations
 

@@ -60,7 +60,6 @@ def test_tune_says_what_it_does_when_it_takes_long(
         (["estimate", "CONFIG", "--hardware", "h100-pcie"], "Did you mean h100"),
         (["estimate", "CONFIG", "--plan", "none.json"], "`--plan none.json`: there is no such file"),
         (["estimate", "CONFIG", "--html", "/proc/none.html"], "can't be written"),
-        (["shapes", "CONFIG", "--precision", "fp4"], "bf16-mixed"),
         (["estimate", "nowhere/config.json"], "no such file"),
         (["estimate", "CONFIG", "--optimizer", "lion"], "adamw"),
         (["tune", "CONFIG", "--gpus", "4", "--global-batch", "8", "--optimizer", "lion"], "adamw"),

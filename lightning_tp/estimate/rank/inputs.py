@@ -145,12 +145,6 @@ def count_batch(inputs: Any) -> BatchCount:
     return BatchCount(samples, samples, "samples")
 
 
-def sequence_length(inputs: Any) -> int | None:
-    """Return the length of the tokens among the inputs; None if there are none."""
-    tokens = next((t for t in _tensors(inputs) if t.ndim >= 2 and not t.is_floating_point()), None)
-    return None if tokens is None else tokens.shape[1]
-
-
 def check_size(name: str, value: Any) -> None:
     """Refuse a size that is no whole number above 0; None is allowed.
 

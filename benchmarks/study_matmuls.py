@@ -1,74 +1,85 @@
-"""The command `lightning-tp shapes`."""
+"""The matmuls of a training step at each tp and an equal global batch: how fast they are, and whether tensor parallelism gains.
+
+    python benchmarks/study_matmuls.py llama-3-8b/config.json --gpus 64 --global-batch 32 --seq 4096   every matmul, tp=1 to 8
+    python benchmarks/study_matmuls.py llama-3-8b/config.json --local-batch 0.25,0.5,1,2 --plot tp.svg   where it turns
+    python benchmarks/study_matmuls.py gpt2/config.json --seq 256 --tp 1,2,4 --measure --seconds 30      timed on this machine, too
+
+The model is traced on the meta device as `lightning_tp.estimate` does; nothing but `--measure` needs a device. docs/shapes.md has the answers for
+models from 0.1B to 405B.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from matmul_study.chart import plot_study
+from matmul_study.measure import measure
+from matmul_study.report import text
+from matmul_study.study import LOCAL_BATCHES, TPS, shapes
 
 from lightning_tp.cli.options import CHECKPOINTING, CHECKPOINTING_HELP, Progress, add_hardware, check_names
-from lightning_tp.cli.parser import STATUS, TARGET, checked_plan_file
+from lightning_tp.cli.parser import TARGET, checked_plan_file
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.drawn.figure import check_plot
-from lightning_tp.estimate.drawn.matmul_chart import plot_study
-from lightning_tp.estimate.matmul_measure import measure
-from lightning_tp.estimate.matmul_study import LOCAL_BATCHES, TPS, shapes
 from lightning_tp.estimate.rank.inputs import check_size
 from lightning_tp.estimate.rank.settings import PRECISIONS
-from lightning_tp.estimate.report.matmul import text
 
 LONGEST = 4096  # tokens of a sample that are taken for a config.json that says more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXAMPLES = """\
-examples:
-  lightning-tp shapes llama-3-8b/config.json --gpus 64 --global-batch 32 --seq 4096    all products, tp=1 to 8
-  lightning-tp shapes llama-3-8b/config.json --local-batch 0.25,0.5,1,2 --plot tp.svg   where it turns
-  lightning-tp shapes gpt2/config.json --seq 256 --tp 1,2,4 --measure --seconds 30      timed on this machine, too
-"""
 
 
-def add_command(commands: Any) -> None:
-    """Put it into the parser."""
-    text = "the matrix products at each tp and an equal global batch, how fast they are, and whether tp gains"
-    command = commands.add_parser("shapes", help=text, description=f"{text}\n\n{TARGET}", epilog=f"{EXAMPLES}\n{STATUS}")
-    command.set_defaults(run=_shapes)
-    command.add_argument("target", metavar="TARGET", help="the model: see above")
-    command.add_argument("--gpus", type=int, metavar="N", help="devices, all of them used (default: those of a node)")
-    which = command.add_mutually_exclusive_group()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; returns the exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        return _study(args)
+    except TPError as error:
+        print(f"study_matmuls: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=f"{__doc__}\n{TARGET}", formatter_class=raw)
+    parser.add_argument("target", metavar="TARGET", help="the model: see above")
+    parser.add_argument("--gpus", type=int, metavar="N", help="devices, all of them used (default: those of a node)")
+    which = parser.add_mutually_exclusive_group()
     which.add_argument("--global-batch", type=int, metavar="N", help="samples of a step over all devices: one local batch")
     which.add_argument(
         "--local-batch",
         metavar="LIST",
         help=f"samples for each device, with commas; below 1: fewer samples than devices (default: {_joined(LOCAL_BATCHES)})",
     )
-    command.add_argument(
+    parser.add_argument(
         "--seq",
         type=int,
         metavar="N",
         help=f"length of the sequences (default: that of the inputs; of a config.json, up to {LONGEST})",
     )
-    command.add_argument(
+    parser.add_argument(
         "--tp", metavar="LIST", help=f"sizes of the tensor-parallel axis (default: of {_joined(TPS)} those that fit)"
     )
-    add_hardware(command)
-    command.add_argument(
-        "--precision", default="bf16-mixed", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: %(default)s)"
-    )
-    command.add_argument("--activation-checkpointing", choices=list(CHECKPOINTING), default="none", help=CHECKPOINTING_HELP)
-    command.add_argument("--compile", action="store_true", help="for the whole step: kernels between products are one")
-    command.add_argument("--plan", metavar="FILE", help="the JSON of a plan (default: what TPStrategy would take)")
-    command.add_argument("--products", action="store_true", help="list each product (default: with one local batch only)")
-    command.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    command.add_argument("--plot", metavar="FILE", help="draw FLOP/s and tokens/s against the local batch: .png, .svg or .pdf")
-    command.add_argument("--measure", action="store_true", help="time the products on this machine, on a GPU if there is one")
-    command.add_argument("--seconds", type=float, default=60.0, metavar="S", help="to measure, about (default: %(default)g)")
-    command.add_argument("--dtype", choices=list(DTYPES), help="to measure in (default: bfloat16 on a GPU, float32 on the CPU)")
+    add_hardware(parser)
+    parser.add_argument("--precision", default="bf16-mixed", metavar="NAME", help=f"{', '.join(PRECISIONS)} (default: %(default)s)")
+    parser.add_argument("--activation-checkpointing", choices=list(CHECKPOINTING), default="none", help=CHECKPOINTING_HELP)
+    parser.add_argument("--compile", action="store_true", help="for the whole step: the kernels between matmuls are fused")
+    parser.add_argument("--plan", metavar="FILE", help="the JSON of a plan (default: what TPStrategy would take)")
+    parser.add_argument("--products", action="store_true", help="list each matmul (default: with one local batch only)")
+    parser.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    parser.add_argument("--plot", metavar="FILE", help="draw FLOP/s and tokens/s against the local batch: .png, .svg or .pdf")
+    parser.add_argument("--measure", action="store_true", help="time the matmuls on this machine, on a GPU if there is one")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="to measure, about (default: %(default)g)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="to measure in (default: bfloat16 on a GPU, float32 on the CPU)")
+    return parser
 
 
-def _shapes(args: argparse.Namespace) -> int:
+def _study(args: argparse.Namespace) -> int:
     from lightning_tp.cli.target import load
 
     for name in ("gpus", "global_batch", "seq"):
@@ -143,3 +154,7 @@ def _longest(model: Any, target: str) -> int | None:
 
 def _joined(values: Any) -> str:
     return ",".join(f"{v:g}" for v in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

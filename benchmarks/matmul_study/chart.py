@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tp.core.units import count
 from lightning_tp.estimate.drawn.figure import check_plot, new_figure, save
-from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
+from matmul_study.report import Shapes, StudyPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
