@@ -24,9 +24,9 @@ from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.hardware import hardware as find_hardware
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.predict import predict
 from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized
+from lightning_tp.estimate.rank.settings import Options
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 from lightning_tp.plan.checked import CheckedPlan
 from matmul_study.products import MatmulShape, shapes_of, with_more_keys

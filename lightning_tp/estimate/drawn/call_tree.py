@@ -12,24 +12,16 @@ from lightning_tp.estimate.trace.forward_log import ForwardEvent, Shape
 
 @dataclass
 class Call:
-    """A call of a module.
+    """A call of a module."""
 
-    Args:
-        module: its name.
-        source: the module that was traced for it: itself, or of a block that was not traced the one that stands for it.
-        nth: how many times it was called before.
-        arrives, leaves: shapes of its input and output on this rank.
-        tensor: a number of the input; see `ForwardEvent`.
-        events: what happened in `source`, in order.
-    """
-
-    module: str
-    source: str
-    nth: int = 0
+    module: str  # its name
+    source: str  # the module that was traced for it: itself, or of a block that was not traced the one that stands for it
+    nth: int = 0  # how many times it was called before
+    # arrives, leaves: shapes of its input and output on this rank
     arrives: Shape = ()
     leaves: Shape = ()
-    tensor: int = 0
-    events: list[Call | ForwardEvent] = field(default_factory=list)
+    tensor: int = 0  # a number of the input; see `ForwardEvent`
+    events: list[Call | ForwardEvent] = field(default_factory=list)  # what happened in `source`, in order
 
     @property
     def children(self) -> list[Call]:
@@ -50,17 +42,12 @@ class Call:
 
 @dataclass(frozen=True)
 class CallTree:
-    """All calls of a forward pass.
+    """All calls of a forward pass."""
 
-    Args:
-        root: the call of the model, with what a loss does behind it; or, for a loss that calls parts of the model, one around all calls.
-        calls: module -> its calls.
-        followed: block -> the block that was traced for it.
-    """
-
+    # the call of the model, with what a loss does behind it; or, for a loss that calls parts of the model, one around all calls
     root: Call
-    calls: Mapping[str, list[Call]]
-    followed: Mapping[str, str]
+    calls: Mapping[str, list[Call]]  # module -> its calls
+    followed: Mapping[str, str]  # block -> the block that was traced for it
 
     def traced(self, module: str) -> str:
         """Return the module that was traced for one: itself, unless it is in a block that was not traced."""

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tp.core.units import seconds, share, size
 from lightning_tp.estimate.drawn.figure import ALARM, CHARACTER, GRAY, INK, WIDE, Chart, check_plot, figure_of, save
@@ -51,18 +51,15 @@ def memory_over_step(found: StepReport, width: float) -> Chart:
 
     def draw(axes: Axes) -> None:
         tops = [n / scale for n in map(sum, zip(*series.values()))]
-        for kind, values in reversed(
-            series.items()
-        ):  # each down to the axis, and the next one over it: half the points of a stackplot
+        for kind, values in reversed(series.items()):  # each down to the axis, the next one over it: half the points of a stackplot
             axes.stairs(tops, range(len(moments) + 1), fill=True, color=color_of(kind), label=kind)
             tops = [top - n / scale for top, n in zip(tops, values)]
         axes.set(xlim=(0, len(moments)), ylim=(0, 1.15 * top / scale))
         axes.grid(axis="y", color=GRAY, alpha=0.3)
         at = moments.index(peak)
         side = "left" if at < len(moments) / 2 else "right"
-        axes.annotate(
-            f"peak {size(peak.total)}", (at + 0.5, peak.total / scale), (0, 5), textcoords="offset points", ha=side, weight="bold"
-        )
+        style: Any = {"textcoords": "offset points", "ha": side, "weight": "bold"}
+        axes.annotate(f"peak {size(peak.total)}", (at + 0.5, peak.total / scale), (0, 5), **style)
         axes.plot([at + 0.5], [peak.total / scale], ".", color=INK)
         if limit <= top:
             axes.axhline(limit / scale, color=ALARM, linestyle="--")
@@ -106,9 +103,8 @@ def collectives(found: StepReport, width: float) -> Chart:
         bars.append(Bar(f"and {len(rows) - MOST_BARS} more of at most {size(rows[MOST_BARS].bytes * rows[MOST_BARS].each)}", []))
     names = {"tp": "tensor-parallel group", "dp": "data-parallel group (FSDP2)"}
     legend = {names[axis]: color for axis, color in AXES.items() if any(r.axis == axis for r in rows)}
-    return _bars(
-        "Collectives of a step, bytes in one block", bars or [Bar("none: there is one rank on each axis", [])], width, legend
-    )
+    bars = bars or [Bar("none: there is one rank on each axis", [])]
+    return _bars("Collectives of a step, bytes in one block", bars, width, legend)
 
 
 def time_of_step(found: StepReport, width: float) -> Chart:
@@ -118,10 +114,8 @@ def time_of_step(found: StepReport, width: float) -> Chart:
         Bar(f"with overlap: {seconds(t.step)}", [(p.color, p.exposed) for p in parts]),
         Bar(f"without overlap: {seconds(t.without_overlap)}", [(p.color, p.total) for p in parts]),
     ]
-    legend = {
-        f"{p.name}: {seconds(p.exposed)}" + (f" exposed of {seconds(p.total)}" if p.total > p.exposed else ""): p.color
-        for p in parts
-    }
+    more = [f" exposed of {seconds(p.total)}" if p.total > p.exposed else "" for p in parts]
+    legend = {f"{p.name}: {seconds(p.exposed)}{text}": p.color for p, text in zip(parts, more)}
     return _bars("Time of a step", bars, width, legend)
 
 
@@ -137,13 +131,8 @@ def roofline(found: StepReport, width: float) -> Chart:
         for phase in phases:
             of = [p for p in points if p.phase == phase]
             fill = PHASES[phase] if phase == "forward" else "none"  # rings around those of the forward, which have the same place
-            axes.scatter(
-                [p.intensity for p in of],
-                [p.flops_per_s / 1e12 for p in of],
-                s=18 if phase == "forward" else 60,
-                facecolor=fill,
-                edgecolor=PHASES[phase],
-            )
+            x, y = [p.intensity for p in of], [p.flops_per_s / 1e12 for p in of]
+            axes.scatter(x, y, s=18 if phase == "forward" else 60, facecolor=fill, edgecolor=PHASES[phase])
         lowest = min([p.flops_per_s for p in points] + [peak / 10]) / 1e12
         axes.set(xlim=(low, high), ylim=(lowest / 2, 2 * peak / 1e12))
         axes.minorticks_off()
@@ -151,9 +140,8 @@ def roofline(found: StepReport, width: float) -> Chart:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(color=GRAY, alpha=0.3)
 
-    return Chart(
-        "Matmuls under the roofline, TFLOP/s by FLOPs per byte moved", 1.9, draw, {phase: PHASES[phase] for phase in phases}
-    )
+    legend = {phase: PHASES[phase] for phase in phases}
+    return Chart("Matmuls under the roofline, TFLOP/s by FLOPs per byte moved", 1.9, draw, legend)
 
 
 # ------------------------------------------------------------------------------------------------------------------ parts

@@ -49,21 +49,13 @@ STYLE: Any = {  # for `matplotlib.rc_context`
 
 
 class Chart(NamedTuple):
-    """A chart that is still to be drawn.
+    """A chart that is still to be drawn."""
 
-    Args:
-        title: what it shows; also for readers who can't see it.
-        height: inches of its axes.
-        draw: put it on axes.
-        legend: what the colors mean: text -> color.
-        ticks: whether the axes have ticks.
-    """
-
-    title: str
-    height: float
-    draw: Callable[[Axes], None]
-    legend: Mapping[str, str] = MappingProxyType({})
-    ticks: bool = True
+    title: str  # what it shows; also for readers who can't see it
+    height: float  # inches of its axes
+    draw: Callable[[Axes], None]  # put it on axes
+    legend: Mapping[str, str] = MappingProxyType({})  # what the colors mean: text -> color
+    ticks: bool = True  # whether the axes have ticks
 
 
 def figure_of(charts: Sequence[Chart], width: float = WIDE) -> Figure:

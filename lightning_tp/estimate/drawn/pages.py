@@ -119,9 +119,8 @@ def write_plan(plan: CheckedPlan, picture: Picture, path: str | Path, *, command
     check_page(path, figures=True)
     lines = [str(plan).splitlines()[0], *held]
     title = f"Sharding plan of {picture.model}, tp={picture.tp}"
-    write_text(
-        path, _page("plan.html", title=title, command=command, lines=lines, picture=_picture(picture), rules=_rules_table(plan))
-    )
+    values = {"lines": lines, "picture": _picture(picture), "rules": _rules_table(plan)}
+    write_text(path, _page("plan.html", title=title, command=command, **values))
 
 
 def write_choices(found: TuningReport, path: str | Path, *, command: str = "") -> None:
@@ -134,6 +133,7 @@ def write_choices(found: TuningReport, path: str | Path, *, command: str = "") -
     fits = found.fits
     title = f"{fits[0].model} on {found.gpus:,} x {fits[0].hardware.name}" if fits else f"{found.gpus:,} devices"
     kinds = kinds_of([e.memory.peak for e in fits])
+    refused = [(r.what, r.why) for r in found.refused]
     text = _page(
         "choices.html",
         title=f"{title}: configurations that fit in memory",
@@ -141,9 +141,7 @@ def write_choices(found: TuningReport, path: str | Path, *, command: str = "") -
         found=found,
         colors={kind: color_of(kind) for kind in kinds},
         most=max((max(e.memory.peak.total, e.hardware.usable_bytes) for e in fits), default=1.0),
-        refused=Table(
-            "Configurations that are not possible", ("configuration", "reason"), [(r.what, r.why) for r in found.refused]
-        ),
+        refused=Table("Configurations that are not possible", ("configuration", "reason"), refused),
     )
     write_text(path, text)
 
@@ -213,13 +211,8 @@ def _page(template: str, **values: Any) -> str:
     """Fill a template of this package."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    how: Any = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__), **how)
     environment.filters |= {"size": size, "seconds": seconds, "flop": _flop, "breakable": _breakable}
     names = ("lightning-tp", "torch", "lightning", "transformers")
     versions = [f"{n} {v}" for n in names if (v := version_of(n))]
@@ -249,12 +242,7 @@ def _breakable(text: str) -> Markup:
 
 
 def _flop(n: float) -> str:
-    """Format FLOPs.
-
-    Example:
-        >>> _flop(1.84e15)
-        '1.84 PFLOP'
-    """
+    """Format FLOPs: "1.84 PFLOP"."""
     for unit, scale in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
         if n >= scale:
             return f"{n / scale:.3g} {unit}"

@@ -57,22 +57,15 @@ class Weight:
 
 @dataclass(frozen=True)
 class Communication:
-    """What crosses the ranks at one place.
+    """What crosses the ranks at one place."""
 
-    Args:
-        forward, backward: the kind of collective, "" for none.
-        bytes: of the full tensor.
-        times: how many alike.
-        reason: of the plan.
-        where: the module, if it is not the one beside.
-    """
-
+    # forward, backward: the kind of collective, "" for none
     forward: str
     backward: str
-    bytes: int
-    times: int = 1
-    reason: str = field(default="", compare=False)
-    where: str = field(default="", compare=False)
+    bytes: int  # of the full tensor
+    times: int = 1  # how many alike
+    reason: str = field(default="", compare=False)  # of the plan
+    where: str = field(default="", compare=False)  # the module, if it is not the one beside
 
     @property
     def words(self) -> str:
@@ -84,32 +77,20 @@ class Communication:
 
 @dataclass(frozen=True)
 class Box:
-    """A module, modules that are alike, or an operation on activations.
+    """A module, modules that are alike, or an operation on activations."""
 
-    Args:
-        name: in its frame.
-        class_name: of the module; "" for an operation.
-        style: in words.
-        cut: how the largest weight is sharded.
-        weights: its own parameters.
-        arrives, leaves: its activations.
-        reason: of the plan.
-        times: how many there are.
-        notes: further lines.
-        tensor: number of the tensor that it reads; see `ForwardEvent`.
-    """
-
-    name: str
-    class_name: str
-    style: str
-    cut: Cut
-    weights: tuple[Weight, ...] = ()
+    name: str  # in its frame
+    class_name: str  # of the module; "" for an operation
+    style: str  # in words
+    cut: Cut  # how the largest weight is sharded
+    weights: tuple[Weight, ...] = ()  # its own parameters
+    # arrives, leaves: its activations
     arrives: State = field(default_factory=State, compare=False)
     leaves: State = field(default_factory=State, compare=False)
-    reason: str = field(default="", compare=False)
-    times: int = 1
-    notes: tuple[str, ...] = ()
-    tensor: int = field(default=0, compare=False)
+    reason: str = field(default="", compare=False)  # of the plan
+    times: int = 1  # how many there are
+    notes: tuple[str, ...] = ()  # further lines
+    tensor: int = field(default=0, compare=False)  # number of the tensor that it reads; see `ForwardEvent`
 
 
 @dataclass(frozen=True)
@@ -135,23 +116,14 @@ Row: TypeAlias = "Box | Communication | SideBySide | Frame"
 
 @dataclass(frozen=True)
 class Picture:
-    """The whole model, from its inputs to its outputs.
+    """The whole model, from its inputs to its outputs."""
 
-    Args:
-        model: its class.
-        tp: ranks of the axis.
-        rows: in order.
-        order: where the order comes from, in words.
-        left_out: classes of modules that are not drawn, with their number.
-        source: of the plan.
-    """
-
-    model: str
-    tp: int
-    rows: tuple[Row, ...]
-    order: str
-    left_out: Mapping[str, int]
-    source: str
+    model: str  # its class
+    tp: int  # ranks of the axis
+    rows: tuple[Row, ...]  # in order
+    order: str  # where the order comes from, in words
+    left_out: Mapping[str, int]  # classes of modules that are not drawn, with their number
+    source: str  # of the plan
 
     @property
     def title(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -69,10 +69,8 @@ def picture_of(
     losses = (loss_fn, None) if loss_fn is not None else (None,)  # one that holds real tensors can't be traced; the model can
     for precision, loss in product(PRECISIONS_TO_TRY, losses):
         try:
-            traces = [
-                trace_step(model, loss_of(loss), inputs, p, Settings(tp, 1, precision=precision))
-                for p, tp in ((plan, plan.tp), (whole, 1))
-            ]
+            how = [(p, Settings(p.tp, 1, precision=precision)) for p in (plan, whole)]
+            traces = [trace_step(model, loss_of(loss), inputs, p, settings) for p, settings in how]
         except TPError:
             continue
         return picture_from_trace(type(model).__name__, plan, *traces)
@@ -101,36 +99,25 @@ def picture_from_trace(model: str, plan: CheckedPlan, rank: RankModel, whole: Ra
 def picture_from_registration(model: nn.Module, plan: CheckedPlan) -> Picture:
     """Return the picture of a model that can't be traced: modules as they were registered, no shapes of activations, no collectives."""
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
-    builder = _Builder(
-        plan, registered_tree(model), CallTree(Call("", ""), {}, {}), classes, [name for name, _ in find_blocks(model)], {}
-    )
+    blocks = [name for name, _ in find_blocks(model)]
+    builder = _Builder(plan, registered_tree(model), CallTree(Call("", ""), {}, {}), classes, blocks, {})
     return builder.picture(type(model).__name__, "in the order of registration, as the model could not be traced")
 
 
+@dataclass
 class _Builder:
-    """Turns calls into rows of a picture.
+    """Turns calls into rows of a picture."""
 
-    Args:
-        plan: checked.
-        tree: the calls of a rank.
-        full: the calls in one process.
-        classes: of each module, by name.
-        blocks: names of the repeated blocks.
-        backward: module -> the collectives of the backward pass of all its calls.
-    """
+    plan: CheckedPlan
+    tree: CallTree  # the calls of a rank
+    full: CallTree  # the calls in one process
+    classes: Mapping[str, str]
+    blocks: Sequence[str]
+    backward: Mapping[str, list[ForwardEvent]]  # module -> the collectives of the backward pass of all its calls
 
-    def __init__(
-        self,
-        plan: CheckedPlan,
-        tree: CallTree,
-        full: CallTree,
-        classes: Mapping[str, str],
-        blocks: Sequence[str],
-        backward: Mapping[str, list[ForwardEvent]],
-    ) -> None:
-        self.plan, self.tree, self.full, self.classes, self.blocks, self.backward = plan, tree, full, classes, blocks, backward
-        self.tp = plan.tp or 1
-        self.containers = {"", *(parent for block in blocks for parent in parents(block))}  # of blocks; these have no frame
+    def __post_init__(self) -> None:
+        plan, self.tp = self.plan, self.plan.tp
+        self.containers = {"", *(parent for block in self.blocks for parent in parents(block))}  # of blocks; these have no frame
         self.entries: dict[str, list[Entry]] = {}  # of each module
         for entry in plan.entries:
             self.entries.setdefault(entry.where, []).append(entry)
@@ -258,10 +245,8 @@ class _Builder:
         collectives = [event for event in call.own if event.what == "collective"]
         twins = []
         for event in collectives:
-            alike = (
-                b for b in left if b.name == COUNTERPARTS.get(event.name) and (b.bytes == event.bytes or b.name != "all-reduce")
-            )
-            twin = next(alike, None)
+            kind = COUNTERPARTS.get(event.name)
+            twin = next((b for b in left if b.name == kind and (b.bytes == event.bytes or kind != "all-reduce")), None)
             if twin is not None:
                 left.remove(twin)
             twins.append(twin.name if twin is not None else "")
@@ -269,9 +254,8 @@ class _Builder:
         return iter(twins), merge_repeats(Communication("", b.name, b.bytes, reason=reason) for b in left)
 
     def _communication(self, call: Call, event: ForwardEvent, twin: str, behind: bool) -> Communication:
-        return Communication(
-            event.name, twin, event.bytes, reason=self._reason(call, "prepare_output" if behind else "prepare_input")
-        )
+        reason = self._reason(call, "prepare_output" if behind else "prepare_input")
+        return Communication(event.name, twin, event.bytes, reason=reason)
 
     def _reason(self, call: Call, style: str) -> str:
         return next((e.reason for e in self.entries.get(call.source, ()) if e.style.name == style and e.reason), "")

@@ -38,40 +38,30 @@ PHASES = {"forward": BLUE[0], "recompute": GREEN[0], "backward": PINK}
 
 
 class Stretch(NamedTuple):
-    """Consecutive memory snapshots that are alike, such as "forward of layers.{0-79}".
+    """Consecutive memory snapshots that are alike, such as "forward of layers.{0-79}"."""
 
-    Args:
-        name: of them.
-        first, last: their indices in the timeline, the last one included.
-        begin, end, most: bytes at the first and the last, and the most of all.
-    """
-
-    name: str
+    name: str  # of them
+    # first, last: their indices in the timeline, the last one included
     first: int
     last: int
+    # begin, end, most: bytes at the first and the last, and the most of all
     begin: int
     end: int
     most: int
 
 
 class BlockCollective(NamedTuple):
-    """Collectives of one block (and of all that are alike), or of what lies outside of blocks.
+    """Collectives of one block (and of all that are alike), or of what lies outside of blocks."""
 
-    Args:
-        where: the blocks, or what it is for.
-        blocks: how many.
-        phase, kind, axis, ranks, bytes: as `Collective`.
-        each: how many in a block and step.
-    """
-
-    where: str
-    blocks: int
+    where: str  # the blocks, or what it is for
+    blocks: int  # how many
+    # phase, kind, axis, ranks, bytes: as `Collective`
     phase: str
     kind: str
     axis: str
     ranks: int
     bytes: int
-    each: int
+    each: int  # how many in a block and step
 
     @property
     def total(self) -> int:
@@ -104,9 +94,8 @@ def kinds_of(moments: Sequence[MemorySnapshot]) -> list[str]:
         ['parameters', 'MLP', 'a new kind']
     """
     order = list(KINDS)
-    return sorted(
-        {k for m in moments for k in m.kinds if m.kinds[k]}, key=lambda k: (order.index(k) if k in KINDS else len(order), k)
-    )
+    used = {k for m in moments for k in m.kinds if m.kinds[k]}
+    return sorted(used, key=lambda k: (order.index(k) if k in KINDS else len(order), k))
 
 
 def color_of(kind: str) -> str:
@@ -126,9 +115,7 @@ def stretches(found: StepReport) -> list[Stretch]:
     names = [_starred(run[0][1].name) for run in runs]
     lines, i = [], 0
     while i < len(runs):
-        turns = (
-            1  # as many runs as take turns from here: the backward of a block, the sum of its gradients, the backward of the next
-        )
+        turns = 1  # runs that take turns from here: the backward of a block, the sum of its gradients, the backward of the next
         while i + turns < len(runs) and names[i + turns] == names[i + turns % 2]:
             turns += 1
         turns = turns - turns % 2 if turns >= 4 else 1
@@ -161,10 +148,8 @@ def roofline_points(found: StepReport) -> list[RooflinePoint]:
     points = []
     for p in found.products:
         if p.kind == "product" and p.k and p.bytes:
-            each = (
-                product_seconds(found.hardware, p.batch, p.m, p.n, p.k, getattr(torch, p.dtype), p.bytes) / found.hardware.sustained
-            )
-            flops = p.flops / p.count
+            hw, flops = found.hardware, p.flops / p.count
+            each = product_seconds(hw, p.batch, p.m, p.n, p.k, getattr(torch, p.dtype), p.bytes) / hw.sustained
             points.append(RooflinePoint(flops / p.bytes, flops / each, p.phase))
     return points
 

@@ -31,6 +31,8 @@ from lightning_tp.estimate.trace.step_trace import StepTrace
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.styles import Split
 
+PLAIN = (bool, int, float, str, type(None))
+
 
 def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:
     """Trace a micro-batch of the model on a rank; the model is left as it was.
@@ -113,10 +115,11 @@ def shard_on_meta(model: nn.Module, plan: CheckedPlan, settings: Settings) -> No
         return local
 
     replace_parameters(model, plan, make)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if precision.buffers is not None and buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(precision.buffers)
+    if precision.buffers is not None:
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.to(precision.buffers))
 
 
 def block_kinds(model: nn.Module, plan: CheckedPlan) -> dict[str, int]:
@@ -144,16 +147,8 @@ def _settings(block: nn.Module, numbers: set[tuple[str, str]]) -> tuple[Any, ...
             return value != 0
         return "its number" if (module, attribute) in numbers else value
 
-    return tuple(
-        (
-            n,
-            type(m).__name__,
-            m.training,
-            tuple(
-                (k, plain(n, k, v))
-                for k, v in m.__dict__.items()
-                if not k.startswith("__") and isinstance(v, (bool, int, float, str, type(None)))
-            ),
-        )
-        for n, m in block.named_modules()
-    )
+    found: list[Any] = []
+    for name, module in block.named_modules():
+        found += [name, type(module).__name__, module.training]
+        found += [(k, plain(name, k, v)) for k, v in module.__dict__.items() if not k.startswith("__") and isinstance(v, PLAIN)]
+    return tuple(found)

@@ -16,23 +16,17 @@ from lightning_tp.estimate.trace.step_trace import Op, Phase
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator on the meta device.
+    """One call of an operator on the meta device."""
 
-    Args:
-        name: of the operator, such as "addmm".
-        module, phase: where it is called.
-        inputs, outputs: its tensors, in order.
-        in_place: whether it writes into an input.
-        flag: whether any of its arguments is True: `is_causal` of attention.
-    """
-
-    name: str
+    name: str  # of the operator, such as "addmm"
+    # module, phase: where it is called
     module: str
     phase: Phase
+    # inputs, outputs: its tensors, in order
     inputs: list[Tensor]
     outputs: list[Tensor]
-    in_place: bool = False
-    flag: bool = False
+    in_place: bool = False  # whether it writes into an input
+    flag: bool = False  # whether any of its arguments is True: `is_causal` of attention
 
     @property
     def bytes(self) -> int:
@@ -168,13 +162,7 @@ def _pointwise(call: Call) -> Op:
 
 EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 NO_KERNEL = EMPTY | {"_local_scalar_dense"}
-FUSED_ATTENTION = (
-    "flash_attention",
-    "flash_attention_for_cpu",
-    "efficient_attention",
-    "cudnn_attention",
-    "fused_attention_overrideable",
-)
+_FUSED = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
 RULES: dict[str, Callable[[Call], Op]] = {
     "mm": _mm,
     "addmm": _mm,
@@ -185,8 +173,8 @@ RULES: dict[str, Callable[[Call], Op]] = {
     "dot": _dot,
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
-    **{f"_scaled_dot_product_{name}": _attention for name in FUSED_ATTENTION},
-    **{f"_scaled_dot_product_{name}_backward": _attention_backward for name in FUSED_ATTENTION},
+    **{f"_scaled_dot_product_{name}": _attention for name in _FUSED},
+    **{f"_scaled_dot_product_{name}_backward": _attention_backward for name in _FUSED},
     "embedding": _lookup,
     "index": _lookup,
     "gather": _lookup,
