@@ -162,7 +162,13 @@ def _pointwise(call: Call) -> Op:
 
 EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 NO_KERNEL = EMPTY | {"_local_scalar_dense"}
-_FUSED = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
+FUSED_ATTENTION = (
+    "flash_attention",
+    "flash_attention_for_cpu",
+    "efficient_attention",
+    "cudnn_attention",
+    "fused_attention_overrideable",
+)
 RULES: dict[str, Callable[[Call], Op]] = {
     "mm": _mm,
     "addmm": _mm,
@@ -173,8 +179,8 @@ RULES: dict[str, Callable[[Call], Op]] = {
     "dot": _dot,
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
-    **{f"_scaled_dot_product_{name}": _attention for name in _FUSED},
-    **{f"_scaled_dot_product_{name}_backward": _attention_backward for name in _FUSED},
+    **{f"_scaled_dot_product_{name}": _attention for name in FUSED_ATTENTION},
+    **{f"_scaled_dot_product_{name}_backward": _attention_backward for name in FUSED_ATTENTION},
     "embedding": _lookup,
     "index": _lookup,
     "gather": _lookup,
