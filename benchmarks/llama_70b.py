@@ -21,6 +21,7 @@ from lightning_tp.core.units import seconds, size
 from lightning_tp.estimate import estimate
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.roofline import collective_seconds, in_node
+from lightning_tp.estimate.drawn.figure import new_figure, save
 from lightning_tp.estimate.predict import Estimate
 from lightning_tp.estimate.tune import tune
 
@@ -113,14 +114,8 @@ def table(rows: list[list[str]]) -> list[str]:
 
 def plot(found: dict[str, dict[tuple[int, int], float]], path: Path) -> None:
     """Tokens a second of a device, (devices, tp) -> that, against devices; one panel for each kind of hardware."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lightning_tp"
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(found), figsize=(5.4 * len(found), 4.2), layout="constrained", squeeze=False)
-    for ax, (kind, speeds) in zip(axes[0], found.items()):
+    figure = new_figure((5.4 * len(found), 4.2))
+    for ax, (kind, speeds) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
         for tp in TPS:
             points = sorted((n, speed) for (n, t), speed in speeds.items() if t == tp)
             if points:
@@ -141,7 +136,7 @@ def plot(found: dict[str, dict[tuple[int, int], float]], path: Path) -> None:
         ax.grid(alpha=0.25)
         ax.legend(fontsize=8, loc="center left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)
 
 
 def main() -> None:

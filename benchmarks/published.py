@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.predict import Estimate, predict
 from lightning_tp.estimate.rank.inputs import loss_of
+from lightning_tp.estimate.rank.settings import Options
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 
 FILE = Path(__file__).with_name("published.json")

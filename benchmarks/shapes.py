@@ -27,10 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matmul_study.chart import line_style, step_rates
+from matmul_study.measure import Measured, ProductKey, free_bytes, once_of, present_device, rate_of
+from matmul_study.study import shapes
 
 from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
-from lightning_tp.estimate.matmul_measure import Measured, ProductKey, free_bytes, once_of, present_device, rate_of
+from lightning_tp.estimate.drawn.figure import new_figure, save
 
 TPS = (1, 2, 4, 8)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # for each device
@@ -284,9 +287,7 @@ def _saved(published: Published, model: str, tokens: int, tp: int, hw: Hardware 
 
 
 def _style(i: int) -> dict[str, Any]:
-    from lightning_tp.estimate.drawn.matmul_plot import COLORS, MARKS
-
-    return {"color": COLORS[i], "marker": MARKS[i], "markersize": 4.5, "linewidth": 1.3}
+    return line_style(i) | {"markersize": 4.5, "linewidth": 1.3}
 
 
 def _axis(axes: Any, tokens: tuple[int, ...]) -> None:
@@ -299,8 +300,6 @@ def _axis(axes: Any, tokens: tuple[int, ...]) -> None:
 
 def plot_predicted(folder: Path) -> None:
     """TFLOP/s of matrix products against the tokens of a device, eight models."""
-    from lightning_tp.estimate.drawn.matmul_plot import new_figure, save
-
     for device in ("h100", "a100"):
         hw = hardware(device)
         figure = new_figure((12.0, 6.2))
@@ -345,8 +344,6 @@ def _finish(figure: Any, grid: Any, x: str, y: str, title: str) -> None:
 
 def plot_published(folder: Path, out: Path) -> None:
     """Measured gain of tp against predicted gain, forward products of a block."""
-    from lightning_tp.estimate.drawn.matmul_plot import new_figure, save
-
     tokens = (64, 128, 256, 512, 1024, 2048)
     models = ("Llama-2-7b-hf", "CodeLlama-34b-Instruct-hf", "Llama-2-70b-hf")
     figure = new_figure((10.5, 6.2))
@@ -379,10 +376,8 @@ LOCAL = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def whole_steps(folder: Path | None) -> None:
-    """Tokens/s of the whole step, by `lightning_tp.shapes` on the Llama of transformers."""
+    """Tokens/s of the whole step, by `matmul_study` on the Llama of transformers."""
     import transformers as hf
-
-    import lightning_tp as ltp
 
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
@@ -396,7 +391,7 @@ def whole_steps(folder: Path | None) -> None:
         with torch.device("meta"):
             model = hf.LlamaForCausalLM(config)
         ids = torch.zeros(1, 32, dtype=torch.long)
-        found = ltp.shapes(
+        found = shapes(
             model,
             {"input_ids": ids, "labels": ids, "use_cache": False},
             gpus=gpus,
@@ -422,12 +417,10 @@ def whole_steps(folder: Path | None) -> None:
 
 
 def _plot_steps(results: dict[str, Any], folder: Path) -> None:
-    from lightning_tp.estimate.drawn.matmul_plot import new_figure, save, steps
-
     figure = new_figure((12.0, 3.6))
     grid = figure.subplots(1, 4, squeeze=False)
     for axes, (name, found) in zip(grid.flat, results.items()):
-        steps(axes, found)
+        step_rates(axes, found)
         axes.set_title(f"{name}, {found.gpus:,} devices", fontsize=10)
         axes.set_ylabel("")
         axes.set_xlabel("")

@@ -14,9 +14,7 @@ from lightning_tp.checkpoint.weights.pretrained import load_pretrained as load_p
 from lightning_tp.data.random_tokens import RandomTokens as RandomTokens
 from lightning_tp.errors import TPError as TPError
 from lightning_tp.estimate import Estimate as Estimate
-from lightning_tp.estimate import Shapes as Shapes
 from lightning_tp.estimate import estimate as estimate
-from lightning_tp.estimate import shapes as shapes
 from lightning_tp.infer import infer_plan as infer_plan
 from lightning_tp.plan.plan import Plan as Plan
 from lightning_tp.plan.rule import Rule as Rule

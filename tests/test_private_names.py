@@ -25,13 +25,7 @@ BY_TEXT = {"getattr", "hasattr", "setattr", "delattr", "patched"}
 OUR_PREFIX = "_tp_"  # of attributes that this package sets on parameters and modules
 
 # Files that still name some; the list only gets shorter.
-STILL = {
-    "estimate/trace/device_kernels.py",
-    "estimate/trace/optimizer.py",
-    "estimate/trace/rank.py",
-    "estimate/trace/steps.py",
-    "estimate/trace/trace.py",
-}
+STILL = {}
 
 
 def is_private(name: str) -> bool:

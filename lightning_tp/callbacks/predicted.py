@@ -18,8 +18,8 @@ from lightning_tp.core.units import size
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import guess, hardware
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.predict import Estimate, predict
+from lightning_tp.estimate.rank.settings import Options
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 
 

@@ -1,6 +1,6 @@
 """`lightning-tp`: plan, verify, estimate and tune the sharding of a model, and handle checkpoints, from the command line.
 
-`plan`, `estimate`, `tune` and `shapes` need no devices and no process group: the model may be on the meta device, and tp and dp of any size.
+`plan`, `estimate` and `tune` need no devices and no process group: the model may be on the meta device, and tp and dp of any size.
 `verify` starts processes on the CPU of this machine. `export`, `consolidate` and `inspect` need no model code.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_tp._compat import version_of
-from lightning_tp.cli import checkpoint, estimate, options, plan, shapes, tune, verify
+from lightning_tp.cli import checkpoint, estimate, options, plan, tune, verify
 from lightning_tp.cli.parser import TARGET, Parser, epilog
 from lightning_tp.errors import TPError
 
-COMMANDS = (plan, verify, estimate, tune, shapes, checkpoint)  # in the order of the help
+COMMANDS = (plan, verify, estimate, tune, checkpoint)  # in the order of the help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def make_parser() -> Parser:
     version = f"lightning-tp {version_of('lightning-tp') or '(not installed)'}, torch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(
-        required=True, dest="name", metavar="plan | verify | estimate | tune | shapes | export | consolidate | inspect"
+        required=True, dest="name", metavar="plan | verify | estimate | tune | export | consolidate | inspect"
     )
     for command in COMMANDS:
         command.add_to(commands)

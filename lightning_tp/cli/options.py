@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import hardware, known_hardware
-from lightning_tp.estimate.drawn.drawing import check_page, check_picture
+from lightning_tp.estimate.drawn.figure import check_plot
+from lightning_tp.estimate.drawn.pages import check_page
 from lightning_tp.estimate.rank.optimizer import KNOWN
 from lightning_tp.estimate.rank.settings import PRECISIONS
 from lightning_tp.plan.plan import Plan
@@ -16,7 +17,7 @@ from lightning_tp.plan.plan import Plan
 NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
 SWITCH: dict[str, Any] = {"action": "store_true"}
 FILE: dict[str, Any] = {"metavar": "FILE"}
-FORMATS = "the suffix is the format: .svg, or .png and .pdf (with matplotlib)"
+FORMATS = ".svg, .png or .pdf, by the file name extension; needs matplotlib"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--tp": NUMBER | {"default": 2, "help": "tensor-parallel size (default: %(default)s)"},
     "--dp": NUMBER | {"default": 1, "help": "data-parallel size (FSDP2) (default: %(default)s)"},
@@ -61,9 +62,10 @@ def check(args: argparse.Namespace) -> None:
     for name, value in given.items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise TPError(f"`--{name.replace('_', '-')} {value}`: pass a number, 1 or more.")
-    for name, check_path in (("plot", check_picture), ("html", check_page)):
-        if given.get(name) is not None:
-            check_path(given[name], f"--{name}")
+    if given.get("plot") is not None:
+        check_plot(args.plot, "--plot")
+    if given.get("html") is not None:
+        check_page(args.html, "--html", figures="plot" in given)
     if "hardware" in given:
         hardware(args.hardware)
     for value in given.get("precision", "32-true").split(","):

@@ -19,7 +19,8 @@ from lightning_tp.core.tables import has_rich_terminal, print_framed
 from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.drawn.pages import write_plan
-from lightning_tp.estimate.drawn.plots import picture_of, plot_plan
+from lightning_tp.estimate.drawn.picture_from_trace import picture_of
+from lightning_tp.estimate.drawn.picture_render import plot_plan
 from lightning_tp.infer import infer_plan
 from lightning_tp.infer.dry_run import count_collectives
 from lightning_tp.plan.checked import CheckedPlan

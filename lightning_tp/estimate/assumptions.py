@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from lightning_tp.estimate.cost.hardware import Hardware
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.rank.rank_model import RankModel
-from lightning_tp.estimate.rank.settings import Settings
+from lightning_tp.estimate.rank.settings import Options, Settings
 
 
 def assumptions_of(model: RankModel, hw: Hardware, options: Options, settings: Settings) -> Iterator[str]:

@@ -19,12 +19,11 @@ from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.hardware import hardware as find_hardware
 from lightning_tp.estimate.cost.memory import memory_of
 from lightning_tp.estimate.cost.step_time import time_of
+from lightning_tp.estimate.drawn.charts import plot
 from lightning_tp.estimate.drawn.pages import write_report
-from lightning_tp.estimate.drawn.plots import plot
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.rank.inputs import check_size, count_batch, loss_of, resized
-from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer, optimizer_cost
-from lightning_tp.estimate.rank.settings import Settings, precision_of
+from lightning_tp.estimate.rank.optimizer import known_optimizer, optimizer_cost
+from lightning_tp.estimate.rank.settings import OptimizerLike, Options, Settings, precision_of
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 from lightning_tp.estimate.report.step import StepReport
 
@@ -91,9 +90,7 @@ def estimate(
         precision: a Trainer's ("32-true", "bf16-mixed", "16-mixed", "bf16-true", ..), "bf16-fsdp" (FSDP2 gathers in bfloat16, no autocast),
             or FSDP2's `MixedPrecisionPolicy`.
         optimizer: a name ("adamw", "sgd", ..), a class, or a function of a list of parameters.
-        activation_checkpointing: as for `parallelize`.
-        sequence_parallel: as for `parallelize`.
-        loss_parallel: as for `parallelize`.
+        activation_checkpointing, sequence_parallel, loss_parallel: as for `parallelize`.
         plan: as for `parallelize`. Default: the plan that `TPStrategy` would use.
         hardware: a known device, or the path of a JSON file with your own.
         loss_fn: `loss_fn(output)` or `loss_fn(output, inputs)`. Default: the loss in the output, or the next-token loss.
@@ -114,17 +111,8 @@ def estimate(
         >>> found.held, found.memory.parameters, found.memory.optimizer
         (280, 1120, 2240)
     """
-    options = Options(
-        precision,
-        optimizer,
-        activation_checkpointing,
-        sequence_parallel,
-        loss_parallel,
-        accumulate,
-        clip_gradients,
-        compile,
-        fused_attention,
-    )
+    how = (activation_checkpointing, sequence_parallel, loss_parallel, accumulate, clip_gradients, compile, fused_attention)
+    options = Options(precision, optimizer, *how)
     dp, tp = sizes_of(mesh_shape)
     for name, value in (("batch", batch), ("seq", seq), ("accumulate", accumulate)):
         check_size(name, value)
@@ -177,17 +165,9 @@ def _settings(cache: TraceCache, dp: int, tp: int, hw: Hardware, options: Option
     """Return the settings of the rank that holds most."""
     precision = precision_of(options.precision)
     known_optimizer(options.optimizer)  # a mistake in any option is found before the model is traced
-    return Settings(
-        tp,
-        dp,
-        cache.largest_rank(tp, options.sequence_parallel),
-        precision,
-        options.activation_checkpointing,
-        options.loss_parallel,
-        hw.device,
-        options.fused_attention,
-        options.sequence_parallel,
-    )
+    rank = cache.largest_rank(tp, options.sequence_parallel)
+    how = (options.activation_checkpointing, options.loss_parallel, hw.device, options.fused_attention, options.sequence_parallel)
+    return Settings(tp, dp, rank, precision, *how)
 
 
 def sizes_of(mesh_shape: tuple[int, int] | Mapping[str, int]) -> tuple[int, int]:

@@ -22,12 +22,11 @@ from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware, hardware
 from lightning_tp.estimate.drawn.pages import write_choices
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.predict import Estimate, predict
 from lightning_tp.estimate.rank.extrapolate import ExtrapolatingCache
 from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized
-from lightning_tp.estimate.rank.optimizer import OptimizerLike, known_optimizer
-from lightning_tp.estimate.rank.settings import precision_of
+from lightning_tp.estimate.rank.optimizer import known_optimizer
+from lightning_tp.estimate.rank.settings import OptimizerLike, Options, precision_of
 from lightning_tp.estimate.report.tuning import Refused, TuningReport
 from lightning_tp.plan.checked import CheckedPlan
 
@@ -94,12 +93,10 @@ def tune(
     known_optimizer(optimizer)
     for precision in precisions:
         precision_of(precision)
-    options = [
-        Options(precision, optimizer, how, compile=compile) for precision in precisions for how in checkpointing
-    ]  # in this order: of several that fail for one precision, the first is reported
-    search = _Search(
-        ExtrapolatingCache(model, inputs, loss_of(loss_fn), plan), inputs, seq, hw, options, progress or (lambda text: None)
-    )
+    # in this order: of several that fail for one precision, the first is reported
+    options = [Options(precision, optimizer, how, compile=compile) for precision in precisions for how in checkpointing]
+    cache = ExtrapolatingCache(model, inputs, loss_of(loss_fn), plan)
+    search = _Search(cache, inputs, seq, hw, options, progress or (lambda text: None))
     search.run(asked, gpus, global_batch)
     if search.fits and not search.first_is_exact():
         search.cache = search.cache.traced_anew()
@@ -111,17 +108,7 @@ def tune(
 
 @dataclass
 class _Search:
-    """Tries all configurations.
-
-    Args:
-        cache: of the model's traces.
-        inputs, seq: of its forward.
-        hw: of each device.
-        options: of the training, to try.
-        progress: called with what is tried next.
-        fits, refused: what was found.
-        failed: the first error of a configuration.
-    """
+    """Tries all configurations: `run` fills `fits`, `refused`, and `failed`, the first error of a configuration."""
 
     cache: ExtrapolatingCache
     inputs: Any
@@ -161,11 +148,8 @@ class _Search:
         first = self.fits[0]
         if first.batch not in self.cache.extrapolated:
             return True
-        options = next(
-            o
-            for o in self.options
-            if (precision_of(o.precision).name, o.checkpointing_name) == (first.precision, first.activation_checkpointing)
-        )
+        wanted = (first.precision, first.activation_checkpointing)
+        options = next(o for o in self.options if (precision_of(o.precision).name, o.checkpointing_name) == wanted)
         options = replace(options, accumulate=first.accumulate)
         inputs = resized(self.inputs, first.batch, self.seq)
         return predict(self.cache.traced_anew(), inputs, first.dp, first.tp, self.hw, options) == first

@@ -76,5 +76,5 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_all_commands_and_examples_are_in_the_help() -> None:
     text = make_parser().format_help()
-    for command in ("plan", "verify", "estimate", "tune", "shapes", "export", "consolidate", "inspect"):
+    for command in ("plan", "verify", "estimate", "tune", "export", "consolidate", "inspect"):
         assert f"\n    {command}  " in text and f"\n  lightning-tp {command} " in text

@@ -24,7 +24,6 @@ from lightning_tp.errors import TPError
         (["estimate", "CONFIG", "--hardware", "h100-pcie"], "Did you mean h100"),
         (["estimate", "CONFIG", "--plan", "none.json"], "`--plan none.json`: there is no such file"),
         (["estimate", "CONFIG", "--html", "/proc/none.html"], "can't be written"),
-        (["shapes", "CONFIG", "--precision", "fp4"], "bf16-mixed"),
         (["estimate", "nowhere/config.json"], "no such file"),
         (["estimate", "CONFIG", "--optimizer", "lion"], "adamw"),
         (["tune", "CONFIG", "--gpus", "4", "--global-batch", "8", "--optimizer", "lion"], "adamw"),

@@ -27,7 +27,7 @@ def test_a_mistake_in_the_options_is_one_line(arguments: list[str], says: str, c
     assert err.startswith("lightning-tp: ") and err.count("\n") == 1 and says in err
 
 
-@pytest.mark.parametrize("command", ["plan", "verify", "estimate", "tune", "shapes", "export", "consolidate", "inspect"])
+@pytest.mark.parametrize("command", ["plan", "verify", "estimate", "tune", "export", "consolidate", "inspect"])
 def test_help_explains_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

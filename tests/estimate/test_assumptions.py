@@ -7,8 +7,7 @@ import torch
 
 from lightning_tp.estimate.assumptions import assumptions_of
 from lightning_tp.estimate.cost.hardware import hardware
-from lightning_tp.estimate.options import Options
-from lightning_tp.estimate.rank.settings import PRECISIONS, Settings
+from lightning_tp.estimate.rank.settings import PRECISIONS, Options, Settings
 from tests.estimate.by_hand import model_of, step
 
 MODEL = model_of(step(), {"layers.0": "layers.0", "layers.1": "layers.1", "layers.2": "layers.1"})

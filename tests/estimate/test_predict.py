@@ -66,7 +66,7 @@ def test_inputs_without_tokens_are_counted_in_samples() -> None:
         "per step of 24 samples" in str(found) and "samples/s" in str(found) and "token" not in str(found).partition("Assumed")[0]
     )
     page = report(found)
-    assert "24 samples in a step" in page and "<dt>samples/s</dt>" in page and "tokens/s" not in page
+    assert "24 samples per step" in page and "<dt>samples/s</dt>" in page and "tokens/s" not in page
     values = json.loads(found.to_json())
     assert values["unit"] == "samples" and values["samples"] == 24 and values["samples_per_s"] == found.tokens_per_s
     assert not any("tokens" in name for name in values)

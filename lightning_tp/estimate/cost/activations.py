@@ -18,19 +18,12 @@ ATTENTION_OPS = frozenset({"_softmax", "_safe_softmax", "bmm"})  # of attention 
 
 
 class LiveSegment(NamedTuple):
-    """The live bytes of a segment by category (of `CATEGORIES`, or "gradient"), with those of blocks that did not run.
+    """The live bytes of a segment by category (of `CATEGORIES`, or "gradient"), with those of blocks that did not run."""
 
-    Args:
-        segment: of the trace.
-        peak: when they are most.
-        end: when its computation has ended, and its block's gradients are not freed yet.
-        after: when the next segment starts.
-    """
-
-    segment: Segment
-    peak: Counter[str]
-    end: Counter[str]
-    after: Counter[str]
+    segment: Segment  # of the trace
+    peak: Counter[str]  # when they are most
+    end: Counter[str]  # when its computation has ended, and its block's gradients are not freed yet
+    after: Counter[str]  # when the next segment starts
 
 
 def live_segments(model: RankModel) -> list[LiveSegment]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_tp.core.comm.axis import even_shard
-from lightning_tp.estimate.rank.fsdp_units import units_of
-from lightning_tp.estimate.rank.rank_model import LocalParam, RankModel
+from lightning_tp.estimate.rank.rank_model import LocalParam, RankModel, units_of
 from lightning_tp.estimate.rank.settings import Precision
 
 OUTSIDE = "outside the blocks"

@@ -23,8 +23,7 @@ from typing import Literal, NamedTuple
 
 from lightning_tp.core.modules.blocks import enclosing
 from lightning_tp.estimate.cost.activations import LiveSegment, live_segments
-from lightning_tp.estimate.rank.fsdp_units import Unit, units_of
-from lightning_tp.estimate.rank.rank_model import RankModel
+from lightning_tp.estimate.rank.rank_model import RankModel, Unit, units_of
 from lightning_tp.estimate.rank.settings import Precision
 
 Kinds = Mapping[str, int]
@@ -120,21 +119,13 @@ def _snapshots(moments: Iterable[_Moment], changes: Iterable[Change]) -> Iterato
 
 
 class _Moment(NamedTuple):
-    """A moment of the step.
+    """A moment of the step: a segment at its peak, a reduce-scatter of FSDP2 ("reduce"), or the step of the optimizer."""
 
-    Args:
-        time: its place among all.
-        name: for reading.
-        kind: a segment runs forward or backward; its unit's gradients are reduce-scattered; those of the root; the optimizer steps.
-        live: of the segment.
-        unit: of FSDP2, whose block runs; None outside of blocks, and for a block that is no unit of its own.
-    """
-
-    time: int
+    time: int  # its place among all
     name: str
     kind: Literal["forward", "backward", "reduce", "reduce root", "optimizer"]
     live: LiveSegment
-    unit: Unit | None = None
+    unit: Unit | None = None  # of FSDP2, whose block runs; None outside of blocks, and for a block that is no unit of its own
 
     @property
     def block(self) -> str:
@@ -144,16 +135,10 @@ class _Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class _Step:
-    """A step, as all sources of memory see it.
-
-    Args:
-        model: on this rank.
-        units: FSDP2's; none with one data-parallel rank.
-        optimizer, scratch, accumulate: see `memory_of`.
-    """
+    """A step, as all sources of memory see it; see `memory_of`."""
 
     model: RankModel
-    units: Mapping[str, Unit]
+    units: Mapping[str, Unit]  # FSDP2's; none with one data-parallel rank
     optimizer: int
     scratch: int
     accumulate: int

@@ -1,115 +1,96 @@
-"""What a plan makes of a model, in the order of its forward: each module of a block with its split, and the collectives in between.
+"""The picture of a plan as data: each module of a block with its shard, and the collectives in between, in the order of the forward pass.
 
-The order, the shapes and the collectives are those of a trace (`of_world` in `picture_make.py`); where a model can't be traced, modules
-stand in the order in which they were registered, without shapes and collectives (`of_plan`). Names decide nothing: blocks are those of
-`find_blocks`, what is alike in structure, splits and collectives is drawn once, and modules without parameters, products or collectives
-are left out.
-
-How it looks is `picture_draw.py`'s matter.
+`picture_from_trace` makes it, `picture_collapse` draws together what is alike, and `picture_render` draws it. Names decide nothing: blocks are those
+of `find_blocks`, and modules without parameters, matmuls or collectives are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Literal, TypeAlias
 
 from lightning_tp.estimate.trace.forward_log import Shape
 
-StateKind = Literal["whole", "tokens", "features", "split", "partial", "unknown"]
+# of an activation over the ranks; "unknown" where a module was not traced
+StateKind = Literal["replicated", "sequence", "features", "sharded", "partial", "unknown"]
+STATES: dict[StateKind, str] = {
+    "replicated": "replicated",
+    "sequence": "sequence-sharded",
+    "features": "feature-sharded",
+    "sharded": "sharded",
+    "partial": "partial sums",
+}
+# of a weight; "" for an operation, which has none
+Cut = Literal["columns", "rows", "sequence", "replicated", ""]
 
 
 @dataclass(frozen=True)
 class State:
-    """An activation: its whole shape, this rank's, and what that means."""
+    """An activation: its full shape, this rank's, and its state over the ranks."""
 
-    whole: Shape = ()
+    full: Shape = ()
     local: Shape = ()
     kind: StateKind = "unknown"
 
     @property
     def words(self) -> str:
-        """For reading."""
-        of = _x(self.local)
-        if self.kind == "partial":
-            return f"{of}, a term of the sum" if of else "a term of the sum"
-        if self.kind in ("tokens", "features", "split"):
-            what = {"tokens": "tokens split", "features": "features split", "split": "split"}[self.kind]
-            return f"{of} of {_x(self.whole)}, {what}"
-        return f"{of}, whole" if of and self.kind == "whole" else of
+        """Say it in words."""
+        of = f"{sizes(self.local)} of {sizes(self.full)}" if self.kind in ("sequence", "features", "sharded") else sizes(self.local)
+        return ", ".join(part for part in (of, STATES.get(self.kind, "")) if part)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter: its name in the module, its whole shape, the shapes that ranks hold, and the dim that is split."""
+    """A parameter: its name in the module, its full shape, the shapes of its shards, and the dim that is sharded."""
 
     name: str
-    whole: Shape
+    full: Shape
     local: tuple[Shape, ...]
     dim: int | None
-    summed: int = 1
 
     @property
     def words(self) -> str:
-        """For reading."""
-        return _x(self.whole) if self.dim is None else f"{_x(self.whole)} -> {' | '.join(map(_x, self.local))}"
+        """Say its shapes in words."""
+        return sizes(self.full) if self.dim is None else f"{sizes(self.full)} -> {' | '.join(map(sizes, self.local))}"
 
 
 @dataclass(frozen=True)
-class Border:
-    """What crosses the ranks at one place.
+class Communication:
+    """What crosses the ranks at one place."""
 
-    Args:
-        forward, backward: the kind of collective, "" for none.
-        bytes: of the whole tensor.
-        times: how many alike.
-        reason: of the plan.
-        where: the module, if it is not the one beside.
-    """
-
+    # forward, backward: the kind of collective, "" for none
     forward: str
     backward: str
-    bytes: int
-    times: int = 1
-    reason: str = field(default="", compare=False)
-    where: str = field(default="", compare=False)
+    bytes: int  # of the full tensor
+    times: int = 1  # how many alike
+    reason: str = field(default="", compare=False)  # of the plan
+    where: str = field(default="", compare=False)  # the module, if it is not the one beside
 
     @property
     def words(self) -> str:
-        """For reading, without its size."""
-        times = f"{self.times} x " if self.times > 1 else ""
-        if not self.forward:
-            return f"{times}backward: {self.backward}" if self.backward else "no collective"
-        return f"{times}{self.forward}" + (f", backward: {self.backward}" if self.backward else "")
+        """Say it in words, without its size."""
+        kinds = [self.forward, f"backward: {self.backward}" if self.backward else ""]
+        words = ", ".join(kind for kind in kinds if kind) or "no collective"
+        return (f"{self.where}: " if self.where else "") + (f"{self.times} x " if self.times > 1 else "") + words
 
 
 @dataclass(frozen=True)
 class Box:
-    """A module, modules that are alike, or an operation on activations.
+    """A module, modules that are alike, or an operation on activations."""
 
-    Args:
-        name: in its frame.
-        of: class of the module; "" for an operation.
-        style: in words, and `cut`: "columns", "rows", "tokens", "whole", "vocabulary", or "" for an operation.
-        weights: its own parameters.
-        arrives, leaves: its activations.
-        reason: of the plan.
-        times: how many there are.
-        notes: further lines.
-        tensor: number of the tensor that it reads; see `Step`.
-    """
-
-    name: str
-    of: str
-    style: str
-    cut: str
-    weights: tuple[Weight, ...] = ()
+    name: str  # in its frame
+    class_name: str  # of the module; "" for an operation
+    style: str  # in words
+    cut: Cut  # how the largest weight is sharded
+    weights: tuple[Weight, ...] = ()  # its own parameters
+    # arrives, leaves: its activations
     arrives: State = field(default_factory=State, compare=False)
     leaves: State = field(default_factory=State, compare=False)
-    reason: str = field(default="", compare=False)
-    times: int = 1
-    notes: tuple[str, ...] = ()
-    tensor: int = field(default=0, compare=False)
+    reason: str = field(default="", compare=False)  # of the plan
+    times: int = 1  # how many there are
+    notes: tuple[str, ...] = ()  # further lines
+    tensor: int = field(default=0, compare=False)  # number of the tensor that it reads; see `ForwardEvent`
 
 
 @dataclass(frozen=True)
@@ -117,59 +98,55 @@ class Frame:
     """A module with others inside, drawn once for `times` that are alike."""
 
     name: str
-    of: str
+    class_name: str
     rows: tuple[Row, ...]
     times: int = 1
     block: bool = False
 
 
 @dataclass(frozen=True)
-class Side:
-    """Boxes that read the same tensor, beside each other."""
+class SideBySide:
+    """Modules that read the same tensor."""
 
     boxes: tuple[Box, ...]
 
 
-Row = Union[Box, Border, Side, Frame]  # noqa: UP007  # an alias that is read while the classes are made
+Row: TypeAlias = "Box | Communication | SideBySide | Frame"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The whole model, from what comes in to what goes out.
+    """The whole model, from its inputs to its outputs."""
 
-    Args:
-        model: its class.
-        tp: ranks of the axis.
-        rows: in order.
-        order: where the order comes from, in words.
-        left_out: classes of modules that are not drawn, with their number.
-        source: of the plan.
-    """
+    model: str  # its class
+    tp: int  # ranks of the axis
+    rows: tuple[Row, ...]  # in order
+    order: str  # where the order comes from, in words
+    left_out: Mapping[str, int]  # classes of modules that are not drawn, with their number
+    source: str  # of the plan
 
-    model: str
-    tp: int
-    rows: tuple[Row, ...]
-    order: str
-    left_out: Mapping[str, int]
-    source: str
+    @property
+    def title(self) -> str:
+        """Say what is drawn."""
+        return f"Sharding plan of {self.model}, tp={self.tp}"
 
     def boxes(self) -> Iterator[Box]:
-        """All boxes, in order."""
-        return (row for row in _all(self.rows) if isinstance(row, Box))
+        """Walk over all boxes, in order."""
+        return (row for row in _leaves(self.rows) if isinstance(row, Box))
 
-    def borders(self) -> Iterator[Border]:
-        """All collectives, in order; those in a frame that stands for several once."""
-        return (row for row in _all(self.rows) if isinstance(row, Border))
+    def communications(self) -> Iterator[Communication]:
+        """Walk over all collectives, in order; those in a frame that stands for several once."""
+        return (row for row in _leaves(self.rows) if isinstance(row, Communication))
 
 
-def _all(rows: Iterable[Row]) -> Iterator[Box | Border]:
-    """What is drawn, in order."""
+def _leaves(rows: Iterable[Row]) -> Iterator[Box | Communication]:
     for row in rows:
-        if isinstance(row, (Frame, Side)):
-            yield from _all(row.rows if isinstance(row, Frame) else row.boxes)
+        if isinstance(row, (Frame, SideBySide)):
+            yield from _leaves(row.rows if isinstance(row, Frame) else row.boxes)
         else:
             yield row
 
 
-def _x(shape: Shape) -> str:
-    return " x ".join(f"{n}" for n in shape)
+def sizes(shape: Shape) -> str:
+    """Format a shape."""
+    return " x ".join(map(str, shape))

@@ -1,61 +1,67 @@
-"""The numbers behind the plots and the tables of a report: what is drawn is an estimate's own numbers, summed and put in order, and nothing else."""
+"""The numbers behind the charts and tables of an estimate: its own, summed and put in order, and nothing else."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 from lightning_tp.core.modules.blocks import fold
 from lightning_tp.estimate.cost.memory import MemorySnapshot
 from lightning_tp.estimate.cost.roofline import product_seconds
-from lightning_tp.estimate.drawn.drawing import COLORS
 from lightning_tp.estimate.report.step import StepReport
 
-ORDER = tuple(COLORS)  # of kinds: what lasts first
+# ColorBrewer's, as matplotlib's "tab20c" has them: four shades of a hue for what belongs together; they read on white and on black
+BLUE, ORANGE, GREEN, PURPLE, GRAYS = (
+    ("#3182bd", "#6baed6", "#9ecae1", "#c6dbef"),
+    ("#e6550d", "#fd8d3c", "#fdae6b", "#fdd0a2"),
+    ("#31a354", "#74c476", "#a1d99b", "#c7e9c0"),
+    ("#756bb1", "#9e9ac8", "#bcbddc", "#dadaeb"),
+    ("#636363", "#969696", "#bdbdbd", "#d9d9d9"),
+)
+PINK = "#d6619e"
+KINDS = {  # of memory, in the order in which they are stacked: model state, FSDP2's buffers, activations
+    **dict(zip(("parameters", "gradients", "optimizer", "buffers"), BLUE)),
+    "optimizer's scratch": GRAYS[2],
+    **dict(zip(("gathered parameters", "unsharded gradients", "FSDP2 buffers"), PURPLE)),
+    **dict(zip(("attention", "MLP", "norms", "residual"), ORANGE)),
+    **dict(zip(("embedding", "logits and loss"), GREEN)),
+    "other": GRAYS[1],
+    "backward": PINK,
+}
+AXES = {"tp": ORANGE[1], "dp": BLUE[0]}  # of the mesh
+PHASES = {"forward": BLUE[0], "recompute": GREEN[0], "backward": PINK}
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Moments behind each other that are alike: "forward of layers.{0-79}".
+class Stretch(NamedTuple):
+    """Consecutive memory snapshots that are alike, such as "forward of layers.{0-79}"."""
 
-    Args:
-        name: of them.
-        first, last: their places in the timeline, the last one included.
-        begin, end, most: bytes at the first and the last, and the most of all.
-    """
-
-    name: str
+    name: str  # of them
+    # first, last: their indices in the timeline, the last one included
     first: int
     last: int
+    # begin, end, most: bytes at the first and the last, and the most of all
     begin: int
     end: int
     most: int
 
 
-@dataclass(frozen=True)
-class BlockCollective:
-    """Collectives of one block (and of all that are alike), or of what lies outside of blocks.
+class BlockCollective(NamedTuple):
+    """Collectives of one block (and of all that are alike), or of what lies outside of blocks."""
 
-    Args:
-        where: the blocks, or what it is for.
-        blocks: how many.
-        phase, kind, axis, ranks, bytes: as `Collective`.
-        each: how many in a block and step.
-    """
-
-    where: str
-    blocks: int
+    where: str  # the blocks, or what it is for
+    blocks: int  # how many
+    # phase, kind, axis, ranks, bytes: as `Collective`
     phase: str
     kind: str
     axis: str
     ranks: int
     bytes: int
-    each: int
+    each: int  # how many in a block and step
 
     @property
     def total(self) -> int:
@@ -63,106 +69,105 @@ class BlockCollective:
         return self.bytes * self.each * self.blocks
 
 
+class TimePart(NamedTuple):
+    """A part of the time of a step: its color, the seconds that are exposed, and those it takes by itself."""
+
+    name: str
+    color: str
+    exposed: float
+    total: float
+
+
+class RooflinePoint(NamedTuple):
+    """A kind of matmul under the roofline: FLOPs per byte, FLOP/s, and the phase of the step."""
+
+    intensity: float
+    flops_per_s: float
+    phase: str
+
+
 def kinds_of(moments: Sequence[MemorySnapshot]) -> list[str]:
-    """The kinds of memory that there are, in the order in which they are stacked."""
-    found = {k for m in moments for k in m.kinds}
-    return sorted(found, key=lambda k: (ORDER.index(k) if k in ORDER else len(ORDER), k))
+    """List the kinds of memory in use, in the order in which they are stacked.
+
+    Example:
+        >>> kinds_of([MemorySnapshot("forward", {"MLP": 3, "parameters": 1}), MemorySnapshot("step", {"a new kind": 1})])
+        ['parameters', 'MLP', 'a new kind']
+    """
+    order = list(KINDS)
+    used = {k for m in moments for k in m.kinds if m.kinds[k]}
+    return sorted(used, key=lambda k: (order.index(k) if k in KINDS else len(order), k))
+
+
+def color_of(kind: str) -> str:
+    """Return the color of a kind of memory; all that have none of their own share one."""
+    return KINDS.get(kind, GRAYS[0])
 
 
 def memory_series(found: StepReport) -> dict[str, list[int]]:
-    """Bytes of each kind at each moment of `found.memory.timeline`."""
+    """Return the bytes of each kind at each moment of `found.memory.timeline`."""
     moments = found.memory.timeline
     return {kind: [m.kinds.get(kind, 0) for m in moments] for kind in kinds_of(moments)}
 
 
 def stretches(found: StepReport) -> list[Stretch]:
-    """The timeline in a few lines."""
-    at, lines = 0, []
-    for _, group in groupby(found.memory.timeline, key=lambda m: _starred(m.name)):
-        of = list(group)
-        totals = [m.total for m in of]
-        lines.append(Stretch(_folded([m.name for m in of]), at, at + len(of) - 1, totals[0], totals[-1], max(totals)))
-        at += len(of)
-    return _together(lines)
+    """Fold the timeline into a few lines: what repeats with another number, alone or two by turns, is one."""
+    runs = [list(run) for _, run in groupby(enumerate(found.memory.timeline), key=lambda at: _starred(at[1].name))]
+    names = [_starred(run[0][1].name) for run in runs]
+    lines, i = [], 0
+    while i < len(runs):
+        turns = 1  # runs that take turns from here: the backward of a block, the sum of its gradients, the backward of the next
+        while i + turns < len(runs) and names[i + turns] == names[i + turns % 2]:
+            turns += 1
+        turns = turns - turns % 2 if turns >= 4 else 1
+        members = sorted(at for run in runs[i : i + turns] for at in run)
+        folded = [fold([m.name for run in runs[n : i + turns : 2] for _, m in run]) for n in range(i, i + min(turns, 2))]
+        totals = [m.total for _, m in members]
+        lines.append(Stretch(" / ".join(folded), members[0][0], members[-1][0], totals[0], totals[-1], max(totals)))
+        i += turns
+    return lines
 
 
-def _together(lines: list[Stretch]) -> list[Stretch]:
-    """Two names that take turns (the backward of a block, the sum of its gradients) as one stretch."""
-    found: list[Stretch] = []
-    i = 0
-    while i < len(lines):
-        pair = (_starred(lines[i].name), _starred(lines[i + 1].name)) if i + 1 < len(lines) else ("", "")
-        j = i
-        while j + 1 < len(lines) and pair[0] != pair[1] and (_starred(lines[j].name), _starred(lines[j + 1].name)) == pair:
-            j += 2
-        if j - i >= 4:
-            run = lines[i:j]
-            name = " / ".join(_folded([s.name for s in run[n::2]]) for n in (0, 1))
-            found.append(Stretch(name, run[0].first, run[-1].last, run[0].begin, run[-1].end, max(s.most for s in run)))
-            i = j
-        else:
-            found.append(lines[i])
-            i += 1
-    return found
-
-
-def time_parts(found: StepReport) -> list[tuple[str, str, float, float]]:
-    """(part, color, seconds with overlap, seconds one after the other) of a step."""
+def time_parts(found: StepReport) -> list[TimePart]:
+    """Split the time of a step into its parts; those that take none are left out."""
     t = found.time
     parts = [
-        ("matrix products", "parameters", t.products, t.products),
-        ("attention", "attention", t.attention, t.attention),
-        ("other kernels (memory)", "norms", t.other, t.other),
-        ("waiting for the host", "other", t.host, t.host),
-        ("collectives, tensor-parallel axis", "tp", t.tp, t.tp),
-        ("collectives, data-parallel axis", "gathered parameters", t.dp_exposed, t.dp),
-        ("kernels slowed by collectives beside them", "buffers", t.slowed, t.slowed),
-        ("optimizer", "optimizer", t.optimizer, t.optimizer),
+        TimePart("matmuls (GEMMs)", BLUE[0], t.products, t.products),
+        TimePart("attention", ORANGE[0], t.attention, t.attention),
+        TimePart("other kernels (memory-bound)", ORANGE[2], t.other, t.other),
+        TimePart("CPU launch overhead", GRAYS[1], t.host, t.host),
+        TimePart("TP communication", GREEN[0], t.tp, t.tp),
+        TimePart("FSDP2 communication", PURPLE[0], t.dp_exposed, t.dp),
+        TimePart("kernels slowed by concurrent communication", PURPLE[2], t.slowed, t.slowed),
+        TimePart("optimizer", BLUE[2], t.optimizer, t.optimizer),
     ]
-    return [p for p in parts if p[2] > 0 or p[3] > 0]
+    return [p for p in parts if p.exposed > 0 or p.total > 0]
 
 
-@dataclass(frozen=True)
-class Point:
-    """A kind of matrix product under the roofline."""
-
-    intensity: float
-    flops_per_s: float
-    phase: str
-    words: str
-
-
-def roofline_points(found: StepReport) -> list[Point]:
-    """The matrix products of a micro-batch, as fast as they are taken to be."""
+def roofline_points(found: StepReport) -> list[RooflinePoint]:
+    """Place each kind of matmul of a micro-batch, at the rate it is predicted to reach."""
     points = []
     for p in found.products:
-        if p.kind != "product" or not p.k or not p.bytes:
-            continue
-        dtype = getattr(torch, p.dtype)
-        each = product_seconds(found.hardware, p.batch, p.m, p.n, p.k, dtype, p.bytes) / found.hardware.sustained
-        flops = p.flops / p.count
-        words = f"{p.module} ({p.phase}): {p.m:,} x {p.k:,} times {p.k:,} x {p.n:,}, {flops / each / 1e12:.3g} TFLOP/s"
-        points.append(Point(flops / p.bytes, flops / each, p.phase, words))
+        if p.kind == "product" and p.k and p.bytes:
+            hw, flops = found.hardware, p.flops / p.count
+            each = product_seconds(hw, p.batch, p.m, p.n, p.k, getattr(torch, p.dtype), p.bytes) / hw.sustained
+            points.append(RooflinePoint(flops / p.bytes, flops / each, p.phase))
     return points
 
 
 def block_collectives(found: StepReport) -> list[BlockCollective]:
-    """The collectives of a step by block; those that many blocks have in one line, and these first."""
+    """List the collectives of a step by block; those that many blocks have in one line, and these first."""
     each: Counter[tuple[str, str, str, str, int, int]] = Counter()
     for c in found.collectives:
         each[c.where, c.phase, c.kind, c.axis, c.ranks, c.bytes] += c.count
-    alike: dict[tuple[str, str, str, str, int, int, int], list[str]] = {}
-    for (where, *key), n in each.items():
-        alike.setdefault((_starred(where), *key, n), []).append(where)  # type: ignore[arg-type]
+    alike: dict[tuple[str, str, str, str, str, int, int, int], list[str]] = {}
+    for (where, phase, kind, axis, ranks, size), n in each.items():
+        alike.setdefault((_starred(where), phase, kind, axis, ranks, size, n), []).append(where)  # type: ignore[arg-type]
     return [
-        BlockCollective(_folded(names) or "outside of blocks", len(names), *key)  # type: ignore[arg-type]
+        BlockCollective(fold(names) or "outside of blocks", len(names), *key)  # type: ignore[arg-type]
         for (_, *key), names in sorted(alike.items(), key=lambda x: -len(x[1]))
     ]
 
 
-def _starred(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
-
-
-def _folded(names: list[str]) -> str:
-    return fold(list(dict.fromkeys(names)))
+def _starred(text: str) -> str:
+    """Replace the numbers of a text, which may be more than a name: "backward of layers.3"."""
+    return re.sub(r"\d+", "*", text)

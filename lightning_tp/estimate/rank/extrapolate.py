@@ -8,6 +8,7 @@ the configuration that it ranks first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +16,7 @@ from lightning_tp.estimate.rank.inputs import count_batch
 from lightning_tp.estimate.rank.rank_model import RankModel
 from lightning_tp.estimate.rank.settings import Settings
 from lightning_tp.estimate.rank.trace_cache import TraceCache, settings_key
-from lightning_tp.estimate.trace.forward_log import ForwardEvent
-from lightning_tp.estimate.trace.step_trace import Alloc, CollectiveCall, Event, FusedOp, Op, StepTrace, Tape, replay
+from lightning_tp.estimate.trace.step_trace import Op, StepTrace, Tape, replay
 from lightning_tp.plan.checked import CheckedPlan
 
 
@@ -70,10 +70,13 @@ def extrapolated(one: RankModel, two: RankModel, line: Line) -> RankModel:
     """
     a, b = one.trace, two.trace
     _require(a.followed == b.followed and a.gradients == b.gradients and len(a.segments) == len(b.segments))
-    _require(a.freed_after_forward.keys() == b.freed_after_forward.keys() and len(a.forward) == len(b.forward))
+    _require(
+        a.freed_after_forward.keys() == b.freed_after_forward.keys()
+        and [e.tensor for e in a.forward] == [e.tensor for e in b.forward]
+    )
     segments = replay([_tape(p, q, line) for p, q in zip(a.segments, b.segments)])
     freed = {label: line(n, b.freed_after_forward[label]) for label, n in a.freed_after_forward.items()}
-    forward = tuple(_forward_event(x, y, line) for x, y in zip(a.forward, b.forward))
+    forward = tuple(_event(x, y, line) for x, y in zip(a.forward, b.forward))
     return replace(one, trace=StepTrace(segments, a.followed, a.gradients, forward, freed))
 
 
@@ -85,41 +88,22 @@ def _require(same: bool) -> None:
 def _tape(one: Tape, two: Tape, line: Line) -> Tape:
     _require((one.block, one.phase, one.representative, one.duplicate) == (two.block, two.phase, two.representative, two.duplicate))
     _require(len(one.events) == len(two.events))
-    events = [x if x == y else _event(x, y, line) for x, y in zip(one.events, two.events)]
-    return Tape(one.block, one.phase, one.representative, events, one.duplicate)
+    return replace(one, events=[_event(x, y, line) for x, y in zip(one.events, two.events)])
 
 
-def _event(x: Event, y: Event, line: Line) -> Event:
-    if isinstance(x, Alloc) and isinstance(y, Alloc):
-        _require(x.label == y.label)
-        return Alloc(x.label, line(x.change, y.change))
-    if isinstance(x, Op) and isinstance(y, Op):
-        return _op(x, y, line)
-    if isinstance(x, FusedOp) and isinstance(y, FusedOp):
-        return FusedOp(_op(x.op, y.op, line))
-    if isinstance(x, CollectiveCall) and isinstance(y, CollectiveCall):
-        _require(x._replace(bytes=0) == y._replace(bytes=0))
-        return x._replace(bytes=line(x.bytes, y.bytes))
-    raise NotLinear
-
-
-def _op(x: Op, y: Op, line: Line) -> Op:
-    _require(_without_numbers(x) == _without_numbers(y) and len(x.shape) == len(y.shape))
-    shape = tuple(map(line, x.shape, y.shape))
-    flops, work = line(x.flops, y.flops), line(x.work, y.work)
-    if x.kind == "product" and x.shape:
-        batch, m, n, k = shape
-        _require(flops == 2 * batch * m * n * k)  # else two sizes grow
-    return x._replace(flops=flops, work=work, bytes=line(x.bytes, y.bytes), shape=shape)
-
-
-def _without_numbers(op: Op) -> Op:
-    return op._replace(flops=0, work=0, bytes=0, shape=())
-
-
-def _forward_event(x: ForwardEvent, y: ForwardEvent, line: Line) -> ForwardEvent:
-    _require(x._replace(shape=(), bytes=0) == y._replace(shape=(), bytes=0) and len(x.shape) == len(y.shape))
-    return x._replace(shape=tuple(map(line, x.shape, y.shape)), bytes=line(x.bytes, y.bytes))
+def _event(x: Any, y: Any, line: Line) -> Any:
+    """Return the event on the line: whole numbers grow, and tuples item by item; all else has to be the same."""
+    if x == y:
+        return x
+    _require(type(x) is type(y) and isinstance(x, (int, tuple)))
+    if isinstance(x, int):
+        return line(x, y)
+    _require(len(x) == len(y))
+    items = [_event(a, b, line) for a, b in zip(x, y)]
+    found = type(x)(*items) if hasattr(x, "_fields") else tuple(items)
+    if isinstance(found, Op) and found.kind == "product" and found.shape:
+        _require(found.flops == 2 * math.prod(found.shape))  # else two sizes grow
+    return found
 
 
 @dataclass

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
 
+from lightning_tp.core.trees import map_tensors, tensors_in
 from lightning_tp.errors import TPError
 from lightning_tp.infer.search import call_with
 
@@ -62,13 +62,13 @@ def default_loss(output: Any, inputs: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss
-    value = next((t for t in _tensors(dict(output) if isinstance(output, Mapping) else output) if t.is_floating_point()), None)
+    value = next((t for t in tensors_in(output) if t.is_floating_point()), None)
     if value is None:
         raise TPError(
             f"The model returns a {type(output).__name__} without a floating-point tensor, so there is no loss to take. Pass a `loss_fn` "
             "(in a script: return it as the third value)."
         )
-    tokens = next((t for t in _tensors(inputs) if t.dtype == torch.int64 and t.ndim == 2), None)
+    tokens = next((t for t in tensors_in(inputs) if t.dtype == torch.int64 and t.ndim == 2), None)
     if tokens is not None and _are_logits_of(value, tokens):
         return nn.functional.cross_entropy(value.flatten(0, 1)[:-1], tokens.flatten()[1:])
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value.device, value.dtype)
@@ -93,7 +93,7 @@ def resized(inputs: Any, batch: int | None, seq: int | None) -> Any:
         >>> resized({"tokens": torch.zeros(1, 8, dtype=torch.long)}, 4, 16)["tokens"].shape
         torch.Size([4, 16])
     """
-    tensors = [t for t in _tensors(inputs) if t.ndim]
+    tensors = [t for t in tensors_in(inputs) if t.ndim]
     tokens = next((t for t in tensors if t.ndim >= 2 and not t.is_floating_point()), None)
     if seq is not None and tokens is None:
         raise TPError(
@@ -112,7 +112,7 @@ def resized(inputs: Any, batch: int | None, seq: int | None) -> Any:
                     shape[dim] = seq
         return t if shape == list(t.shape) else _repeated(t, shape)
 
-    return tree_map_only(Tensor, change, inputs)
+    return map_tensors(change, inputs)
 
 
 def _repeated(t: Tensor, shape: list[int]) -> Tensor:
@@ -137,18 +137,12 @@ def count_batch(inputs: Any) -> BatchCount:
         >>> count_batch({"tokens": torch.zeros(2, 8, dtype=torch.long)})
         BatchCount(samples=2, tokens=16, unit='tokens')
     """
-    tensors = [t for t in _tensors(inputs) if t.ndim]
+    tensors = [t for t in tensors_in(inputs) if t.ndim]
     tokens = next((t for t in tensors if t.ndim == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
     if tokens is not None:
         return BatchCount(tokens.shape[0], tokens.numel(), "tokens")
     samples = tensors[0].shape[0] if tensors else 1
     return BatchCount(samples, samples, "samples")
-
-
-def sequence_length(inputs: Any) -> int | None:
-    """Return the length of the tokens among the inputs; None if there are none."""
-    tokens = next((t for t in _tensors(inputs) if t.ndim >= 2 and not t.is_floating_point()), None)
-    return None if tokens is None else tokens.shape[1]
 
 
 def check_size(name: str, value: Any) -> None:
@@ -159,7 +153,3 @@ def check_size(name: str, value: Any) -> None:
     """
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise TPError(f"`{name}={value!r}`: give a whole number, 1 or more.")
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (t for t in tree_flatten(tree)[0] if isinstance(t, Tensor))

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from lightning_tp._compat import storage_key
+from lightning_tp.core.trees import tensors_in
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.rank.rank_model import LocalParam
-
-OptimizerLike = str | type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+from lightning_tp.estimate.rank.settings import OptimizerLike
+from lightning_tp.estimate.trace.step_trace import Alloc, Label
+from lightning_tp.estimate.trace.storages import LiveStorages
 
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """What the step of an optimizer costs, in bytes.
+    """What the step of an optimizer costs, in bytes."""
 
-    Args:
-        state: kept from step to step.
-        scratch: most that a step needs temporarily beside it.
-        traffic: read and written by a step.
-    """
-
-    state: int
-    scratch: int
-    traffic: int
+    state: int  # kept from step to step
+    scratch: int  # most that a step needs temporarily beside it
+    traffic: int  # read and written by a step
 
 
 # by shape and dtype of a parameter, whether steps are by foreach, and what makes the optimizer
@@ -113,9 +107,9 @@ def _step_cost(make: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dt
             f"The optimizer can't step on a parameter of shape {shape} on the meta device: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}. Pass the name of a similar one (`optimizer='adamw'`)."
         ) from error
-    tensors = [t for t in tree_flatten(list(optimizer.state.values()))[0] if isinstance(t, Tensor)]
+    tensors = {id(t): t for t in tensors_in(list(optimizer.state.values()))}
     size = p.numel() * p.itemsize
-    state = sum(t.untyped_storage().nbytes() for t in {id(t): t for t in tensors}.values() if t.is_meta)
+    state = sum(t.untyped_storage().nbytes() for t in tensors.values() if t.is_meta)
     return OptimizerCost(state, temporary.most, 3 * size + 2 * state + (4 * temporary.most if foreach else 0))
 
 
@@ -125,20 +119,16 @@ class _TemporaryBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
-        self.seen: set[int] = set()
+        self.storages = LiveStorages(self._changed, ())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {storage_key(t) for t in tree_flatten((args, kwargs or {}))[0] if isinstance(t, Tensor)}
+        given = {storage_key(t) for t in tensors_in((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for t in tree_flatten(out)[0]:
-            if isinstance(t, Tensor) and t.is_meta and storage_key(t) not in given | self.seen:
-                storage, key = t.untyped_storage(), storage_key(t)
-                self.seen.add(key)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        for t in tensors_in(out):
+            if t.is_meta and storage_key(t) not in given:
+                self.storages.add(t, Label("", "backward"))
         self.most = max(self.most, self.now)
         return out
 
-    def _freed(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
+    def _changed(self, event: Alloc) -> None:
+        self.now += event.change

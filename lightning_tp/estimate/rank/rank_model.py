@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_tp.apply.fsdp import own_units
 from lightning_tp.core.modules.blocks import enclosing, find_blocks
-from lightning_tp.estimate.rank.settings import Settings
+from lightning_tp.estimate.rank.settings import Precision, Settings
 from lightning_tp.estimate.trace.step_trace import StepTrace
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.styles import Split
@@ -20,27 +20,16 @@ from lightning_tp.styles import Split
 
 @dataclass(frozen=True)
 class LocalParam:
-    """A parameter on a rank.
+    """A parameter on a rank."""
 
-    Args:
-        name: from the root module.
-        shape: of the full parameter.
-        tp_shape: of the shard on the tensor-parallel axis.
-        rows: of dim 0 that FSDP2 leaves on this rank, with the padding of the last ranks.
-        split: how it is sharded on the tensor-parallel axis.
-        unit: the FSDP2 unit that it belongs to; "" for the root's.
-        dtype: as held.
-        requires_grad: False for a frozen one.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    tp_shape: tuple[int, ...]
-    rows: int
-    split: Split
-    unit: str
-    dtype: torch.dtype
-    requires_grad: bool
+    name: str  # from the root module
+    shape: tuple[int, ...]  # of the full parameter
+    tp_shape: tuple[int, ...]  # of the shard on the tensor-parallel axis
+    rows: int  # of dim 0 that FSDP2 leaves on this rank, with the padding of the last ranks
+    split: Split  # how it is sharded on the tensor-parallel axis
+    unit: str  # the FSDP2 unit that it belongs to; "" for the root's
+    dtype: torch.dtype  # as held
+    requires_grad: bool  # False for a frozen one
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -60,23 +49,14 @@ class LocalParam:
 
 @dataclass(frozen=True)
 class RankModel:
-    """A model on one rank.
+    """A model on one rank."""
 
-    Args:
-        params: its parameters, tied ones once.
-        buffer_bytes: of all buffers.
-        trace: of one micro-batch.
-        units: names of FSDP2's units, the root's ("") last.
-        classes: name of a module -> name of its class.
-        blocks: names of the repeated blocks.
-    """
-
-    params: tuple[LocalParam, ...]
-    buffer_bytes: int
-    trace: StepTrace
-    units: tuple[str, ...]
-    classes: Mapping[str, str]
-    blocks: tuple[str, ...]
+    params: tuple[LocalParam, ...]  # its parameters, tied ones once
+    buffer_bytes: int  # of all buffers
+    trace: StepTrace  # of one micro-batch
+    units: tuple[str, ...]  # names of FSDP2's units, the root's ("") last
+    classes: Mapping[str, str]  # name of a module -> name of its class
+    blocks: tuple[str, ...]  # names of the repeated blocks
 
     @cached_property
     def trained(self) -> list[LocalParam]:
@@ -109,3 +89,27 @@ def local_params(model: nn.Module, plan: CheckedPlan, settings: Settings) -> tup
         dtype = (settings.precision.held or p.dtype) if p.is_floating_point() else p.dtype
         found.append(LocalParam(name, shape, tp_shape, rows, split, unit_of.get(id(p), ""), dtype, p.requires_grad))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of FSDP2 on a rank, in bytes."""
+
+    gathered: int  # its all-gathered parameters (shards of the tensor-parallel axis), in the dtype in which modules read them
+    reduced: int  # its gradients, in the dtype in which they are reduce-scattered
+    gradients: int  # of its shard, as held after the reduce-scatter
+
+
+def units_of(model: RankModel, precision: Precision, dp: int) -> dict[str, Unit]:
+    """Return FSDP2's units by name; "" is the root's."""
+    trained = {p.name for p in model.trained}
+    found = {}
+    for name in model.units:
+        params = [p for p in model.params if p.unit == name]
+        with_gradient = [p for p in params if p.name in trained]
+        found[name] = Unit(
+            sum(p.numel * dp * (precision.gathered or p.dtype).itemsize for p in params),
+            sum(p.numel * dp * (precision.reduced or precision.gathered or p.dtype).itemsize for p in with_gradient),
+            sum(p.bytes for p in with_gradient),
+        )
+    return found

@@ -1,11 +1,13 @@
-"""Say how a model is trained, as far as a trace of a step depends on it: mesh, precision, activation checkpointing."""
+"""Say how a model is trained: `Options` for all of an estimate, and `Settings` for what a trace of a step depends on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.errors import TPError
@@ -14,25 +16,20 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
+OptimizerLike = str | type[torch.optim.Optimizer] | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of a training.
+    """The dtypes of a training."""
 
-    Args:
-        name: as a Trainer calls it, or "bf16-fsdp".
-        held: dtype of the parameters that a rank holds, their gradients and the optimizer's state; None: the model's own.
-        autocast: dtype of matmuls under autocast; None without autocast.
-        gathered: dtype in which FSDP2 all-gathers parameters, and modules compute; None: as held.
-        reduced: dtype in which FSDP2 reduces gradients; None: as computed.
-        scaled: whether the loss is scaled.
-    """
-
-    name: str
+    name: str  # as a Trainer calls it, or "bf16-fsdp"
+    # dtype of the parameters that a rank holds, their gradients and the optimizer's state; None: the model's own
     held: torch.dtype | None = None
-    autocast: torch.dtype | None = None
-    gathered: torch.dtype | None = None
-    reduced: torch.dtype | None = None
-    scaled: bool = False
+    autocast: torch.dtype | None = None  # dtype of matmuls under autocast; None without autocast
+    gathered: torch.dtype | None = None  # dtype in which FSDP2 all-gathers parameters, and modules compute; None: as held
+    reduced: torch.dtype | None = None  # dtype in which FSDP2 reduces gradients; None: as computed
+    scaled: bool = False  # whether the loss is scaled
 
     @property
     def inputs(self) -> torch.dtype | None:
@@ -85,25 +82,42 @@ def precision_of(precision: str | MixedPrecisionPolicy) -> Precision:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained, as far as a trace depends on it.
+    """How a model is trained, as far as a trace depends on it."""
 
-    Args:
-        tp, dp: sizes of the mesh.
-        rank: on the tensor-parallel axis.
-        precision: see `Precision`.
-        activation_checkpointing: as for `parallelize`.
-        loss_parallel: as for `parallelize`.
-        device: "cuda" or "cpu": whose kernels run.
-        fused_attention: False writes attention out.
-        sequence_parallel: as for `parallelize`.
-    """
-
+    # tp, dp: sizes of the mesh
     tp: int
     dp: int
-    rank: int = 0
-    precision: Precision = PRECISIONS["bf16-mixed"]
+    rank: int = 0  # on the tensor-parallel axis
+    precision: Precision = PRECISIONS["bf16-mixed"]  # see `Precision`
+    # activation_checkpointing, loss_parallel, sequence_parallel: as for `parallelize`
     activation_checkpointing: ActivationCheckpointing | None = None
     loss_parallel: bool = True
-    device: str = "cuda"
-    fused_attention: bool = True
+    device: str = "cuda"  # "cuda" or "cpu": whose kernels run
+    fused_attention: bool = True  # False writes attention out
     sequence_parallel: bool = True
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is trained; the arguments of `estimate` of the same names."""
+
+    precision: str | MixedPrecisionPolicy = "bf16-mixed"
+    optimizer: OptimizerLike = "adamw"
+    activation_checkpointing: ActivationCheckpointing | None = None
+    sequence_parallel: bool = True
+    loss_parallel: bool = True
+    accumulate: int = 1
+    clip_gradients: bool = True
+    compile: bool = False
+    fused_attention: bool = True
+
+    @property
+    def checkpointing_name(self) -> str:
+        """The kind of activation checkpointing, for reading."""
+        how = self.activation_checkpointing
+        return how if isinstance(how, str) else "none" if how is None else "by a function"
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer, for reading."""
+        return self.optimizer if isinstance(self.optimizer, str) else getattr(self.optimizer, "__name__", "an optimizer")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,21 +25,13 @@ SUGGESTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # sizes of th
 
 @dataclass
 class TraceCache:
-    """A model with all that was found about it.
+    """A model with all that was found about it."""
 
-    Args:
-        model: on any device.
-        inputs: of one rank's forward.
-        loss_of: (model, inputs) -> loss.
-        plan: as for `parallelize`; None: the default plan.
-        step_costs: of the optimizer's steps; see `rank.optimizer`.
-    """
-
-    model: nn.Module
-    inputs: Any
-    loss_of: LossOf
-    plan: PlanLike | None = None
-    step_costs: StepCosts = field(default_factory=dict)
+    model: nn.Module  # on any device
+    inputs: Any  # of one rank's forward
+    loss_of: LossOf  # (model, inputs) -> loss
+    plan: PlanLike | None = None  # as for `parallelize`; None: the default plan
+    step_costs: StepCosts = field(default_factory=dict)  # of the optimizer's steps; see `rank.optimizer`
     _plans: dict[tuple[int, bool], CheckedPlan] = field(default_factory=dict)
     _traced: dict[Any, RankModel] = field(default_factory=dict)
     _unsharded: dict[Any, RankModel] = field(default_factory=dict)
@@ -83,12 +74,7 @@ class TraceCache:
     def largest_rank(self, tp: int, sequence_parallel: bool) -> int:
         """Return the rank of the tensor-parallel axis that holds most parameters; the first one if all hold as many."""
         plan = self.plan_of(tp, sequence_parallel)
-        held = [0] * tp
-        for name, split in plan.splits.items():
-            if split.dim is not None:
-                for rank in range(tp):
-                    held[rank] += math.prod(split.local_shape(plan.shapes[name], rank))
-        return held.index(max(held))
+        return max(range(tp), key=plan.local_numel)
 
     def rank_model(self, inputs: Any, settings: Settings) -> RankModel:
         """Return the model on a rank, traced with these inputs."""

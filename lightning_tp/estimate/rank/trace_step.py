@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lightning_tp._compat import backward_under_modes
 from lightning_tp.apply.activation_checkpointing import checkpoint_modules, modules_to_checkpoint
-from lightning_tp.apply.bind import bind_styles
+from lightning_tp.apply.bind import bind_styles, replace_parameters
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.modules.blocks import enclosing, find_blocks, own_numbers
@@ -30,6 +30,8 @@ from lightning_tp.estimate.trace.recorder import OpRecorder
 from lightning_tp.estimate.trace.step_trace import StepTrace
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.styles import Split
+
+PLAIN = (bool, int, float, str, type(None))
 
 
 def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:
@@ -104,23 +106,20 @@ def shard_on_meta(model: nn.Module, plan: CheckedPlan, settings: Settings) -> No
     """Replace each parameter by an empty one in the shape of the rank's shard and the dtype that modules compute in; tied ones stay tied."""
     precision = settings.precision
     dtype = (precision.gathered if settings.dp > 1 else None) or precision.held
-    splits = plan.splits
-    names = {id(p): n for n, p in reversed(list(model.named_parameters(remove_duplicate=False))) if n in splits}
 
-    def shard(p: nn.Parameter) -> nn.Parameter:
-        split = splits[names[id(p)]] if id(p) in names else Split()
-        shape = split.local_shape(tuple(p.shape), settings.rank)
+    def make(name: str, p: nn.Parameter, split: Split) -> nn.Parameter:
         like = (dtype or p.dtype) if p.is_floating_point() else p.dtype
+        shape = split.local_shape(tuple(p.shape), settings.rank)
         local = nn.Parameter(torch.empty(shape, dtype=like, device="meta"), p.requires_grad)
         local.__dict__.update(p.__dict__)
         return local
 
-    shards = {p: shard(p) for p in model.parameters()}
-    for module in model.modules():
-        module._parameters.update({name: shards[p] for name, p in module._parameters.items() if p is not None})
-        for name, buffer in module._buffers.items():
-            if precision.buffers is not None and buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = buffer.to(precision.buffers)
+    replace_parameters(model, plan, make)
+    if precision.buffers is not None:
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.to(precision.buffers))
 
 
 def block_kinds(model: nn.Module, plan: CheckedPlan) -> dict[str, int]:
@@ -148,16 +147,8 @@ def _settings(block: nn.Module, numbers: set[tuple[str, str]]) -> tuple[Any, ...
             return value != 0
         return "its number" if (module, attribute) in numbers else value
 
-    return tuple(
-        (
-            n,
-            type(m).__name__,
-            m.training,
-            tuple(
-                (k, plain(n, k, v))
-                for k, v in m.__dict__.items()
-                if not k.startswith("__") and isinstance(v, (bool, int, float, str, type(None)))
-            ),
-        )
-        for n, m in block.named_modules()
-    )
+    found: list[Any] = []
+    for name, module in block.named_modules():
+        found += [name, type(module).__name__, module.training]
+        found += [(k, plain(name, k, v)) for k, v in module.__dict__.items() if not k.startswith("__") and isinstance(v, PLAIN)]
+    return tuple(found)

@@ -1,1 +1,1 @@
-"""What an estimate, a search and a study of matmuls found: values, with tables of text and JSON."""
+"""What an estimate and a search found: values, with tables of text and JSON."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_tp.core.tables import table
@@ -115,7 +115,8 @@ class StepReport:
 
     def to_json(self) -> str:
         """Return all of it, and what follows from it, as JSON: bytes, seconds, FLOPs. "tokens" in names is "samples" if the inputs have none."""
-        values: Any = _jsonable(self)
+        values: Any = asdict(replace(self, traced=None))
+        del values["traced"]
         values[self.unit] = values.pop("tokens")
         values |= {self.unit + rate: getattr(self, "tokens" + rate) for rate in ("_per_s", "_per_s_per_device")}
         values |= {name: getattr(self, name) for name in ("mfu", "needed", "fits")}
@@ -178,13 +179,3 @@ class StepReport:
 
 def _largest_first(kinds: Any) -> list[tuple[str, int]]:
     return sorted(kinds.items(), key=lambda item: -item[1])
-
-
-def _jsonable(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value) if f.name != "traced"}
-    if isinstance(value, dict):
-        return {k: _jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
-    return value

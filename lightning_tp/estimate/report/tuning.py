@@ -54,17 +54,8 @@ class TuningReport:
         header = ("", "tp", "dp", "batch", "accumulate", "checkpointing", "precision", "memory", "step", f"{unit}/s/device", "MFU")
         rows = [
             (
-                str(i),
-                str(e.tp),
-                str(e.dp),
-                str(e.batch),
-                str(e.accumulate),
-                e.activation_checkpointing,
-                e.precision,
-                size(e.needed),
-                seconds(e.time.step),
-                f"{e.tokens_per_s_per_device:,.0f}",
-                f"{e.mfu:.1%}",
+                *map(str, (i, e.tp, e.dp, e.batch, e.accumulate, e.activation_checkpointing, e.precision)),
+                *(size(e.needed), seconds(e.time.step), f"{e.tokens_per_s_per_device:,.0f}", f"{e.mfu:.1%}"),
             )
             for i, e in enumerate(self.fits, 1)
         ]

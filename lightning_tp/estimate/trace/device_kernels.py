@@ -61,9 +61,8 @@ class Kernels(TorchFunctionMode):
         self.cuda = device != "cpu"
         self.half = half
         self.fused_attention = fused_attention
-        self.casts: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # id of a weight -> (it, its cast), until the forward ends, as autocast caches them
+        # id of a weight -> (it, its cast), until the forward ends, as autocast caches them
+        self.casts: dict[int, tuple[Tensor, Tensor]] = {}
         self.autocasts: list[tuple[frozenset[Any], Callable[[Any], Any]]] = []
         if half is not None:
             self.autocasts = [(HALF, self._to_half), (FLOAT if self.cuda else LOSSES, _to_float)]

@@ -15,23 +15,16 @@ Shape = tuple[int, ...]
 
 
 class ForwardEvent(NamedTuple):
-    """One event of the forward.
+    """One event of the forward."""
 
-    Args:
-        what: a module is called ("enter") or has returned ("leave"), a collective, or a kernel.
-        module: its name.
-        name: of the collective ("all-gather"), or the kind of the kernel ("product", "attention", "other").
-        shape: of the first floating-point tensor that goes in or comes out, on this rank; of a product, (batch, m, n, k); () if unknown.
-        bytes: of a collective.
-        tensor: a number of the tensor that goes in; modules with the same number read the same tensor. 0 if unknown.
-    """
-
+    # a module is called ("enter") or has returned ("leave"), a collective, or a kernel
     what: Literal["enter", "leave", "collective", "kernel"]
-    module: str
-    name: str = ""
+    module: str  # its name
+    name: str = ""  # of the collective ("all-gather"), or the kind of the kernel ("product", "attention", "other")
+    # of the first floating-point tensor that goes in or comes out, on this rank; of a product, (batch, m, n, k); () if unknown
     shape: Shape = ()
-    bytes: int = 0
-    tensor: int = 0
+    bytes: int = 0  # of a collective
+    tensor: int = 0  # a number of the tensor that goes in; modules with the same number read the same tensor. 0 if unknown.
 
 
 class ForwardLog:

@@ -16,23 +16,17 @@ from lightning_tp.estimate.trace.step_trace import Op, Phase
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator on the meta device.
+    """One call of an operator on the meta device."""
 
-    Args:
-        name: of the operator, such as "addmm".
-        module, phase: where it is called.
-        inputs, outputs: its tensors, in order.
-        in_place: whether it writes into an input.
-        flag: whether any of its arguments is True: `is_causal` of attention.
-    """
-
-    name: str
+    name: str  # of the operator, such as "addmm"
+    # module, phase: where it is called
     module: str
     phase: Phase
+    # inputs, outputs: its tensors, in order
     inputs: list[Tensor]
     outputs: list[Tensor]
-    in_place: bool = False
-    flag: bool = False
+    in_place: bool = False  # whether it writes into an input
+    flag: bool = False  # whether any of its arguments is True: `is_causal` of attention
 
     @property
     def bytes(self) -> int:

@@ -19,19 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_tp._compat import (
-    is_in_place,
-    sequence_number,
-    sequence_number_of_backward,
-    storage_key,
-    without_dispatch_modes,
-)
+from lightning_tp._compat import is_in_place, sequence_number, sequence_number_of_backward, storage_key, without_dispatch_modes
 from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.trace.device_kernels import Kernels
 from lightning_tp.estimate.trace.forward_log import ForwardLog
-from lightning_tp.estimate.trace.fusion import Fusion
 from lightning_tp.estimate.trace.op_costs import EMPTY, Call, kernel_of
 from lightning_tp.estimate.trace.repeated_blocks import RepeatedBlocks
 from lightning_tp.estimate.trace.step_trace import (
@@ -47,7 +40,7 @@ from lightning_tp.estimate.trace.step_trace import (
     Tape,
     replay,
 )
-from lightning_tp.estimate.trace.storages import LiveStorages
+from lightning_tp.estimate.trace.storages import Fusion, LiveStorages
 from lightning_tp.infer.follow.meta import Values
 
 
@@ -183,9 +176,8 @@ class OpRecorder(Values):
         with without_dispatch_modes():
             given = tree_flatten((args, kwargs or {}))[0]
             inputs, outputs = ([t for t in leaves if isinstance(t, Tensor)] for leaves in (given, tree_flatten(out)[0]))
-            call = Call(
-                func.overloadpacket.__name__, *self.where, inputs, outputs, is_in_place(func), any(x is True for x in given)
-            )
+            name, flag = func.overloadpacket.__name__, any(x is True for x in given)
+            call = Call(name, *self.where, inputs, outputs, is_in_place(func), flag)
             if self._count_outputs(call) or call.in_place or not outputs:  # anything else is a view
                 self._note_kernel(call)
         return out
@@ -234,11 +226,7 @@ class OpRecorder(Values):
     # --------------------------------------------------------------------------------------------------------- known values
 
     def _check_rows(self, table: Tensor, index: Tensor) -> None:
-        """Refuse rows that a table does not have: on the meta device, nothing else does.
-
-        Raises:
-            TPError: where the index is known, such as positions.
-        """
+        """Refuse rows that a table does not have, where the index is known, such as positions: on the meta device, nothing else does."""
         known = self.values.get(id(index))
         with without_dispatch_modes():
             last = int(known[1].max()) if known is not None and known[1].numel() else 0

@@ -45,17 +45,12 @@ class _TensorKind(NamedTuple):
 
 @dataclass
 class _Kind:
-    """Calls of blocks with the same code and inputs.
+    """Calls of blocks with the same code and inputs."""
 
-    Args:
-        ran: names of the blocks that ran.
-        outputs: of the second one, flattened: a tensor's kind, the index of the input that is handed on, or a value that is no tensor.
-        spec: of the outputs' tree.
-    """
-
-    ran: list[str] = field(default_factory=list)
+    ran: list[str] = field(default_factory=list)  # names of the blocks that ran
+    # of the second one, flattened: a tensor's kind, the index of the input that is handed on, or a value that is no tensor
     outputs: list[Any] = field(default_factory=list)
-    spec: Any = None
+    spec: Any = None  # of the outputs' tree
 
 
 class _Input(NamedTuple):

@@ -21,29 +21,17 @@ Phase = Literal["forward", "recompute", "backward"]
 
 
 class Op(NamedTuple):
-    """A kernel.
+    """A kernel."""
 
-    Args:
-        kind: "product" (a matmul or convolution), "attention", or "other" (bound by memory bandwidth).
-        name: of the operator.
-        module: whose forward, or the backward of whose forward, it is.
-        phase: "forward", "recompute" or "backward".
-        flops: a multiply-add counts as two; causal attention counts in full.
-        work: the part of `flops` that has to be computed (half of them for causal attention).
-        bytes: read and written.
-        shape: (batch, m, n, k) of a matmul; () otherwise.
-        dtype: of its first operand.
-    """
-
-    kind: str
-    name: str
-    module: str
-    phase: Phase
-    flops: int
-    work: int
-    bytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    kind: str  # "product" (a matmul or convolution), "attention", or "other" (bound by memory bandwidth)
+    name: str  # of the operator
+    module: str  # whose forward, or the backward of whose forward, it is
+    phase: Phase  # "forward", "recompute" or "backward"
+    flops: int  # a multiply-add counts as two; causal attention counts in full
+    work: int  # the part of `flops` that has to be computed (half of them for causal attention)
+    bytes: int  # read and written
+    shape: tuple[int, ...]  # (batch, m, n, k) of a matmul; () otherwise
+    dtype: torch.dtype  # of its first operand
 
 
 class FusedOp(NamedTuple):
@@ -53,30 +41,19 @@ class FusedOp(NamedTuple):
 
 
 class CollectiveCall(NamedTuple):
-    """A collective over the tensor-parallel axis.
+    """A collective over the tensor-parallel axis."""
 
-    Args:
-        kind: "all-reduce", "all-gather" or "reduce-scatter".
-        bytes: of the full tensor: what is reduced, or all shards together.
-        module: that calls it.
-        phase: as in `Op`.
-    """
-
-    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
-    bytes: int
-    module: str
-    phase: Phase
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]  # "all-reduce", "all-gather" or "reduce-scatter"
+    bytes: int  # of the full tensor: what is reduced, or all shards together
+    module: str  # that calls it
+    phase: Phase  # as in `Op`
 
 
 class Label(NamedTuple):
-    """Who made a tensor, and what it is.
+    """Who made a tensor, and what it is."""
 
-    Args:
-        module: that made it; of a gradient, the name of the parameter.
-        kind: "activation" (made in the forward or when recomputed), "backward" (made there) or "gradient" (of a parameter).
-    """
-
-    module: str
+    module: str  # that made it; of a gradient, the name of the parameter
+    # "activation" (made in the forward or when recomputed), "backward" (made there) or "gradient" (of a parameter)
     kind: Literal["activation", "backward", "gradient"]
 
 
@@ -99,60 +76,38 @@ Event = Alloc | Op | FusedOp | CollectiveCall | End
 
 @dataclass(frozen=True)
 class Tape:
-    """The events of one stretch of the step, in order: a block forward, a block backward, or what lies between.
+    """The events of one stretch of the step, in order: a block forward, a block backward, or what lies between."""
 
-    Args:
-        block: that runs; "" outside of blocks.
-        phase: "forward" or "backward"; what is recomputed is part of the backward.
-        representative: the block that ran instead of this one; None if this one ran.
-        events: in order.
-        duplicate: whether it follows a block that did not run, and its kernels are part of the representative's segment.
-    """
-
-    block: str
-    phase: Literal["forward", "backward"]
-    representative: str | None = None
-    events: list[Event] = field(default_factory=list, repr=False)
-    duplicate: bool = False
+    block: str  # that runs; "" outside of blocks
+    phase: Literal["forward", "backward"]  # "forward" or "backward"; what is recomputed is part of the backward
+    representative: str | None = None  # the block that ran instead of this one; None if this one ran
+    events: list[Event] = field(default_factory=list, repr=False)  # in order
+    duplicate: bool = False  # whether it follows a block that did not run, and its kernels are part of the representative's segment
 
 
 @dataclass(frozen=True)
 class Segment(Tape):
-    """A tape with all that is counted from it.
+    """A tape with all that is counted from it."""
 
-    Args:
-        start, peak, end: live bytes at its start, when they are most, and when its computation has ended.
-        freed: bytes of the block's parameter gradients, which FSDP2 reduces and frees at the end.
-        ops: how often each kernel runs in eager mode.
-        fused: how often each runs when compiled.
-        collectives: how often each runs.
-    """
-
+    # start, peak, end: live bytes at its start, when they are most, and when its computation has ended
     start: LiveBytes = field(default_factory=dict)
     peak: LiveBytes = field(default_factory=dict)
     end: LiveBytes = field(default_factory=dict)
-    freed: int = 0
-    ops: Counter[Op] = field(default_factory=Counter)
-    fused: Counter[Op] = field(default_factory=Counter)
-    collectives: Counter[CollectiveCall] = field(default_factory=Counter)
+    freed: int = 0  # bytes of the block's parameter gradients, which FSDP2 reduces and frees at the end
+    ops: Counter[Op] = field(default_factory=Counter)  # how often each kernel runs in eager mode
+    fused: Counter[Op] = field(default_factory=Counter)  # how often each runs when compiled
+    collectives: Counter[CollectiveCall] = field(default_factory=Counter)  # how often each runs
 
 
 @dataclass
 class StepTrace:
-    """What one step showed.
+    """What one step showed."""
 
-    Args:
-        segments: in order; those of blocks that did not run name the block that ran instead.
-        followed: block -> the block that ran instead of it (itself, if it ran).
-        gradients: bytes of each parameter's gradient, by name.
-        forward: the order of the modules' forwards.
-        freed_after_forward: bytes that autocast frees after the forward: weights that it has cast and nothing has saved.
-    """
-
-    segments: list[Segment]
-    followed: dict[str, str]
-    gradients: dict[str, int]
-    forward: tuple[ForwardEvent, ...] = ()
+    segments: list[Segment]  # in order; those of blocks that did not run name the block that ran instead
+    followed: dict[str, str]  # block -> the block that ran instead of it (itself, if it ran)
+    gradients: dict[str, int]  # bytes of each parameter's gradient, by name
+    forward: tuple[ForwardEvent, ...] = ()  # the order of the modules' forwards
+    # bytes that autocast frees after the forward: weights that it has cast and nothing has saved
     freed_after_forward: LiveBytes = field(default_factory=dict)
 
     def representative(self, segment: Segment) -> Segment:

@@ -1,4 +1,4 @@
-"""Follow the storages that a step makes, from the operator that makes each to its end, and note their bytes on the tape."""
+"""Follow the storages that a step makes, from the operator that makes each to its end: for live bytes, and for what fused kernels read and write."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_tp._compat import storage_key
-from lightning_tp.estimate.trace.step_trace import Alloc, Label
+from lightning_tp.estimate.trace.op_costs import bytes_of
+from lightning_tp.estimate.trace.step_trace import Alloc, FusedOp, Label, Op, Phase
 
 
 @dataclass
@@ -74,3 +76,43 @@ class LiveStorages:
     def _end(self, key: int) -> None:
         found = self._live.pop(key)
         self.note(Alloc(found.label, -found.bytes))
+
+
+class Fusion:
+    """Collects the kernels that a compiler would fuse, and notes the one that they become at `flush`: before a matmul or a collective.
+
+    It reads what was there before it and writes what is still alive after it; what lies between stays in registers.
+
+    Args:
+        storages: tell which results are alive.
+        note: called with each fused kernel.
+    """
+
+    def __init__(self, storages: LiveStorages, note: Callable[[FusedOp], None]) -> None:
+        self.storages = storages
+        self.note = note
+        self._read: dict[int, int] = {}  # number of a storage -> bytes
+        self._written: dict[int, int] = {}
+        self._place: tuple[str, Phase] = ("", "forward")
+
+    def add(self, module: str, phase: Phase, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
+        """Fuse a kernel with those before it; it belongs to the module of the first."""
+        if not self._written:
+            self._place = module, phase
+        for t in inputs:
+            number = self.storages.number(t)
+            if number not in self._written:
+                self._read[number] = max(self._read.get(number, 0), bytes_of(t))
+        for t in outputs:
+            self._written[self.storages.number(t)] = bytes_of(t)
+
+    def flush(self) -> None:
+        """Note the kernel that those since the last flush become, if any."""
+        if not self._written:
+            return
+        module, phase = self._place
+        written = sum(self._written[number] for number in self.storages.outlive(self._written))
+        size = sum(self._read.values()) + written
+        self.note(FusedOp(Op("other", "fused", module, phase, 0, 0, size, (), torch.float32)))
+        self._read.clear()
+        self._written.clear()

@@ -12,9 +12,9 @@ from lightning_tp.estimate.cost.collectives import NORM, Collective
 from lightning_tp.estimate.cost.hardware import hardware
 from lightning_tp.estimate.cost.roofline import collective_seconds, kernel_seconds
 from lightning_tp.estimate.cost.step_time import Time, time_of
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.predict import predict
 from lightning_tp.estimate.rank.inputs import loss_of
+from lightning_tp.estimate.rank.settings import Options
 from lightning_tp.estimate.rank.trace_cache import TraceCache
 from lightning_tp.estimate.trace.step_trace import CollectiveCall, FusedOp
 from tests.estimate.by_hand import DP, block_tape, model_of, op, outside

@@ -50,6 +50,7 @@ def test_a_third_batch_from_two() -> None:
         model(2, forward=()),
         model(2, freed_after_forward={}),
         model(2, forward=(ForwardEvent("collective", "y", "all-gather"), ForwardEvent("kernel", "x", "product", (1, 2, 4, 8)))),
+        model(2, forward=tuple(e._replace(tensor=3) for e in model(2).trace.forward)),  # they read another tensor
     ],
 )
 def test_traces_that_do_not_do_the_same(other: RankModel) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_tp import TPError
 from lightning_tp.estimate import estimate
-from lightning_tp.estimate.rank.inputs import BatchCount, check_size, count_batch, default_loss, loss_of, resized, sequence_length
+from lightning_tp.estimate.rank.inputs import BatchCount, check_size, count_batch, default_loss, loss_of, resized
 from tests.estimate.models import TOKENS, meta_llama
 
 
@@ -34,16 +34,16 @@ def test_resized_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "count", "length"),
+    ("inputs", "count"),
     [
-        ((torch.zeros(2, 8).long(),), BatchCount(2, 16, "tokens"), 8),
-        ((torch.ones(4, 3, 8, 8), torch.zeros(4).long()), BatchCount(4, 4, "samples"), None),
-        ((torch.ones(2, 8), torch.zeros(2, 8).bool()), BatchCount(2, 2, "samples"), 8),  # a mask is no text
-        ((), BatchCount(1, 1, "samples"), None),
+        ((torch.zeros(2, 8).long(),), BatchCount(2, 16, "tokens")),
+        ((torch.ones(4, 3, 8, 8), torch.zeros(4).long()), BatchCount(4, 4, "samples")),
+        ((torch.ones(2, 8), torch.zeros(2, 8).bool()), BatchCount(2, 2, "samples")),  # a mask is no text
+        ((), BatchCount(1, 1, "samples")),
     ],
 )
-def test_what_a_batch_counts(inputs: Any, count: BatchCount, length: int | None) -> None:
-    assert count_batch(inputs) == count and sequence_length(inputs) == length
+def test_what_a_batch_counts(inputs: Any, count: BatchCount) -> None:
+    assert count_batch(inputs) == count
 
 
 def test_default_loss() -> None:

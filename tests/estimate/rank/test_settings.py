@@ -6,7 +6,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_tp import TPError
 from lightning_tp.estimate import estimate
-from lightning_tp.estimate.rank.settings import PRECISIONS, Precision, precision_of
+from lightning_tp.estimate.rank.settings import PRECISIONS, Options, Precision, precision_of
 from tests.estimate.models import TOKENS, meta_llama
 
 
@@ -48,3 +48,10 @@ def test_a_policy_of_fsdp2() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(TPError, match=r"Unknown `precision='fp8'`. Valid are 32-true, bf16-mixed"):
         precision_of("fp8")
+
+
+def test_names_for_reading() -> None:
+    assert (Options().checkpointing_name, Options().optimizer_name) == ("none", "adamw")
+    given = Options(optimizer=torch.optim.SGD, activation_checkpointing=lambda name, module: True)
+    assert (given.checkpointing_name, given.optimizer_name) == ("by a function", "SGD")
+    assert Options(activation_checkpointing="block").checkpointing_name == "block"

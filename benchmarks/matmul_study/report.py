@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from lightning_tp.core.tables import table
 from lightning_tp.core.units import count, seconds, share, size
 from lightning_tp.estimate.cost.hardware import Hardware
-from lightning_tp.estimate.cost.products import NOTHING, Lost, MatmulShape
 from lightning_tp.estimate.report.step import StepReport, Table
+from matmul_study.products import NOTHING, Lost, MatmulShape
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 With FSDP alone a rank multiplies (b s, h) by (h, f): b samples of s tokens. With tensor parallelism over t ranks the same devices form groups of
 t, each of which takes t times the samples, and a rank multiplies (t b s, h) by (h, f / t): as many FLOPs, more rows, fewer columns. Whether that
-is faster depends on what is read for each FLOP, on how tiles fit, and on how full waves of tiles are: see `cost.gemm_tiling`.
+is faster depends on what is read for each FLOP, on how tiles fit, and on how full waves of tiles are (`estimate.cost.gemm_tiling`).
 
 Where there are fewer samples than devices, FSDP alone leaves devices without one. What it would compute if each sequence were split evenly is
 shown for comparison (`StudyPoint.possible` is False); the communication that this takes is not part of it.
@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.hardware import Hardware
 from lightning_tp.estimate.cost.hardware import hardware as find_hardware
-from lightning_tp.estimate.cost.products import MatmulShape, shapes_of, with_more_keys
-from lightning_tp.estimate.options import Options
 from lightning_tp.estimate.predict import predict
-from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized, sequence_length
+from lightning_tp.estimate.rank.inputs import check_size, loss_of, resized
+from lightning_tp.estimate.rank.settings import Options
 from lightning_tp.estimate.rank.trace_cache import TraceCache
-from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
 from lightning_tp.plan.checked import CheckedPlan
+from matmul_study.products import MatmulShape, shapes_of, with_more_keys
+from matmul_study.report import Shapes, StudyPoint
 
 TPS = (1, 2, 4, 8)
 LOCAL_BATCHES = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -104,6 +105,12 @@ def shapes(
         )
     total = sum(p.numel() for p in model.parameters())
     return Shapes(type(model).__name__, total, devices, study.length, hw, tuple(points), left_out)
+
+
+def sequence_length(inputs: Any) -> int | None:
+    """Return the length of the tokens among the inputs; None if there are none."""
+    tokens = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim >= 2 and not t.is_floating_point()), None)
+    return None if tokens is None else tokens.shape[1]
 
 
 def _local_batches(gpus: int, global_batch: int | None, local_batches: Sequence[float] | None) -> tuple[float, ...]:

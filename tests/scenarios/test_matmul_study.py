@@ -1,6 +1,9 @@
+"""The study of matmuls in `benchmarks/`, on a Llama whose matmuls are counted by hand."""
+
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,21 +12,25 @@ import pytest
 import torch
 from torch import nn
 
-import lightning_tp as ltp
-from lightning_tp.cli.main import main
-from lightning_tp.errors import TPError
-from lightning_tp.estimate.cost.products import Lost
-from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
+from lightning_tp import TPError, estimate
+from lightning_tp.estimate.cost.hardware import hardware
 from tests.estimate.models import V, gpt2, llama
 
-T = 64
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+study_matmuls = pytest.importorskip("study_matmuls")
+import shapes as eight_models  # noqa: E402
+from matmul_study import measure, study  # noqa: E402
+from matmul_study.products import Lost  # noqa: E402
+from matmul_study.report import Shapes, StudyPoint  # noqa: E402
+
+T, H100 = 64, hardware("h100")
 
 
 def found_for(make: Any, **kwargs: Any) -> Shapes:
     build, inputs, loss_fn = make()
     with torch.device("meta"):
         model = build()
-    return ltp.shapes(model, inputs, gpus=4, loss_fn=loss_fn, tps=(1, 2, 4), **kwargs)
+    return study.shapes(model, inputs, gpus=4, loss_fn=loss_fn, tps=(1, 2, 4), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +65,6 @@ def test_products_of_a_llama_by_hand(of_llama: Shapes, tp: int) -> None:
     assert counted(cell) == expected
 
 
-@pytest.fixture(scope="module")
-def of_gpt2() -> Shapes:
-    return found_for(gpt2, global_batch=4)
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_products_of_a_gpt2_by_hand(of_gpt2: Shapes, tp: int) -> None:
-    cell = of_gpt2.cell(1, tp)
-    assert cell is not None
-    rows, h = tp * T, 128
-    found: Counter[tuple[Any, ...]] = Counter()
-    for s in cell.products:  # Conv1D keeps (in, out): its weight's gradient is (h, rows) x (rows, n)
-        found["forward" if s.role == "forward" else "backward", s.m * s.n * s.k] += s.count
-    expected: Counter[tuple[Any, ...]] = Counter()
-    for n, k, times in ((3 * h // tp, h, 4), (h, h // tp, 4), (4 * h // tp, h, 4), (h, 4 * h // tp, 4), (V // tp, h, 1)):
-        expected["forward", rows * n * k] += times
-        expected["backward", rows * n * k] += 2 * times
-    assert found == expected
-
-
 def test_roles(of_llama: Shapes) -> None:
     cell = of_llama.cell(1, 1)
     assert cell is not None
@@ -107,7 +94,7 @@ def test_agrees_with_estimate(of_llama: Shapes) -> None:
         model = build()
     for tp in (1, 4):
         cell = of_llama.cell(1, tp)
-        alone = ltp.estimate(model, inputs, (4 // tp, tp), batch=tp)
+        alone = estimate(model, inputs, (4 // tp, tp), batch=tp)
         assert cell is not None
         assert sum(s.flops * s.count for s in cell.shapes) == alone.flops.rank
         assert cell.seconds == pytest.approx(alone.time.products)
@@ -121,7 +108,7 @@ def test_heads_that_tp_does_not_divide() -> None:
     build, inputs, _ = gpt2()
     with torch.device("meta"):
         model = build()
-    found = ltp.shapes(model, inputs, gpus=6, tps=[1, 3], local_batches=[1])  # 8 heads: 3, 3 and 2
+    found = study.shapes(model, inputs, gpus=6, tps=[1, 3], local_batches=[1])  # 8 heads: 3, 3 and 2
     one, three_ = found.cells
     assert "uneven" in three_.why and three_.flops > 1.03 * one.flops
     widest = max(s.n for s in three_.products if s.role == "forward" and any("c_attn" in m for m in s.modules))
@@ -131,35 +118,12 @@ def test_heads_that_tp_does_not_divide() -> None:
 def test_samples_without_a_sequence_can_not_be_split() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
-    found = ltp.shapes(model, (torch.empty(2, 8),), gpus=2, local_batches=[0.5, 1], tps=[1, 2], loss_fn=lambda y: y.mean())
+    found = study.shapes(model, (torch.empty(2, 8),), gpus=2, local_batches=[0.5, 1], tps=[1, 2], loss_fn=lambda y: y.mean())
     assert found.seq is None and found.cell(0.5, 1) is None and found.cell(0.5, 2) is not None
     assert "Not possible, as there are fewer samples than groups of tp ranks: tp=1 at 0.5." in found.verdict()
     assert "samples/s" in str(found) and "rows" not in str(found)
     with pytest.raises(TPError, match="less than one sample"):
-        ltp.shapes(model, (torch.empty(2, 8),), gpus=2, local_batches=[0.5], tps=[1], loss_fn=lambda y: y.mean())
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "words"),
-    [
-        ({"gpus": 0}, "`gpus=0`"),
-        ({"global_batch": -1}, "`global_batch=-1`"),
-        ({"local_batches": [0]}, "above 0"),
-        ({"local_batches": [float("nan")]}, "above 0"),
-        ({"local_batches": []}, "none"),
-        ({"local_batches": [0.3]}, "not a whole number"),
-        ({"local_batches": [1], "global_batch": 4}, "one follows from the other"),
-        ({"tps": [3]}, "These do: 1, 2, 4"),
-        ({"tps": [16], "gpus": 16, "local_batches": [1]}, "These fit"),
-        ({"hardware": "x1"}, "There are t4"),
-        ({"seq": -1}, "`seq=-1`"),
-    ],
-)
-def test_mistakes(kwargs: dict[str, Any], words: str) -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
-    with pytest.raises(TPError, match=words):
-        ltp.shapes(model, (torch.empty(2, 8),), **({"gpus": 4} | kwargs), loss_fn=lambda y: y.mean())
+        study.shapes(model, (torch.empty(2, 8),), gpus=2, local_batches=[0.5], tps=[1], loss_fn=lambda y: y.mean())
 
 
 @pytest.fixture
@@ -173,12 +137,12 @@ def config(tmp_path: Path) -> str:
 
 
 def test_command(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["shapes", config, "--gpus", "4", "--global-batch", "4", "--tp", "1,2"]) == 0
+    assert study_matmuls.main([config, "--gpus", "4", "--global-batch", "4", "--tp", "1,2"]) == 0
     text = capsys.readouterr().out
     assert "samples of 96 tokens" in text and "grad of weight" in text and "tp=2, matmuls against tp=1" in text
     plot = tmp_path / "tp.svg"
     arguments = ["--local-batch", "0.5,1", "--tp", "1,2", "--seq", "64", "--json", "--plot", str(plot)]
-    assert main(["shapes", config, "--gpus", "4", *arguments, "--measure", "--seconds", "0.2"]) == 0
+    assert study_matmuls.main([config, "--gpus", "4", *arguments, "--measure", "--seconds", "0.2"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["gpus"] == 4 and values["seq"] == 64 and values["hardware"] == "h100" and len(values["cells"]) == 4
     first = values["cells"][0]
@@ -192,22 +156,45 @@ def test_command(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--hardware", "x100"], "There are t4"),
-        (["--tp", "0"], "`tp=0`"),
         (["--tp", "1,x"], "`--tp 1,x`"),
         (["--tp", "3"], "does not divide"),
-        (["--gpus", "-8"], "`--gpus -8`"),
-        (["--global-batch", "0"], "`--global-batch 0`"),
         (["--local-batch", "-1"], "above 0"),
-        (["--local-batch", "half"], "`--local-batch half`"),
-        (["--seq", "0"], "`--seq 0`"),
-        (["--plot", "a.gif"], ".svg"),
-        (["--plot", "nowhere/a.svg"], "no folder"),
-        (["--seconds", "-1"], "above 0"),
-        (["--precision", "fp4"], "bf16-mixed"),
+        (["--gpus", "0"], "`gpus=0`"),
     ],
 )
 def test_mistakes_end_with_status_2(config: str, arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["shapes", config, *arguments]) == 2
+    assert study_matmuls.main([config, *arguments]) == 2
     found = capsys.readouterr()
     assert word in found.err and found.err.count("\n") == 1 and not found.out
+
+
+def test_all_seconds_have_a_reason(of_llama: Shapes) -> None:
+    for cell in of_llama.cells:
+        for s in cell.products:
+            ideal = s.flops / (H100.peak(torch.bfloat16) * H100.product_efficiency * H100.sustained)
+            assert ideal + sum(s.lost) == pytest.approx(s.seconds) and min(s.lost) > -1e-12 and s.lost.start > 0
+
+
+def test_the_verdict_says_which_and_why() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2048, 16384), nn.GELU(), nn.Linear(16384, 2048))
+    inputs = (torch.empty(1, 2048, device="meta"),)
+    found = study.shapes(model, inputs, gpus=8, local_batches=[16, 8192], tps=[1, 8], loss_fn=lambda y: y.mean())
+    few, many = (found.saved(found.cell(b, 8)) for b in (16, 8192))
+    assert few > 0.5 and abs(many) < 0.1  # 16 rows read all weights
+    line = found.verdict()[0]
+    assert line.startswith(
+        f"tp=8, matmuls against tp=1: gains {few:.0%} of matmul time at a local batch of 16 (fewer bytes for each FLOP)"
+    )
+
+
+def test_what_takes_too_long_is_left_out(of_llama: Shapes) -> None:
+    measured = measure.measure(of_llama, seconds=0.02, device="cpu")
+    keys = {measure.key_of(s) for c in of_llama.cells for s in c.products}
+    assert measured.seconds.keys() | measured.left_out.keys() == keys and not measured.seconds.keys() & measured.left_out.keys()
+    assert all("too long" in why for why in measured.left_out.values())
+
+
+def test_prediction_of_eight_models(capsys: pytest.CaptureFixture[str]) -> None:
+    eight_models.print_predicted()
+    assert "Llama 3.1 405B" in capsys.readouterr().out

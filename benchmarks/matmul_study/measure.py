@@ -21,8 +21,8 @@ from lightning_tp.core.units import size
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.cost.gemm_tiling import tiling
 from lightning_tp.estimate.cost.hardware import Hardware, guess, hardware
-from lightning_tp.estimate.cost.products import MatmulShape
-from lightning_tp.estimate.report.matmul import Shapes, StudyPoint
+from matmul_study.products import MatmulShape
+from matmul_study.report import Shapes, StudyPoint
 
 ROUNDS = 5  # at most
 FEWEST = 3  # rounds that have to fit into the time
