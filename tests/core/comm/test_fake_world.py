@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.collectives import all_gather, all_reduce, reduce_scatter
@@ -56,3 +59,20 @@ def test_a_group_of_which_one_rank_exists() -> None:
     assert reduce_scatter(torch.ones(2, 8, 2), 1, axis).shape == (2, 2, 2)
     assert sent == [("all-reduce", 24), ("all-gather", 96), ("reduce-scatter", 128)]
     assert FakeGroup(0, 2).allreduce([torch.ones(1)]).wait()  # nobody has to note
+
+
+def test_a_collective_on_the_meta_device_runs_no_operator() -> None:
+    """The estimator counts what runs: a copy that only the fake backend makes is no kernel of the step."""
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    axis = Axis(FakeGroup(0, 4))
+    x = torch.empty(1, 3, 2, device="meta")
+    full = torch.empty(1, 12, 2, device="meta")
+    with Seen():
+        assert axis.group._allgather_base(full, x).wait() and axis.group._reduce_scatter_base(x, full).wait()
+    assert not [name for name in seen if "copy" in name]
