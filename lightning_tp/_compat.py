@@ -60,9 +60,18 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
+# a `__torch_function__` that dispatches nothing: that of `nn.Parameter`
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds, without a copy and without autograd: of FSDP2's DTensor its shard, of a plain tensor itself."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor
+    if type(tensor).__torch_function__ is no_torch_function or not hasattr(tensor, "_tp_shard"):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach()
 
 
 def gather_rows(row: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
@@ -471,3 +480,27 @@ foreach_copy_ = torch._foreach_copy_
 call_module = torch.nn.Module._call_impl
 # replace all tensors of a module and of those in it by what a function returns for each
 apply_to_tensors = torch.nn.Module._apply
+
+
+def keep_foreach(*classes: Any) -> None:
+    """Let optimizers choose their foreach and fused variants for parameters of these classes, as for `nn.Parameter`."""
+    from torch.optim.optimizer import _foreach_supported_types
+
+    for cls in classes:
+        if cls not in _foreach_supported_types:
+            _foreach_supported_types.append(cls)
+
+
+def fsdp_parameters(model: torch.nn.Module) -> list[Any]:
+    """Return FSDP2's records of the parameters of a model: each has a `sharded_param`, and from its first all-gather on an `_unsharded_param`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    states = dict.fromkeys(m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule))
+    of_states = (getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states)
+    groups = [group for found in of_states for group in found if group is not None]
+    return [parameter for group in groups for parameter in group.fsdp_params]
+
+
+def unsharded_parameter(parameter: Any) -> torch.nn.Parameter | None:
+    """Return the parameter that FSDP2 puts in place of a sharded one in a forward; None before its first all-gather."""
+    return getattr(parameter, "_unsharded_param", None)

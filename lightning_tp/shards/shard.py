@@ -125,9 +125,7 @@ class ParamShard:
 
     def gather(self, value: Tensor) -> Tensor:
         """Return the full tensor from every rank's local one (or FSDP2's DTensor), on the device of `value`. A collective."""
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        value = value.detach()
+        value = (DTensor.full_tensor(value) if isinstance(value, DTensor) else local_tensor(value)).detach()
         if self.split.dim is None or self.tp == 1:
             return value.clone()
         sizes = [_numel(self.split.local_shape(self.shape, r)) for r in range(self.tp)]

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_tp._compat import is_persistent, local_tensor, own_buffers, own_parameters
+from lightning_tp.shards.parameter import local_view, shard_like
 
 
+@local_view()
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict that the unsplit model would have: name -> full tensor on the CPU, on every rank. A collective.
 
@@ -44,6 +46,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return full
 
 
+@local_view()
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients that the unsplit model would have: name -> full tensor on the CPU, on every rank. A collective.
 
@@ -106,6 +109,7 @@ def attach_state_dict(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(_load_locals)
 
 
+@local_view()
 def _state_dict_as_dtensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, p in module.named_parameters(remove_duplicate=False):
         shard = getattr(p, "_tp_shard", None)
@@ -113,6 +117,7 @@ def _state_dict_as_dtensors(module: nn.Module, state: dict[str, Any], prefix: st
             state[prefix + name] = shard.to_dtensor(state[prefix + name])
 
 
+@local_view()
 def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     reshard(module)
     for name, p in module.named_parameters(remove_duplicate=False):
@@ -123,4 +128,4 @@ def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         with torch.no_grad():  # at once: whoever collects them first holds all shards twice
             local_tensor(p).copy_(local)
         del local  # before the next one is made
-        state[prefix + name] = p.detach()
+        state[prefix + name] = shard_like(p.detach(), shard)

@@ -1,0 +1,93 @@
+"""Enter the local view of parameters where a model is called, so that its forward runs on plain shards; code around it sees full parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+from weakref import ref
+
+from torch import nn
+from torch.compiler import is_compiling
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_tp.apply.bind import ParamRegistry
+from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.shards.parameter import depth, set_depth
+
+
+class _Entry(nn.Module):
+    """A module that user code calls."""
+
+    _registry: ref[ParamRegistry]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = depth()
+        if before or is_compiling():
+            return super().__call__(*args, **kwargs)
+        set_depth(1)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            registry = self._registry()
+            if registry is not None and registry.unsharded:
+                registry.tag_unsharded()
+            set_depth(before)
+
+
+def enter_local_view(model: nn.Module) -> None:
+    """Make calls of a split model, and of the modules in it that user code may call by themselves, run in `local_view`.
+
+    Args:
+        model: a module with a `training_step` is user code itself; what it holds is called.
+    """
+    for module in model.modules():
+        if not hasattr(module, "training_step"):
+            module.__dict__["_tp_planned"] = True
+    for module in entries(model):
+        swap_class(module, _Entry, _registry=ref(model._tp_registry))
+    _watch_optimizers()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Make the steps of all optimizers run in `local_view`, and their closures outside of it."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+_depths: list[int] = []  # outside of the steps that run
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    outside = depth()
+    _depths.append(outside)
+    set_depth(outside + 1)
+
+    def at_outer(closure: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            inside = depth()
+            set_depth(outside)
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                set_depth(inside)
+
+        return run if callable(closure) else closure
+
+    return (args[0], *map(at_outer, args[1:])), {k: at_outer(v) for k, v in kwargs.items()}
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    set_depth(_depths.pop())
+
+
+def entries(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules that have a forward of their own, and those in containers of them."""
+    if not hasattr(model, "training_step") and type(model).forward is not nn.Module.forward:
+        yield model
+        if not isinstance(model, nn.Sequential):
+            return
+    for child in {id(m): m for m in model.children()}.values():
+        yield from entries(child)
