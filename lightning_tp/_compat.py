@@ -402,6 +402,18 @@ def fake_process_group(rank: int, size: int) -> Any:
     return FakeProcessGroup._create_internal(rank, size)
 
 
+def all_gather_within(output: Tensor, input: Tensor, group: Any, timeout: timedelta) -> bool:
+    """All-gather into `output`; return False if not all ranks take part within `timeout`."""
+    work = group._allgather_base(output, input)
+    try:
+        work.wait(timeout)
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+            raise
+        return False
+    return True
+
+
 def all_gather_into(output: Tensor, input: Tensor, group: Any) -> None:
     """All-gather on the process group itself: the wrapper of `torch.distributed` costs as much as a small collective."""
     group._allgather_base(output, input).wait()
@@ -504,3 +516,21 @@ def fsdp_parameters(model: torch.nn.Module) -> list[Any]:
 def unsharded_parameter(parameter: Any) -> torch.nn.Parameter | None:
     """Return the parameter that FSDP2 puts in place of a sharded one in a forward; None before its first all-gather."""
     return getattr(parameter, "_unsharded_param", None)
+
+
+def is_resharded(unit: Any) -> bool:
+    """Return whether a unit of FSDP2 holds its shards: its forward has not begun, or its backward is over."""
+    state = unit._get_fsdp_state()
+    return any(g is not None and g.is_sharded for g in (getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]))
+
+
+def call_in_forward(unit: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function as if it were the forward of a unit of FSDP2: what `register_fsdp_forward_method` does for a method."""
+    state = unit._get_fsdp_state()
+    args, kwargs = state._pre_forward(unit, args, kwargs)
+    return state._post_forward(unit, args, function(*args, **kwargs))
+
+
+def initialize_fsdp(root: Any) -> None:
+    """Make a module the root of FSDP2 before the first forward, which may be that of a unit inside."""
+    root._get_fsdp_state()._lazy_init()

@@ -47,11 +47,11 @@ def split_parameters(model: nn.Module, plan: CheckedPlan, mesh: DeviceMesh, *, f
     stated = {name for entry in plan.entries if isinstance(entry.style, Replicate) for name in entry.splits}
 
     def shard_of(name: str, p: nn.Parameter, split: Split) -> nn.Parameter:
-        if (found := take_hooks(p)) is not None:
+        if mesh.size() > 1 and (found := take_hooks(p)) is not None:
             hooks[name] = found
         if split.dim is not None:  # in the same object: hooks, lists and closures hold it
             p.data, p.grad = split.take(p.detach(), rank), None
-        return shard_like(p, ParamShard(name, split, plan.shapes[name], mesh, fsdp, name in stated))
+        return shard_like(p, ParamShard(name, split, plan.shapes[name], mesh, fsdp and p.ndim > 0, name in stated))
 
     replace_parameters(model, plan, shard_of)
     return hooks
@@ -126,6 +126,7 @@ class ParamRegistry:
     def __init__(self, shards: dict[str, ParamShard], gradients: PartialGradients) -> None:
         self.shards = shards
         self.gradients = gradients
+        self.fsdp_root: nn.Module | None = None
         self.unsharded: list[Any] = []  # FSDP2's records of parameters whose unsharded ones don't know yet what they are
 
     def tag_unsharded(self) -> None:

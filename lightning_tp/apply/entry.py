@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lightning_tp._compat import call_in_forward, is_resharded
 from lightning_tp.apply.bind import ParamRegistry
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.shards.parameter import depth, set_depth
@@ -26,11 +27,14 @@ class _Entry(nn.Module):
         before = depth()
         if before or is_compiling():
             return super().__call__(*args, **kwargs)
+        registry = self._registry()
+        root = None if registry is None else registry.fsdp_root
         set_depth(1)
         try:
+            if root is not None and self is not root and is_resharded(root):
+                return call_in_forward(root, super().__call__, *args, **kwargs)
             return super().__call__(*args, **kwargs)
         finally:
-            registry = self._registry()
             if registry is not None and registry.unsharded:
                 registry.tag_unsharded()
             set_depth(before)
@@ -45,8 +49,10 @@ def enter_local_view(model: nn.Module) -> None:
     for module in model.modules():
         if not hasattr(module, "training_step"):
             module.__dict__["_tp_planned"] = True
-    for module in entries(model):
-        swap_class(module, _Entry, _registry=ref(model._tp_registry))
+    registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
+    every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
+    for module in [m for m in model.modules() if "_tp_planned" in m.__dict__] if every else entries(model):
+        swap_class(module, _Entry, _registry=ref(registry))
     _watch_optimizers()
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tp._compat import initialize_fsdp
 from lightning_tp.apply import materialize
 from lightning_tp.apply.activation_checkpointing import (
     ActivationCheckpointing,
@@ -137,15 +138,20 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
         device = options.device or torch.device(mesh.device_type)
         materialize.fill(model, same_values_everywhere(full_values, mesh), shards, device)
     gradients = PartialGradients(axis, sum_groups(plan, mesh), hooks)
-    model._tp_registry = ParamRegistry(shards, gradients)  # type: ignore[assignment]
+    registry = model._tp_registry = ParamRegistry(shards, gradients)  # type: ignore[assignment]
     tag_parameters(model)
     read_shards(model, stored)
-    attach_state_dict(model)
+    if mesh.size() > 1:
+        attach_state_dict(model)
     if tp_mesh.size() > 1:
         bind_random_calls(model, axis, options.dropout)
     if compiling is not None:
         compiling.draws = policy_of(model)
-    enter_local_view(model)
+    if dp_mesh.size() > 1:
+        registry.fsdp_root = options.fsdp_root or model
+        initialize_fsdp(registry.fsdp_root)
+    if mesh.size() > 1:
+        enter_local_view(model)
     return model
 
 

@@ -88,7 +88,7 @@ def take_hooks(p: Any) -> UserHooks | None:
     gradient, accumulated = p._backward_hooks, p._post_accumulate_grad_hooks
     if not gradient and not accumulated:
         return None
-    p._backward_hooks = p._post_accumulate_grad_hooks = None
+    p._backward_hooks, p._post_accumulate_grad_hooks = None, OrderedDict()  # None would leave the latter in place
     return UserHooks(OrderedDict() if gradient is None else gradient, OrderedDict() if accumulated is None else accumulated)
 
 
@@ -120,6 +120,7 @@ class PartialGradients:
         self.partial: list[_Partial] = []
         self.hooks = {} if hooks is None else hooks
         self._hooked: list[tuple[torch.nn.Parameter, UserHooks]] = []
+        self._averaged: list[torch.nn.Parameter] = []  # over the data-parallel axis: what FSDP2 can't shard
         self._equal: dict[
             torch.nn.Parameter, Tensor
         ] = {}  # gradients of this pass that are no terms, of parameters not decided yet
@@ -136,7 +137,7 @@ class PartialGradients:
         """Sum the gradients of these parameters from now on, and of no others."""
         self.parameters = list(parameters)
         self._sharded = any(isinstance(p, DTensor) for p in self.parameters)
-        self.partial, self._full, self._undecided, self._hooked = [], [], [], []
+        self.partial, self._full, self._undecided, self._hooked, self._averaged = [], [], [], [], []
         for p in self.parameters:
             shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
             p._tp_gradients = self  # type: ignore[attr-defined]
@@ -148,6 +149,9 @@ class PartialGradients:
                 self._full.append(p)
             if shard.split.state is None:
                 self._undecided.append(p)
+            if not shard.fsdp and shard.mesh[DATA_PARALLEL].size() > 1:
+                self._averaged.append(p)
+                self._data_parallel = shard.mesh.get_group(DATA_PARALLEL)
 
     def add_hook(self, p: torch.nn.Parameter, hook: Callable[..., Any], *, accumulated: bool = False) -> RemovableHandle:
         """Call a user's hook with the full gradient of each pass; with `accumulated`, with the parameter, once its gradient is complete."""
@@ -206,8 +210,8 @@ class PartialGradients:
     def _set_aside(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
         """Take away the gradients that earlier passes have summed already."""
         partial = [x.parameter for x in self.partial]
-        hooked = [p for p, _ in self._hooked if all(p is not x for x in partial)]
-        found = [(p, p.grad) for p in (*partial, *hooked) if p.grad is not None]
+        others = {id(p): p for p in (*partial, *(p for p, _ in self._hooked), *self._averaged)}
+        found = [(p, p.grad) for p in others.values() if p.grad is not None]
         if self._deferred and found:
             return []  # they are terms, as those of this pass will be
         self._deferred = self.defer and not found
@@ -230,6 +234,9 @@ class PartialGradients:
                     by_group[x.group, term.dtype].append(term)
             for (group, _), terms in by_group.items():
                 _sum_over(group, terms)
+            for p in self._averaged:
+                if p.grad is not None:
+                    _sum_over(self._data_parallel, [p.grad.div_(self._data_parallel.size())])
             self._add_equal_gradients()
             for p, hooks in self._hooked:
                 hooks.call_with_gradient(p)

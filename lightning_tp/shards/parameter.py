@@ -72,7 +72,7 @@ class _View:
 def set_depth(depth: int) -> None:
     """Enter a view: the local one for a depth above 0. `torch_function` of a class is looked up at each call, so none is slower for it."""
     if (depth > 0) != (_View.depth > 0):
-        for cls in _CLASSES:
+        for cls in SHARDED:
             type.__setattr__(cls, "__torch_function__", no_torch_function if depth else _SEEN_IN_FULL)
     _View.depth = depth
 
@@ -144,17 +144,19 @@ class ShardedDTensor(_Sharded, DTensor):
     """The same under FSDP2: its DTensor over the data-parallel axis, of a shard over the tensor-parallel one."""
 
 
-_CLASSES = (ShardedParameter, ShardedTensor, ShardedDTensor)
-keep_foreach(*_CLASSES)
+SHARDED = (ShardedParameter, ShardedTensor, ShardedDTensor)
+keep_foreach(*SHARDED)
 
 
 def shard_like(tensor: Any, shard: ParamShard) -> Any:
-    """Mark a local tensor (or FSDP2's DTensor) as a shard, and return it."""
+    """Mark a local tensor (or FSDP2's DTensor) as a shard, and return it. On a mesh of one rank it stays a plain tensor."""
+    tensor._tp_shard = shard
+    if shard.mesh.size() == 1:
+        return tensor
     if isinstance(tensor, DTensor):
         tensor.__class__ = ShardedDTensor
     else:
         tensor.__class__ = ShardedParameter if isinstance(tensor, nn.Parameter) else ShardedTensor
-    tensor._tp_shard = shard
     return tensor
 
 
@@ -171,7 +173,7 @@ def _seen_in_full(
         attribute = func.__self__.__name__  # type: ignore[attr-defined]
         if name == "__get__" and attribute in _FROM_VALUES:
             return func(*_in_full(args))
-        rule = (_READ if name == "__get__" else _WRITE).get(attribute, _as_it_is) if isinstance(first, _CLASSES) else _as_it_is
+        rule = (_READ if name == "__get__" else _WRITE).get(attribute, _as_it_is) if isinstance(first, SHARDED) else _as_it_is
         return rule(func, args, kwargs)
     if name in _AS_IT_IS or in_forward():
         return _as_it_is(func, args, kwargs)
@@ -181,7 +183,7 @@ def _seen_in_full(
         return func(_meta(first), *args[1:], **kwargs)
     if func is torch.autograd.grad:
         return _autograd_grad(func, args, kwargs)
-    if isinstance(kwargs.get("out"), _CLASSES):
+    if isinstance(kwargs.get("out"), SHARDED):
         raise TPError(
             f"`{name}(.., out=..)` would write into a sharded parameter. Use `p.copy_({name}(..))` under `torch.no_grad()`."
         )
@@ -245,7 +247,7 @@ def _write_tensor(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """`p.data = x`, `p.grad = x`: x is full, or sharded."""
     p, value = args
     shard: ParamShard = p._tp_shard
-    if isinstance(value, Tensor) and not isinstance(value, DTensor) and not isinstance(value, _CLASSES):
+    if isinstance(value, Tensor) and not isinstance(value, DTensor) and not isinstance(value, SHARDED):
         if tuple(value.shape) != shard.shape:
             raise TPError(
                 f"`{shard.name}` has the shape {shard.shape}, but was to be given a tensor of the shape {tuple(value.shape)}: after the split, "
@@ -258,8 +260,8 @@ def _write_tensor(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
 def _on_shards(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """A pointwise function or a copy of tensors that are sharded alike, where no gradient is recorded: runs on the shards."""
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-    sharded = [x for x in tensors if isinstance(x, _CLASSES)]
-    others = [x for x in tensors if not isinstance(x, _CLASSES)]
+    sharded = [x for x in tensors if isinstance(x, SHARDED)]
+    others = [x for x in tensors if not isinstance(x, SHARDED)]
     if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in tensors):  # type: ignore[attr-defined]
         return NotImplemented
     shard = sharded[0]._tp_shard
@@ -270,7 +272,7 @@ def _on_shards(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return NotImplemented
     with local_view():
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and not isinstance(out, _CLASSES) and out.shape == sharded[0].shape:
+        if isinstance(out, Tensor) and not isinstance(out, SHARDED) and out.shape == sharded[0].shape:
             return shard_like(out, shard)
         return out
 
@@ -281,13 +283,13 @@ def _writes(name: str) -> bool:
 
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Write in place: into the full tensors, of which each rank then keeps its shards."""
-    written = [x for x in tree_iter(args[0] if args else next(iter(kwargs.values()))) if isinstance(x, _CLASSES)]
+    written = [x for x in tree_iter(args[0] if args else next(iter(kwargs.values()))) if isinstance(x, SHARDED)]
     if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in written):  # type: ignore[attr-defined]
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     full = {id(x): _full(x).detach() for x in written}
 
     def in_full(x: Any) -> Any:
-        return full[id(x)] if id(x) in full else _full(x) if isinstance(x, _CLASSES) else x
+        return full[id(x)] if id(x) in full else _full(x) if isinstance(x, SHARDED) else x
 
     out = func(*tree_map(in_full, args), **tree_map(in_full, kwargs))
     with local_view(), torch.no_grad():
@@ -326,7 +328,7 @@ def _autograd_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def _in_full(tree: Any) -> Any:
-    return tree_map(lambda x: _full(x) if isinstance(x, _CLASSES) else x, tree)
+    return tree_map(lambda x: _full(x) if isinstance(x, SHARDED) else x, tree)
 
 
 def _full(x: Any) -> Tensor:
