@@ -167,8 +167,13 @@ def math_attention_weights(
 
 # private: `DTensor._local_tensor`. Its public `to_local` records a node of autograd.
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a DTensor, without a copy and without autograd; a plain tensor as it is."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    """Return what this rank holds of a DTensor or a sharded tensor, without a copy and without autograd; a plain tensor as it is."""
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor
+    if type(tensor).__torch_function__ is no_torch_function or not hasattr(tensor, "_tp_shard"):
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach()
 
 
 # private: `placement_types._StridedShard`. Without it state dicts of both axes could not be described as DTensors.
@@ -514,3 +519,59 @@ grouped_mm: Any = torch.ops.aten._grouped_mm.default
 softmax_operators: tuple[Any, ...] = tuple(
     getattr(torch.ops.aten, name).default for name in ("_softmax", "_log_softmax", "_safe_softmax")
 )
+# a `__torch_function__` that dispatches nothing: that of `nn.Parameter`
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+
+
+def all_gather_within(output: Tensor, input: Tensor, group: Any, timeout: timedelta) -> bool:
+    """All-gather into `output`; return False if not all ranks take part within `timeout`."""
+    work = group._allgather_base(output, input)
+    try:
+        work.wait(timeout)
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+            raise
+        return False
+    return True
+
+
+def keep_foreach(*classes: Any) -> None:
+    """Let optimizers choose their foreach and fused variants for parameters of these classes, as for `nn.Parameter`."""
+    from torch.optim.optimizer import _foreach_supported_types
+
+    for cls in classes:
+        if cls not in _foreach_supported_types:
+            _foreach_supported_types.append(cls)
+
+
+def fsdp_parameters(model: torch.nn.Module) -> list[Any]:
+    """Return FSDP2's records of the parameters of a model: each has a `sharded_param`, and from its first all-gather on an `_unsharded_param`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    states = dict.fromkeys(m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule))
+    of_states = (getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states)
+    groups = [group for found in of_states for group in found if group is not None]
+    return [parameter for group in groups for parameter in group.fsdp_params]
+
+
+def unsharded_parameter(parameter: Any) -> torch.nn.Parameter | None:
+    """Return the parameter that FSDP2 puts in place of a sharded one in a forward; None before its first all-gather."""
+    return getattr(parameter, "_unsharded_param", None)
+
+
+def is_resharded(unit: Any) -> bool:
+    """Return whether a unit of FSDP2 holds its shards: its forward has not begun, or its backward is over."""
+    state = unit._get_fsdp_state()
+    return any(g is not None and g.is_sharded for g in (getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]))
+
+
+def call_in_forward(unit: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function as if it were the forward of a unit of FSDP2: what `register_fsdp_forward_method` does for a method."""
+    state = unit._get_fsdp_state()
+    args, kwargs = state._pre_forward(unit, args, kwargs)
+    return state._post_forward(unit, args, function(*args, **kwargs))
+
+
+def initialize_fsdp(root: Any) -> None:
+    """Make a module the root of FSDP2 before the first forward, which may be that of a unit inside."""
+    root._get_fsdp_state()._lazy_init()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_tp._compat import own_parameters
+from lightning_tp._compat import fsdp_parameters, own_parameters, unsharded_parameter
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards.grad_norm import register
-from lightning_tp.shards.gradients import PartialGradients
+from lightning_tp.shards.gradients import PartialGradients, UserHooks, take_hooks
+from lightning_tp.shards.parameter import shard_like
 from lightning_tp.shards.shard import ParamShard
 from lightning_tp.styles import BindContext, Replicate, Split
 
@@ -38,18 +40,21 @@ class BindError(TPError):
         self.where = where
 
 
-def split_parameters(model: nn.Module, plan: CheckedPlan, mesh: DeviceMesh, *, fsdp: bool = False) -> None:
-    """Replace each parameter by this rank's shard of it, which knows what it is: `_tp_shard`."""
+def split_parameters(model: nn.Module, plan: CheckedPlan, mesh: DeviceMesh, *, fsdp: bool = False) -> dict[str, UserHooks]:
+    """Make each parameter this rank's shard of it, which knows what it is (`_tp_shard`); return the hooks that they had, by name."""
     rank = mesh.get_local_rank(TENSOR_PARALLEL)
+    hooks: dict[str, UserHooks] = {}
     stated = {name for entry in plan.entries if isinstance(entry.style, Replicate) for name in entry.splits}
 
     def shard_of(name: str, p: nn.Parameter, split: Split) -> nn.Parameter:
-        local = local_parameter(p, split, rank)
-        local.__dict__.update({k: v for k, v in p.__dict__.items() if k != "_tp_shard"})
-        local._tp_shard = ParamShard(name, split, plan.shapes[name], mesh, fsdp, name in stated)  # type: ignore[attr-defined]
-        return local
+        if mesh.size() > 1 and (found := take_hooks(p)) is not None:
+            hooks[name] = found
+        if split.dim is not None:  # in the same object: hooks, lists and closures hold it
+            p.data, p.grad = split.take(p.detach(), rank), None
+        return shard_like(p, ParamShard(name, split, plan.shapes[name], mesh, fsdp and p.ndim > 0, name in stated))
 
     replace_parameters(model, plan, shard_of)
+    return hooks
 
 
 def local_parameter(p: nn.Parameter, split: Split, rank: int) -> nn.Parameter:
@@ -121,6 +126,20 @@ class ParamRegistry:
     def __init__(self, shards: dict[str, ParamShard], gradients: PartialGradients) -> None:
         self.shards = shards
         self.gradients = gradients
+        self.fsdp_root: nn.Module | None = None
+        self.unsharded: list[Any] = []  # FSDP2's records of parameters whose unsharded ones don't know yet what they are
+
+    def tag_unsharded(self) -> None:
+        """Tell the parameters that FSDP2 has put in place of its sharded ones what they are: until it reshards them, user code sees these."""
+        waiting = []
+        for record in self.unsharded:
+            if (p := unsharded_parameter(record)) is None:
+                waiting.append(record)
+                continue
+            sharded = record.sharded_param
+            shard_like(p, replace(sharded._tp_shard, fsdp=False))
+            p._tp_gradients, p._tp_sharded = self.gradients, sharded  # type: ignore[attr-defined]
+        self.unsharded = waiting
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParamRegistry:
         """A copied model sums its own gradients. Its parameters are in `memo`: a module's attributes are copied in their order."""
@@ -128,8 +147,7 @@ class ParamRegistry:
         twin = ParamRegistry(self.shards, PartialGradients(copy.deepcopy(of.axis, memo), of.groups))
         parameters = []
         for p in of.parameters:
-            memo[id(p)]._tp_shard = p._tp_shard  # type: ignore[attr-defined]
-            parameters.append(memo[id(p)])
+            parameters.append(shard_like(memo[id(p)], p._tp_shard))  # type: ignore[attr-defined]
         twin.gradients.watch(parameters)
         register(twin.gradients)
         return twin
@@ -141,7 +159,7 @@ def tag_parameters(model: nn.Module) -> None:
     parameters = []
     for name, p in model.named_parameters():
         if name in registry.shards:
-            p._tp_shard = registry.shards[name]  # type: ignore[attr-defined]
-            parameters.append(p)
+            parameters.append(shard_like(p, registry.shards[name]))
     registry.gradients.watch(parameters)
+    registry.unsharded = fsdp_parameters(model)
     register(registry.gradients)

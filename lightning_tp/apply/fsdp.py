@@ -26,10 +26,11 @@ def apply_fsdp(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = precision or MixedPrecisionPolicy()
+    scalars = {p for p in model.parameters() if not p.ndim}  # FSDP2 shards dim 0; `PartialGradients` averages their gradients
     for block in own_units(model, blocks):
-        fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(block, mesh=dp_mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=scalars)
         remember_dtypes(block)
-    fully_shard(model, mesh=dp_mesh, mp_policy=policy)
+    fully_shard(model, mesh=dp_mesh, mp_policy=policy, ignored_params=scalars)
     remember_dtypes(model)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_tp._compat import initialize_fsdp
 from lightning_tp.apply import materialize
 from lightning_tp.apply.activation_checkpointing import (
     ActivationCheckpointing,
@@ -22,6 +23,7 @@ from lightning_tp.apply.activation_checkpointing import (
 )
 from lightning_tp.apply.bind import ParamRegistry, bind_styles, split_parameters, sum_groups, tag_parameters
 from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, unwrap_compiled
+from lightning_tp.apply.entry import enter_local_view
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
 from lightning_tp.checkpoint.weights.pretrained import read_shards, take_pending
@@ -35,6 +37,7 @@ from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards.gradients import PartialGradients
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.state_dict import attach_state_dict
 
 if TYPE_CHECKING:
@@ -108,6 +111,7 @@ def parallelize(
     return (_by_torchs_styles if backend == "dtensor" else _locally)(model, mesh, checked, options)
 
 
+@local_view()
 def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Options) -> nn.Module:
     """Split parameters and bind styles; then activation checkpointing, compile, FSDP2, weights: the order that torchtitan has."""
     dp_mesh, tp_mesh = check_mesh(mesh)
@@ -121,7 +125,7 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     same_weights_everywhere(model, mesh)
     model._tp_applied_plan = plan  # type: ignore[assignment]
     axis = Axis(tp_mesh.get_group())
-    split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
+    hooks = split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
     if tp_mesh.size() > 1:
         bind_styles(model, plan, axis, loss_parallel=options.loss_parallel)
     if options.compile:
@@ -134,12 +138,19 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     if full_values is not None:
         device = options.device or torch.device(mesh.device_type)
         materialize.fill_shards(model, same_values_everywhere(full_values, mesh), shards, device)
-    model._tp_registry = ParamRegistry(shards, PartialGradients(axis, sum_groups(plan, mesh)))  # type: ignore[assignment]
+    gradients = PartialGradients(axis, sum_groups(plan, mesh), hooks)
+    registry = model._tp_registry = ParamRegistry(shards, gradients)  # type: ignore[assignment]
     tag_parameters(model)
     read_shards(model, stored)
-    attach_state_dict(model)
+    if mesh.size() > 1:
+        attach_state_dict(model)
     if tp_mesh.size() > 1:
         bind_random_calls(model, axis, options.dropout)
+    if dp_mesh.size() > 1:
+        registry.fsdp_root = options.fsdp_root or model
+        initialize_fsdp(registry.fsdp_root)
+    if mesh.size() > 1:
+        enter_local_view(model)
     return model
 
 

@@ -17,6 +17,7 @@ from lightning_tp._compat import foreach_mul_, foreach_norm, local_tensor, wrap_
 from lightning_tp.core.comm.collectives import reduce_over
 from lightning_tp.errors import TPError
 from lightning_tp.shards.gradients import PartialGradients
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.shard import ParamShard
 
 _applied: WeakSet[PartialGradients] = WeakSet()  # of the models that live; weak references to parameters would pin them
@@ -33,7 +34,8 @@ def _norm_of_applied(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
     ) -> Tensor:
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        of = {id(p.grad): p._tp_shard for gradients in _applied for p in gradients.parameters}  # type: ignore[attr-defined]
+        with local_view():
+            of = {id(p.grad): p._tp_shard for gradients in _applied for p in gradients.parameters}  # type: ignore[attr-defined]
         known = [(of[id(t)], t) for t in tensors if id(t) in of]
         if not known:
             return own(tensors, norm_type, error_if_nonfinite, foreach)
@@ -47,6 +49,7 @@ def _norm_of_applied(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return get_total_norm
 
 
+@local_view()
 @torch.no_grad()
 def grad_norm(parameters: Iterable[torch.nn.Parameter], norm_type: float = 2.0, *, error_if_nonfinite: bool = False) -> Tensor:
     """Return the norm of the full gradients, as one process would have it.
@@ -66,6 +69,7 @@ def grad_norm(parameters: Iterable[torch.nn.Parameter], norm_type: float = 2.0, 
     return _full_norm(known, norm_type, error_if_nonfinite)
 
 
+@local_view()
 @torch.no_grad()
 def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_separator: str = "/") -> dict[str, Tensor]:
     """Return the norm of each parameter's full gradient, and of all together, named as by `lightning.pytorch.utilities.grad_norm`.
@@ -110,6 +114,7 @@ def _local_power(shard: ParamShard | None, grad: Tensor, order: float) -> Tensor
     return sum((norm.pow(order) / copies for norm, copies in norms), zero)
 
 
+@local_view()
 @torch.no_grad()
 def _full_norm(gradients: list[tuple[ParamShard, Tensor]], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     if not gradients:
@@ -150,6 +155,7 @@ def _vector(values: tuple[float, ...], device: torch.device, dtype: torch.dtype)
     return torch.tensor(values, device=device, dtype=dtype)
 
 
+@local_view()
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: torch.nn.Parameter | Iterable[torch.nn.Parameter], max_norm: float, norm_type: float = 2.0

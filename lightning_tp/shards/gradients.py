@@ -8,8 +8,8 @@ heads), so that `.grad` is right as soon as `loss.backward()` returns.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,10 +18,11 @@ from weakref import ref
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_tp._compat import (
     all_gather_into,
-    backward_kind,
     flatten,
     foreach_copy_,
     local_tensor,
@@ -32,7 +33,8 @@ from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import I, R
 from lightning_tp.errors import TPError
-from lightning_tp.shards.shard import ParamShard
+from lightning_tp.shards.parameter import full_view, local_view
+from lightning_tp.shards.shard import ParamShard, like
 
 CHECKED_PASSES = 1  # in the first backward pass, gradients are compared over ranks with what the plan says of them
 TOLERANCE = 1e-2
@@ -52,6 +54,53 @@ class _Partial:
         return self.shard.summed_part(local_tensor(self.parameter.grad))
 
 
+@dataclass
+class UserHooks:
+    """The hooks that a user has registered on one parameter."""
+
+    gradient: OrderedDict[int, Callable[[Tensor], Tensor | None]]
+    accumulated: OrderedDict[int, Callable[[Any], None]]
+
+    def call_with_gradient(self, p: Any) -> None:
+        """Call the hooks with the full gradient; what they return takes its place."""
+        if p.grad is not None and self.gradient:
+            local_tensor(p.grad).copy_(self.changed(p.grad, p._tp_shard))
+
+    def changed(self, grad: Tensor, shard: ParamShard) -> Tensor:
+        """Return the local gradient after the hooks."""
+        full = shard.gather(grad)
+        with full_view():
+            for hook in tuple(self.gradient.values()):
+                out = hook(full)
+                full = full if out is None else out
+        return shard.take(full)
+
+    def call_with_parameter(self, p: Any) -> None:
+        """Call the post-accumulate hooks."""
+        if p.grad is not None and self.accumulated:
+            with full_view():
+                for hook in tuple(self.accumulated.values()):
+                    hook(p)
+
+
+def take_hooks(p: Any) -> UserHooks | None:
+    """Take away the hooks of a parameter that is about to be split, and return them; their handles still remove them."""
+    gradient, accumulated = p._backward_hooks, p._post_accumulate_grad_hooks
+    if not gradient and not accumulated:
+        return None
+    p._backward_hooks, p._post_accumulate_grad_hooks = None, OrderedDict()  # None would leave the latter in place
+    return UserHooks(OrderedDict() if gradient is None else gradient, OrderedDict() if accumulated is None else accumulated)
+
+
+def _begin_of(gradients: ref[PartialGradients]) -> Callable[[Tensor], None]:
+    def begin(_: Tensor) -> None:
+        found = gradients()
+        if found is not None:
+            found.begin()
+
+    return begin
+
+
 class PartialGradients:
     """Sums partial gradients at the end of each backward pass.
 
@@ -61,13 +110,21 @@ class PartialGradients:
     Args:
         axis: the tensor-parallel axis; its `on_backward` is set to `begin`.
         groups: for each number of neighbouring ranks that sum a gradient, the group of them that this rank is in.
+        hooks: those that users have registered, by the parameter's name.
     """
 
-    def __init__(self, axis: Axis, groups: dict[int, dist.ProcessGroup]) -> None:
+    def __init__(self, axis: Axis, groups: dict[int, dist.ProcessGroup], hooks: dict[str, UserHooks] | None = None) -> None:
         self.axis = axis
         self.groups = groups
         self.parameters: list[torch.nn.Parameter] = []
         self.partial: list[_Partial] = []
+        self.hooks = {} if hooks is None else hooks
+        self._hooked: list[tuple[torch.nn.Parameter, UserHooks]] = []
+        self._averaged: list[torch.nn.Parameter] = []  # over the data-parallel axis: what FSDP2 can't shard
+        self._equal: dict[
+            torch.nn.Parameter, Tensor
+        ] = {}  # gradients of this pass that are no terms, of parameters not decided yet
+        self._returning = False  # `torch.autograd.grad` returns the gradients of the pass
         self._full: list[torch.nn.Parameter] = []  # whose gradients are compared over the ranks
         self._undecided: list[torch.nn.Parameter] = []  # of which the plan does not say whether their gradients are partial
         self.passes = 0
@@ -79,28 +136,82 @@ class PartialGradients:
     def watch(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum the gradients of these parameters from now on, and of no others."""
         self.parameters = list(parameters)
-        self.partial, self._full, self._undecided = [], [], []
+        self._sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        self.partial, self._full, self._undecided, self._hooked, self._averaged = [], [], [], [], []
         for p in self.parameters:
             shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
+            p._tp_gradients = self  # type: ignore[attr-defined]
+            if shard.name in self.hooks:
+                self._call_hooks_of(p)
             if shard.sum_over > 1:
                 self.partial.append(_Partial(p, shard, self.groups[shard.sum_over]))
             if shard.split.dim is None and (shard.split.state != R or shard.check_gradient):
                 self._full.append(p)
             if shard.split.state is None:
                 self._undecided.append(p)
+            if not shard.fsdp and shard.mesh[DATA_PARALLEL].size() > 1:
+                self._averaged.append(p)
+                self._data_parallel = shard.mesh.get_group(DATA_PARALLEL)
 
+    def add_hook(self, p: torch.nn.Parameter, hook: Callable[..., Any], *, accumulated: bool = False) -> RemovableHandle:
+        """Call a user's hook with the full gradient of each pass; with `accumulated`, with the parameter, once its gradient is complete."""
+        shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
+        if (found := self.hooks.get(shard.name)) is None:
+            found = self.hooks[shard.name] = UserHooks(OrderedDict(), OrderedDict())
+            self._call_hooks_of(p)
+        hooks = found.accumulated if accumulated else found.gradient
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
+        return handle
+
+    def _call_hooks_of(self, p: torch.nn.Parameter) -> None:
+        shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
+        self._hooked.append((p, self.hooks[shard.name]))
+        if not isinstance(p, DTensor) and p.requires_grad and "_tp_begin" not in p.__dict__:
+            p._tp_begin = Tensor.register_hook(p, _begin_of(ref(self)))  # type: ignore[attr-defined]
+
+    def add_equal(self, p: torch.nn.Parameter, grad: Tensor) -> None:
+        """Add this local gradient, which is equal on all ranks, at the end of the pass: whether others of `p` are terms is not known yet."""
+        self._equal[p] = self._equal[p] + grad if p in self._equal else grad
+
+    def grads_of(self, inputs: Sequence[Any], run: Callable[[], Sequence[Tensor | None]]) -> list[Tensor | None]:
+        """Return the complete local gradients that `run`, a call of `torch.autograd.grad`, computes for `inputs`."""
+        self._returning = True
+        try:
+            found = list(run())
+        finally:
+            self._returning = False
+        for i, (x, g) in enumerate(zip(inputs, found, strict=True)):
+            shard: ParamShard | None = getattr(x, "_tp_shard", None)
+            if shard is None or g is None:
+                continue
+            undecided = shard.split.state is None and self._differs(g)
+            if undecided or shard.sum_over > 1:
+                found[i] = g = g.clone(memory_format=torch.contiguous_format)
+                term = g if undecided else shard.summed_part(g)
+                _sum_over(self.groups[self.axis.size if undecided else shard.sum_over], [term])
+            if shard.name in self.hooks:
+                found[i] = self.hooks[shard.name].changed(g, shard)
+        return found
+
+    def _differs(self, grad: Tensor) -> bool:
+        low, high = self._over_ranks(_signature(grad).unsqueeze(0).to(grad.device))
+        return float((high - low).max()) > TOLERANCE * float(high[0, 0].clamp_min(1e-12))
+
+    @local_view()
     def begin(self) -> None:
         """Begin a backward pass; called at every collective of it, so cheap."""
         if self._pass() is not None:
             return
-        self._refuse_to_return_terms()
-        this_pass = _BackwardPass(self, self._set_aside())
+        this_pass = _BackwardPass(self, [] if self._returning else self._set_aside(), returning=self._returning)
         self._pass = ref(this_pass)
-        queue_after_backward(this_pass.finish)
+        queue_after_backward(this_pass.finish_after_fsdp if self._sharded else this_pass.finish)
 
     def _set_aside(self) -> list[tuple[torch.nn.Parameter, Tensor]]:
         """Take away the gradients that earlier passes have summed already."""
-        found = [(x.parameter, x.parameter.grad) for x in self.partial if x.parameter.grad is not None]
+        partial = [x.parameter for x in self.partial]
+        others = {id(p): p for p in (*partial, *(p for p, _ in self._hooked), *self._averaged)}
+        found = [(p, p.grad) for p in others.values() if p.grad is not None]
         if self._deferred and found:
             return []  # they are terms, as those of this pass will be
         self._deferred = self.defer and not found
@@ -108,20 +219,7 @@ class PartialGradients:
             parameter.grad = None
         return found
 
-    def _refuse_to_return_terms(self) -> None:
-        """`torch.autograd.grad` returns gradients before the pass is over: they can't be summed."""
-        for x in self.partial:
-            if x.shard.fsdp or not x.parameter.requires_grad:
-                continue
-            kind = backward_kind(x.parameter)
-            if kind == "backward":  # and so for all: one look per pass
-                return
-            if kind == "grad":
-                raise TPError(
-                    f"`torch.autograd.grad` is asked for the gradient of `{x.shard.name}`, of which each of the tp={self.axis.size} ranks computes "
-                    "a term: it would be returned before the terms are summed. Call `loss.backward(inputs=[..])` instead, and take `.grad`."
-                )
-
+    @local_view()
     def end(self, summed_before: list[tuple[torch.nn.Parameter, Tensor]]) -> None:
         """End a backward pass: sum what is partial, then add what earlier passes had summed."""
         if self.defer and self._deferred:
@@ -136,12 +234,28 @@ class PartialGradients:
                     by_group[x.group, term.dtype].append(term)
             for (group, _), terms in by_group.items():
                 _sum_over(group, terms)
+            for p in self._averaged:
+                if p.grad is not None:
+                    _sum_over(self._data_parallel, [p.grad.div_(self._data_parallel.size())])
+            self._add_equal_gradients()
+            for p, hooks in self._hooked:
+                hooks.call_with_gradient(p)
             for parameter, before in summed_before:
                 if parameter.grad is None:
                     parameter.grad = before
                 else:
                     local_tensor(parameter.grad).add_(local_tensor(before))
+            for p, hooks in self._hooked:
+                hooks.call_with_parameter(p)
         self.passes += 1
+
+    def _add_equal_gradients(self) -> None:
+        for p, grad in self._equal.items():
+            if p.grad is None:
+                p.grad = like(p, grad)
+            else:
+                local_tensor(p.grad).add_(grad)
+        self._equal.clear()
 
     def _compare_with_plan(self) -> None:
         """Compare the gradients of full parameters over the ranks: are they equal (`I`) or terms of a sum (`R`), as the plan says?
@@ -152,7 +266,7 @@ class PartialGradients:
         looked_at = [p for p in looked_at if p.requires_grad]
         if not looked_at:
             return
-        low, high = self._over_ranks(torch.stack([_signature(p) for p in looked_at]).to(looked_at[0].device))
+        low, high = self._over_ranks(torch.stack([_signature(p.grad) for p in looked_at]).to(looked_at[0].device))
         smallest, largest = low[:, 0], high[:, 0]
         matters, some = largest > 1e-9 * largest.max(), TOLERANCE * largest.clamp_min(1e-12)
         unequal = ((largest - smallest > some) & matters).tolist()
@@ -198,20 +312,28 @@ class PartialGradients:
 class _BackwardPass:
     """One backward pass, kept alive by the callback that autograd calls when it is over."""
 
-    def __init__(self, gradients: PartialGradients, summed_before: list[tuple[torch.nn.Parameter, Tensor]]) -> None:
+    def __init__(
+        self, gradients: PartialGradients, summed_before: list[tuple[torch.nn.Parameter, Tensor]], *, returning: bool
+    ) -> None:
         self._gradients = gradients
+        self._returning = returning  # nothing is accumulated
         self._summed_before = summed_before
+
+    def finish_after_fsdp(self) -> None:
+        """Finish behind FSDP2's own callback, which reduces gradients, and may have been queued after this one."""
+        queue_after_backward(self.finish)
 
     def finish(self) -> None:
         self._gradients._pass = lambda: None
-        self._gradients.end(self._summed_before)
+        if not self._returning:
+            self._gradients.end(self._summed_before)
 
 
-def _signature(p: torch.nn.Parameter) -> Tensor:
+def _signature(grad: Tensor | None) -> Tensor:
     """(norm, two random projections) of a gradient: equal on two ranks only if the gradients are."""
-    if p.grad is None:
+    if grad is None:
         return torch.zeros(3, dtype=torch.float64)
-    grad = local_tensor(p.grad).detach().double().flatten().cpu()
+    grad = local_tensor(grad).detach().double().flatten().cpu()
     signs = torch.randint(0, 2, (2, grad.numel()), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).double()
     return torch.cat((grad.norm().unsqueeze(0), signs @ grad))
 

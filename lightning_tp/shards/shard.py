@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +16,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
-from lightning_tp._compat import all_gather_into, dtensor_of_pieces, is_in_pieces, local_tensor, pieces_of_dtensor, strided_shard
+from lightning_tp._compat import (
+    all_gather_into,
+    all_gather_within,
+    dtensor_of_pieces,
+    is_in_pieces,
+    local_tensor,
+    pieces_of_dtensor,
+    strided_shard,
+)
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.errors import TPError
 from lightning_tp.styles import Split
 
+WAIT = timedelta(seconds=30)  # for other ranks to read the same full tensor
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -58,8 +69,9 @@ class ParamShard:
 
     @cached_property
     def copies(self) -> int:
-        """How many ranks of the tensor-parallel axis hold the same elements; where it is not one number, see `parts_by_copies`."""
-        return self.tp if self.split.dim is None else self.sum_over
+        """How many ranks hold the same elements; where it is not one number, see `parts_by_copies`."""
+        copies = self.tp if self.split.dim is None else self.sum_over
+        return copies if self.fsdp else copies * self.mesh[DATA_PARALLEL].size()
 
     @cached_property
     def sum_over(self) -> int:
@@ -73,9 +85,9 @@ class ParamShard:
 
     @cached_property
     def groups(self) -> tuple[dist.ProcessGroup, ...]:
-        """The groups over which the elements that this rank holds add up to all: of the tensor-parallel axis, then FSDP2's."""
+        """The groups over which the elements that this rank holds add up to all: of the tensor-parallel axis, then of the data-parallel one."""
         tp_group = self.mesh.get_group(TENSOR_PARALLEL)
-        return (tp_group, self.mesh.get_group(DATA_PARALLEL)) if self.fsdp else (tp_group,)
+        return (tp_group, self.mesh.get_group(DATA_PARALLEL)) if self.mesh[DATA_PARALLEL].size() > 1 else (tp_group,)
 
     @property
     def tp_local_shape(self) -> tuple[int, ...]:
@@ -125,11 +137,10 @@ class ParamShard:
 
     def gather(self, value: Tensor) -> Tensor:
         """Return the full tensor from every rank's local one (or FSDP2's DTensor), on the device of `value`. A collective."""
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        value = value.detach()
+        value = (DTensor.full_tensor(value) if isinstance(value, DTensor) else local_tensor(value)).detach()
         if self.split.dim is None or self.tp == 1:
             return value.clone()
+        self._meet()
         sizes = [_numel(self.split.local_shape(self.shape, r)) for r in range(self.tp)]
         mine = value.new_zeros(max(sizes))
         mine[: value.numel()] = value.reshape(-1)
@@ -139,6 +150,26 @@ class ParamShard:
         for rank, (flat, size) in enumerate(zip(every.chunk(self.tp), sizes, strict=True)):
             self.split.put(full, flat[:size].view(self.split.local_shape(self.shape, rank)), rank)
         return full
+
+    def _meet(self) -> None:
+        """Make sure that all ranks of the tensor-parallel axis are about to gather this tensor.
+
+        Raises:
+            TPError: if some gather another one, or none.
+        """
+        mine = torch.tensor([zlib.crc32(self.name.encode())], device=self.mesh.device_type)
+        every = mine.new_empty(self.tp)
+        what = f"rank {dist.get_rank()} reads `{self.name}` in full, which takes all ranks"
+        if not all_gather_within(every, mine, self.mesh.get_group(TENSOR_PARALLEL), WAIT):
+            raise TPError(
+                f"{what.capitalize()}, but others did not within {WAIT.seconds} s. Code that reads or saves weights has to run on every rank: "
+                "move it out of `if trainer.is_global_zero:` (`rank_zero_only`, ..), or call `full_state_dict(module)` on all ranks before."
+            )
+        if len(set(every.tolist())) > 1:
+            raise TPError(
+                f"{what.capitalize()}, but another rank reads another tensor at the same time. Code that reads or saves weights has to run on "
+                "every rank, in the same order."
+            )
 
     def take(self, full: Tensor) -> Tensor:
         """Return this rank's local tensor of a full one: its tensor-parallel shard, then FSDP2's rows of it."""

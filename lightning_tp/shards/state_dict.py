@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_tp._compat import is_persistent, local_tensor, own_buffers, own_parameters
+from lightning_tp.shards.parameter import SHARDED, local_view, shard_like
 
 
+@local_view()
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict that the unsplit model would have: name -> full tensor on the CPU, on every rank. A collective.
 
@@ -44,6 +46,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return full
 
 
+@local_view()
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients that the unsplit model would have: name -> full tensor on the CPU, on every rank. A collective.
 
@@ -101,11 +104,31 @@ def persistent(model: nn.Module) -> list[str]:
 
 
 def attach_state_dict(model: nn.Module) -> None:
-    """Make `model.state_dict()` return DTensors over the 2D mesh, and `load_state_dict` take these or full tensors."""
+    """Make `model.state_dict()` return DTensors over the 2D mesh, and `load_state_dict` take these or full tensors.
+
+    The state dict of a module inside of the model holds full tensors.
+    """
     model.register_state_dict_post_hook(_state_dict_as_dtensors)
     model.register_load_state_dict_pre_hook(_load_locals)
+    for module in model.modules():
+        if module is not model:
+            module.register_state_dict_post_hook(_state_dict_in_full)
 
 
+def _state_dict_in_full(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Make the state dict of a part of the model hold full tensors, on the CPU: what `save_pretrained` or `torch.save` writes."""
+    if prefix:
+        return  # it is asked for by the module around it
+    full: dict[int, Tensor] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        value = state.get(name)
+        if isinstance(value, SHARDED) and value is not p:  # with `keep_vars` it is the parameter itself
+            if id(p) not in full:
+                full[id(p)] = value.full_tensor().cpu()
+            state[name] = full[id(p)]
+
+
+@local_view()
 def _state_dict_as_dtensors(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, p in module.named_parameters(remove_duplicate=False):
         shard = getattr(p, "_tp_shard", None)
@@ -113,6 +136,7 @@ def _state_dict_as_dtensors(module: nn.Module, state: dict[str, Any], prefix: st
             state[prefix + name] = shard.to_dtensor(state[prefix + name])
 
 
+@local_view()
 def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     reshard(module)
     for name, p in module.named_parameters(remove_duplicate=False):
@@ -123,4 +147,4 @@ def _load_locals(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         with torch.no_grad():  # at once: whoever collects them first holds all shards twice
             local_tensor(p).copy_(local)
         del local  # before the next one is made
-        state[prefix + name] = p.detach()
+        state[prefix + name] = shard_like(p.detach(), shard)

@@ -38,6 +38,7 @@ from lightning_tp.core.ops.rng import seed_mesh
 from lightning_tp.data.group_loader import Ranks
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.shards import gradients
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.trainer import checkpoints, module_plan
 from lightning_tp.trainer.adapt.averaging import averages_of_shards, averaging_callbacks
 from lightning_tp.trainer.adapt.metrics import all_gather, full_tensors, reduce_over
@@ -342,7 +343,8 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        with raise_on_rank_zero(self.global_rank % self.sizes[1]):  # all ranks of a group find the same about a gradient
+        # all ranks of a group find the same about a gradient; what is recomputed is the forward of the model
+        with raise_on_rank_zero(self.global_rank % self.sizes[1]), local_view():
             return super().backward(*args, **kwargs)
 
     @contextmanager

@@ -1,0 +1,99 @@
+"""Enter the local view of parameters where a model is called, so that its forward runs on plain shards; code around it sees full parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+from weakref import ref
+
+from torch import nn
+from torch.compiler import is_compiling
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_tp._compat import call_in_forward, is_resharded
+from lightning_tp.apply.bind import ParamRegistry
+from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.shards.parameter import depth, set_depth
+
+
+class _Entry(nn.Module):
+    """A module that user code calls."""
+
+    _registry: ref[ParamRegistry]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = depth()
+        if before or is_compiling():
+            return super().__call__(*args, **kwargs)
+        registry = self._registry()
+        root = None if registry is None else registry.fsdp_root
+        set_depth(1)
+        try:
+            if root is not None and self is not root and is_resharded(root):
+                return call_in_forward(root, super().__call__, *args, **kwargs)
+            return super().__call__(*args, **kwargs)
+        finally:
+            if registry is not None and registry.unsharded:
+                registry.tag_unsharded()
+            set_depth(before)
+
+
+def enter_local_view(model: nn.Module) -> None:
+    """Make calls of a split model, and of the modules in it that user code may call by themselves, run in `local_view`.
+
+    Args:
+        model: a module with a `training_step` is user code itself; what it holds is called.
+    """
+    for module in model.modules():
+        if not hasattr(module, "training_step"):
+            module.__dict__["_tp_planned"] = True
+    registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
+    every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
+    for module in [m for m in model.modules() if "_tp_planned" in m.__dict__] if every else entries(model):
+        swap_class(module, _Entry, _registry=ref(registry))
+    _watch_optimizers()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Make the steps of all optimizers run in `local_view`, and their closures outside of it."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+_depths: list[int] = []  # outside of the steps that run
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    outside = depth()
+    _depths.append(outside)
+    set_depth(outside + 1)
+
+    def at_outer(closure: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            inside = depth()
+            set_depth(outside)
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                set_depth(inside)
+
+        return run if callable(closure) else closure
+
+    return (args[0], *map(at_outer, args[1:])), {k: at_outer(v) for k, v in kwargs.items()}
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    set_depth(_depths.pop())
+
+
+def entries(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the outermost modules that have a forward of their own, and those in containers of them."""
+    if not hasattr(model, "training_step") and type(model).forward is not nn.Module.forward:
+        yield model
+        if not isinstance(model, nn.Sequential):
+            return
+    for child in {id(m): m for m in model.children()}.values():
+        yield from entries(child)

@@ -1,0 +1,401 @@
+"""Sharded parameters that user code sees in full: shapes, values, gradients and writes in place are those of the full tensor.
+
+After `parallelize`, a parameter is the same object as before, of the class `ShardedParameter` (under FSDP2 `ShardedDTensor`), and its memory is this
+rank's shard. What it is seen as depends on where it is used:
+
+| where | seen as |
+|---|---|
+| in the forward of the model, in `optimizer.step`, in clipping (`local_view`) | the plain local tensor; no dispatch, as fast as a plain one |
+| anywhere else: a step, a hook, a callback, a script | the full tensor |
+
+`p.norm()`, `p.pow(2).sum()`, `p @ p.T` all-gather, differentiably: the gradient that comes back is this rank's shard, and is counted once where ranks
+hold the same elements. `p.mul_(mask)`, `p.data.copy_(full)`, `nn.init.normal_(p)` and `p.grad.add_(x)` compute the full result on every rank and keep
+this rank's shard. `p.shape`, `p.numel()` and the like cost nothing. A gather is a collective: every rank of the mesh has to get there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tp._compat import call_impl, keep_foreach, local_tensor, no_torch_function
+from lightning_tp.core.comm.mesh import DATA_PARALLEL
+from lightning_tp.core.comm.state import R
+from lightning_tp.errors import TPError
+from lightning_tp.shards.shard import ParamShard, like
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _View:
+    """Whether sharded tensors are seen as local ones now: `depth` is how many `local_view`s are around. May be nested; a decorator, too."""
+
+    depth = 0
+
+    def __init__(self, local: bool) -> None:
+        self._local = local
+        self._before: list[int] = []
+
+    def __enter__(self) -> None:
+        self._before.append(_View.depth)
+        set_depth(_View.depth + 1 if self._local else 0)
+
+    def __exit__(self, *_: object) -> None:
+        set_depth(self._before.pop())
+
+    def __call__(self, function: F) -> F:
+        local = self._local
+
+        @wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            before = _View.depth
+            set_depth(before + 1 if local else 0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                set_depth(before)
+
+        return inside  # type: ignore[return-value]
+
+
+def set_depth(depth: int) -> None:
+    """Enter a view: the local one for a depth above 0. `torch_function` of a class is looked up at each call, so none is slower for it."""
+    if (depth > 0) != (_View.depth > 0):
+        for cls in SHARDED:
+            type.__setattr__(cls, "__torch_function__", no_torch_function if depth else _SEEN_IN_FULL)
+    _View.depth = depth
+
+
+def depth() -> int:
+    """Return how many `local_view`s are around; 0: sharded tensors are seen in full."""
+    return _View.depth
+
+
+def local_view() -> _View:
+    """See sharded tensors as the plain local tensors that they are; a context manager, or a decorator.
+
+    Example:
+        >>> with local_view():
+        ...     depth()
+        1
+    """
+    return _View(True)
+
+
+def full_view() -> _View:
+    """See sharded tensors in full again, inside of `local_view`: for user code that is called from there."""
+    return _View(False)
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+class _Sharded:
+    """What a sharded tensor does in either view."""
+
+    _tp_shard: ParamShard
+
+    def full_tensor(self, **_: Any) -> Tensor:
+        """Return the full tensor on every rank, differentiably. A collective."""
+        return _full(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        with local_view():
+            copied = super().__deepcopy__(memo)  # type: ignore[misc]
+            return shard_like(copied, self._tp_shard)
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Register a hook that is given the full gradient of a backward pass, when the pass is over; see `torch.Tensor.register_hook`."""
+        gradients = getattr(self, "_tp_gradients", None)
+        if gradients is None:
+            with local_view():
+                return Tensor.register_hook(self, hook)  # type: ignore[arg-type]
+        return gradients.add_hook(self, hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """Register a hook that runs once the full gradient is in `.grad`; see `torch.Tensor.register_post_accumulate_grad_hook`."""
+        gradients = getattr(self, "_tp_gradients", None)
+        if gradients is None:
+            with local_view():
+                return Tensor.register_post_accumulate_grad_hook(self, hook)  # type: ignore[arg-type]
+        return gradients.add_hook(self, hook, accumulated=True)
+
+
+class ShardedParameter(_Sharded, nn.Parameter):
+    """A parameter of which this rank holds the shard `_tp_shard` says."""
+
+
+class ShardedTensor(_Sharded, Tensor):
+    """What was read from a sharded parameter (`.data`, `.detach()`, `.grad`, a copy), and is sharded like it."""
+
+
+class ShardedDTensor(_Sharded, DTensor):
+    """The same under FSDP2: its DTensor over the data-parallel axis, of a shard over the tensor-parallel one."""
+
+
+SHARDED = (ShardedParameter, ShardedTensor, ShardedDTensor)
+keep_foreach(*SHARDED)
+
+
+def shard_like(tensor: Any, shard: ParamShard) -> Any:
+    """Mark a local tensor (or FSDP2's DTensor) as a shard, and return it. On a mesh of one rank it stays a plain tensor."""
+    tensor._tp_shard = shard
+    if shard.mesh.size() == 1:
+        return tensor
+    if isinstance(tensor, DTensor):
+        tensor.__class__ = ShardedDTensor
+    else:
+        tensor.__class__ = ShardedParameter if isinstance(tensor, nn.Parameter) else ShardedTensor
+    return tensor
+
+
+# -------------------------------------------------------------------------------------------------------- seen in full
+
+
+def _seen_in_full(
+    cls: type, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+) -> Any:
+    kwargs = kwargs or {}
+    name = func.__name__
+    first = args[0] if args else None
+    if name in ("__get__", "__set__", "__delete__"):
+        attribute = func.__self__.__name__  # type: ignore[attr-defined]
+        if name == "__get__" and attribute in _FROM_VALUES:
+            return func(*_in_full(args))
+        rule = (_READ if name == "__get__" else _WRITE).get(attribute, _as_it_is) if isinstance(first, SHARDED) else _as_it_is
+        return rule(func, args, kwargs)
+    if name in _AS_IT_IS or in_forward():
+        return _as_it_is(func, args, kwargs)
+    if name in _LOCAL:
+        return shard_like(_as_it_is(func, args, kwargs), first._tp_shard)  # type: ignore[union-attr]
+    if name in _SIZES:
+        return func(_meta(first), *args[1:], **kwargs)
+    if func is torch.autograd.grad:
+        return _autograd_grad(func, args, kwargs)
+    if isinstance(kwargs.get("out"), SHARDED):
+        raise TPError(
+            f"`{name}(.., out=..)` would write into a sharded parameter. Use `p.copy_({name}(..))` under `torch.no_grad()`."
+        )
+    if name in _COPIES or name in _POINTWISE:
+        done = _on_shards(func, args, kwargs)
+        if done is not NotImplemented:
+            return done
+    if _writes(name):
+        return _write(func, args, kwargs)
+    if name in _POINTERS:  # the full tensor has to outlive the pointer
+        first.__dict__["_tp_full"] = _full(first)
+        return func(first.__dict__["_tp_full"], *args[1:], **kwargs)
+    if name == "__reduce_ex__" and isinstance(first, nn.Parameter):
+        return func(nn.Parameter(_full(first).detach(), first.requires_grad), *args[1:])
+    return func(*_in_full(args), **_in_full(kwargs))
+
+
+_SEEN_IN_FULL: Any = classmethod(_seen_in_full)
+set_depth(1)
+set_depth(0)
+
+
+def in_forward() -> bool:
+    """Return whether the forward of a split module runs that nobody has called through its entry: recomputed in a backward pass, or a method of it.
+
+    A hook of a module is not its forward.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    inner = None
+    while frame is not None:
+        if inner is not None and frame.f_code is MODULE_CALL and inner.f_code.co_name not in _FORWARDS:
+            return False  # a hook
+        if frame.f_code.co_name == "forward" and "_tp_planned" in getattr(frame.f_locals.get("self"), "__dict__", ()):
+            return True
+        inner, frame = frame, frame.f_back
+    return False
+
+
+def _as_it_is(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    with local_view():
+        return func(*args, **kwargs)
+
+
+def _meta(x: Any) -> Tensor:
+    return torch.empty(x._tp_shard.shape, dtype=x.dtype, device="meta")
+
+
+def _read_shape(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return func(_meta(args[0]))
+
+
+def _read_tensor(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`.data`, `.grad`: sharded as the parameter is."""
+    found = _as_it_is(func, args, kwargs)
+    if found is None or (hasattr(args[0], "_tp_sharded") and func.__self__.__name__ == "grad"):  # type: ignore[attr-defined]
+        return found  # FSDP2 alone reads gradients that are not reduced yet
+    return shard_like(found, args[0]._tp_shard)
+
+
+def _write_tensor(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """`p.data = x`, `p.grad = x`: x is full, or sharded."""
+    p, value = args
+    shard: ParamShard = p._tp_shard
+    if isinstance(value, Tensor) and not isinstance(value, DTensor) and not isinstance(value, SHARDED):
+        if tuple(value.shape) != shard.shape:
+            raise TPError(
+                f"`{shard.name}` has the shape {shard.shape}, but was to be given a tensor of the shape {tuple(value.shape)}: after the split, "
+                "sizes are fixed. Resize the model in `__init__` or `configure_model`."
+            )
+        value = like(p, shard.take(value.detach()))
+    _as_it_is(func, (p, value), kwargs)
+
+
+def _on_shards(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """A pointwise function or a copy of tensors that are sharded alike, where no gradient is recorded: runs on the shards."""
+    tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+    sharded = [x for x in tensors if isinstance(x, SHARDED)]
+    others = [x for x in tensors if not isinstance(x, SHARDED)]
+    if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in tensors):  # type: ignore[attr-defined]
+        return NotImplemented
+    shard = sharded[0]._tp_shard
+    alike = all((x._tp_shard.split, x._tp_shard.shape) == (shard.split, shard.shape) for x in sharded)
+    if _writes(func.__name__) and any(hasattr(x, "_tp_sharded") for x in sharded):
+        return NotImplemented
+    if not alike or any(x.ndim for x in others) or len({isinstance(x, DTensor) for x in sharded}) > 1:
+        return NotImplemented
+    with local_view():
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and not isinstance(out, SHARDED) and out.shape == sharded[0].shape:
+            return shard_like(out, shard)
+        return out
+
+
+def _writes(name: str) -> bool:
+    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+
+
+def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Write in place: into the full tensors, of which each rank then keeps its shards."""
+    written = [x for x in tree_iter(args[0] if args else next(iter(kwargs.values()))) if isinstance(x, SHARDED)]
+    if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in written):  # type: ignore[attr-defined]
+        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    full = {id(x): _full(x).detach() for x in written}
+
+    def in_full(x: Any) -> Any:
+        return full[id(x)] if id(x) in full else _full(x) if isinstance(x, SHARDED) else x
+
+    out = func(*tree_map(in_full, args), **tree_map(in_full, kwargs))
+    with local_view(), torch.no_grad():
+        for x in written:
+            value = full[id(x)]
+            if tuple(value.shape) != x._tp_shard.shape:
+                raise TPError(f"`{func.__name__}` would change the shape of `{x._tp_shard.name}` {x._tp_shard.shape} in place.")
+            for y in (x, getattr(x, "_tp_sharded", None)):  # what FSDP2 has unsharded for a forward is let go again
+                if y is not None:
+                    local_tensor(y).copy_(y._tp_shard.take(value))
+    return written[0] if isinstance(out, Tensor) and len(written) == 1 and out is full[id(written[0])] else out
+
+
+def _autograd_grad(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`torch.autograd.grad`: the gradients of parameters in full, whatever ranks compute terms of them."""
+    names = ("outputs", "inputs")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    inputs = list(given["inputs"]) if isinstance(given["inputs"], (tuple, list)) else [given["inputs"]]
+    with local_view():
+        of = next((x._tp_gradients for x in inputs if hasattr(x, "_tp_gradients")), None)
+        if of is None:
+            return func(*args, **kwargs)
+        if any(isinstance(x, DTensor) for x in inputs):
+            raise TPError(
+                "`torch.autograd.grad` of parameters that FSDP2 shards (dp > 1): FSDP2 only makes gradients in `backward()`. Call "
+                "`loss.backward()` and read `p.grad`, or use dp=1."
+            )
+        found = of.grads_of(inputs, lambda: func(*args, **kwargs))
+        return tuple(
+            g if g is None or not hasattr(x, "_tp_shard") else shard_like(g, x._tp_shard)
+            for x, g in zip(inputs, found, strict=True)
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- full tensors
+
+
+def _in_full(tree: Any) -> Any:
+    return tree_map(lambda x: _full(x) if isinstance(x, SHARDED) else x, tree)
+
+
+def _full(x: Any) -> Tensor:
+    with local_view():
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Full.apply(x)
+        return _gather(x)
+
+
+def _gather(x: Any) -> Tensor:
+    return x._tp_shard.gather(x)
+
+
+class _Full(Function):
+    """A shard -> the full tensor. Backward: this rank's shard of the gradient, and each element on one of the ranks whose terms are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Any) -> Tensor:
+        ctx.p = p
+        return _gather(p)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        p = ctx.p
+        shard: ParamShard = p._tp_shard
+        with local_view(), torch.no_grad():
+            if shard.split.state is None:
+                p = getattr(p, "_tp_sharded", p)
+                shard = p._tp_shard
+            if shard.fsdp:  # FSDP2 takes the mean over the data-parallel axis of what runs through it, so here as well
+                grad = grad.contiguous()
+                dist.all_reduce(grad, group=shard.mesh.get_group(DATA_PARALLEL))
+                grad = grad / shard.mesh[DATA_PARALLEL].size()
+            local = shard.take(grad)
+            gradients = getattr(p, "_tp_gradients", None)
+            if gradients is not None:
+                gradients.begin()
+                if shard.split.state is None:  # whether other terms of it are summed is not known yet
+                    gradients.add_equal(p, local)
+                    return torch.zeros_like(ctx.p)
+            if shard.split.state == R and shard.tp_rank:
+                local.zero_()
+            elif shard.sum_over > 1 and shard.tp_rank % shard.sum_over:
+                shard.summed_part(local).zero_()
+            return like(p, local)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+MODULE_CALL = call_impl.__code__
+_FORWARDS = ("forward", "inner", "_call_impl", "__call__")
+_READ = {"shape": _read_shape, "ndim": _read_shape, "nbytes": _read_shape, "data": _read_tensor, "grad": _read_tensor}
+_WRITE = {"data": _write_tensor, "grad": _write_tensor}
+_FROM_VALUES = _names("T mT H mH real imag")
+_SIZES = _names("size dim ndimension numel nelement stride __len__ is_contiguous")
+_AS_IT_IS = _names(
+    """requires_grad_ retain_grad backward is_floating_point is_complex is_signed is_inference is_conj is_neg element_size get_device
+    __hash__ __dir__ is_shared share_memory_ is_pinned has_names is_set_to is_same_size _is_view untyped_ __torch_dispatch__"""
+)
+_LOCAL = _names("detach zeros_like ones_like empty_like full_like")
+_COPIES = _names("detach_ clone to cpu cuda float double half bfloat16 type type_as contiguous pin_memory copy_")
+_POINTWISE = _names(
+    """add sub mul div add_ sub_ mul_ div_ neg neg_ abs abs_ zero_ fill_ lerp lerp_ clamp clamp_ sqrt sqrt_ square square_ pow pow_ addcmul addcmul_
+    addcdiv addcdiv_ sign sign_ exp exp_ reciprocal reciprocal_ __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__ __iadd__ __isub__ __imul__
+    __itruediv__ true_divide true_divide_ divide divide_ multiply multiply_ subtract subtract_"""
+)
+_WRITES = _names("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__")
+_POINTERS = _names("data_ptr untyped_storage storage _typed_storage __dlpack__ numpy __array__")
