@@ -575,3 +575,9 @@ def call_in_forward(unit: Any, function: Callable[..., Any], *args: Any, **kwarg
 def initialize_fsdp(root: Any) -> None:
     """Make a module the root of FSDP2 before the first forward, which may be that of a unit inside."""
     root._get_fsdp_state()._lazy_init()
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Return whether a hook of a module's forward is one of FSDP2's."""
+    hook = getattr(hook, "func", hook)
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"

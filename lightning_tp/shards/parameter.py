@@ -16,7 +16,8 @@ this rank's shard. `p.shape`, `p.numel()` and the like cost nothing. A gather is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import Any, TypeVar
@@ -42,6 +43,7 @@ class _View:
     """Whether sharded tensors are seen as local ones now: `depth` is how many `local_view`s are around. May be nested; a decorator, too."""
 
     depth = 0
+    full_runs = 0  # of models that run as one process would
 
     def __init__(self, local: bool) -> None:
         self._local = local
@@ -96,6 +98,17 @@ def local_view() -> _View:
 def full_view() -> _View:
     """See sharded tensors in full again, inside of `local_view`: for user code that is called from there."""
     return _View(False)
+
+
+@contextmanager
+def full_run() -> Iterator[None]:
+    """See sharded tensors in full, in the forward of a model, too."""
+    _View.full_runs += 1
+    try:
+        with full_view():
+            yield
+    finally:
+        _View.full_runs -= 1
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -211,6 +224,8 @@ def in_forward() -> bool:
 
     A hook of a module is not its forward.
     """
+    if _View.full_runs:
+        return False
     frame: FrameType | None = sys._getframe(2)
     inner = None
     while frame is not None:
