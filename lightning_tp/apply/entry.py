@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_tp._compat import call_in_forward, is_resharded
 from lightning_tp.apply.bind import ParamRegistry
-from lightning_tp.apply.unsplit import Ways
+from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards.parameter import depth, set_depth
@@ -48,7 +48,7 @@ class _Entry(nn.Module):
             set_depth(before)
 
 
-def enter_local_view(model: nn.Module, ways: Callable[[], Ways]) -> None:
+def enter_local_view(model: nn.Module, ways: Callable[[], Ways | None]) -> None:
     """Make calls of a split model, and of the modules in it that user code may call by themselves, run in `local_view`.
 
     Args:
@@ -62,6 +62,11 @@ def enter_local_view(model: nn.Module, ways: Callable[[], Ways]) -> None:
     every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
     for module in [m for m in model.modules() if "_tp_planned" in m.__dict__] if every else entries(model):
         swap_class(module, _Entry, _registry=ref(registry), _ways=ways() if _holds_all(module, model) else None)
+    late = LateHooks(model)
+    for module in model.modules():
+        if not hasattr(module, "training_step"):
+            module.__dict__["_tp_late_hooks"] = late
+    watch_hooks()
     _watch_optimizers()
 
 

@@ -26,6 +26,7 @@ from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, u
 from lightning_tp.apply.entry import enter_local_view
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
+from lightning_tp.apply.stream import mark_streams
 from lightning_tp.apply.unsplit import Ways, remember_unsplit
 from lightning_tp.checkpoint.weights.pretrained import read_shards, take_pending
 from lightning_tp.core.comm.axis import Axis
@@ -151,6 +152,8 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     if dp_mesh.size() > 1:
         registry.fsdp_root = options.fsdp_root or model
         initialize_fsdp(registry.fsdp_root)
+    if tp_mesh.size() > 1 and not options.compile:
+        mark_streams(model, plan, axis)
     if mesh.size() > 1:
         trusted = None if plan.source.startswith(DECLARED) else mode
         enter_local_view(model, lambda: None if options.compile else Ways(model, mesh, trusted))

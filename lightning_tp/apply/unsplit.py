@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, wraps
 from typing import Any
 from weakref import ref
 
@@ -18,17 +19,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from lightning_tp._compat import is_fsdp_hook
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.modules.snapshot import preserve_modules
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.random_calls import comparable_runs
-from lightning_tp.shards.parameter import full_run, local_view
+from lightning_tp.shards.parameter import depth, full_run, full_runs, full_view, in_forward, local_view
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value of an output; others: 0.1
 DEEPEST = 4  # containers inside of each other that are looked into
 _BEFORE = "_tp_before_split"  # (class, settings) of a module
 _NEW: Any = object()
+_REGISTER = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -41,7 +45,7 @@ class Ways:
         trusted: calls in this mode go the way that the plan was made from, the first of them; None: none do.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, trusted: bool | None) -> None:
+    def __init__(self, model: Any, mesh: DeviceMesh, trusted: bool | None) -> None:
         self.model, self.mesh, self.trusted = ref(model), mesh, trusted
         self.known: dict[Any, set[Any] | None] = {}  # kind of a call -> kinds of its outputs; None: it is wrong on shards
 
@@ -93,8 +97,23 @@ def remember_unsplit(model: nn.Module) -> Callable[[], None]:
             settings = {k: v for k, v in values.items() if isinstance(v, int) and type(now.get(k)) is int and now[k] != v}
             replaced = {k: v for k, v in values.items() if k == "forward" and k not in now}
             now[_BEFORE] = (cls, {**settings, **replaced})
+            if settings:
+                swap_class(module, _with_settings(tuple(settings)))
 
     return after
+
+
+@cache
+def _with_settings(names: tuple[str, ...]) -> type:
+    """Return a mixin by which these sizes of a module are those of its shard in the forward, and full outside of it."""
+
+    def size(name: str) -> property:
+        def get(self: nn.Module) -> int:
+            return self.__dict__[name] if depth() or in_forward() else self.__dict__[_BEFORE][1][name]
+
+        return property(get, lambda self, value: self.__dict__.__setitem__(name, value))
+
+    return type("_Sized", (nn.Module,), {name: size(name) for name in names})
 
 
 @contextmanager
@@ -189,11 +208,8 @@ def run_unsplit(model: nn.Module, module: nn.Module, args: Any, kwargs: Mapping[
 
 
 def _gradients(model: nn.Module, out: Any) -> dict[str, Tensor]:
-    terms = [
-        (t * torch.arange(t.numel(), device=t.device).cos().view(t.shape)).sum() / t.numel()
-        for t in _outputs(out)
-        if t.requires_grad and t.numel()
-    ]
+    outputs = [t for t in _outputs(out) if t.requires_grad and t.numel()]
+    terms = [(t * torch.arange(t.numel(), device=t.device).cos().view(t.shape)).sum() / t.numel() for t in outputs]
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not terms or not parameters:
         return {}
@@ -211,6 +227,61 @@ def warn_unsplit(module: nn.Module, why: str) -> None:
             "the step that trains take this way in its first batch, or register hooks before the split (in `configure_model`).",
             stacklevel=4,
         )
+
+
+@cache
+def watch_hooks() -> None:
+    """Let a model run unsplit as long as it has hooks that were registered after the split: what they are to see was not followed."""
+    for name in _REGISTER:
+        setattr(nn.Module, name, _watched(getattr(nn.Module, name)))
+
+
+def _watched(register: Callable[..., RemovableHandle]) -> Callable[..., RemovableHandle]:
+    @wraps(register)
+    def watched(self: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> RemovableHandle:
+        late: LateHooks | None = self.__dict__.get("_tp_late_hooks")
+        if late is None or depth() or full_runs():
+            return register(self, hook, *args, **kwargs)
+        if self.__dict__.get("_ways") is not None:  # what it is given and returns is full
+            return register(self, full_view()(hook), *args, **kwargs)
+        handle = register(self, hook, *args, **kwargs)
+        late.add(self, handle)
+        return handle
+
+    return watched
+
+
+class LateHooks:
+    """The hooks of a model's modules that were registered after the split."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = ref(model)
+        self.registered = 0
+        self.running: ExitStack | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copy is not watched
+
+    def add(self, module: nn.Module, handle: RemovableHandle) -> None:
+        """Count a hook until it is removed; from the first to the last, the model is unsplit."""
+        model = self.model()
+        if model is None:
+            return
+        if not self.registered:
+            warn_unsplit(module, "it has hooks that were registered after the split")
+            self.running = ExitStack()
+            self.running.enter_context(unsplit(model))
+        self.registered += 1
+        remove = handle.remove
+
+        def remove_once() -> None:
+            remove()
+            handle.remove = remove  # type: ignore[method-assign]
+            self.registered -= 1
+            if not self.registered and self.running is not None:
+                self.running.close()
+
+        handle.remove = remove_once  # type: ignore[method-assign]
 
 
 def kind_of(x: Any, depth: int = DEEPEST) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tp.infer.assign import Assignment
+from lightning_tp.infer.assign import Assignment, made_by_weight
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder
@@ -63,8 +63,22 @@ def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer,
     layers = set(assignment.layers.values())
     recorder = CallRecorder(tracer, shown_owner, workload.tp, layers, by_call, trace.nodes, full_size_reads)
     recorder.layouts.param_owner = assignment.owner
+    recorder.layouts.biases = _biases(workload.model, assignment)
     recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
     recorder.tried = trace.tried
     recorder.mixed = assignment.mixed
     recorder.outside = set(trace.whole_uses) - set(trace.local_uses)
     return recorder
+
+
+def _biases(model: nn.Module, assignment: Assignment) -> dict[str, Tensor]:
+    """Return the biases of column-wise layers, and the features of the layers' outputs."""
+    outs = made_by_weight(assignment.trace)
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {}
+    for weight, layer in assignment.layers.items():
+        bias = getattr(model.get_submodule(layer), "bias", None)
+        nodes = next((nodes for (n, d), nodes in assignment.trace.nodes.items() if n == weight and (n, d) in outs), None)
+        if bias is not None and nodes is not None:
+            found[names[id(bias)]] = nodes
+    return found

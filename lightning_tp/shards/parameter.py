@@ -102,13 +102,17 @@ def full_view() -> _View:
 
 @contextmanager
 def full_run() -> Iterator[None]:
-    """See sharded tensors in full, in the forward of a model, too."""
+    """Let the forward of models be no local view: sharded parameters are seen in full there, too."""
     _View.full_runs += 1
     try:
-        with full_view():
-            yield
+        yield
     finally:
         _View.full_runs -= 1
+
+
+def full_runs() -> int:
+    """Return how many `full_run`s are around."""
+    return _View.full_runs
 
 
 # ------------------------------------------------------------------------------------------------------------- classes

@@ -29,6 +29,7 @@ from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.attention import WRITTEN_OUT, bind_attention, written_out
+from lightning_tp.errors import TPError
 from lightning_tp.styles.base import BindContext, Style
 from lightning_tp.styles.calls.call import Call, call_from
 from lightning_tp.styles.calls.run_call import run_call
@@ -166,9 +167,32 @@ class _CallMode(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         call = calls[0]
         if len(calls) > 1:  # one call site in a loop, or in a helper that is called several times
-            call = calls[self.turns[key] % len(calls)]
+            call = calls[self.turns[key]] if self.turns[key] < len(calls) else _call_at(calls, self.turns[key])
             self.turns[key] += 1
         return run_call(call, func, args, kwargs or {}, self.axis)
+
+
+def _call_at(calls: list[Call], turn: int) -> Call:
+    """Return what becomes of a call that is made more often than when the plan was made.
+
+    Raises:
+        TPError: if the recorded calls neither come again in turns nor are equal but for the first ones.
+
+    Example:
+        >>> first, later = Call("einsum", ()), Call("einsum", (), leave=True)
+        >>> [_call_at([first, later, later], 5) is later, _call_at([first, later, first, later], 4) is first]
+        [True, True]
+    """
+    n = len(calls)
+    period = next(k for k in range(1, n + 1) if n % k == 0 and calls == calls[:k] * (n // k))
+    if period < n:
+        return calls[turn % period]
+    if calls[-1] == calls[-2]:  # a loop
+        return calls[-1]
+    raise TPError(
+        f"`{calls[0].name}` is called more often than in the run that the plan was made from ({n} times): what becomes of it on a shard is not "
+        "known. Infer the plan from a batch with which it is called as often (the longest sequence)."
+    )
 
 
 def changes_calls(mode: TorchFunctionMode) -> bool:
