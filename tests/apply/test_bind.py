@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+import lightning_tp as ltp
 from lightning_tp import Plan, TPError
 from lightning_tp.apply.bind import BindError, bind_styles, local_parameter, replace_parameters
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
+from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.comm.state import S
 from lightning_tp.styles import BindContext, Split, Style
 from lightning_tp.styles.split import even_split
+from lightning_tp.testing import run_ranks
 
 
 class Tied(nn.Module):
@@ -90,3 +95,36 @@ def test_a_style_that_can_not_be_bound_names_its_module() -> None:
     with pytest.raises(BindError, match=r"`2`: KeyError: 'no such thing'") as info:
         bind_styles(model, plan, Axis(FakeGroup(0, 2)))
     assert info.value.where == "2" and isinstance(info.value, TPError) and isinstance(info.value.__cause__, KeyError)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x) * (len(self.up.bias) / self.up.out_features**0.5) * self.up.weight.shape[0]
+        return self.down(h.view(*x.shape[:-1], self.up.out_features) * self.down.in_features)
+
+
+def scaled() -> None:
+    for replaced in (False, True):
+        torch.manual_seed(0)
+        one, x = Scaled(), torch.randn(2, 3, 8)
+        many: Any = copy.deepcopy(one)
+        for model in (one, many) if replaced else ():
+            model.forward = partial(_on_the_object, model)
+        wanted = one(x)
+        plan = ltp.infer_plan(one, (x,), tp=2)
+        assert plan.check(one, 2).splits["up.weight"].dim == 0
+        ltp.parallelize(many, make_mesh("cpu", 1, 2), plan)
+        many._ways = None  # no unsplit run helps
+        torch.testing.assert_close(many(x), wanted, rtol=1e-5, atol=1e-4)
+
+
+def _on_the_object(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.down(m.up(x) * (m.up.weight.shape[0] / m.up.bias.numel() ** 2))
+
+
+def test_code_that_computes_with_sizes_of_layers() -> None:
+    run_ranks(scaled, 2)

@@ -141,6 +141,8 @@ def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Te
     apply = apply_of(type(name, (Function,), {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}))
 
     def change_state(x: Tensor, axis: Axis, *args: Any) -> Tensor:
+        if not is_compiling() and hasattr(type(x), "as_state"):  # a stream's shard that shows as full
+            x = x.as_state(SEQUENCE if name.startswith("sequence") else I)  # type: ignore[attr-defined]
         return outside(apply, x, axis, *args) if is_compiling() else apply(x, axis, *args)
 
     change_state.__name__ = change_state.__qualname__ = name

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_tp._compat import without_torch_function_subclass
 from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
+from lightning_tp.core.comm.state import SEQUENCE, State
 from lightning_tp.core.comm.transitions import invariant_to_sequence, sequence_to_invariant
 
 
@@ -44,6 +45,10 @@ class StreamShard(Tensor):
             finally:
                 axis.seq_len = before
         return full if record else full.detach()
+
+    def as_state(self, state: State) -> Tensor:
+        """Return the plain tensor: this rank's shard, or the full stream."""
+        return plain_shard(self) if state == SEQUENCE else self.full_tensor()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
