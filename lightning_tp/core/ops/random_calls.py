@@ -131,5 +131,5 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(state)
         with torch.no_grad():
             for n, b in model.named_buffers():
-                if n in buffers and b.shape == buffers[n].shape:
+                if n in buffers and b.shape == buffers[n].shape and not torch.equal(b, buffers[n]):  # a graph may have saved it
                     b.copy_(buffers[n])
