@@ -69,14 +69,19 @@ def _check_untried(call: RecordedCall) -> None:
         raise NotOnShards("operands that do not broadcast, one of which has the size of the split dimension")
 
 
+def _can_be_tried(tensors: list[OnRanks]) -> bool:
+    numels = [x.tensor.numel() for x in tensors]
+    # of an empty tensor it is not known how it would lie on ranks
+    return all(numels) and sum(numels) <= MOST_TRIED and not any(isinstance(x.layout, str) for x in tensors)
+
+
 def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> bool:
     """Return whether the call could be tried; raise `NotOnShards` if its results on shards are not the shards of what it returned."""
     given = {id(t): call.before.get(id(t)) or OnRanks(t, layouts.of(t)) for t in (g.tensor for g in call.given)}
     results = [OnRanks(t, layouts.of(t)) for t in (*(r.tensor for r in call.results), *_written(call))]
     tensors = [*given.values(), *results]
-    numels = [x.tensor.numel() for x in tensors]
-    if any(isinstance(x.layout, str) for x in tensors) or sum(numels) > MOST_TRIED or not all(numels):
-        return False  # of an empty tensor it is not known how it would lie on ranks
+    if not _can_be_tried(tensors):
+        return False
     change = replace(change, operands=tuple(replace(o, enter=False) for o in change.operands))
     key = change, tuple((x.tensor.shape, x.layout) for x in given.values()), repr(mapped((call.args, call.kwargs), _number))
     if key in tried and all(x.tensor.is_floating_point() for x in given.values()):
