@@ -18,7 +18,6 @@ from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.styles import BindContext
 from lightning_tp.styles.calls.call import Call
-from lightning_tp.styles.calls.local_ops import LocalOps
 from lightning_tp.testing import fake_world, randomize_
 
 HEADS = 4
