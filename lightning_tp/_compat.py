@@ -520,6 +520,7 @@ softmax_operators: tuple[Any, ...] = tuple(
     getattr(torch.ops.aten, name).default for name in ("_softmax", "_log_softmax", "_safe_softmax")
 )
 # a `__torch_function__` that dispatches nothing: that of `nn.Parameter`
+graph_task: Callable[[], int] = torch._C._current_graph_task_id  # of the backward pass that runs; -1: none does
 no_torch_function: Any = torch._C._disabled_torch_function_impl
 
 
