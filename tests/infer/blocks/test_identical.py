@@ -232,10 +232,10 @@ def test_cost_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{__name__}.DEPTH", depth)
         model = Model(mixed=False)
         count = [0]
-        follow = tracer_module.FeatureTracer._follow
+        follow = tracer_module.FeatureTracer._entry
         with monkeypatch.context() as patch:
             patch.setattr(
-                tracer_module.FeatureTracer, "_follow", lambda *a, n=count, f=follow: (n.__setitem__(0, n[0] + 1), f(*a))[1]
+                tracer_module.FeatureTracer, "_entry", lambda *a, n=count, f=follow: (n.__setitem__(0, n[0] + 1), f(*a))[1]
             )
             infer_plan(model, (torch.zeros(1, 5, dtype=torch.long),), tp=2)
         counts.append(count[0])
