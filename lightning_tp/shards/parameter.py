@@ -471,7 +471,7 @@ _POINTWISE = _names(
 )
 _WRITES = _names("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__")
 _VIEWS = _names(
-    """__getitem__ view reshape view_as reshape_as flatten ravel unflatten select narrow unbind split split_with_sizes chunk tensor_split unsqueeze squeeze
-    transpose t permute movedim moveaxis swapaxes swapdims diagonal expand as_strided unfold __iter__ hsplit vsplit __get__"""
+    """__getitem__ view reshape view_as reshape_as flatten ravel unflatten select narrow unbind split split_with_sizes chunk tensor_split
+    unsqueeze squeeze transpose t permute movedim moveaxis swapaxes swapdims diagonal expand as_strided unfold __iter__ hsplit vsplit __get__"""
 )
 _POINTERS = _names("data_ptr untyped_storage storage _typed_storage __dlpack__ numpy __array__")
