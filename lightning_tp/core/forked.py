@@ -108,7 +108,7 @@ def _keep_still(folder: Path) -> None:
         os.dup2(nothing, descriptor)
     sys.stdout = sys.stderr = os.fdopen(nothing, "w")  # also where they were something else: a notebook's, a test's
     torch.set_num_threads(1)
-    builtins.open = io.open = _open_apart(open, folder)  # type: ignore[assignment]
+    builtins.open = io.open = _open_apart(open, folder)
 
 
 def _open_apart(own: Callable[..., Any], folder: Path) -> Callable[..., Any]:
@@ -125,7 +125,8 @@ def _open_apart(own: Callable[..., Any], folder: Path) -> Callable[..., Any]:
                     return own(file, "r")  # raises as it would
                 copies[path] = folder / str(len(copies))
                 if os.path.exists(path):
-                    shutil.copyfile(path, copies[path])
+                    with own(path, "rb") as source, own(copies[path], "wb") as target:
+                        shutil.copyfileobj(source, target)
             mode = mode.replace("x", "w")
         return own(copies.get(path, file), mode, *args, **kwargs)
 

@@ -40,14 +40,14 @@ def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> 
         with rehearsal.stage():
             try:
                 return _plan_of_step(rehearsal, tp)
-            except Exception:
+            except Exception as error:
                 if example is None:
                     raise
+                cause = error.__cause__ or error
+                why = f"`{rehearsal.name}` raised {type(cause).__name__}: {cause}"
             inputs = example if isinstance(example, (dict, tuple)) else (example,)
             plan = default_plan(module, call_with, inputs, tp)
-            return Plan(
-                plan.rules, f"{plan.source}; of `forward` on `example_input_array`, since `{rehearsal.name}` could not be run"
-            )
+            return Plan(plan.rules, f"{plan.source}; of `forward` on `example_input_array`, since {why}")
 
     traced = f"{type(module).__name__}.{rehearsal.name if example is None else 'forward'}"
     return plan_of_first_rank(find, module, tp, traced=traced, remedy=remedy)

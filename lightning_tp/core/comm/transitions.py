@@ -137,7 +137,7 @@ class _Recorded(Function):
         return backward(pair, grad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pair, backward, again = ctx.of
         _begin_backward(pair.axis)
         return _Recorded.apply(grad, pair, again, backward), None, None, None

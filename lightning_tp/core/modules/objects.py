@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 MOST_ITEMS = 4096  # of a container, above which its items are not looked into: data
-MOST_COPIED = 2**22  # elements of a tensor that is restored
+MOST_OBJECTS = 200_000  # that are looked at
+MOST_COPIED = 2**22  # elements of all tensors that are restored; buffers of modules are not among them
+_TABLES = frozenset({dict, OrderedDict, list, set})
 _CONTAINERS = (dict, list, set, deque, bytearray)
 _LEAVES = (
     type,
@@ -53,9 +55,10 @@ class Reachable:
 
     def __init__(self, roots: Iterable[Any], without: Iterable[Any] = ()) -> None:
         self.undo: list[Callable[[], Any]] = []
+        self.copied = 0
         self.seen = {id(x): x for x in without}
         todo = list(roots)
-        while todo:
+        while todo and len(self.seen) < MOST_OBJECTS:
             todo += self._save(todo.pop())
 
     def restore(self) -> None:
@@ -72,14 +75,14 @@ class Reachable:
         if isinstance(x, Tensor):
             self._save_tensor(x)
             return []
+        if isinstance(x, nn.Module):
+            return self._save_module(x)
         if isinstance(x, (types.FunctionType, types.MethodType, partial)):
             return _of_function(x)
         for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
             if isinstance(x, (torch.Generator, random.Random)) and hasattr(x, get):
                 self.undo.append(partial(getattr(x, put), getattr(x, get)()))
-        if hasattr(x, "bit_generator"):  # numpy's
-            self.undo.append(partial(setattr, x.bit_generator, "state", x.bit_generator.state))
-        elif type(x).__module__.startswith("numpy"):
+        if type(x).__module__.partition(".")[0] == "numpy":
             self._save_numpy(x)
             return []
         if isinstance(x, Replayed):
@@ -91,8 +94,27 @@ class Reachable:
             return list(x) if len(x) <= MOST_ITEMS else []
         return self._save_attributes(x)
 
+    def _save_module(self, module: nn.Module) -> list[Any]:
+        """Most of what a module has are empty tables of hooks: these take no time."""
+        self.seen.update((id(b), b) for b in module.buffers(recurse=False))
+        attributes, found = vars(module), []
+        self._replay(attributes)
+        self.undo.append(partial(_refill, attributes, attributes.copy()))
+        for value in attributes.values():
+            if type(value) in _TABLES and not value:
+                self.undo.append(value.clear)
+            elif value is not None and type(value) is not bool:
+                found.append(value)
+        return found
+
+    def _replay(self, x: Any) -> None:
+        for key, value in list(x.items() if isinstance(x, dict) else enumerate(x)):
+            if type(value).__module__ in ("builtins", "itertools") and isinstance(value, Iterator):
+                x[key] = Replayed(value)
+
     def _save_tensor(self, t: Tensor) -> None:
-        if t.is_meta or t.numel() > MOST_COPIED or t.layout is not torch.strided:
+        self.copied += t.numel()
+        if t.is_meta or self.copied > MOST_COPIED or t.layout is not torch.strided:
             return
         copy, needs = t.detach().clone(), t.requires_grad
 
@@ -104,24 +126,20 @@ class Reachable:
         self.undo.append(undo)
 
     def _save_numpy(self, x: Any) -> None:
-        if hasattr(x, "dtype") and getattr(x, "ndim", 0) and x.size <= MOST_COPIED and x.flags.writeable:
+        if hasattr(x, "bit_generator"):  # Generator
+            self.undo.append(partial(setattr, x.bit_generator, "state", x.bit_generator.state))
+        elif hasattr(x, "flags") and x.ndim and x.size <= MOST_COPIED and x.flags.writeable:
             self.undo.append(partial(x.__setitem__, Ellipsis, x.copy()))
         elif hasattr(x, "get_state"):  # RandomState
             self.undo.append(partial(x.set_state, x.get_state()))
 
     def _save_container(self, x: Any) -> list[Any]:
+        if not x:
+            self.undo.append(x.clear)
+            return []
         if isinstance(x, (dict, list)) and len(x) <= MOST_ITEMS:
-            for key, value in list(x.items() if isinstance(x, dict) else enumerate(x)):
-                if _only_runs_once(value):
-                    x[key] = Replayed(value)
-        copy = x.copy()
-
-        def undo() -> None:
-            if x != copy if isinstance(x, bytearray) else not _same_items(x, copy):
-                x.clear()
-                x.update(copy) if isinstance(x, (dict, set)) else x.extend(copy)
-
-        self.undo.append(undo)
+            self._replay(x)
+        self.undo.append(partial(_refill, x, x.copy()))
         if len(x) > MOST_ITEMS or isinstance(x, bytearray):
             return []
         return list(x.values() if isinstance(x, dict) else x)
@@ -158,18 +176,11 @@ def _of_function(x: Any) -> list[Any]:
     return [*cells, *(x.__defaults__ or ()), x.__dict__]
 
 
-def _only_runs_once(x: Any) -> bool:
-    return isinstance(x, Iterator) and type(x).__module__ in ("builtins", "itertools")
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    """Whether two containers hold the same objects in the same order."""
-    if len(a) != len(b):
-        return False
-    if isinstance(a, set):
-        return bool(a == b)
-    left, right = (([*x.keys(), *x.values()] if isinstance(x, dict) else list(x)) for x in (a, b))
-    return all(x is y for x, y in zip(left, right, strict=True))
+def _refill(x: Any, content: Any) -> None:
+    """Give a container this content again, whatever its class makes of `clear` and `update`."""
+    base: Any = next(cls for cls in (OrderedDict, dict, list, set, deque, bytearray) if isinstance(x, cls))
+    base.clear(x)
+    (base.update if issubclass(base, (dict, set)) else base.extend)(x, content)
 
 
 @contextmanager
