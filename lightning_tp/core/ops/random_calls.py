@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp._compat import num_writes
+from lightning_tp.core.modules.objects import preserve_objects
+from lightning_tp.core.modules.snapshot import has_more_than
+
 SDPA = F.scaled_dot_product_attention
+MOST_COPIED = 5_000_000  # parameters of a model whose weights are kept to be restored
 
 # functions that take an activation and return it changed at random
 CHANGING = frozenset(
@@ -121,15 +126,21 @@ class without_dropout(TorchFunctionMode):
 
 @contextmanager
 def comparable_runs(model: nn.Module) -> Iterator[None]:
-    """Run a model in this context several times and compare: dropout is off; buffers and the default generator are restored on exit."""
+    """Run a model in this context several times and compare: dropout is off; on exit weights, buffers, generators and objects are restored.
+
+    Weights of a model of more than `MOST_COPIED` parameters are not: these are not what runs there.
+    """
+    weights = () if has_more_than(model, MOST_COPIED) else model.parameters()
+    written = [(t, num_writes(t), t.detach().clone()) for t in weights if not t.is_meta and t.layout is torch.strided]
     buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
-    state = torch.get_rng_state()
     try:
-        with without_dropout():
+        with preserve_objects([model]), without_dropout():
             yield
     finally:
-        torch.set_rng_state(state)
         with torch.no_grad():
             for n, b in model.named_buffers():
                 if n in buffers and b.shape == buffers[n].shape:
                     b.copy_(buffers[n])
+            for t, writes, before in written:
+                if num_writes(t) != writes:
+                    t.copy_(before)
