@@ -575,3 +575,7 @@ def call_in_forward(unit: Any, function: Callable[..., Any], *args: Any, **kwarg
 def initialize_fsdp(root: Any) -> None:
     """Make a module the root of FSDP2 before the first forward, which may be that of a unit inside."""
     root._get_fsdp_state()._lazy_init()
+
+
+# where torch's functions and methods are defined, beside its public modules
+NATIVE_FUNCTIONS: tuple[Any, ...] = (torch._C.TensorBase, torch._C._nn, torch._C._VariableFunctions)
