@@ -26,7 +26,8 @@ from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, per_rank_ints, plain
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
 from lightning_tp.infer.follow.features import gradient_is_partial
-from lightning_tp.infer.follow.ops import MOVES, writes_in_place
+from lightning_tp.infer.follow.gradients import ABOUT_GRADIENTS
+from lightning_tp.infer.follow.ops import MOVES, READS_VALUES, writes_in_place
 from lightning_tp.infer.follow.run import cross_entropy, run
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.follow.tracer import FeatureTracer
@@ -97,18 +98,20 @@ class CallRecorder(TorchFunctionMode):
             if name == "__get__":
                 return func(*args, **kwargs)
         plain_args, plain_kwargs = plain(args), plain(kwargs)
+        if func in ABOUT_GRADIENTS:
+            return func(*plain_args, **plain_kwargs)
         if func is torch.nn.functional.cross_entropy:
             return cross_entropy(self.tracer, plain_args, plain_kwargs)
         self.tracer.events = []
         module = self.tracer.stack[-1]
         self._before = {}
         if writes_in_place(name, kwargs):
-            with unobserved():
+            with unobserved(), torch.no_grad():
                 self._before = {id(t): OnRanks(t.clone(), self.layouts.of(t)) for _, t in tensors_given(args, kwargs)}
         out = func(*plain_args, **plain_kwargs)
         self._numbers = per_rank_ints((args, kwargs))
         if module == self.tracer.stack[-1] and module not in self.standard:
-            with unobserved():
+            with unobserved(), torch.no_grad():
                 self.analyse_call(name, func, args, kwargs, out, module, frame)
         for n in self._numbers:  # not known for sizes: numbers that code computes with
             n.computed_with()
@@ -160,6 +163,8 @@ class CallRecorder(TorchFunctionMode):
             self._note(module, change.call)
 
     def _decide(self, call: RecordedCall) -> Change | None:
+        if call.name in READS_VALUES and any(self.layouts.is_followed(g.tensor) for g in call.given):
+            raise NotOnShards("code reads its values")
         tables = [g.tensor for g in call.given if g.is_split]
         if call.name == "embedding" and call.module not in self.tables and tables:
             raise NotOnShards("it looks up rows of a split table", tables)

@@ -173,3 +173,9 @@ def use_scheduler_of_swa(callback: Any, trainer: pl.Trainer) -> None:
     """Drop the user's scheduler if a StochasticWeightAveraging has loaded the state of its own."""
     if callback._scheduler_state is not None:
         callback._clear_schedulers(trainer)
+
+
+def transferred(trainer: Any, module: Any, batch: Any) -> Any:
+    """A batch as a step is given it: converted to the precision, and after the module's hooks around its transfer, on the CPU."""
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, device=torch.device("cpu"), dataloader_idx=0)
