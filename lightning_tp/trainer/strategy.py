@@ -28,7 +28,6 @@ from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.apply.bind import tag_parameters
 from lightning_tp.apply.compile import Compile, unwrap_compiled
 from lightning_tp.apply.parallelize import PlanLike, parallelize
-from lightning_tp.apply.same_everywhere import same_weights_everywhere
 from lightning_tp.checkpoint import StoragePath
 from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, config_in
 from lightning_tp.checkpoint.weights.pretrained import load_pretrained
@@ -48,7 +47,7 @@ from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
 from lightning_tp.trainer.adapt.precision import fsdp_policy, mesh_precision
 from lightning_tp.trainer.adapt.run import adapted_to_mesh, refuse_batch_size_finder
 from lightning_tp.trainer.checkpoints import OnSaveError, RequestedCheckpoint, Saving
-from lightning_tp.trainer.first_batch import FirstBatchCheck
+from lightning_tp.trainer.first_batch import FirstBatchCheck, first_batch_check
 from lightning_tp.trainer.launch.processes import trainer_launcher
 from lightning_tp.trainer.launch.watchdog import Watchdog
 from lightning_tp.trainer.loaders import FirstBatches, check_batch_everywhere, loader_of_rank, random_roots
@@ -252,13 +251,14 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             root = module_plan.fsdp_root(module)
             self._read_pretrained(module)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
+            given = plan is not None
             if plan is None and self.sizes[1] > 1:
                 with random_states_restored(random_roots(module.trainer)):
                     plan = module_plan.plan_of_module(module, module.trainer, self.sizes[1])
-            if self.verify and fits:
-                same_weights_everywhere(module, self.device_mesh)
+            if fits and (self.verify or (given and self.backend == "local")):
                 context = self.precision_plugin.train_step_context
-                self._first_batch = FirstBatchCheck(module, module_plan.first_batch(module.trainer), context)
+                with random_states_restored(random_roots(module.trainer)):
+                    self._first_batch = first_batch_check(module, plan, self.device_mesh, context, verify=self.verify)
             if self.is_global_zero and fits:
                 module_plan.call_before_split(module.trainer, module)
             parallelize(
@@ -283,7 +283,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             tag_parameters(self.lightning_module)  # moving to the device may have replaced them
         if self._first_batch is not None:
             check, self._first_batch = self._first_batch, None
-            with raise_on_rank_zero(self.global_rank):
+            with raise_on_rank_zero(self.global_rank), random_states_restored(random_roots(trainer)):
                 rank_zero_info(check.compare(self.lightning_module, partial(self._call, "training_step")))
         self._batches, self.resume = FirstBatches(), Resume()  # a checkpoint that this run resumes from is loaded later
         self._random_calls = policy_of(self.lightning_module)
