@@ -625,3 +625,23 @@ def call_in_forward(unit: Any, function: Callable[..., Any], *args: Any, **kwarg
 def initialize_fsdp(root: Any) -> None:
     """Make a module the root of FSDP2 before the first forward, which may be that of a unit inside."""
     root._get_fsdp_state()._lazy_init()
+
+
+# where torch's functions and methods are defined, beside its public modules
+NATIVE_FUNCTIONS: tuple[Any, ...] = (torch._C.TensorBase, torch._C._nn, torch._C._VariableFunctions)
+
+
+@contextmanager
+def without_global_optimizer_hooks() -> Iterator[None]:
+    """Step optimizers without the hooks that were registered for all of them."""
+    from torch.optim import optimizer
+
+    tables: tuple[Any, ...] = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)

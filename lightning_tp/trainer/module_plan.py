@@ -21,6 +21,7 @@ from lightning_tp.core.forked import NoChild, in_child
 from lightning_tp.data.sample_batch import first_of
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
+from lightning_tp.infer.given import Doubt, doubt_about
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
@@ -95,6 +96,28 @@ def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, 
         return found
 
     return Peers().from_first(find_apart)
+
+
+def doubt_about_plan(module: pl.LightningModule, trainer: pl.Trainer, plan: Plan, tp: int) -> Doubt | None:
+    """Follow the step on the first batch for a plan that somebody wrote, on the first rank, and say what speaks against it. A collective.
+
+    None as well where the step can't be followed.
+    """
+    rehearsal = Rehearsal(module, trainer)
+
+    def look() -> Doubt | None:
+        with suppress(Exception), rehearsal.stage():
+            batch = rehearsal.prepared(first_batch(rehearsal.trainer, whole=True))
+            return doubt_about(module, rehearsal.call, batch, plan, tp)
+        return None
+
+    def look_apart() -> Doubt | None:
+        try:
+            return in_child(look)
+        except NoChild:
+            return look()
+
+    return Peers().from_first(look_apart)
 
 
 def first_batch(trainer: pl.Trainer, *, whole: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ MODEL_CODE: set[str] = set()  # files of this package that count as code of a mo
 
 _TORCH = str(torch.__path__[0])
 _PACKAGE = str(Path(__file__).parents[2])
+_LIGHTNING = os.path.join(os.path.dirname(_TORCH), "lightning", "")
 
 
 def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> CallSite:
@@ -39,6 +41,14 @@ def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MO
                 chain.append(here)
         frame = frame.f_back
     return tuple(chain)
+
+
+def users_line(frame: FrameType | None) -> str:
+    """Return "file:line" of the innermost frame whose code belongs neither to torch nor to Lightning nor to this package."""
+    inner = (_TORCH + os.sep, _PACKAGE + os.sep, _LIGHTNING)
+    while frame is not None and frame.f_code.co_filename.startswith(inner):
+        frame = frame.f_back
+    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 @lru_cache(maxsize=16384)

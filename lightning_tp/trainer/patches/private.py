@@ -101,6 +101,18 @@ def loaders_of(loop: Any) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+def data_of(trainer: pl.Trainer) -> list[Any]:
+    """What was passed to the Trainer as loaders, or what has the hooks that make them."""
+    loops: list[Any] = [
+        trainer.fit_loop,
+        trainer.fit_loop.epoch_loop.val_loop,
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ]
+    return [loop._data_source.instance for loop in loops]
+
+
 def num_prefetched(trainer: pl.Trainer) -> int:
     """How many training batches were read, and are not used yet."""
     return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
