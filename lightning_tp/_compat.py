@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -575,3 +576,20 @@ def call_in_forward(unit: Any, function: Callable[..., Any], *args: Any, **kwarg
 def initialize_fsdp(root: Any) -> None:
     """Make a module the root of FSDP2 before the first forward, which may be that of a unit inside."""
     root._get_fsdp_state()._lazy_init()
+
+
+# private: `torch.utils.checkpoint._checkpoint_without_reentrant_generator`. Without it code that a user checkpoints is recomputed on full sizes.
+@functools.cache
+def wrap_recomputed(wrap: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> None:
+    """Have `torch.utils.checkpoint.checkpoint` recompute `wrap(function, frame)`, where `frame` is that of the call of `checkpoint`."""
+    module: Any = torch.utils.checkpoint
+    generator, apply = module._checkpoint_without_reentrant_generator, module.CheckpointFunction.apply
+
+    def without_reentry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(wrap(function, sys._getframe(1)), *args, **kwargs)
+
+    def with_reentry(function: Callable[..., Any], *args: Any) -> Any:
+        return apply(wrap(function, sys._getframe(1)), *args)
+
+    module._checkpoint_without_reentrant_generator = without_reentry
+    module.CheckpointFunction.apply = with_reentry

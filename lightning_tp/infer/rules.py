@@ -173,8 +173,8 @@ def _embeddings(workload: Workload, assignment: Assignment, parameters: Paramete
 def _adapted_calls(changes: CallChanges) -> Iterator[Rule]:
     """Calls in the code of modules that would be wrong on shards get local sizes and operands."""
     for module, calls in changes.calls.items():
-        if places := {(c.name, c.at) for c in calls if c.changes}:
-            at_places = [c for c in calls if (c.name, c.at) in places]
+        if places := {(c.name, c.at[:1]) for c in calls if c.changes}:
+            at_places = [c for c in calls if (c.name, c.at[:1]) in places]  # who calls the code around a place may make a difference
             yield Rule(
                 module, RewrittenCalls(calls_in_turn(at_places)), "code that assumes full tensors, adapted to the local shard"
             )
@@ -203,9 +203,9 @@ def _aliases(workload: Workload, assignment: Assignment, parameters: Parameters,
         if bias is not None and (name, dim) in outs:
             shards[id(bias)] = 0, ranges
     for rule in rules:
-        if isinstance(rule.style, Colwise) and rule.style.output == I:
+        if isinstance(rule.style, VocabEmbedding) or (isinstance(rule.style, Colwise) and rule.style.output == I):
             module = model.get_submodule(rule.pattern)
-            given = [p for p in (module.weight, module.bias) if isinstance(p, Tensor)]
+            given = [p for p in (module.weight, getattr(module, "bias", None)) if isinstance(p, Tensor)]
             shards.update({id(p): (0, even_split(p.shape[0], 0, tp).ranges) for p in given})
     named = [r.pattern for r in rules if r.style.splits_parameters]
     return [
@@ -255,7 +255,7 @@ def explained(plan: Plan, kept_whole: Mapping[Key, str], parameters: Parameters)
         if why is None:
             rest += group
             continue
-        every = [n for n in parameters if starred(n) == star]
+        every = [n for n in parameters if Rule(star, Replicate()).matches(n)]
         rules += [Rule(n, Replicate(state=I), why) for n in ([star] if len(every) == len(group) else group)]
     return Plan(
         [*rules, Rule(CATCH_ALL, catch_all.style, f"replicated: its input is not sharded; such weights are {share(rest)}")],

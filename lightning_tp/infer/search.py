@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -110,7 +111,7 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
 
 def _raised_at(error: Exception) -> str:
     """Return the line of the user's code that raised: not one of torch, nor of this package."""
-    inner = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    inner = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep)
     lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inner)]
     return f" (at {lines[-1].filename}:{lines[-1].lineno})" if lines else ""
 

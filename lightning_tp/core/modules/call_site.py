@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,8 +20,8 @@ CallSite: TypeAlias = "tuple[tuple[str, str], ...]"  # (function, instruction), 
 MODULE_CALL: CodeType = call_impl.__code__
 MODEL_CODE: set[str] = set()  # files of this package that count as code of a model; they add themselves
 
-_TORCH = str(torch.__path__[0])
-_PACKAGE = str(Path(__file__).parents[2])
+_TORCH = str(torch.__path__[0]) + os.sep  # with it, torchvision beside torch is another folder
+_PACKAGE = str(Path(__file__).parents[2]) + os.sep
 
 
 def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> CallSite:
@@ -26,19 +29,35 @@ def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MO
 
     Two calls in one helper that is called from different places are told apart. A function that calls itself counts once: a class whose
     `__init_subclass__` wraps `forward` has one more wrapper in each subclass, such as styles and FSDP2 make them. `ends` is the code that calls
-    the forward of a module.
+    the forward of a module, or that of `resumed`.
     """
     chain: list[tuple[str, str]] = []
     while frame is not None:
         code = frame.f_code
         if code in ends:
             break
+        if code is _RESUMED:
+            return (*chain, *frame.f_locals["site"])
         if not _is_machinery(code):
             here = code.co_name, _position(code, frame.f_lasti)
             if not chain or chain[-1] != here:
                 chain.append(here)
         frame = frame.f_back
     return tuple(chain)
+
+
+def resumed(function: Callable[..., Any], site: CallSite, around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    """Return a function whose calls are at the call sites that they would have if it were called at `site`, whoever calls it: a backward pass."""
+
+    def resume(*args: Any, **kwargs: Any) -> Any:
+        site  # noqa: B018  for `call_site`
+        with around():
+            return function(*args, **kwargs)
+
+    return resume
+
+
+_RESUMED = next(c for c in resumed.__code__.co_consts if isinstance(c, CodeType))
 
 
 @lru_cache(maxsize=16384)
