@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_tp.core.comm.state import I
 from lightning_tp.core.modules.blocks import starred
@@ -90,6 +91,11 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
+    if lazy := next((n for n, p in model.named_parameters() if is_lazy(p)), None):
+        raise TPError(
+            f"`{lazy}` belongs to a lazy module, which has no weights before its first batch: there is nothing to split. Give the layer its sizes, or "
+            "run a batch through the model in `__init__` or `configure_model`."
+        )
     workload = Workload(model, call, inputs, tp)
     with comparable_runs(model), gc_disabled():
         if has_more_than(model, MOST_REAL):

@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp._compat import num_writes
+from lightning_tp.errors import TPError
+
+MOST_COPIED = 50_000_000  # parameters, of which a copy is kept while a model is run for a try
 SDPA = F.scaled_dot_product_attention
 
 # functions that take an activation and return it changed at random
@@ -121,8 +126,16 @@ class without_dropout(TorchFunctionMode):
 
 @contextmanager
 def comparable_runs(model: nn.Module) -> Iterator[None]:
-    """Run a model in this context several times and compare: dropout is off; buffers and the default generator are restored on exit."""
-    buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
+    """Run a model in this context several times and compare: dropout is off; weights, buffers and the default generator are restored on exit.
+
+    Raises:
+        TPError: if the model writes into a parameter, and has too many to keep a copy of them all.
+    """
+    parameters = [p for p in model.parameters() if not (p.is_meta or is_lazy(p))]
+    copied = parameters if sum(p.numel() for p in parameters) <= MOST_COPIED else []
+    tensors = [*(b for b in model.buffers() if not b.is_meta), *copied]
+    copies = [(t, num_writes(t), t.detach().clone()) for t in tensors]
+    writes = [num_writes(p) for p in parameters]
     state = torch.get_rng_state()
     try:
         with without_dropout():
@@ -130,6 +143,12 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
     finally:
         torch.set_rng_state(state)
         with torch.no_grad():
-            for n, b in model.named_buffers():
-                if n in buffers and b.shape == buffers[n].shape:
-                    b.copy_(buffers[n])
+            for t, before, value in copies:
+                if num_writes(t) != before and t.shape == value.shape:
+                    t.copy_(value)
+    if not copied and any(num_writes(p) != n for p, n in zip(parameters, writes, strict=True)):
+        name = next(n for n, p in model.named_parameters() if any(p is q and num_writes(q) != w for q, w in zip(parameters, writes)))
+        raise TPError(
+            f"Finding a plan has run the model, whose forward writes into the parameter `{name}`. Infer the plan on its own, from another "
+            "instance of the model (`ltp.infer_plan`), and pass it as `plan=`."
+        )
