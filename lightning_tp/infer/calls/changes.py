@@ -93,7 +93,7 @@ def einsum(call: RecordedCall) -> Change:
         if not g.is_split:
             split = [] if isinstance(g.layout, Sharded) else [i for i, letter in enumerate(word) if letter in owners]
             part = (g.tensor.ndim - split[0], owners[word[split[0]]]) if split else None
-            operands.append(Operand(g.path, part, bool(owners) and g.equal_gradient))
+            operands.append(Operand(g.path, part, (bool(owners) and g.equal_gradient) or _enters(call, g)))
     return _with_operands(call, operands)
 
 
