@@ -43,6 +43,7 @@ from lightning_tp.infer.rules import explained, fold, write_plan
 from lightning_tp.infer.sequence.boundaries import Replanned
 from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel
 from lightning_tp.infer.sequence.streams import with_sequence_parallel
+from lightning_tp.infer.tables import needs_full_table
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import Colwise
 
@@ -151,6 +152,8 @@ class Search:
         self.parameters = dict(model.named_parameters())
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.tables = frozenset((n, 1) for n, p in self.parameters.items() if id(p) in embeddings)
+        whole = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and needs_full_table(m, self.workload.tp)}
+        self._keep_all_whole((n for n, p in self.parameters.items() if id(p) in whole), "an embedding's code needs the full table")
 
     def find(self) -> Plan:
         """Attempt to write a plan until one runs; each attempt that fails keeps more weights whole."""

@@ -147,7 +147,9 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
                 if num_writes(t) != before and t.shape == value.shape:
                     t.copy_(value)
     if not copied and any(num_writes(p) != n for p, n in zip(parameters, writes, strict=True)):
-        name = next(n for n, p in model.named_parameters() if any(p is q and num_writes(q) != w for q, w in zip(parameters, writes)))
+        name = next(
+            n for n, p in model.named_parameters() if any(p is q and num_writes(q) != w for q, w in zip(parameters, writes))
+        )
         raise TPError(
             f"Finding a plan has run the model, whose forward writes into the parameter `{name}`. Infer the plan on its own, from another "
             "instance of the model (`ltp.infer_plan`), and pass it as `plan=`."
