@@ -593,3 +593,17 @@ def wrap_recomputed(wrap: Callable[[Callable[..., Any], Any], Callable[..., Any]
 
     module._checkpoint_without_reentrant_generator = without_reentry
     module.CheckpointFunction.apply = with_reentry
+
+
+# private: `torch.autograd.function._SingleLevelFunction`, the base class whose `apply` `Function.apply` calls; code may have bound the latter before.
+def intercept_functions(handler: Callable[[Any, Callable[..., Any], Any, Any], Any]) -> Callable[[], None]:
+    """Have `handler(cls, apply, args, frame)` called for each `autograd.Function` but torch's and this package's; return what undoes it."""
+    base: Any = torch.autograd.function._SingleLevelFunction
+
+    def apply(cls: Any, *args: Any) -> Any:
+        direct = super(base, cls).apply
+        if cls.__module__.partition(".")[0] in ("torch", "lightning_tp"):
+            return direct(*args)
+        return handler(cls, direct, args, sys._getframe(1))
+
+    return patched(base, "apply", classmethod(apply))

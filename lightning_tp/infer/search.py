@@ -94,8 +94,8 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
     if lazy := next((n for n, p in model.named_parameters() if is_lazy(p)), None):
         raise TPError(
-            f"`{lazy}` belongs to a lazy module, which has no weights before its first batch: there is nothing to split. Give the layer its sizes, or "
-            "run a batch through the model in `__init__` or `configure_model`."
+            f"`{lazy}` belongs to a lazy module, which has no weights before its first batch: there is nothing to split. Give the layer its "
+            "sizes, or run a batch through the model in `__init__` or `configure_model`."
         )
     workload = Workload(model, call, inputs, tp)
     with comparable_runs(model), gc_disabled():

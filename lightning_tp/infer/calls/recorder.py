@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp._compat import unobserved
+from lightning_tp._compat import intercept_functions, unobserved
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.core.trees import tensors_in
@@ -83,11 +84,44 @@ class CallRecorder(TorchFunctionMode):
         # of the call that runs: sizes of shards among its arguments, and what the tensors were that it writes into
         self._numbers: tuple[PerRankInt, ...] = ()
         self._before: dict[int, OnRanks] = {}
+        self._opaque: str | None = None  # the module whose code called the `autograd.Function` that runs
+        self._ran_modules = False  # whether modules run in it
         tracer.log = []
         PerRankInt.diverging = set()
 
+    def __enter__(self) -> CallRecorder:
+        self._undo = intercept_functions(self._apply)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._undo()
+
+    def _apply(self, cls: Any, apply: Callable[..., Any], args: Any, frame: Any) -> Any:
+        """Record an `autograd.Function` as one call: its forward is no code that could run with other sizes than its backward."""
+        module = self.tracer.stack[-1]
+        if self._opaque is not None or module in self.standard:
+            return apply(*args)
+        self.tracer.events, self._before = [], {}
+        self._opaque, self._ran_modules = module, False
+        try:
+            out = apply(*plain(args))
+            self._numbers = per_rank_ints(args)
+            with unobserved():
+                self.analyse_call("apply", cls.apply, args, {}, out, module, frame)
+        finally:
+            self._opaque = None
+        for n in self._numbers:
+            n.computed_with()
+        return out
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._opaque is not None:
+            if self.tracer.stack[-1] == self._opaque:
+                return func(*args, **kwargs)
+            self._ran_modules = True
         name = getattr(func, "__name__", "")
         frame = sys._getframe(1)
         if name in READS:
@@ -205,6 +239,7 @@ class CallRecorder(TorchFunctionMode):
             vocabulary=self.heads.get(dict(products).get("out", "")),
             partial_results=any(r.tensor.numel() and gradient_is_partial(self.tracer.shadow(r.tensor).label) for r in results),
             tp=self.tp,
+            runs_modules=name == "apply" and self._ran_modules,
         )
 
     def _given(self, name: str, path: Path, t: Tensor) -> Given:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp._compat import call_impl, wrap_recomputed
+from lightning_tp._compat import call_impl, intercept_functions, wrap_recomputed
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.core.comm.transitions import outside
@@ -149,6 +149,8 @@ class _CallMode(TorchFunctionMode):
     def __init__(self, calls: tuple[Call, ...], axis: Axis) -> None:
         super().__init__()
         wrap_recomputed(_recomputed)
+        if any(c.name == "apply" for c in calls):
+            _see_functions()
         self.axis = axis
         self.table: dict[Any, list[Call]] = {}
         # (function of torch, innermost place) -> what all calls there become, whoever calls the code around them
@@ -166,17 +168,34 @@ class _CallMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in self.names or self._running[-1] is not self:
             return func(*args, **(kwargs or {}))
-        key = name, site = name, call_site(sys._getframe(1), _ENDS)
+        call = None if name == "__get__" and func.__self__ is not Tensor.shape else self.call_at(name, sys._getframe(1))
+        return func(*args, **(kwargs or {})) if call is None else run_call(call, func, args, kwargs or {}, self.axis)
+
+    def call_at(self, name: str, frame: FrameType) -> Call | None:
+        """Return what becomes of the call that a frame makes; None if nothing changes."""
+        key = name, site = name, call_site(frame, _ENDS)
         calls = self.table.get(key)
         if calls is None and len(anywhere := self.by_place.get((name, site[:1]), ())) == 1:
-            calls = list(anywhere)  # the same code, called from a line that did not run when the plan was made
-        if calls is None or (name == "__get__" and func.__self__ is not Tensor.shape):
-            return func(*args, **(kwargs or {}))
-        call = calls[0]
-        if len(calls) > 1:  # one call site in a loop, or in a helper that is called several times
-            call = calls[self.turns[key] % len(calls)]
-            self.turns[key] += 1
-        return run_call(call, func, args, kwargs or {}, self.axis)
+            return next(iter(anywhere))  # the same code, called from a line that did not run when the plan was made
+        if calls is None:
+            return None
+        if len(calls) == 1:
+            return calls[0]
+        # one call site in a loop, or in a helper that is called several times
+        self.turns[key] += 1
+        return calls[(self.turns[key] - 1) % len(calls)]
+
+
+def _apply(cls: Any, apply: Callable[..., Any], args: Any, frame: FrameType) -> Any:
+    """Run an `autograd.Function`, which no mode sees."""
+    mode = _CallMode._running[-1] if _CallMode._running else None
+    call = mode.call_at("apply", frame) if mode is not None and "apply" in mode.names else None
+    return apply(*args) if mode is None or call is None else run_call(call, apply, args, {}, mode.axis)
+
+
+@cache
+def _see_functions() -> None:
+    intercept_functions(_apply)
 
 
 _ENDS = frozenset({call_impl.__code__, _UnderCallMode.forward.__code__})  # a forward that is recomputed begins at the second one

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.sequence import full_length
 from lightning_tp.core.comm.state import P
-from lightning_tp.core.comm.transitions import invariant_to_replicate, transition
+from lightning_tp.core.comm.transitions import invariant_to_replicate, replicate_to_invariant, transition
 from lightning_tp.core.ops.logits_rules import split_logits
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.call import CONVOLUTIONS, COUNTS, FIRST_SIZE, READS, Call, Operand, Path
@@ -50,6 +51,8 @@ def run_call(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, a
     if call.leave:
         return _reduced(call, func, args, kwargs, axis)
     out = func(*args, **kwargs)
+    if any(o.leave for o in call.operands):
+        return tree_map_only(Tensor, lambda t: invariant_to_replicate(t, axis) if t.requires_grad else t, out)
     return out if call.logits is None else split_logits(out, axis, call.logits)
 
 
@@ -72,6 +75,8 @@ def _with_operands(call: Call, args: Args, kwargs: Kwargs, axis: Axis) -> tuple[
         x = holder[operand.path[-1]]
         if operand.enter and x.requires_grad:
             x = invariant_to_replicate(x, axis)
+        if operand.leave and x.requires_grad:
+            x = replicate_to_invariant(x, axis)
         if operand.part is not None and not _is_local(x, operand, new, kwargs):
             x = part_of(x, operand.part, axis.rank)
         holder[operand.path[-1]] = x
