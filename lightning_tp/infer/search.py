@@ -179,6 +179,9 @@ class Search:
         if refused := refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp):
             self.keep_whole(refused, run.trace)
             return None
+        if recording.changes.failed and self.shared:
+            self._share_nothing()
+            return None
         draft = write_plan(self.workload, assignment, recording, self.kept_whole, self.not_gathered)
         plan = draft
         if self.workload.tp > 1:
@@ -209,13 +212,16 @@ class Search:
     def refuse_sets(self, run: TracedRun) -> bool:
         """Keep weights whole whose features form fewer sets than there are ranks, or share a part of one; return whether there are any."""
         trace, leaked = run.trace, leaks_partial_gradients(run)
-        if leaked and self.shared:  # not by sharing, then
-            self.shared, self.shares = {}, Counter(dict.fromkeys(map(starred, self.parameters), MOST_SHARES))
+        if leaked and self.shared:
+            self._share_nothing()
             return True
         refused = dict.fromkeys(trace.nodes, LEAKED) if leaked else sets_smaller_than_tp(trace, self.workload.tp, self.parameters)
         if refused and (leaked or not self._share_factor(refused, trace)):
             self.keep_whole(refused, trace)
         return bool(refused)
+
+    def _share_nothing(self) -> None:
+        self.shared, self.shares = {}, Counter(dict.fromkeys(map(starred, self.parameters), MOST_SHARES))
 
     def _share_factor(self, refused: Mapping[Key, str], trace: FeatureTrace) -> bool:
         """Give every rank the part of a fused weight that joins all others, in all blocks; not more than MOST_SHARES times."""
@@ -250,6 +256,8 @@ class Search:
         """Write the plan again where modules are given a stream that each rank has a part of the gradient of."""
         recording = record_calls(self.workload, assignment, prepare)
         refused = refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp)
+        for module, why in recording.changes.failed.items():
+            raise NotSequenceParallel(f"{module}: {why}", {module})
         for (weight, _), why in refused.items():
             raise NotSequenceParallel(f"{weight}: {why}", {weight.rpartition(".")[0]})
         if any(not bool(shrunk(label).any()) for label in recording.outputs):

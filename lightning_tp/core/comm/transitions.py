@@ -15,8 +15,8 @@
 | I | S(-1) | `invariant_to_width` | slice | all-gather |
 
 The first and the third are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the two after them
-their sequence-parallel pair (Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in `shards/gradients.py`; a backward pass
-that comes through here notifies it through `Axis.on_backward`. Second derivatives raise.
+their sequence-parallel pair (Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in
+`shards/gradients.py`; a backward pass that comes through here notifies it through `Axis.on_backward`. Second derivatives raise.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from lightning_tp.infer.calls.changes import change_of, factors, full_sizes
 from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, per_rank_ints, plain
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
-from lightning_tp.infer.follow.features import gradient_is_partial
+from lightning_tp.infer.follow.features import gradient_is_partial, shrunk
 from lightning_tp.infer.follow.ops import MOVES, writes_in_place
 from lightning_tp.infer.follow.run import cross_entropy, run
 from lightning_tp.infer.follow.trace import FeatureTrace
@@ -40,6 +40,9 @@ class CallChanges:
 
     calls: dict[str, list[Call]] = field(default_factory=dict)  # module -> calls that change, and those beside them that do not
     broken: list[tuple[Tensor, str]] = field(default_factory=list)  # labels of features that a call needs together, and why
+    failed: dict[str, str] = field(
+        default_factory=dict
+    )  # modules with a call that can't work beside shards, though it is given none; why
     local_uses: dict[str, set[str]] = field(default_factory=dict)  # as of `FeatureTrace`, where ranks do have different elements
     mixed: set[str] = field(default_factory=set)  # parameters whose gradient is all-reduced where they are used
     trace: FeatureTrace | None = None  # of the run
@@ -185,9 +188,10 @@ class CallRecorder(TorchFunctionMode):
             change = self._decide(call)
         except NotOnShards as no:
             self._set_known(no.sizes)
-            self.found.broken += [
-                (features, f"`{name}` in `{module or 'the model'}`: {no}") for features in self._kept_together(call, no)
-            ]
+            together = self._kept_together(call, no)
+            self.found.broken += [(features, f"`{name}` in `{module or 'the model'}`: {no}") for features in together]
+            if not any(bool(shrunk(features).any()) for features in together):
+                self.found.failed.setdefault(module, f"`{name}`: {no}")
             return
         if change is not None:
             self._set_known(change.sizes)
@@ -198,7 +202,10 @@ class CallRecorder(TorchFunctionMode):
         if call.name == "embedding" and call.module not in self.tables and tables:
             raise NotOnShards("it looks up rows of a split table", tables)
         if call.is_involved or len(call.products) > 1:
-            return change_of(call, self.layouts, self.tried)
+            change = change_of(call, self.layouts, self.tried)
+            if change.call.changes and (not call.site or len(self.tracer.stack) == 1):
+                raise NotOnShards("it would have to change, but is in no module's forward")
+            return change
         if self.remakes and call.name in SIZE_CALLS | FACTORIES and call.results:
             return full_sizes(call)
         return Change(call.unchanged)
@@ -223,7 +230,8 @@ class CallRecorder(TorchFunctionMode):
             self.found.calls.setdefault(module, []).append(call)
 
     def _recorded(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, site: Any) -> RecordedCall:
-        products = tuple(dict.fromkeys(self.tracer.events))
+        runs_modules = name == "apply" and self._ran_modules
+        products = () if runs_modules else tuple(dict.fromkeys(self.tracer.events))
         results = tuple(OnRanks(t, self._layout(name, t)) for t in tensors_in(out, depth=0))
         return RecordedCall(
             name=name,
@@ -239,7 +247,7 @@ class CallRecorder(TorchFunctionMode):
             vocabulary=self.heads.get(dict(products).get("out", "")),
             partial_results=any(r.tensor.numel() and gradient_is_partial(self.tracer.shadow(r.tensor).label) for r in results),
             tp=self.tp,
-            runs_modules=name == "apply" and self._ran_modules,
+            runs_modules=runs_modules,
         )
 
     def _given(self, name: str, path: Path, t: Tensor) -> Given:
