@@ -134,8 +134,8 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
     parameters = [p for p in model.parameters() if not (p.is_meta or is_lazy(p))]
     copied = parameters if sum(p.numel() for p in parameters) <= MOST_COPIED else []
     tensors = [*(b for b in model.buffers() if not b.is_meta), *copied]
-    copies = [(t, num_writes(t), t.detach().clone()) for t in tensors]
-    writes = [num_writes(p) for p in parameters]
+    copies = [(t, _state(t), t.detach().clone()) for t in tensors]
+    states = [_state(p) for p in parameters]
     state = torch.get_rng_state()
     try:
         with without_dropout():
@@ -144,13 +144,17 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(state)
         with torch.no_grad():
             for t, before, value in copies:
-                if num_writes(t) != before and t.shape == value.shape:
+                if _state(t) != before and t.shape == value.shape:
                     t.copy_(value)
-    if not copied and any(num_writes(p) != n for p, n in zip(parameters, writes, strict=True)):
-        name = next(
-            n for n, p in model.named_parameters() if any(p is q and num_writes(q) != w for q, w in zip(parameters, writes))
-        )
+    changed = [] if copied else [p for p, before in zip(parameters, states, strict=True) if _state(p) != before]
+    if changed:
+        name = next(n for n, p in model.named_parameters() if p is changed[0])
         raise TPError(
             f"Finding a plan has run the model, whose forward writes into the parameter `{name}`. Infer the plan on its own, from another "
             "instance of the model (`ltp.infer_plan`), and pass it as `plan=`."
         )
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    """Return what differs after a write into a tensor, or another value of its `data`."""
+    return num_writes(t), t.data_ptr() if t.layout == torch.strided else 0
