@@ -134,7 +134,7 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
     parameters = [p for p in model.parameters() if not (p.is_meta or is_lazy(p))]
     copied = parameters if sum(p.numel() for p in parameters) <= MOST_COPIED else []
     tensors = [*(b for b in model.buffers() if not b.is_meta), *copied]
-    copies = [(t, _state(t), t.detach().clone()) for t in tensors]
+    copies = [(t, t.detach().clone()) for t in tensors]
     states = [_state(p) for p in parameters]
     state = torch.get_rng_state()
     try:
@@ -143,8 +143,8 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
     finally:
         torch.set_rng_state(state)
         with torch.no_grad():
-            for t, before, value in copies:
-                if _state(t) != before and t.shape == value.shape:
+            for t, value in copies:
+                if t.shape == value.shape:
                     t.copy_(value)
     changed = [] if copied else [p for p, before in zip(parameters, states, strict=True) if _state(p) != before]
     if changed:
