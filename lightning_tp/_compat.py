@@ -521,6 +521,7 @@ softmax_operators: tuple[Any, ...] = tuple(
     getattr(torch.ops.aten, name).default for name in ("_softmax", "_log_softmax", "_safe_softmax")
 )
 # a `__torch_function__` that dispatches nothing: that of `nn.Parameter`
+graph_task: Callable[[], int] = torch._C._current_graph_task_id  # of the backward pass that runs; -1: none does
 no_torch_function: Any = torch._C._disabled_torch_function_impl
 
 
@@ -607,3 +608,9 @@ def intercept_functions(handler: Callable[[Any, Callable[..., Any], Any, Any], A
         return handler(cls, direct, args, sys._getframe(1))
 
     return patched(base, "apply", classmethod(apply))
+
+
+# private: `Tensor._base`. Without it a write into a slice would not be seen in the tensor that it is a slice of.
+def base_of(view: Tensor) -> Tensor | None:
+    """Return the tensor that this one is a view of; None for one that is no view."""
+    return view._base

@@ -25,7 +25,7 @@ class _Entry(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         before = depth()
-        if before or is_compiling():
+        if before > 0 or is_compiling():
             return super().__call__(*args, **kwargs)
         registry = self._registry()
         root = None if registry is None else registry.fsdp_root
@@ -69,7 +69,7 @@ _depths: list[int] = []  # outside of the steps that run
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     outside = depth()
     _depths.append(outside)
-    set_depth(outside + 1)
+    set_depth(max(outside, 0) + 1)
 
     def at_outer(closure: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:

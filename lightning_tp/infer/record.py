@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tp.infer.assign import Assignment
+from lightning_tp.infer.assign import Assignment, made_by_weight
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder
@@ -64,6 +64,12 @@ def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer,
     recorder = CallRecorder(tracer, shown_owner, workload.tp, layers, by_call, trace.nodes, full_size_reads)
     recorder.layouts.param_owner = assignment.owner
     recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
+    names = {id(p): n for n, p in workload.model.named_parameters()}
+    column_wise = [
+        (weight, layer) for weight, layer in assignment.layers.items() if any(weight == n for n, _ in made_by_weight(trace))
+    ]
+    biases = [(getattr(workload.model.get_submodule(layer), "bias", None), weight) for weight, layer in column_wise]
+    recorder.split_biases = recorder.layouts.weight_of = {names[id(b)]: weight for b, weight in biases if b is not None}
     recorder.tried = trace.tried
     recorder.mixed = assignment.mixed
     recorder.outside = set(trace.whole_uses) - set(trace.local_uses)

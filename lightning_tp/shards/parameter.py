@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tp._compat import call_impl, keep_foreach, local_tensor, no_torch_function
+from lightning_tp._compat import call_impl, graph_task, keep_foreach, local_tensor, no_torch_function
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import R
 from lightning_tp.errors import TPError
@@ -39,7 +39,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _View:
-    """Whether sharded tensors are seen as local ones now: `depth` is how many `local_view`s are around. May be nested; a decorator, too."""
+    """Whether sharded tensors are seen as local ones now; may be nested, and is a decorator, too.
+
+    `depth` is how many `local_view`s are around; 0: none, so they are seen in full but in a backward pass; -1: in full in any case.
+    """
 
     depth = 0
 
@@ -49,7 +52,7 @@ class _View:
 
     def __enter__(self) -> None:
         self._before.append(_View.depth)
-        set_depth(_View.depth + 1 if self._local else 0)
+        set_depth(max(_View.depth, 0) + 1 if self._local else -1)
 
     def __exit__(self, *_: object) -> None:
         set_depth(self._before.pop())
@@ -60,7 +63,7 @@ class _View:
         @wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
             before = _View.depth
-            set_depth(before + 1 if local else 0)
+            set_depth(max(before, 0) + 1 if local else -1)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -73,12 +76,12 @@ def set_depth(depth: int) -> None:
     """Enter a view: the local one for a depth above 0. `torch_function` of a class is looked up at each call, so none is slower for it."""
     if (depth > 0) != (_View.depth > 0):
         for cls in SHARDED:
-            type.__setattr__(cls, "__torch_function__", no_torch_function if depth else _SEEN_IN_FULL)
+            type.__setattr__(cls, "__torch_function__", no_torch_function if depth > 0 else _SEEN_IN_FULL)
     _View.depth = depth
 
 
 def depth() -> int:
-    """Return how many `local_view`s are around; 0: sharded tensors are seen in full."""
+    """Return how many `local_view`s are around; 0 or less: sharded tensors are seen in full."""
     return _View.depth
 
 
@@ -167,12 +170,16 @@ def _seen_in_full(
     cls: type, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
     kwargs = kwargs or {}
+    if not _View.depth and graph_task() != -1:
+        return _as_it_is(func, args, kwargs)  # in a backward pass: what the forward has saved, FSDP2, compiled code
     name = func.__name__
     first = args[0] if args else None
     if name in ("__get__", "__set__", "__delete__"):
         attribute = func.__self__.__name__  # type: ignore[attr-defined]
         if name == "__get__" and attribute in _FROM_VALUES:
             return func(*_in_full(args))
+        if attribute in _OF_SHAPE and in_forward():
+            return _as_it_is(func, args, kwargs)
         rule = (_READ if name == "__get__" else _WRITE).get(attribute, _as_it_is) if isinstance(first, SHARDED) else _as_it_is
         return rule(func, args, kwargs)
     if name in _AS_IT_IS or in_forward():
@@ -339,7 +346,10 @@ def _full(x: Any) -> Tensor:
 
 
 def _gather(x: Any) -> Tensor:
-    return x._tp_shard.gather(x)
+    shard: ParamShard = x._tp_shard
+    if shard.split.dim is not None and shard.tp > 1:
+        shard.meet()
+    return shard.gather(x)
 
 
 class _Full(Function):
@@ -382,7 +392,8 @@ def _names(text: str) -> frozenset[str]:
 
 MODULE_CALL = call_impl.__code__
 _FORWARDS = ("forward", "inner", "_call_impl", "__call__")
-_READ = {"shape": _read_shape, "ndim": _read_shape, "nbytes": _read_shape, "data": _read_tensor, "grad": _read_tensor}
+_OF_SHAPE = _names("shape ndim nbytes")
+_READ = {**dict.fromkeys(_OF_SHAPE, _read_shape), "data": _read_tensor, "grad": _read_tensor}
 _WRITE = {"data": _write_tensor, "grad": _write_tensor}
 _FROM_VALUES = _names("T mT H mH real imag")
 _SIZES = _names("size dim ndimension numel nelement stride __len__ is_contiguous")

@@ -93,7 +93,8 @@ def test_collectives_that_run_again(how: dict[str, Any], again: dict[str, int]) 
 
 def kept(model: nn.Module, make: Callable[[], Tensor]) -> int:
     """Bytes of the storages that a forward leaves alive for its backward, beside the parameters."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    with local_view():
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     import weakref
 
     alive: dict[int, int] = {}

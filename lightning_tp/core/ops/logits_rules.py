@@ -116,9 +116,9 @@ def _reshape(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
         new = list(_like(func, (torch.empty(sizes, device="meta"), *others), kwargs).shape)
     except (RuntimeError, IndexError, TypeError, ValueError):
         return NotImplemented  # torch says it better of the full tensor
-    before, after = math.prod(sizes[: x.vocab_dim]), math.prod(sizes[x.vocab_dim + 1 :])
+    after = math.prod(sizes[x.vocab_dim + 1 :])
     for dim, size in enumerate(new):
-        if size == x.vocab and math.prod(new[:dim]) == before and math.prod(new[dim + 1 :]) == after:
+        if size == x.vocab and math.prod(new[dim + 1 :]) == after:  # as many elements before it too, as in all
             new[dim] = x.local.shape[x.vocab_dim]
             return wrap_columns_like(to_local(x).reshape(new), dim, x)
     return NotImplemented

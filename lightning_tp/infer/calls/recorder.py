@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from lightning_tp.infer.follow.ops import MOVES, writes_in_place
 from lightning_tp.infer.follow.run import cross_entropy, run
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.follow.tracer import FeatureTracer
-from lightning_tp.styles.calls.call import COUNTS, FACTORIES, READS, SIZE_CALLS, Call, Path
+from lightning_tp.styles.calls.call import COUNTS, FACTORIES, READS, SIZE_CALLS, Call, Operand, Path
 
 
 @dataclass
@@ -80,6 +80,7 @@ class CallRecorder(TorchFunctionMode):
         self.mixed: set[str] = set()  # parameters also used with equal activations: their partial gradients are all-reduced at once
         self.outside: set[str] = set()  # parameters of which only what is computed from them is combined with shards
         self.tables: set[str] = set()  # modules that look up rows of a split table on their own
+        self.split_biases: Mapping[str, str] = {}  # of linear layers that are split by their output features -> the weight
         self.tried: set[Any] = set()  # calls that were found right on shards before
         self.found = CallChanges()
         self.local_reads: set[Any] = set()  # where code was given the sizes of a shard
@@ -201,6 +202,13 @@ class CallRecorder(TorchFunctionMode):
         tables = [g.tensor for g in call.given if g.is_split]
         if call.name == "embedding" and call.module not in self.tables and tables:
             raise NotOnShards("it looks up rows of a split table", tables)
+        if read := self._parameters_read(call):
+            if len(self.tracer.stack) == 1:
+                return Change(call.unchanged)  # there, code sees parameters in full
+            if any(g.facts.param is not None and id(g.tensor) not in self.tracer.names for g in read):
+                raise NotOnShards("it reads a part of a split parameter", [g.tensor for g in read])
+            operands = tuple(Operand(g.path, full=tuple(g.tensor.shape)) for g in read)
+            return Change(replace(call.unchanged, operands=operands))
         if call.is_involved or len(call.products) > 1:
             change = change_of(call, self.layouts, self.tried)
             if change.call.changes and (not call.site or len(self.tracer.stack) == 1):
@@ -209,6 +217,17 @@ class CallRecorder(TorchFunctionMode):
         if self.remakes and call.name in SIZE_CALLS | FACTORIES and call.results:
             return full_sizes(call)
         return Change(call.unchanged)
+
+    def _parameters_read(self, call: RecordedCall) -> list[Given]:
+        """Return the split parameters that a call reads beside products and shards: a norm of weights."""
+        read = [g for g in call.given if g.is_split or (g.facts.param is not None and g.facts.param.name in self.split_biases)]
+        if not read or call.products or call.before or call.name == "embedding" or not call.results:
+            return []
+        others = [x for x in (*call.given, *call.results) if not any(x is g for g in read)]
+        facts = [self.tracer.shadow(x.tensor) for x in others]
+        beside = any(f.label is not None for f in facts) or any(not x.tensor.numel() for x in others)
+        moved = any(self.tracer.shadow(x.tensor).param is not None for x in call.results)
+        return [] if beside or moved else read
 
     def _kept_together(self, call: RecordedCall, no: NotOnShards) -> list[Tensor]:
         """Return the features that a call that can't run on shards needs together."""

@@ -73,25 +73,22 @@ def _check_untried(call: RecordedCall) -> None:
         raise NotOnShards("operands that do not broadcast, one of which has the size of the split dimension")
 
 
+def _can_be_tried(tensors: list[OnRanks], most: int) -> bool:
+    numels = [x.tensor.numel() for x in tensors]
+    # of an empty tensor it is not known how it would lie on ranks
+    return all(numels) and sum(numels) <= most and not any(isinstance(x.layout, str) for x in tensors)
+
+
 def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> bool:
     """Return whether the call could be tried; raise `NotOnShards` if its results on shards are not the shards of what it returned."""
     given = {id(t): call.before.get(id(t)) or OnRanks(t, layouts.of(t)) for t in (g.tensor for g in call.given)}
     results = [OnRanks(t, layouts.of(t)) for t in (*(r.tensor for r in call.results), *_written(call))]
     tensors = [*given.values(), *results]
-    numels = [x.tensor.numel() for x in tensors]
-    if (
-        any(isinstance(x.layout, str) for x in tensors)
-        or sum(numels) > (MOST_IN_FUNCTION if call.is_function else MOST_TRIED)
-        or not all(numels)
-    ):
-        return False  # of an empty tensor it is not known how it would lie on ranks
+    if not _can_be_tried(tensors, MOST_IN_FUNCTION if call.is_function else MOST_TRIED):
+        return False
     with_enter, change = change, replace(change, operands=tuple(replace(o, enter=False) for o in change.operands))
-    key = (
-        call.func,
-        change,
-        tuple((x.tensor.shape, x.layout) for x in given.values()),
-        repr(mapped((call.args, call.kwargs), _number)),
-    )
+    shapes = tuple((x.tensor.shape, x.layout) for x in given.values())
+    key = call.func, change, shapes, repr(mapped((call.args, call.kwargs), _number))
     if key in tried and all(x.tensor.is_floating_point() for x in given.values()):
         return True  # in a block, or a run, before
     if any(x.tensor.is_meta for x in tensors):

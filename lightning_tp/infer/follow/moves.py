@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_tp._compat import base_of
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.follow.features import compact, reshaped, shrunk
 from lightning_tp.infer.follow.ops import ATEN_CASTS, ATEN_FILLS, ATEN_LIKE, ATEN_MOVES, ATEN_POINTWISE, ATEN_REDUCTIONS
@@ -137,7 +138,7 @@ def combine(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
 def write_into_view(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
     """`x[:, 1:] = y`: what is written, a copy of y, lies in x from now on."""
     view = op.outs[0]
-    base, written = view._base, tracer.shadow(view)
+    base, written = base_of(view), tracer.shadow(view)
     assert base is not None
     before, label = tracer.shadow(base), written.label
     if label is not None and base.is_contiguous():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_tp._compat import is_in_place, without_dispatch_modes
+from lightning_tp._compat import base_of, is_in_place, without_dispatch_modes
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.follow.features import gradient_is_partial, no_features, shrunk
 from lightning_tp.infer.follow.meta import Values
@@ -110,7 +110,7 @@ class FeatureTracer(Values):
                 op = AtenCall(func, args, kwargs, out, tensors, facts)
                 for t, found in zip(op.outs, RULES.get(op.name, RULES[ANY_OTHER])(self, op), strict=False):
                     self.put(t, found)
-                    if is_in_place(func) and (base := t._base) is not None:
+                    if is_in_place(func) and (base := base_of(t)) is not None:
                         self.put(base, RULES[WRITE_INTO_VIEW](self, op)[0])
         return out
 
