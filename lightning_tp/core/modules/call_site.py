@@ -38,12 +38,19 @@ def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MO
             break
         if code is _RESUMED:
             return (*chain, *frame.f_locals["site"])
-        if not _is_machinery(code):
+        if not _is_machinery(code.co_filename):
             here = code.co_name, _position(code, frame.f_lasti)
             if not chain or chain[-1] != here:
                 chain.append(here)
         frame = frame.f_back
     return tuple(chain)
+
+
+def end_of(frame: FrameType | None, ends: frozenset[CodeType]) -> CodeType | None:
+    """Return the code at which the call site of a frame ends."""
+    while frame is not None and frame.f_code not in ends and frame.f_code is not _RESUMED:
+        frame = frame.f_back
+    return None if frame is None else frame.f_code
 
 
 def resumed(function: Callable[..., Any], site: CallSite, around: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
@@ -72,9 +79,8 @@ def _position(code: CodeType, instruction: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _is_machinery(code: CodeType) -> bool:
-    """Whether this is code of torch or of this package around a model, which is not the same when a plan is made and when it runs."""
-    file = code.co_filename
+def _is_machinery(file: str) -> bool:
+    """Whether this file has code of torch or of this package around a model, which is not the same when a plan is made and when it runs."""
     if file.startswith(_TORCH):
         return "/nn/modules/" not in file or file.endswith("/module.py")
     return file.startswith(_PACKAGE) and file not in MODEL_CODE

@@ -59,7 +59,7 @@ class Layouts:
     def __init__(self, tracer: FeatureTracer, owner: Tensor, tp: int, nodes: dict[tuple[str, int], Tensor]) -> None:
         self.tracer, self.owner, self.tp, self.nodes = tracer, owner, tp, nodes
         self.param_owner = owner  # of the features of parameters; those of logits have an owner, and logits show as whole
-        self.weight_of: Mapping[str, str] = {}  # biases that are split as these weights are
+        self.weight_of: Mapping[str, str] = {}  # parameters that are split -> the weight that has their features
         self._split = {name for name, _ in nodes}
         self._known: dict[int, tuple[Tensor, Tensor | None, Layout]] = {}  # id of a tensor -> it, its label then, its layout
 

@@ -80,7 +80,7 @@ class CallRecorder(TorchFunctionMode):
         self.mixed: set[str] = set()  # parameters also used with equal activations: their partial gradients are all-reduced at once
         self.outside: set[str] = set()  # parameters of which only what is computed from them is combined with shards
         self.tables: set[str] = set()  # modules that look up rows of a split table on their own
-        self.split_biases: Mapping[str, str] = {}  # of linear layers that are split by their output features -> the weight
+        self.split: Mapping[str, str] = {}  # parameters that are split -> the weight that has their features
         self.tried: set[Any] = set()  # calls that were found right on shards before
         self.found = CallChanges()
         self.local_reads: set[Any] = set()  # where code was given the sizes of a shard
@@ -220,7 +220,7 @@ class CallRecorder(TorchFunctionMode):
 
     def _parameters_read(self, call: RecordedCall) -> list[Given]:
         """Return the split parameters that a call reads beside products and shards: a norm of weights."""
-        read = [g for g in call.given if g.is_split or (g.facts.param is not None and g.facts.param.name in self.split_biases)]
+        read = [g for g in call.given if g.facts.param is not None and g.facts.param.name in self.split]
         if not read or call.products or call.before or call.name == "embedding" or not call.results:
             return []
         others = [x for x in (*call.given, *call.results) if not any(x is g for g in read)]

@@ -27,7 +27,7 @@ from lightning_tp._compat import call_impl, intercept_functions, wrap_recomputed
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.core.comm.transitions import outside
-from lightning_tp.core.modules.call_site import call_site, resumed
+from lightning_tp.core.modules.call_site import MODULE_CALL, call_site, end_of, resumed
 from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.attention import WRITTEN_OUT, bind_attention, written_out
@@ -175,7 +175,11 @@ class _CallMode(TorchFunctionMode):
         """Return what becomes of the call that a frame makes; None if nothing changes."""
         key = name, site = name, call_site(frame, _ENDS)
         calls = self.table.get(key)
-        if calls is None and len(anywhere := self.by_place.get((name, site[:1]), ())) == 1:
+        if (
+            calls is None
+            and len(anywhere := self.by_place.get((name, site[:1]), ())) == 1
+            and end_of(frame, _ENDS) is not MODULE_CALL
+        ):
             return next(iter(anywhere))  # the same code, called from a line that did not run when the plan was made
         if calls is None:
             return None
@@ -198,7 +202,7 @@ def _see_functions() -> None:
     intercept_functions(_apply)
 
 
-_ENDS = frozenset({call_impl.__code__, _UnderCallMode.forward.__code__})  # a forward that is recomputed begins at the second one
+_ENDS = frozenset({MODULE_CALL, _UnderCallMode.forward.__code__})  # a forward that is recomputed begins at the second one
 
 
 def _recomputed(function: Callable[..., Any], frame: FrameType) -> Callable[..., Any]:
