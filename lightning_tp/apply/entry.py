@@ -47,7 +47,7 @@ def enter_local_view(model: nn.Module) -> None:
         model: a module with a `training_step` is user code itself; what it holds is called.
     """
     for module in model.modules():
-        if not hasattr(module, "training_step"):
+        if not hasattr(module, "training_step") and next(module.parameters(), None) is not None:
             module.__dict__["_tp_planned"] = True
     registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
     every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
@@ -91,6 +91,8 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 
 def entries(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost modules that have a forward of their own, and those in containers of them."""
+    if next(model.parameters(), None) is None:
+        return
     if not hasattr(model, "training_step") and type(model).forward is not nn.Module.forward:
         yield model
         if not isinstance(model, nn.Sequential):

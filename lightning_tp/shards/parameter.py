@@ -118,6 +118,10 @@ class _Sharded:
             copied = super().__deepcopy__(memo)  # type: ignore[misc]
             return shard_like(copied, self._tp_shard)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        full = self.full_tensor().detach() if depth() <= 0 else local_tensor(self)  # type: ignore[arg-type]
+        return (nn.Parameter(full, self.requires_grad) if isinstance(self, nn.Parameter) else full).__reduce_ex__(protocol)
+
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Register a hook that is given the full gradient of a backward pass, when the pass is over; see `torch.Tensor.register_hook`."""
         gradients = getattr(self, "_tp_gradients", None)
@@ -203,8 +207,6 @@ def _seen_in_full(
     if name in _POINTERS:  # the full tensor has to outlive the pointer
         first.__dict__["_tp_full"] = _full(first)
         return func(first.__dict__["_tp_full"], *args[1:], **kwargs)
-    if name == "__reduce_ex__" and isinstance(first, nn.Parameter):
-        return func(nn.Parameter(_full(first).detach(), first.requires_grad), *args[1:])
     return func(*_in_full(args), **_in_full(kwargs))
 
 
@@ -261,6 +263,10 @@ def _write_tensor(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
                 "sizes are fixed. Resize the model in `__init__` or `configure_model`."
             )
         value = like(p, shard.take(value.detach()))
+    if isinstance(p, DTensor) and func.__self__.__name__ == "data":  # type: ignore[attr-defined]
+        with local_view(), torch.no_grad():  # setting `.data` of a DTensor leaves its local tensor as it was
+            local_tensor(p).copy_(local_tensor(value))
+        return
     _as_it_is(func, (p, value), kwargs)
 
 

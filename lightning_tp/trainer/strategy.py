@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lightning_tp.apply import materialize
 from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
-from lightning_tp.apply.bind import tag_parameters
+from lightning_tp.apply.bind import check_unchanged, tag_parameters
 from lightning_tp.apply.compile import Compile, unwrap_compiled
 from lightning_tp.apply.parallelize import PlanLike, parallelize
 from lightning_tp.apply.same_everywhere import same_weights_everywhere
@@ -291,6 +291,8 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             with raise_on_rank_zero(self.global_rank):
                 for optimizer in self.optimizers:
                     check_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
+            for optimizer in self.optimizers:
+                optimizer.zero_grad = local_view()(type(optimizer).zero_grad.__get__(optimizer))  # type: ignore[method-assign]
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             private.optimizers_to_device(self.optimizers, self.root_device)
@@ -332,6 +334,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def _step(self, name: str, context: Any, *args: Any, **kwargs: Any) -> Any:
         if self.sizes[1] > 1 and (index := self._batches.next(name)) is not None:
             with raise_on_rank_zero(self.global_rank):
+                check_unchanged(self.lightning_module)  # type: ignore[arg-type]
                 check_batch_everywhere((args, kwargs), self.device_mesh, self.root_device, f"`{name}`, batch {index}")
         with context:
             return self._call(name, *args, **kwargs)
