@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -645,3 +646,40 @@ def without_global_optimizer_hooks() -> Iterator[None]:
     finally:
         for table, hooks in zip(tables, kept, strict=True):
             table.update(hooks)
+
+
+# private: `torch.utils.checkpoint._checkpoint_without_reentrant_generator`. Without it code that a user checkpoints is recomputed on full sizes.
+@functools.cache
+def wrap_recomputed(wrap: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> None:
+    """Have `torch.utils.checkpoint.checkpoint` recompute `wrap(function, frame)`, where `frame` is that of the call of `checkpoint`."""
+    module: Any = torch.utils.checkpoint
+    generator, apply = module._checkpoint_without_reentrant_generator, module.CheckpointFunction.apply
+
+    def without_reentry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(wrap(function, sys._getframe(1)), *args, **kwargs)
+
+    def with_reentry(function: Callable[..., Any], *args: Any) -> Any:
+        return apply(wrap(function, sys._getframe(1)), *args)
+
+    module._checkpoint_without_reentrant_generator = without_reentry
+    module.CheckpointFunction.apply = with_reentry
+
+
+# private: `torch.autograd.function._SingleLevelFunction`, the base class whose `apply` `Function.apply` calls; code may have bound the latter before.
+def intercept_functions(handler: Callable[[Any, Callable[..., Any], Any, Any], Any]) -> Callable[[], None]:
+    """Have `handler(cls, apply, args, frame)` called for each `autograd.Function` but torch's and this package's; return what undoes it."""
+    base: Any = torch.autograd.function._SingleLevelFunction
+
+    def apply(cls: Any, *args: Any) -> Any:
+        direct = super(base, cls).apply
+        if cls.__module__.partition(".")[0] in ("torch", "lightning_tp"):
+            return direct(*args)
+        return handler(cls, direct, args, sys._getframe(1))
+
+    return patched(base, "apply", classmethod(apply))
+
+
+# private: `Tensor._base`. Without it a write into a slice would not be seen in the tensor that it is a slice of.
+def base_of(view: Tensor) -> Tensor | None:
+    """Return the tensor that this one is a view of; None for one that is no view."""
+    return view._base

@@ -43,7 +43,17 @@ def same_weights_everywhere(model: nn.Module, mesh: DeviceMesh) -> None:
     Ranks with different seeds draw different weights, and nothing in torch or Lightning makes replicated ones equal.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.numel() and not t.is_meta}
-    _make_equal(list(tensors.values()), mesh)
+    _make_equal([part for t in tensors.values() for part in strided_parts(t)], mesh)
+
+
+def strided_parts(t: Tensor) -> list[Tensor]:
+    """Return a tensor; of a sparse one its indices and values, and none of one that keeps several values of one element (not coalesced)."""
+    if t.layout == torch.strided:
+        return [t]
+    if t.layout == torch.sparse_coo:
+        return [t.indices(), t.values()] if t.is_coalesced() else []
+    by_row = t.layout in (torch.sparse_csr, torch.sparse_bsr)
+    return [*((t.crow_indices(), t.col_indices()) if by_row else (t.ccol_indices(), t.row_indices())), t.values()]
 
 
 @torch.no_grad()

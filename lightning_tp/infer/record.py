@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_tp.infer.assign import Assignment
+from lightning_tp.infer.assign import Assignment, made_by_weight
 from lightning_tp.infer.blocks.workload import Workload
 from lightning_tp.infer.calls.local_sizes import PerRankInt
 from lightning_tp.infer.calls.recorder import CallChanges, CallRecorder
@@ -64,7 +64,21 @@ def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer,
     recorder = CallRecorder(tracer, shown_owner, workload.tp, layers, by_call, trace.nodes, full_size_reads)
     recorder.layouts.param_owner = assignment.owner
     recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
+    recorder.split = recorder.layouts.weight_of = _split_parameters(workload, assignment)
     recorder.tried = trace.tried
     recorder.mixed = assignment.mixed
     recorder.outside = set(trace.whole_uses) - set(trace.local_uses)
     return recorder
+
+
+def _split_parameters(workload: Workload, assignment: Assignment) -> dict[str, str]:
+    """Return each parameter that is split, in copies of a traced block too -> the weight with its features: itself, or that of its layer."""
+    model, trace = workload.model, assignment.trace
+    names, makers = {id(p): n for n, p in model.named_parameters()}, {n for n, _ in made_by_weight(trace)}
+    split = {n: n for n, _ in trace.nodes}
+    for weight, layer in assignment.layers.items():
+        bias = getattr(model.get_submodule(layer), "bias", None)
+        if weight in makers and bias is not None:
+            split[names[id(bias)]] = weight
+    first = {n: workload.blocks.representative(n) for n in names.values()}
+    return {n: split[f] for n, f in first.items() if f in split}

@@ -5,6 +5,7 @@
 | src | dst | function | forward | backward |
 |---|---|---|---|---|
 | I | R | `invariant_to_replicate` | identity | all-reduce |
+| R | I | `replicate_to_invariant` | identity | the gradient on one rank, zero on others |
 | P | I | `partial_to_invariant` | all-reduce | identity |
 | S(1) | R | `sequence_to_replicate` | all-gather | reduce-scatter |
 | P | S(1) | `partial_to_sequence` | reduce-scatter | all-gather |
@@ -13,7 +14,7 @@
 | S(-1) | I | `width_to_invariant` (given the full width) | all-gather | slice |
 | I | S(-1) | `invariant_to_width` | slice | all-gather |
 
-The first two are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the next two their sequence-parallel pair
+The first and the third are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the two after them their sequence-parallel pair
 (Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in `shards/gradients.py`; a backward pass
 that comes through here notifies it through `Axis.on_backward`. A backward pass that is recorded (`create_graph=True`) can be gone through again:
 the conjugate of a pair is the pair the other way round.
@@ -55,6 +56,10 @@ def _identity(ctx: Any, x: Tensor) -> Tensor:
 
 def _sum(ctx: Any, x: Tensor) -> Tensor:
     return all_reduce(x.clone(memory_format=torch.contiguous_format), ctx.axis)
+
+
+def _on_first_rank(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.zeros_like(grad) if ctx.axis.rank else grad
 
 
 def _sum_of_terms(ctx: Any, x: Tensor) -> Tensor:
@@ -170,6 +175,7 @@ def _pair(
 
 
 invariant_to_replicate = _pair("invariant_to_replicate", _identity, _sum, _identity)
+replicate_to_invariant = _pair("replicate_to_invariant", _identity, _on_first_rank, _on_first_rank)
 partial_to_invariant = _pair("partial_to_invariant", _sum_of_terms, _identity, _sum)
 sequence_to_replicate = _pair("sequence_to_replicate", _gather_sequence, _scatter_sum_gradient, _gather_sequence_again)
 partial_to_sequence = _pair("partial_to_sequence", _scatter_sum, _gather_sequence_gradient, _scatter_sum_gradient)

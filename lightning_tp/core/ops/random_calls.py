@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp._compat import num_writes
 from lightning_tp.core.modules.objects import preserve_objects
-from lightning_tp.core.modules.snapshot import has_more_than
+from lightning_tp.errors import TPError
 
+MOST_COPIED = 50_000_000  # parameters, of which a copy is kept while a model is run for a try
 SDPA = F.scaled_dot_product_attention
-MOST_COPIED = 5_000_000  # parameters of a model whose weights are kept to be restored
 
 # functions that take an activation and return it changed at random
 CHANGING = frozenset(
@@ -126,21 +127,33 @@ class without_dropout(TorchFunctionMode):
 
 @contextmanager
 def comparable_runs(model: nn.Module) -> Iterator[None]:
-    """Run a model in this context several times and compare: dropout is off; on exit weights, buffers, generators and objects are restored.
+    """Run a model in this context several times and compare: dropout is off; weights, buffers, generators and objects are restored on exit.
 
-    Weights of a model of more than `MOST_COPIED` parameters are not: these are not what runs there.
+    Raises:
+        TPError: if the model writes into a parameter, and has too many to keep a copy of them all.
     """
-    weights = () if has_more_than(model, MOST_COPIED) else model.parameters()
-    written = [(t, num_writes(t), t.detach().clone()) for t in weights if not t.is_meta and t.layout is torch.strided]
-    buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
+    parameters = [p for p in model.parameters() if not (p.is_meta or is_lazy(p))]
+    copied = parameters if sum(p.numel() for p in parameters) <= MOST_COPIED else []
+    tensors = [*(b for b in model.buffers() if not b.is_meta), *copied]
+    copies = [(t, t.detach().clone()) for t in tensors]
+    states = [_state(p) for p in parameters]
     try:
         with preserve_objects([model]), without_dropout():
             yield
     finally:
         with torch.no_grad():
-            for n, b in model.named_buffers():
-                if n in buffers and b.shape == buffers[n].shape:
-                    b.copy_(buffers[n])
-            for t, writes, before in written:
-                if num_writes(t) != writes:
-                    t.copy_(before)
+            for t, value in copies:
+                if t.shape == value.shape:
+                    t.copy_(value)
+    changed = [] if copied else [p for p, before in zip(parameters, states, strict=True) if _state(p) != before]
+    if changed:
+        name = next(n for n, p in model.named_parameters() if p is changed[0])
+        raise TPError(
+            f"Finding a plan has run the model, whose forward writes into the parameter `{name}`. Infer the plan on its own, from another "
+            "instance of the model (`ltp.infer_plan`), and pass it as `plan=`."
+        )
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    """Return what differs after a write into a tensor, or another value of its `data`."""
+    return num_writes(t), t.data_ptr() if t.layout == torch.strided else 0

@@ -145,7 +145,7 @@ class SplitLogits(Tensor):
         kwargs = kwargs or {}
         name, key = getattr(func, "__name__", type(func).__name__), func
         if name in ("__get__", "__set__") and hasattr(func, "__self__"):
-            key = func.__self__  # type: ignore[attr-defined]
+            key = func.__self__
             attribute = key.__name__
             if name == "__get__" or attribute != "data":
                 name = attribute if attribute in _COMPUTED else "attribute"
