@@ -683,3 +683,9 @@ def intercept_functions(handler: Callable[[Any, Callable[..., Any], Any, Any], A
 def base_of(view: Tensor) -> Tensor | None:
     """Return the tensor that this one is a view of; None for one that is no view."""
     return view._base
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Return whether a hook of a module's forward is one of FSDP2's."""
+    hook = getattr(hook, "func", hook)
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"

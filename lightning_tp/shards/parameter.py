@@ -16,7 +16,8 @@ this rank's shard. `p.shape`, `p.numel()` and the like cost nothing. A gather is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import Any, TypeVar
@@ -53,6 +54,7 @@ class _View:
     """
 
     depth = 0
+    full_runs = 0  # of models that run as one process would
 
     def __init__(self, local: bool) -> None:
         self._local = local
@@ -107,6 +109,21 @@ def local_view() -> _View:
 def full_view() -> _View:
     """See sharded tensors in full again, inside of `local_view`: for user code that is called from there."""
     return _View(False)
+
+
+@contextmanager
+def full_run() -> Iterator[None]:
+    """Let the forward of models be no local view: sharded parameters are seen in full there, too."""
+    _View.full_runs += 1
+    try:
+        yield
+    finally:
+        _View.full_runs -= 1
+
+
+def full_runs() -> int:
+    """Return how many `full_run`s are around."""
+    return _View.full_runs
 
 
 # ------------------------------------------------------------------------------------------------------------- classes
@@ -279,6 +296,8 @@ def in_forward() -> bool:
 
     A hook of a module is not its forward.
     """
+    if _View.full_runs:
+        return False
     frame: FrameType | None = sys._getframe(2)
     inner = None
     while frame is not None:

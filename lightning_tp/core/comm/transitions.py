@@ -14,10 +14,10 @@
 | S(-1) | I | `width_to_invariant` (given the full width) | all-gather | slice |
 | I | S(-1) | `invariant_to_width` | slice | all-gather |
 
-The first and the third are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the two after them their sequence-parallel pair
-(Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in `shards/gradients.py`; a backward pass
-that comes through here notifies it through `Axis.on_backward`. A backward pass that is recorded (`create_graph=True`) can be gone through again:
-the conjugate of a pair is the pair the other way round.
+The first and the third are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the two after them their sequence-parallel
+pair (Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in `shards/gradients.py`; a backward pass that
+comes through here notifies it through `Axis.on_backward`. A backward pass that is recorded (`create_graph=True`) can be gone through again: the
+conjugate of a pair is the pair the other way round.
 """
 
 from __future__ import annotations
@@ -168,6 +168,8 @@ def _pair(
     apply = apply_of(type(name, (Function,), {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}))
 
     def change_state(x: Tensor, axis: Axis, *args: Any) -> Tensor:
+        if not is_compiling() and hasattr(type(x), "as_state"):  # a stream's shard that shows as full
+            x = x.as_state(SEQUENCE if name.startswith("sequence") else I)  # type: ignore[attr-defined]
         return outside(apply, x, axis, *args) if is_compiling() else apply(x, axis, *args)
 
     change_state.__name__ = change_state.__qualname__ = name

@@ -143,7 +143,9 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for t, value in copies:
-                if t.shape == value.shape:
+                if t.shape == value.shape and (
+                    t.layout is not torch.strided or not torch.equal(t, value)
+                ):  # a graph may have saved it
                     t.copy_(value)
     changed = [] if copied else [p for p, before in zip(parameters, states, strict=True) if _state(p) != before]
     if changed:

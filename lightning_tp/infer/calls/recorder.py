@@ -157,7 +157,7 @@ class CallRecorder(TorchFunctionMode):
 
     def _may_be_local(self, name: str, t: Tensor, frame: Any) -> bool:
         """Return whether a size may differ on a rank; or is full, and read in a loop where others are given the full size."""
-        if self.layouts.is_followed(t):
+        if self.layouts.may_be_local(t):
             return True
         return bool(self.whole_reads) and (self.tracer.stack[-1], name, call_site(frame)) in self.whole_reads
 
