@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -301,6 +302,15 @@ def fake_process_group(rank: int, size: int) -> Any:
     return FakeProcessGroup._create_internal(rank, size)
 
 
+# private: `FakeWork`, and the schema of an operator. Without it collectives of a step that is run on one rank would wait for the others.
+def done_with(func: Any, result: Any) -> Any:
+    """Return what an operator of `c10d` returns when it is done, `result` first where it returns tensors."""
+    from torch._C._distributed_c10d import FakeWork, Work
+
+    work = Work.boxed(FakeWork())
+    return {0: None, 1: work, 2: (result, work)}[len(func._schema.returns)]
+
+
 # private: `_set_pg_timeout`. Without it the groups of a mesh would have torch's default of half an hour, whatever the user asks for.
 def limit_waiting(groups: Iterable[torch.distributed.ProcessGroup], timeout: timedelta) -> None:
     """Let the collectives of these groups fail after this time."""
@@ -505,6 +515,46 @@ class LateTensor:
         return value.untyped_storage()
 
 
+# private: `_engine_run_backward`, what all of torch.autograd ends in. Without it a step that takes gradients itself could not be followed.
+@contextmanager
+def backward_by(run: Callable[..., Any]) -> Iterator[None]:
+    """Let `run(own, ...)` compute each gradient of this process, where `own` is what does it, until this exits."""
+    own = torch.autograd._engine_run_backward
+    undo = patched(torch.autograd, "_engine_run_backward", lambda *args, **kwargs: run(own, *args, **kwargs))
+    try:
+        yield
+    finally:
+        undo()
+
+
+# private: the tables of process groups. Without it a collective in a step that runs on one rank would wait for the others.
+@contextmanager
+def process_groups_aside() -> Iterator[None]:
+    """Run without the process groups that there are; others may be made, and are gone on exit."""
+    world = torch.distributed.distributed_c10d._world
+    tables: list[Any] = [
+        world.pg_map,
+        world.pg_names,
+        world.pg_group_ranks,
+        world.pg_backend_config,
+        world.tags_to_pg,
+        world.pg_to_tag,
+    ]
+    contents, default = [dict(table) for table in tables], world.default_pg
+
+    def fill(new: list[dict[Any, Any]], group: Any) -> None:
+        for table, content in zip(tables, new, strict=True):
+            table.clear()
+            table.update(content)
+        world.default_pg = group
+
+    fill([{} for _ in tables], None)
+    try:
+        yield
+    finally:
+        fill(contents, default)
+
+
 @contextmanager
 def unobserved() -> Iterator[None]:
     """Run operations without the `TorchFunctionMode`s and the `TorchDispatchMode`s that are on."""
@@ -520,6 +570,7 @@ softmax_operators: tuple[Any, ...] = tuple(
     getattr(torch.ops.aten, name).default for name in ("_softmax", "_log_softmax", "_safe_softmax")
 )
 # a `__torch_function__` that dispatches nothing: that of `nn.Parameter`
+graph_task: Callable[[], int] = torch._C._current_graph_task_id  # of the backward pass that runs; -1: none does
 no_torch_function: Any = torch._C._disabled_torch_function_impl
 
 
@@ -575,6 +626,63 @@ def call_in_forward(unit: Any, function: Callable[..., Any], *args: Any, **kwarg
 def initialize_fsdp(root: Any) -> None:
     """Make a module the root of FSDP2 before the first forward, which may be that of a unit inside."""
     root._get_fsdp_state()._lazy_init()
+
+
+# where torch's functions and methods are defined, beside its public modules
+NATIVE_FUNCTIONS: tuple[Any, ...] = (torch._C.TensorBase, torch._C._nn, torch._C._VariableFunctions)
+
+
+@contextmanager
+def without_global_optimizer_hooks() -> Iterator[None]:
+    """Step optimizers without the hooks that were registered for all of them."""
+    from torch.optim import optimizer
+
+    tables: tuple[Any, ...] = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
+# private: `torch.utils.checkpoint._checkpoint_without_reentrant_generator`. Without it code that a user checkpoints is recomputed on full sizes.
+@functools.cache
+def wrap_recomputed(wrap: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> None:
+    """Have `torch.utils.checkpoint.checkpoint` recompute `wrap(function, frame)`, where `frame` is that of the call of `checkpoint`."""
+    module: Any = torch.utils.checkpoint
+    generator, apply = module._checkpoint_without_reentrant_generator, module.CheckpointFunction.apply
+
+    def without_reentry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(wrap(function, sys._getframe(1)), *args, **kwargs)
+
+    def with_reentry(function: Callable[..., Any], *args: Any) -> Any:
+        return apply(wrap(function, sys._getframe(1)), *args)
+
+    module._checkpoint_without_reentrant_generator = without_reentry
+    module.CheckpointFunction.apply = with_reentry
+
+
+# private: `torch.autograd.function._SingleLevelFunction`, the base class whose `apply` `Function.apply` calls; code may have bound the latter before.
+def intercept_functions(handler: Callable[[Any, Callable[..., Any], Any, Any], Any]) -> Callable[[], None]:
+    """Have `handler(cls, apply, args, frame)` called for each `autograd.Function` but torch's and this package's; return what undoes it."""
+    base: Any = torch.autograd.function._SingleLevelFunction
+
+    def apply(cls: Any, *args: Any) -> Any:
+        direct = super(base, cls).apply
+        if cls.__module__.partition(".")[0] in ("torch", "lightning_tp"):
+            return direct(*args)
+        return handler(cls, direct, args, sys._getframe(1))
+
+    return patched(base, "apply", classmethod(apply))
+
+
+# private: `Tensor._base`. Without it a write into a slice would not be seen in the tensor that it is a slice of.
+def base_of(view: Tensor) -> Tensor | None:
+    """Return the tensor that this one is a view of; None for one that is no view."""
+    return view._base
 
 
 def is_fsdp_hook(hook: Any) -> bool:

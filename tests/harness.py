@@ -140,7 +140,8 @@ def alone(
     for name, p in model.m.named_parameters():
         want = shapes[name]
         want = want if isinstance(want[0], int) else want[rank]
-        assert tuple(p.shape) == want, f"{what}: {name} is {tuple(p.shape)}, not {want}"
+        local = p._tp_shard.local_shape
+        assert local == want, f"{what}: {name} is {local}, not {want}"
 
     axis = model._tp_registry.gradients.axis
     arrives, leaves = State.of(arrives), State.of(leaves)

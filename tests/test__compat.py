@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -412,24 +411,6 @@ def test_two_names_change_places(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         if not _compat.rename_exchange(str(a), str(tmp_path / "missing")):
             raise FileNotFoundError
-
-
-def test_files_without_their_data(tmp_path: Path) -> None:
-    file = tmp_path / "w.pt"
-    shape = (1000, 100)
-    _compat.saved_without_data({"a": _compat.fake_like((3,), torch.int64), "w": _compat.fake_like(shape, torch.float32)}, file)
-    assert os.path.getsize(file) > 400_000
-    with _compat.fake_tensors():
-        fake = torch.load(file, weights_only=False)
-    offset = _compat.offset_in_file(fake["w"])
-    assert offset is not None and fake["w"].shape == shape and _compat.offset_in_file(torch.ones(1)) is None
-    raw = torch.arange(100_000, dtype=torch.float32)
-    with file.open("r+b") as f:
-        f.seek(offset)
-        f.write(raw.numpy().tobytes())
-    with file.open("rb") as f:
-        f.seek(offset + 4 * 99_999)
-        assert torch.frombuffer(bytearray(f.read(4)), dtype=torch.float32).item() == 99_999
 
 
 def test_classes_in_the_metadata_of_a_checkpoint() -> None:

@@ -61,61 +61,6 @@ PUBLIC_IN_ALL_BUT_NAME = ("torch.utils._pytree.", "torch.utils._python_dispatch.
 
 # Tests of the package as a whole; what crosses files stands in tests/scenarios/.
 OF_THE_WHOLE = {"test_layers.py", "test_private_names.py"}
-# Files of the package that have no test of their own, and tests that have no file. It only gets shorter.
-NO_TEST_YET: set[str] = {
-    "lightning_tp/__main__.py",
-    "lightning_tp/_compat.py",
-    "lightning_tp/checkpoint/files.py",
-    "lightning_tp/checkpoint/weights/dcp_folder.py",
-    "lightning_tp/checkpoint/weights/hugging_face.py",
-    "lightning_tp/checkpoint/weights/safetensors_file.py",
-    "lightning_tp/checkpoint/weights/stored.py",
-    "lightning_tp/checkpoint/weights/torch_file.py",
-    "lightning_tp/cli/checkpoint.py",
-    "lightning_tp/cli/options.py",
-    "lightning_tp/cli/parser.py",
-    "lightning_tp/cli/plan.py",
-    "lightning_tp/cli/shapes.py",
-    "lightning_tp/cli/target.py",
-    "lightning_tp/cli/torch_source.py",
-    "lightning_tp/cli/verify.py",
-    "lightning_tp/core/comm/agree.py",
-    "lightning_tp/core/comm/fake_world.py",
-    "lightning_tp/core/files.py",
-    "lightning_tp/core/modules/blocks.py",
-    "lightning_tp/core/modules/call_site.py",
-    "lightning_tp/core/modules/snapshot.py",
-    "lightning_tp/core/modules/tape.py",
-    "lightning_tp/core/ops/exact_dropout.py",
-    "lightning_tp/core/ops/logits_rules.py",
-    "lightning_tp/core/ops/random_calls.py",
-    "lightning_tp/core/tables.py",
-    "lightning_tp/core/trees.py",
-    "lightning_tp/core/units.py",
-    "lightning_tp/estimate/drawn/charts.py",
-    "lightning_tp/estimate/drawn/drawing.py",
-    "lightning_tp/estimate/drawn/matmul_plot.py",
-    "lightning_tp/estimate/drawn/pages.py",
-    "lightning_tp/estimate/drawn/picture_drawing.py",
-    "lightning_tp/estimate/drawn/picture_fold.py",
-    "lightning_tp/estimate/drawn/picture_from_trace.py",
-    "lightning_tp/estimate/drawn/series.py",
-    "lightning_tp/infer/assign.py",
-    "lightning_tp/infer/calls/local_sizes.py",
-    "lightning_tp/infer/calls/try_on_shards.py",
-    "lightning_tp/infer/follow/convolutions.py",
-    "lightning_tp/infer/follow/run.py",
-    "lightning_tp/infer/rules.py",
-    "lightning_tp/infer/sequence/doors.py",
-    "lightning_tp/infer/sequence/stream.py",
-    "lightning_tp/infer/sequence/tokens.py",
-    "lightning_tp/styles/calls/call.py",
-    "lightning_tp/styles/calls/run_call.py",
-    "lightning_tp/testing/compare.py",
-    "lightning_tp/testing/ranks.py",
-    "lightning_tp/verify/compare.py",
-    "lightning_tp/verify/report.py",
-}
 
 SOURCES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
@@ -268,18 +213,11 @@ def _in_same_folder(path: str, name: str) -> str:
 @pytest.mark.parametrize("here, there", counterparts().items())
 def test_tests_mirror_the_package(here: str, there: str) -> None:
     exists = (ROOT.parent / there).is_file()
-    if here in NO_TEST_YET:
-        assert not exists, f"{there} exists: take {here} out of NO_TEST_YET"
-    elif here.startswith("tests/"):
+    if here.startswith("tests/"):
         assert exists, (
             f"{here} tests no file: there is no {there}. Move its tests to the files that they test, or to tests/scenarios/"
         )
-    else:
-        assert exists, f"{here} has no test: create {there}"
-
-
-def test_what_has_no_test_yet_exists() -> None:
-    assert not NO_TEST_YET - counterparts().keys(), "these are gone: take them out of NO_TEST_YET"
+    assert exists, f"{here} has no test: create {there}"
 
 
 def test_the_core_runs_without_lightning() -> None:

@@ -24,9 +24,6 @@ PUBLIC_MODULES = {"torch.utils._pytree", "torch.utils._python_dispatch", "torch.
 BY_TEXT = {"getattr", "hasattr", "setattr", "delattr", "patched"}
 OUR_PREFIX = "_tp_"  # of attributes that this package sets on parameters and modules
 
-# Files that still name some; the list only gets shorter.
-STILL = {}
-
 
 def is_private(name: str) -> bool:
     own = name.startswith(("__", OUR_PREFIX)) or name == "_"
@@ -69,10 +66,9 @@ def private_names(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("source", [s for s in SOURCES if not s.startswith(ALLOWED)])
 def test_private_names_of_others_stand_in_two_places(source: str) -> None:
     found = private_names(SOURCES[source])
-    if source not in STILL:
-        assert not found, (
-            f"{source} names {found}: give each a function in _compat.py (torch) or trainer/patches/private.py (Lightning)"
-        )
+    assert not found, (
+        f"{source} names {found}: give each a function in _compat.py (torch) or trainer/patches/private.py (Lightning)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,25 @@ class ParamRegistry:
         return twin
 
 
+def check_unchanged(model: nn.Module) -> None:
+    """Refuse a model whose parameters were added, removed or renamed since it was split: these would be neither sharded nor kept equal.
+
+    Raises:
+        TPError: it names the first of them.
+    """
+    registry: ParamRegistry | None = model.__dict__.get("_tp_registry")
+    if registry is None:
+        return
+    names = {name for name, _ in model.named_parameters()}
+    if names != registry.shards.keys():
+        new, gone = sorted(names - registry.shards.keys()), sorted(registry.shards.keys() - names)
+        what = "; ".join(f"{word}: `{found[0]}` ({len(found)} in all)" for word, found in (("new", new), ("gone", gone)) if found)
+        raise TPError(
+            f"The parameters of {type(model).__name__} were changed after it was split ({what}). Wrap modules (DistributedDataParallel, "
+            "pruning, adapters) and add parameters in `__init__` or `configure_model`, before the split; data parallelism is `TPStrategy(dp=..)`."
+        )
+
+
 def tag_parameters(model: nn.Module) -> None:
     """Tell the parameter objects that the model has now what they are; again after something has replaced them."""
     registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]

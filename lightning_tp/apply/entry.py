@@ -28,7 +28,7 @@ class _Entry(nn.Module):
     _ways: Ways | None  # of one that holds everything that is split
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if depth() or is_compiling():
+        if depth() > 0 or is_compiling():
             return super().__call__(*args, **kwargs)
         ways = self._ways
         return self._on_shards(*args, **kwargs) if ways is None else ways.call(self, self._on_shards, args, kwargs)
@@ -56,7 +56,7 @@ def enter_local_view(model: nn.Module, ways: Callable[[], Ways | None]) -> None:
         ways: makes the ways of a module that calls of it go.
     """
     for module in model.modules():
-        if not hasattr(module, "training_step"):
+        if not hasattr(module, "training_step") and next(module.parameters(), None) is not None:
             module.__dict__["_tp_planned"] = True
     registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
     every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
@@ -83,7 +83,7 @@ _depths: list[int] = []  # outside of the steps that run
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     outside = depth()
     _depths.append(outside)
-    set_depth(outside + 1)
+    set_depth(max(outside, 0) + 1)
 
     def at_outer(closure: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -119,6 +119,8 @@ def _holds_all(module: nn.Module, model: nn.Module) -> bool:
 
 def entries(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost modules that have a forward of their own, and those in containers of them."""
+    if next(model.parameters(), None) is None:
+        return
     if not hasattr(model, "training_step") and type(model).forward is not nn.Module.forward:
         yield model
         if not isinstance(model, nn.Sequential):

@@ -91,9 +91,11 @@ def _from_reset_parameters(model: nn.Module, names: dict[int, list[str]]) -> Val
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """The module with tables of parameters and buffers of its own."""
+    """The module with tables of parameters and buffers of its own, which keep their full shapes."""
     twin = copy.copy(module)
     twin.__dict__ = {k: dict(v) if k in ("_parameters", "_buffers") else v for k, v in module.__dict__.items()}
+    parameters = own_parameters(twin)
+    parameters.update({n: None if p is None else nn.Parameter(p.detach(), p.requires_grad) for n, p in parameters.items()})
     return twin
 
 

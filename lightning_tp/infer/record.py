@@ -65,10 +65,24 @@ def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer,
     recorder.layouts.param_owner = assignment.owner
     recorder.layouts.biases = _biases(workload.model, assignment)
     recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
+    recorder.split = recorder.layouts.weight_of = _split_parameters(workload, assignment)
     recorder.tried = trace.tried
     recorder.mixed = assignment.mixed
     recorder.outside = set(trace.whole_uses) - set(trace.local_uses)
     return recorder
+
+
+def _split_parameters(workload: Workload, assignment: Assignment) -> dict[str, str]:
+    """Return each parameter that is split, in copies of a traced block too -> the weight with its features: itself, or that of its layer."""
+    model, trace = workload.model, assignment.trace
+    names, makers = {id(p): n for n, p in model.named_parameters()}, {n for n, _ in made_by_weight(trace)}
+    split = {n: n for n, _ in trace.nodes}
+    for weight, layer in assignment.layers.items():
+        bias = getattr(model.get_submodule(layer), "bias", None)
+        if weight in makers and bias is not None:
+            split[names[id(bias)]] = weight
+    first = {n: workload.blocks.representative(n) for n in names.values()}
+    return {n: split[f] for n, f in first.items() if f in split}
 
 
 def _biases(model: nn.Module, assignment: Assignment) -> dict[str, Tensor]:

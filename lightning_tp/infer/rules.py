@@ -22,6 +22,7 @@ from lightning_tp.infer.calls.recorder import CallChanges
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.record import Recording
 from lightning_tp.infer.sequence.rules import calls_in_turn
+from lightning_tp.infer.tables import needs_full_table
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import CATCH_ALL, INFERRED, Rule
 from lightning_tp.styles import Colwise, Replicate, RewrittenCalls, Rowwise, ShardParameter, VocabEmbedding, VocabHead
@@ -50,6 +51,7 @@ def write_plan(
     rules = [*sharded, *gathered, *_embeddings(workload, assignment, parameters, gathered)]
     rules += _adapted_calls(recording.changes)
     rules += _applied_to_shards(workload.model, assignment, recording.trace, parameters, [r.pattern for r in sharded])
+    rules += _beside_the_weight(workload, rules)
     rules = workload.blocks.expand_to_copies(rules)
     rules += _aliases(workload, assignment, parameters, rules)
     return Plan([*rules, Rule(CATCH_ALL, Replicate(state=I))], source=INFERRED)
@@ -125,7 +127,9 @@ def _gathered_layers(
         name = name_of.get(id(getattr(module, "weight", None)), "")
         if not name or name in sharded or not runs_torchs_code(module) or getattr(module, "groups", 1) > 1:
             continue
-        if enclosing(starred(where), not_gathered) or _used_elsewhere(workload.model, module, where, name, trace, name_of):
+        if enclosing(starred(where), not_gathered) or _used_elsewhere(
+            workload.model, module, where, name, trace, name_of, workload.tp
+        ):
             continue
         if _is_large(module, total, workload.tp):
             reason = f"output all-gathered: {kept_whole.get((name, 0), 'no row-parallel weight reads it')}"
@@ -133,13 +137,16 @@ def _gathered_layers(
 
 
 def _used_elsewhere(
-    model: nn.Module, module: nn.Module, where: str, name: str, trace: FeatureTrace, name_of: Mapping[int, str]
+    model: nn.Module, module: nn.Module, where: str, name: str, trace: FeatureTrace, name_of: Mapping[int, str], tp: int
 ) -> bool:
     """Whether a layer did not run on full activations, or its weight or bias is used in another place, too; a tied embedding is none."""
     full, local = trace.whole_uses, trace.local_uses
     if where not in full.get(name, ()) or name in local:
         return True
-    tied = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m.weight is module.weight}
+    tables = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m.weight is module.weight]
+    if any(needs_full_table(m, tp) for _, m in tables):
+        return True
+    tied = {n for n, _ in tables}
     bias = name_of.get(id(module.bias), "")
     users_of_bias = full.get(bias, set()) | local.get(bias, set())
     return bool((full[name] - tied - {where}) or (trace.looked_up.get(name, set()) - tied) or (users_of_bias - {where}))
@@ -165,7 +172,7 @@ def _embeddings(workload: Workload, assignment: Assignment, parameters: Paramete
             users = {u.module for u in trace.uses if u.name == name}
             users |= trace.whole_uses.get(name, set()) | trace.local_uses.get(name, set())
             only_looked_up = not users - {where} and trace.looked_up.get(name) == {where}
-            if not only_looked_up or module.num_embeddings < SMALL_VOCAB * workload.tp:
+            if not only_looked_up or module.num_embeddings < SMALL_VOCAB * workload.tp or needs_full_table(module, workload.tp):
                 continue
         yield Rule(where, VocabEmbedding(output=I), "vocab-parallel embedding")
 
@@ -173,8 +180,10 @@ def _embeddings(workload: Workload, assignment: Assignment, parameters: Paramete
 def _adapted_calls(changes: CallChanges) -> Iterator[Rule]:
     """Calls in the code of modules that would be wrong on shards get local sizes and operands."""
     for module, calls in changes.calls.items():
-        if places := {(c.name, c.at) for c in calls if c.changes}:
-            at_places = [c for c in calls if (c.name, c.at) in places]
+        if places := {(c.name, c.at[:1]) for c in calls if c.changes}:
+            at_places = [
+                c for c in calls if (c.name, c.at[:1]) in places
+            ]  # who calls the code around a place may make a difference
             yield Rule(
                 module, RewrittenCalls(calls_in_turn(at_places)), "code that assumes full tensors, adapted to the local shard"
             )
@@ -187,8 +196,19 @@ def _applied_to_shards(
     styled = {id(parameters[n]) for n, _ in assignment.trace.nodes}
     styled |= {id(getattr(model.get_submodule(layer), "bias", None)) for layer in assignment.layers.values()}
     for name, p in parameters.items():
-        if name in trace.local_uses and name not in assignment.mixed and id(p) not in styled and not enclosing(name, sharded):
+        if name in trace.local_uses and name not in assignment.mixed and id(p) not in styled and name not in sharded:
             yield Rule(name, Replicate(state=R), "applied to sharded activations: its gradient is summed over ranks")
+
+
+def _beside_the_weight(workload: Workload, rules: list[Rule]) -> list[Rule]:
+    """Parameters of a layer's subclass, or of modules in it, that the style of the layer does not split."""
+    names = dict(workload.model.named_parameters(remove_duplicate=False))
+    modules = dict(workload.model.named_modules())
+    layers = [r for r in rules if isinstance(r.style, (Colwise, Rowwise, VocabEmbedding, VocabHead)) and r.pattern in modules]
+    split = {f"{r.pattern}.{n}" for r in layers for n in r.style.splits(modules[r.pattern], r.pattern, workload.tp)}
+    split |= {r.pattern for r in rules if r.style.splits_parameters}
+    inside = {r.pattern for r in layers}
+    return [Rule(n, Replicate(state=I), "its layer does not split it") for n in names if n not in split and enclosing(n, inside)]
 
 
 def _aliases(workload: Workload, assignment: Assignment, parameters: Parameters, rules: Iterable[Rule]) -> list[Rule]:
@@ -203,9 +223,9 @@ def _aliases(workload: Workload, assignment: Assignment, parameters: Parameters,
         if bias is not None and (name, dim) in outs:
             shards[id(bias)] = 0, ranges
     for rule in rules:
-        if isinstance(rule.style, Colwise) and rule.style.output == I:
+        if isinstance(rule.style, VocabEmbedding) or (isinstance(rule.style, Colwise) and rule.style.output == I):
             module = model.get_submodule(rule.pattern)
-            given = [p for p in (module.weight, module.bias) if isinstance(p, Tensor)]
+            given = [p for p in (module.weight, getattr(module, "bias", None)) if isinstance(p, Tensor)]
             shards.update({id(p): (0, even_split(p.shape[0], 0, tp).ranges) for p in given})
     named = [r.pattern for r in rules if r.style.splits_parameters]
     return [
@@ -255,7 +275,7 @@ def explained(plan: Plan, kept_whole: Mapping[Key, str], parameters: Parameters)
         if why is None:
             rest += group
             continue
-        every = [n for n in parameters if starred(n) == star]
+        every = [n for n in parameters if Rule(star, Replicate()).matches(n)]
         rules += [Rule(n, Replicate(state=I), why) for n in ([star] if len(every) == len(group) else group)]
     return Plan(
         [*rules, Rule(CATCH_ALL, catch_all.style, f"replicated: its input is not sharded; such weights are {share(rest)}")],

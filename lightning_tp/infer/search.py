@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_tp.core.comm.state import I
 from lightning_tp.core.modules.blocks import starred
@@ -41,6 +43,7 @@ from lightning_tp.infer.rules import explained, fold, write_plan
 from lightning_tp.infer.sequence.boundaries import Replanned
 from lightning_tp.infer.sequence.sequence_plan import NotSequenceParallel
 from lightning_tp.infer.sequence.streams import with_sequence_parallel
+from lightning_tp.infer.tables import needs_full_table
 from lightning_tp.plan.plan import Plan
 from lightning_tp.styles import Colwise
 
@@ -89,6 +92,11 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
     """
     if tp < 1:
         raise TPError(f"`tp={tp}`: the number of ranks that share one model is 1 or more.")
+    if lazy := next((n for n, p in model.named_parameters() if is_lazy(p)), None):
+        raise TPError(
+            f"`{lazy}` belongs to a lazy module, which has no weights before its first batch: there is nothing to split. Give the layer its "
+            "sizes, or run a batch through the model in `__init__` or `configure_model`."
+        )
     workload = Workload(model, call, inputs, tp)
     with comparable_runs(model), gc_disabled():
         if has_more_than(model, MOST_REAL):
@@ -110,7 +118,7 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
 
 def _raised_at(error: Exception) -> str:
     """Return the line of the user's code that raised: not one of torch, nor of this package."""
-    inner = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+    inner = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep)
     lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inner)]
     return f" (at {lines[-1].filename}:{lines[-1].lineno})" if lines else ""
 
@@ -144,6 +152,8 @@ class Search:
         self.parameters = dict(model.named_parameters())
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.tables = frozenset((n, 1) for n, p in self.parameters.items() if id(p) in embeddings)
+        whole = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and needs_full_table(m, self.workload.tp)}
+        self._keep_all_whole((n for n, p in self.parameters.items() if id(p) in whole), "an embedding's code needs the full table")
 
     def find(self) -> Plan:
         """Attempt to write a plan until one runs; each attempt that fails keeps more weights whole."""
@@ -168,6 +178,9 @@ class Search:
         recording = record_calls(self.workload, assignment)
         if refused := refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp):
             self.keep_whole(refused, run.trace)
+            return None
+        if recording.changes.failed and self.shared:
+            self._share_nothing()
             return None
         draft = write_plan(self.workload, assignment, recording, self.kept_whole, self.not_gathered)
         plan = draft
@@ -199,13 +212,16 @@ class Search:
     def refuse_sets(self, run: TracedRun) -> bool:
         """Keep weights whole whose features form fewer sets than there are ranks, or share a part of one; return whether there are any."""
         trace, leaked = run.trace, leaks_partial_gradients(run)
-        if leaked and self.shared:  # not by sharing, then
-            self.shared, self.shares = {}, Counter(dict.fromkeys(map(starred, self.parameters), MOST_SHARES))
+        if leaked and self.shared:
+            self._share_nothing()
             return True
         refused = dict.fromkeys(trace.nodes, LEAKED) if leaked else sets_smaller_than_tp(trace, self.workload.tp, self.parameters)
         if refused and (leaked or not self._share_factor(refused, trace)):
             self.keep_whole(refused, trace)
         return bool(refused)
+
+    def _share_nothing(self) -> None:
+        self.shared, self.shares = {}, Counter(dict.fromkeys(map(starred, self.parameters), MOST_SHARES))
 
     def _share_factor(self, refused: Mapping[Key, str], trace: FeatureTrace) -> bool:
         """Give every rank the part of a fused weight that joins all others, in all blocks; not more than MOST_SHARES times."""
@@ -240,6 +256,8 @@ class Search:
         """Write the plan again where modules are given a stream that each rank has a part of the gradient of."""
         recording = record_calls(self.workload, assignment, prepare)
         refused = refused_by_calls(assignment, recording.changes, recording.outputs, self.workload.tp)
+        for module, why in recording.changes.failed.items():
+            raise NotSequenceParallel(f"{module}: {why}", {module})
         for (weight, _), why in refused.items():
             raise NotSequenceParallel(f"{weight}: {why}", {weight.rpartition(".")[0]})
         if any(not bool(shrunk(label).any()) for label in recording.outputs):

@@ -151,6 +151,7 @@ class PartialGradients:
                 self._undecided.append(p)
             if not shard.fsdp and shard.mesh[DATA_PARALLEL].size() > 1:
                 self._averaged.append(p)
+                self._begin_at(p)
                 self._data_parallel = shard.mesh.get_group(DATA_PARALLEL)
 
     def add_hook(self, p: torch.nn.Parameter, hook: Callable[..., Any], *, accumulated: bool = False) -> RemovableHandle:
@@ -167,6 +168,10 @@ class PartialGradients:
     def _call_hooks_of(self, p: torch.nn.Parameter) -> None:
         shard: ParamShard = p._tp_shard  # type: ignore[attr-defined]
         self._hooked.append((p, self.hooks[shard.name]))
+        self._begin_at(p)
+
+    def _begin_at(self, p: torch.nn.Parameter) -> None:
+        """Begin a pass when a gradient of `p` is there, if it has not begun before."""
         if not isinstance(p, DTensor) and p.requires_grad and "_tp_begin" not in p.__dict__:
             p._tp_begin = Tensor.register_hook(p, _begin_of(ref(self)))  # type: ignore[attr-defined]
 

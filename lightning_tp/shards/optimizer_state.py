@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_tp.errors import TPError
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.shard import ParamShard, like
 
 
+@local_view()
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's state by parameter name, tensors of a parameter's local shape as DTensors over the 2D mesh.
 
@@ -32,6 +34,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
+@local_view()
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what `optimizer_state` does with full tensors on the CPU, as one process would have them. A collective."""
     state = optimizer_state(optimizer)
@@ -47,6 +50,7 @@ def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return state
 
 
+@local_view()
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load what `optimizer_state` returned; also full tensors, and the state of the same optimizer in one process.
 

@@ -30,7 +30,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tp._compat import call_impl, keep_foreach, local_tensor, no_torch_function
+from lightning_tp._compat import (
+    call_impl,
+    graph_task,
+    keep_foreach,
+    local_tensor,
+    no_torch_function,
+    storage_key,
+    without_torch_function_subclass,
+)
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import R
 from lightning_tp.errors import TPError
@@ -40,7 +48,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _View:
-    """Whether sharded tensors are seen as local ones now: `depth` is how many `local_view`s are around. May be nested; a decorator, too."""
+    """Whether sharded tensors are seen as local ones now; may be nested, and is a decorator, too.
+
+    `depth` is how many `local_view`s are around; 0: none, so they are seen in full but in a backward pass; -1: in full in any case.
+    """
 
     depth = 0
     full_runs = 0  # of models that run as one process would
@@ -51,7 +62,7 @@ class _View:
 
     def __enter__(self) -> None:
         self._before.append(_View.depth)
-        set_depth(_View.depth + 1 if self._local else 0)
+        set_depth(max(_View.depth, 0) + 1 if self._local else -1)
 
     def __exit__(self, *_: object) -> None:
         set_depth(self._before.pop())
@@ -62,7 +73,7 @@ class _View:
         @wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
             before = _View.depth
-            set_depth(before + 1 if local else 0)
+            set_depth(max(before, 0) + 1 if local else -1)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -75,12 +86,12 @@ def set_depth(depth: int) -> None:
     """Enter a view: the local one for a depth above 0. `torch_function` of a class is looked up at each call, so none is slower for it."""
     if (depth > 0) != (_View.depth > 0):
         for cls in SHARDED:
-            type.__setattr__(cls, "__torch_function__", no_torch_function if depth else _SEEN_IN_FULL)
+            type.__setattr__(cls, "__torch_function__", no_torch_function if depth > 0 else _SEEN_IN_FULL)
     _View.depth = depth
 
 
 def depth() -> int:
-    """Return how many `local_view`s are around; 0: sharded tensors are seen in full."""
+    """Return how many `local_view`s are around; 0 or less: sharded tensors are seen in full."""
     return _View.depth
 
 
@@ -132,6 +143,10 @@ class _Sharded:
             copied = super().__deepcopy__(memo)  # type: ignore[misc]
             return shard_like(copied, self._tp_shard)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        full = self.full_tensor().detach() if depth() <= 0 else local_tensor(self)  # type: ignore[arg-type]
+        return (nn.Parameter(full, self.requires_grad) if isinstance(self, nn.Parameter) else full).__reduce_ex__(protocol)
+
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Register a hook that is given the full gradient of a backward pass, when the pass is over; see `torch.Tensor.register_hook`."""
         gradients = getattr(self, "_tp_gradients", None)
@@ -165,6 +180,50 @@ SHARDED = (ShardedParameter, ShardedTensor, ShardedDTensor)
 keep_foreach(*SHARDED)
 
 
+class FullView(Tensor):
+    """A view of the full tensor: what is written into it goes to this rank's shard as well."""
+
+    _tp_of: Any
+    _tp_full: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the function, and write back what it has written."""
+        with without_torch_function_subclass():
+            out = func(*args, **(kwargs or {}))
+        view = next((x for x in args if isinstance(x, FullView)), None)
+        if view is not None and _writes(func.__name__):
+            _write_back(view._tp_of, view._tp_full)
+        return _tracked(out, view._tp_of, view._tp_full) if view is not None and func.__name__ in _VIEWS else out
+
+
+def _tracked(tree: Any, of: Any, full: Tensor) -> Any:
+    """The same views, as ones whose writes go to the shard of `of`."""
+
+    def track(x: Any) -> Any:
+        if not isinstance(x, Tensor) or storage_key(x) != storage_key(full):
+            return x
+        view = x.as_subclass(FullView)
+        view._tp_of, view._tp_full = of, full
+        return view
+
+    return tree_map(track, tree)
+
+
+def _write_back(x: Any, full: Tensor) -> None:
+    with local_view(), torch.no_grad():
+        for y in (x, getattr(x, "_tp_sharded", None)):  # what FSDP2 has unsharded for a forward is let go again
+            if y is not None:
+                local_tensor(y).copy_(y._tp_shard.take(full))
+
+
+def _requires_grad(x: Any) -> bool:
+    with local_view():
+        return bool(x.requires_grad)
+
+
 def shard_like(tensor: Any, shard: ParamShard) -> Any:
     """Mark a local tensor (or FSDP2's DTensor) as a shard, and return it. On a mesh of one rank it stays a plain tensor."""
     tensor._tp_shard = shard
@@ -184,12 +243,17 @@ def _seen_in_full(
     cls: type, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
     kwargs = kwargs or {}
+    if not _View.depth and graph_task() != -1:
+        return _as_it_is(func, args, kwargs)  # in a backward pass: what the forward has saved, FSDP2, compiled code
     name = func.__name__
     first = args[0] if args else None
     if name in ("__get__", "__set__", "__delete__"):
         attribute = func.__self__.__name__  # type: ignore[attr-defined]
         if name == "__get__" and attribute in _FROM_VALUES:
-            return func(*_in_full(args))
+            full = _full(first)
+            return func(full) if torch.is_grad_enabled() and _requires_grad(first) else _tracked(func(full), first, full)
+        if attribute in _OF_SHAPE and in_forward():
+            return _as_it_is(func, args, kwargs)
         rule = (_READ if name == "__get__" else _WRITE).get(attribute, _as_it_is) if isinstance(first, SHARDED) else _as_it_is
         return rule(func, args, kwargs)
     if name in _AS_IT_IS or in_forward():
@@ -212,9 +276,13 @@ def _seen_in_full(
         return _write(func, args, kwargs)
     if name in _POINTERS:  # the full tensor has to outlive the pointer
         first.__dict__["_tp_full"] = _full(first)
-        return func(first.__dict__["_tp_full"], *args[1:], **kwargs)
-    if name == "__reduce_ex__" and isinstance(first, nn.Parameter):
-        return func(nn.Parameter(_full(first).detach(), first.requires_grad), *args[1:])
+        out = func(first.__dict__["_tp_full"], *args[1:], **kwargs)
+        if name == "numpy":
+            out.setflags(write=False)  # a write would not come back
+        return out
+    if name in _VIEWS and isinstance(first, SHARDED) and not (torch.is_grad_enabled() and _requires_grad(first)):
+        full = _full(first)
+        return _tracked(func(full, *_in_full(args[1:]), **_in_full(kwargs)), first, full)
     return func(*_in_full(args), **_in_full(kwargs))
 
 
@@ -273,6 +341,10 @@ def _write_tensor(func: Callable[..., Any], args: Any, kwargs: Any) -> None:
                 "sizes are fixed. Resize the model in `__init__` or `configure_model`."
             )
         value = like(p, shard.take(value.detach()))
+    if isinstance(p, DTensor) and func.__self__.__name__ == "data":  # type: ignore[attr-defined]
+        with local_view(), torch.no_grad():  # setting `.data` of a DTensor leaves its local tensor as it was
+            local_tensor(p).copy_(local_tensor(value))
+        return
     _as_it_is(func, (p, value), kwargs)
 
 
@@ -281,7 +353,7 @@ def _on_shards(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
     sharded = [x for x in tensors if isinstance(x, SHARDED)]
     others = [x for x in tensors if not isinstance(x, SHARDED)]
-    if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in tensors):  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
         return NotImplemented
     shard = sharded[0]._tp_shard
     alike = all((x._tp_shard.split, x._tp_shard.shape) == (shard.split, shard.shape) for x in sharded)
@@ -303,7 +375,7 @@ def _writes(name: str) -> bool:
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Write in place: into the full tensors, of which each rank then keeps its shards."""
     written = [x for x in tree_iter(args[0] if args else next(iter(kwargs.values()))) if isinstance(x, SHARDED)]
-    if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in written):  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() and any(map(_requires_grad, written)):
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     full = {id(x): _full(x).detach() for x in written}
 
@@ -311,14 +383,10 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return full[id(x)] if id(x) in full else _full(x) if isinstance(x, SHARDED) else x
 
     out = func(*tree_map(in_full, args), **tree_map(in_full, kwargs))
-    with local_view(), torch.no_grad():
-        for x in written:
-            value = full[id(x)]
-            if tuple(value.shape) != x._tp_shard.shape:
-                raise TPError(f"`{func.__name__}` would change the shape of `{x._tp_shard.name}` {x._tp_shard.shape} in place.")
-            for y in (x, getattr(x, "_tp_sharded", None)):  # what FSDP2 has unsharded for a forward is let go again
-                if y is not None:
-                    local_tensor(y).copy_(y._tp_shard.take(value))
+    for x in written:
+        if tuple(full[id(x)].shape) != x._tp_shard.shape:
+            raise TPError(f"`{func.__name__}` would change the shape of `{x._tp_shard.name}` {x._tp_shard.shape} in place.")
+        _write_back(x, full[id(x)])
     return written[0] if isinstance(out, Tensor) and len(written) == 1 and out is full[id(written[0])] else out
 
 
@@ -358,7 +426,10 @@ def _full(x: Any) -> Tensor:
 
 
 def _gather(x: Any) -> Tensor:
-    return x._tp_shard.gather(x)
+    shard: ParamShard = x._tp_shard
+    if shard.split.dim is not None and shard.tp > 1:
+        shard.meet()
+    return shard.gather(x)
 
 
 class _Full(Function):
@@ -401,7 +472,8 @@ def _names(text: str) -> frozenset[str]:
 
 MODULE_CALL = call_impl.__code__
 _FORWARDS = ("forward", "inner", "_call_impl", "__call__")
-_READ = {"shape": _read_shape, "ndim": _read_shape, "nbytes": _read_shape, "data": _read_tensor, "grad": _read_tensor}
+_OF_SHAPE = _names("shape ndim nbytes")
+_READ = {**dict.fromkeys(_OF_SHAPE, _read_shape), "data": _read_tensor, "grad": _read_tensor}
 _WRITE = {"data": _write_tensor, "grad": _write_tensor}
 _FROM_VALUES = _names("T mT H mH real imag")
 _SIZES = _names("size dim ndimension numel nelement stride __len__ is_contiguous")
@@ -417,4 +489,8 @@ _POINTWISE = _names(
     __itruediv__ true_divide true_divide_ divide divide_ multiply multiply_ subtract subtract_"""
 )
 _WRITES = _names("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__")
+_VIEWS = _names(
+    """__getitem__ view reshape view_as reshape_as flatten ravel unflatten select narrow unbind split split_with_sizes chunk tensor_split
+    unsqueeze squeeze transpose t permute movedim moveaxis swapaxes swapdims diagonal expand as_strided unfold __iter__ hsplit vsplit __get__"""
+)
 _POINTERS = _names("data_ptr untyped_storage storage _typed_storage __dlpack__ numpy __array__")

@@ -140,7 +140,6 @@ class ParamShard:
         value = (DTensor.full_tensor(value) if isinstance(value, DTensor) else local_tensor(value)).detach()
         if self.split.dim is None or self.tp == 1:
             return value.clone()
-        self._meet()
         sizes = [_numel(self.split.local_shape(self.shape, r)) for r in range(self.tp)]
         mine = value.new_zeros(max(sizes))
         mine[: value.numel()] = value.reshape(-1)
@@ -151,7 +150,7 @@ class ParamShard:
             self.split.put(full, flat[:size].view(self.split.local_shape(self.shape, rank)), rank)
         return full
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
         """Make sure that all ranks of the tensor-parallel axis are about to gather this tensor.
 
         Raises:

@@ -63,6 +63,11 @@ class Style:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if not _fits(f.name, value, str(f.type)):
+                raise TPError(
+                    f"`{self.name}({f.name}={value!r})`: {f.name} is {str(f.type).replace(' | ', ' or ')}, and this is of the type "
+                    f"{type(value).__name__}. Write {f.name} as a positive number, without quotation marks, or leave it out."
+                )
             if f.name in self.states and value is not None:
                 object.__setattr__(self, f.name, self._state(f.name, value))
             elif isinstance(value, (list, tuple)):  # JSON has lists for tuples; a style is hashable
@@ -118,6 +123,18 @@ class Style:
     def __str__(self) -> str:
         shown = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default and f.name != "ranges"}
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in shown.items())})" if shown else self.name
+
+
+def _fits(option: str, value: Any, annotation: str) -> bool:
+    """Whether the value of an option can be right, for an annotation made of `int`, `tuple[int, ...]` and None; True for all others."""
+    kinds = set(annotation.split(" | "))
+    if not kinds <= {"int", "None", "tuple[int, ...]"}:
+        return True
+    numbers = list(value) if isinstance(value, (tuple, list)) and "tuple[int, ...]" in kinds else [value]
+    if value is None:
+        return "None" in kinds
+    least = 1 if option in ("heads", "query_heads", "parts") else -8  # dims may count from the end
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers) and bool(numbers)
 
 
 def as_tuples(value: Any) -> Any:

@@ -16,6 +16,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.apply.test_parallelize import AG, AR, NO_SP, RS, Case, Sent, assert_same_run, loss_of, reference, train
 
@@ -93,7 +94,8 @@ def test_collectives_that_run_again(how: dict[str, Any], again: dict[str, int]) 
 
 def kept(model: nn.Module, make: Callable[[], Tensor]) -> int:
     """Bytes of the storages that a forward leaves alive for its backward, beside the parameters."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    with local_view():
+        parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     import weakref
 
     alive: dict[int, int] = {}

@@ -13,14 +13,15 @@ from torch import nn
 
 import lightning_tp as ltp
 from lightning_tp import Plan, TPError
-from lightning_tp.apply.bind import BindError, bind_styles, local_parameter, replace_parameters
+from lightning_tp.apply.bind import BindError, bind_styles, check_unchanged, local_parameter, replace_parameters
+from lightning_tp.apply.parallelize import parallelize
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.comm.state import S
 from lightning_tp.styles import BindContext, Split, Style
 from lightning_tp.styles.split import even_split
-from lightning_tp.testing import run_ranks
+from lightning_tp.testing import run_ranks, single_rank_mesh
 
 
 class Tied(nn.Module):
@@ -95,6 +96,19 @@ def test_a_style_that_can_not_be_bound_names_its_module() -> None:
     with pytest.raises(BindError, match=r"`2`: KeyError: 'no such thing'") as info:
         bind_styles(model, plan, Axis(FakeGroup(0, 2)))
     assert info.value.where == "2" and isinstance(info.value, TPError) and isinstance(info.value.__cause__, KeyError)
+
+
+def test_parameters_that_changed_after_the_split_are_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    check_unchanged(model)  # never split
+    with single_rank_mesh() as mesh:
+        parallelize(model, mesh, {"**": "replicate"})
+        check_unchanged(model)
+        model[0] = nn.Sequential(model[0])
+        with pytest.raises(
+            TPError, match=r"changed after it was split \(new: `0\.0\.bias` \(2 in all\); gone: `0\.bias` \(2 in all\)\)"
+        ):
+            check_unchanged(model)
 
 
 class Scaled(nn.Module):

@@ -24,7 +24,7 @@ from lightning_tp.core.ops.intercept import PerRankCall, intercept_call
 from lightning_tp.core.ops.random_numbers import RandomCallPolicy, policy_of
 from lightning_tp.styles import BindContext
 from lightning_tp.styles.calls.call import Call
-from lightning_tp.styles.calls.local_ops import LocalOps
+from lightning_tp.styles.calls.rewritten_calls import RewrittenCalls
 from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 from tests.apply.test_parallelize import BLOCK, NO_SP, Case, assert_same_run, reference, train
 
@@ -159,7 +159,7 @@ def test_blocks_run_uncompiled_where_calls_are_intercepted() -> None:
     assert len(compiled) == 2
     other = nn.Sequential(nn.Linear(2, 2))
     compile_blocks([other], "eager")._compiled[own] = lambda *args: compiled.append(args) or own(*args)
-    LocalOps(calls=(Call("view", (("forward", "0"),)),)).bind(holder := nn.Sequential(other), BindContext("x", None))  # type: ignore[arg-type]
+    RewrittenCalls(calls=(Call("view", (("forward", "0"),)),)).bind(holder := nn.Sequential(other), BindContext("x", None))  # type: ignore[arg-type]
     holder(x)
     assert len(compiled) == 2
     other(x)

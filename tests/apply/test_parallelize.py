@@ -281,7 +281,7 @@ def test_a_mapping_a_plan_and_a_file_are_the_same_plan(tmp_path: Any) -> None:
     def body() -> list[list[tuple[int, ...]]]:
         mesh = make_mesh("cpu", 1, 2)
         plans = [PLAN, ltp.Plan(PLAN), tmp_path / "plan.json", str(tmp_path / "plan.json")]
-        return [[tuple(p.shape) for p in ltp.parallelize(case.build(), mesh, plan).parameters()] for plan in plans]
+        return [[p._tp_shard.local_shape for p in ltp.parallelize(case.build(), mesh, plan).parameters()] for plan in plans]
 
     for shapes in run_ranks(body, 2):
         assert all(s == shapes[0] for s in shapes[1:])

@@ -35,7 +35,7 @@ def test_inspect_as_json(file: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_incomplete_checkpoint_has_status_1(
     file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_tp.checkpoint.weights import inspect
+    from lightning_tp.checkpoint import inspect
 
     found = inspect.inspect_checkpoint(file)
     monkeypatch.setattr(type(found), "complete", False, raising=False)

@@ -34,7 +34,7 @@ from lightning_tp.cli.main import main, make_parser
         (["verify", "{llama}", "--steps", "0"], "`--steps 0`: pass a number, 1 or more"),
         (["verify", "{llama}", "--rtol", "-1"], "--rtol -1"),
         (["estimate", "{loss_fails}", "--tp", "1"], "`loss_fn` raised AttributeError"),
-        (["estimate", "{fails_forward}"], "ended with ValueError: my mistake"),
+        (["estimate", "{fails_forward}"], "raised ValueError: my mistake"),
         (["verify", "{llama}", "--dp", "3"], "4 rows"),
         (["plan", "no_such_package.of_mine:build"], "ModuleNotFoundError"),
         (["plan", "nowhere.py:build"], "there is no file nowhere.py"),

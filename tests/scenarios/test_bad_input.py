@@ -256,7 +256,7 @@ def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
         trainer(strategy=ltp.TPStrategy(tp=2, plan=PLAN)).fit(Net(wider), data(), ckpt_path=tmp_path / "small.ckpt")
 
     message = message_of(body)
-    assert "`model.layers.0.feed_forward.w1.weight`" in message and "has the shape (48, 32), the model (64, 32)" in message
+    assert "`model.layers.0.feed_forward.w1.weight`" in message and "has shape (48, 32), the model (64, 32)" in message
 
 
 # --------------------------------------------------------------------------------------------------------------- the data

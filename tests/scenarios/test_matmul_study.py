@@ -159,7 +159,7 @@ def test_command(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--tp", "1,x"], "`--tp 1,x`"),
         (["--tp", "3"], "does not divide"),
         (["--local-batch", "-1"], "above 0"),
-        (["--gpus", "0"], "`gpus=0`"),
+        (["--gpus", "0"], "`--gpus 0`"),
     ],
 )
 def test_mistakes_end_with_status_2(config: str, arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ from lightning_tp.trainer.checkpoints import (
     RequestedCheckpoint,
     content_of,
     load_full_weights,
+    load_trainer_checkpoint,
     write_one_file,
 )
 
@@ -217,3 +219,20 @@ def test_how_a_strategy_saves() -> None:
     own = type("Own", (TorchCheckpointIO,), {})()
     for options in (dict(model=Looks()), dict(io=own), dict(async_checkpoint=True), dict(backend="dtensor")):
         assert saving(**options, **file) == "gathered", options  # type: ignore[arg-type]
+
+
+def test_only_training_loads_optimizers(tmp_path: Path) -> None:
+    """A validation after training still has optimizers, and may load weights alone."""
+    module = BoringModel()
+    place = StoragePath(str(tmp_path / "weights.ckpt"))
+    torch.save({"state_dict": {k: v + 1 for k, v in module.state_dict().items()}}, place.path)
+    strategy = SimpleNamespace(optimizers=[torch.optim.SGD(module.parameters(), lr=0.1)])
+    trainer: Any = SimpleNamespace(lightning_module=module, strategy=strategy, callbacks=[])
+    options: dict[str, Any] = {"safe_globals": [], "weights_only": None}
+    before = module.layer.bias.clone()
+    trainer.state = SimpleNamespace(fn=TrainerFn.VALIDATING)
+    assert load_trainer_checkpoint(place, trainer, keep_weights=False, options=options) == {}
+    assert torch.equal(module.layer.bias, before + 1)
+    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    with pytest.raises(ltp.TPError, match=r"has 0 optimizer state\(s\) and the module 1 optimizer"):
+        load_trainer_checkpoint(place, trainer, keep_weights=False, options=options)

@@ -5,6 +5,7 @@
 | src | dst | function | forward | backward |
 |---|---|---|---|---|
 | I | R | `invariant_to_replicate` | identity | all-reduce |
+| R | I | `replicate_to_invariant` | identity | the gradient on one rank, zero on others |
 | P | I | `partial_to_invariant` | all-reduce | identity |
 | S(1) | R | `sequence_to_replicate` | all-gather | reduce-scatter |
 | P | S(1) | `partial_to_sequence` | reduce-scatter | all-gather |
@@ -13,9 +14,10 @@
 | S(-1) | I | `width_to_invariant` (given the full width) | all-gather | slice |
 | I | S(-1) | `invariant_to_width` | slice | all-gather |
 
-The first two are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the next two their sequence-parallel pair
-(Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in `shards/gradients.py`; a backward pass
-that comes through here notifies it through `Axis.on_backward`. Second derivatives raise.
+The first and the third are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the two after them their sequence-parallel
+pair (Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in `shards/gradients.py`; a backward pass that
+comes through here notifies it through `Axis.on_backward`. A backward pass that is recorded (`create_graph=True`) can be gone through again: the
+conjugate of a pair is the pair the other way round.
 """
 
 from __future__ import annotations
@@ -41,11 +43,6 @@ Transition = Callable[[Tensor, Axis], Tensor]
 
 def _begin_backward(axis: Axis) -> None:
     """Notify whoever sums the gradients of parameters; called by every collective of a backward pass."""
-    if torch.is_grad_enabled():  # as torch's once_differentiable, at a fraction of its cost
-        raise RuntimeError(
-            "The backward pass is being recorded (`create_graph=True`), but the collectives of a split model are once_differentiable: "
-            "they have no second derivative."
-        )
     if axis.on_backward is not None:
         axis.on_backward()
 
@@ -61,13 +58,22 @@ def _sum(ctx: Any, x: Tensor) -> Tensor:
     return all_reduce(x.clone(memory_format=torch.contiguous_format), ctx.axis)
 
 
+def _on_first_rank(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.zeros_like(grad) if ctx.axis.rank else grad
+
+
 def _sum_of_terms(ctx: Any, x: Tensor) -> Tensor:
     return _sum(ctx, x) if ctx.axis.sum is None else ctx.axis.sum(x, False)
 
 
 def _gather_sequence(ctx: Any, x: Tensor) -> Tensor:
     """(B, ceil(S / tp), ..) -> (B, S, ..)."""
-    return all_gather(x, SEQUENCE_DIM, full_length(x, ctx.axis), ctx.axis)
+    ctx.gathered_length = full_length(x, ctx.axis)
+    return all_gather(x, SEQUENCE_DIM, ctx.gathered_length, ctx.axis)
+
+
+def _gather_sequence_again(ctx: Any, x: Tensor) -> Tensor:
+    return all_gather(x, SEQUENCE_DIM, ctx.gathered_length, ctx.axis)
 
 
 def _gather_sequence_gradient(ctx: Any, grad: Tensor) -> Tensor:
@@ -96,7 +102,7 @@ def _slice_sequence_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 def _gather_width(ctx: Any, x: Tensor, width: int | None = None) -> Tensor:
     """(.., this rank's columns) -> (.., width); a gradient has the width of what was sharded."""
-    width = ctx.width if width is None else width
+    ctx.width = width = ctx.width if width is None else width
     shard = math.ceil(width / ctx.axis.size)
     if x.shape[-1] != shard:  # the last ranks of an uneven split hold less
         x = torch.cat((x, x.new_zeros((*x.shape[:-1], shard - x.shape[-1]))), -1)
@@ -127,8 +133,28 @@ def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Tensor], Tensor]) -> Any:
-    """Make the function (x, axis) -> x of a conjugate pair; in compiled code it runs between two graphs."""
+class _Recorded(Function):
+    """A backward of a pair as a function that has a backward itself, which is the pair's forward."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, pair: Any, backward: Callable[..., Tensor], again: Callable[..., Tensor]) -> Tensor:
+        ctx.of = pair, backward, again
+        return backward(pair, grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pair, backward, again = ctx.of
+        _begin_backward(pair.axis)
+        return _Recorded.apply(grad, pair, again, backward), None, None, None
+
+
+def _pair(
+    name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Tensor], Tensor], again: Callable[[Any, Tensor], Tensor]
+) -> Any:
+    """Make the function (x, axis) -> x of a conjugate pair; in compiled code it runs between two graphs.
+
+    `again` is `forward` for the gradient of a gradient.
+    """
 
     def run_forward(ctx: Any, x: Tensor, axis: Axis, *args: Any) -> Tensor:
         ctx.axis = axis
@@ -136,7 +162,8 @@ def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Te
 
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _begin_backward(ctx.axis)
-        return backward(ctx, grad), *[None] * (len(ctx.needs_input_grad) - 1)
+        found = _Recorded.apply(grad, ctx, backward, again) if torch.is_grad_enabled() else backward(ctx, grad)
+        return found, *[None] * (len(ctx.needs_input_grad) - 1)
 
     apply = apply_of(type(name, (Function,), {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}))
 
@@ -149,14 +176,15 @@ def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Te
     return change_state
 
 
-invariant_to_replicate = _pair("invariant_to_replicate", _identity, _sum)
-partial_to_invariant = _pair("partial_to_invariant", _sum_of_terms, _identity)
-sequence_to_replicate = _pair("sequence_to_replicate", _gather_sequence, _scatter_sum_gradient)
-partial_to_sequence = _pair("partial_to_sequence", _scatter_sum, _gather_sequence_gradient)
-invariant_to_sequence = _pair("invariant_to_sequence", _slice_sequence, _gather_sequence_gradient)
-sequence_to_invariant = _pair("sequence_to_invariant", _gather_sequence, _slice_sequence_gradient)
-width_to_invariant = _pair("width_to_invariant", _gather_width, _slice_width)  # has to be told the width: not below
-invariant_to_width = _pair("invariant_to_width", _slice_width, _gather_width)
+invariant_to_replicate = _pair("invariant_to_replicate", _identity, _sum, _identity)
+replicate_to_invariant = _pair("replicate_to_invariant", _identity, _on_first_rank, _on_first_rank)
+partial_to_invariant = _pair("partial_to_invariant", _sum_of_terms, _identity, _sum)
+sequence_to_replicate = _pair("sequence_to_replicate", _gather_sequence, _scatter_sum_gradient, _gather_sequence_again)
+partial_to_sequence = _pair("partial_to_sequence", _scatter_sum, _gather_sequence_gradient, _scatter_sum_gradient)
+invariant_to_sequence = _pair("invariant_to_sequence", _slice_sequence, _gather_sequence_gradient, _slice_sequence_gradient)
+sequence_to_invariant = _pair("sequence_to_invariant", _gather_sequence, _slice_sequence_gradient, _gather_sequence_again)
+width_to_invariant = _pair("width_to_invariant", _gather_width, _slice_width, _gather_width)  # has to be told the width: not below
+invariant_to_width = _pair("invariant_to_width", _slice_width, _gather_width, _slice_width)
 
 _TRANSITIONS: dict[tuple[State, State], Transition] = {
     (I, R): invariant_to_replicate,

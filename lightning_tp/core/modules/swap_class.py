@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
+
+from lightning_tp.errors import TPError
 
 
 def swap_class(module: nn.Module, mixin: type, **attributes: Any) -> None:
@@ -28,13 +31,25 @@ def _subclass(mixin: type, cls: type) -> type:
     layer = mixin.__mro__[1]
     beneath = layer is nn.Embedding and layer is not cls and issubclass(cls, layer)
     bases = (cls, mixin) if beneath else (mixin,) if issubclass(mixin, cls) else (mixin, cls)
-    return type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", bases, {"__module__": cls.__module__})
+    own = {"__module__": cls.__module__, "__reduce_ex__": _reduce}
+    return type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", bases, own)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Let `copy` copy a module; a pickle could not find its class, and would hold one rank's shards."""
+    if sys._getframe(1).f_globals.get("__name__") != "copy":
+        raise TPError(
+            f"{type(self).__name__}, a module of a model that is split, can't be pickled: it holds the shards of this rank. Call "
+            "`full_state_dict(module)` on every rank, save that, and load it into a new module."
+        )
+    return object.__reduce_ex__(self, protocol)
 
 
 @cache
 def _grafted(mixin: type, cls: type) -> type:
     """A subclass of `cls` alone, with the functions of `mixin`, whose `super()` is `cls`."""
-    made = type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", (cls,), {"__module__": cls.__module__})
+    own = {"__module__": cls.__module__, "__reduce_ex__": _reduce}
+    made = type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", (cls,), own)
     for name, f in vars(mixin).items():
         if isinstance(f, FunctionType):
             cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)

@@ -147,6 +147,13 @@ def _region(
         seq_len = axis.seq_len
         is_shard = seq_len is not None and len(shape) == 3 and shape[SEQUENCE_DIM] == math.ceil(seq_len / axis.size)
         return DropoutRegion(SEQUENCE_DIM, sequence=True) if is_shard else None  # (B, local tokens, ..)
+    return _region_of_features(func, shape, shapes, axis, layer)
+
+
+def _region_of_features(
+    func: Any, shape: tuple[int, ...], shapes: list[tuple[int, ...]], axis: Axis, layer: LayerOutput
+) -> DropoutRegion | None:
+    """The region of what a column-parallel layer gave, in one of the shapes that attention code gives it."""
     if not layer.in_rank_order or len(layer.shape) != 3 or any(len(other) != len(shape) for other in shapes):
         return None
     batch, tokens = layer.shape[:2]

@@ -9,8 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp._compat import num_writes
+from lightning_tp.core.modules.objects import preserve_objects
+from lightning_tp.errors import TPError
+
+MOST_COPIED = 50_000_000  # parameters, of which a copy is kept while a model is run for a try
 SDPA = F.scaled_dot_product_attention
 
 # functions that take an activation and return it changed at random
@@ -121,15 +127,35 @@ class without_dropout(TorchFunctionMode):
 
 @contextmanager
 def comparable_runs(model: nn.Module) -> Iterator[None]:
-    """Run a model in this context several times and compare: dropout is off; buffers and the default generator are restored on exit."""
-    buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
-    state = torch.get_rng_state()
+    """Run a model in this context several times and compare: dropout is off; weights, buffers, generators and objects are restored on exit.
+
+    Raises:
+        TPError: if the model writes into a parameter, and has too many to keep a copy of them all.
+    """
+    parameters = [p for p in model.parameters() if not (p.is_meta or is_lazy(p))]
+    copied = parameters if sum(p.numel() for p in parameters) <= MOST_COPIED else []
+    tensors = [*(b for b in model.buffers() if not b.is_meta), *copied]
+    copies = [(t, t.detach().clone()) for t in tensors]
+    states = [_state(p) for p in parameters]
     try:
-        with without_dropout():
+        with preserve_objects([model]), without_dropout():
             yield
     finally:
-        torch.set_rng_state(state)
         with torch.no_grad():
-            for n, b in model.named_buffers():
-                if n in buffers and b.shape == buffers[n].shape and not torch.equal(b, buffers[n]):  # a graph may have saved it
-                    b.copy_(buffers[n])
+            for t, value in copies:
+                if t.shape == value.shape and (
+                    t.layout is not torch.strided or not torch.equal(t, value)
+                ):  # a graph may have saved it
+                    t.copy_(value)
+    changed = [] if copied else [p for p, before in zip(parameters, states, strict=True) if _state(p) != before]
+    if changed:
+        name = next(n for n, p in model.named_parameters() if p is changed[0])
+        raise TPError(
+            f"Finding a plan has run the model, whose forward writes into the parameter `{name}`. Infer the plan on its own, from another "
+            "instance of the model (`ltp.infer_plan`), and pass it as `plan=`."
+        )
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    """Return what differs after a write into a tensor, or another value of its `data`."""
+    return num_writes(t), t.data_ptr() if t.layout == torch.strided else 0

@@ -17,6 +17,7 @@ from lightning_tp.infer.calls.layouts import Layouts, OnRanks, Sharded
 from lightning_tp.infer.calls.local_sizes import PerRankInt, fraction, local_of, per_rank_ints, whole_of
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall
 from lightning_tp.infer.calls.try_on_shards import fitting_operands
+from lightning_tp.infer.follow.features import gradient_is_partial
 from lightning_tp.infer.follow.ops import JOINS, MOVES_ALONG_ONE_DIM, OPERANDS_STAY_WHOLE, PRODUCTS, PRODUCTS_WITH_SUMMAND, RANDOM
 from lightning_tp.styles.calls.call import CONVOLUTIONS, FIRST_SIZE, SIZE_CALLS, SPLIT_CALLS, Operand
 from lightning_tp.styles.calls.run_call import dim_of_item
@@ -93,7 +94,7 @@ def einsum(call: RecordedCall) -> Change:
         if not g.is_split:
             split = [] if isinstance(g.layout, Sharded) else [i for i, letter in enumerate(word) if letter in owners]
             part = (g.tensor.ndim - split[0], owners[word[split[0]]]) if split else None
-            operands.append(Operand(g.path, part, bool(owners) and g.equal_gradient))
+            operands.append(Operand(g.path, part, (bool(owners) and g.equal_gradient) or _enters(call, g)))
     return _with_operands(call, operands)
 
 
@@ -252,6 +253,19 @@ RULES: dict[str, Rule] = {
 }
 
 
+def _of_function(call: RecordedCall, change: Change, layouts: Layouts, tried: set[Any]) -> Change:
+    """An `autograd.Function` may stay if it is right on shards. One of activations that all ranks have gets equal gradients inside."""
+    if call.runs_modules or call.sums_over_ranks or call.vocabulary is not None:
+        raise NotOnShards("an autograd.Function that runs modules, or reads or makes features by itself")
+    try:
+        return replace(change, call=replace(change.call, operands=fitting_operands(call, change.call, layouts, tried)))
+    except NotOnShards:
+        if any(x.layout is not None for x in call.tensors) or any(g.is_split for g in call.given):
+            raise
+    outside = [g for g in call.given if gradient_is_partial(g.facts.label) or g.facts.param is not None]
+    return Change(replace(call.unchanged, operands=tuple(Operand(g.path, leave=True) for g in outside)))
+
+
 def change_of(call: RecordedCall, layouts: Layouts, tried: set[Any]) -> Change:
     """Return what has to change on each rank in a call that something sharded takes part in.
 
@@ -264,6 +278,8 @@ def change_of(call: RecordedCall, layouts: Layouts, tried: set[Any]) -> Change:
         if isinstance(x.layout, str):
             raise NotOnShards(x.layout, [x.tensor])
     change = RULES.get(call.name, combine)(call)
+    if call.is_function:
+        return _of_function(call, change, layouts, tried)
     if call.vocabulary is not None:
         entering = tuple(Operand(g.path, None, True) for g in call.given if g.facts.param is None and g.facts.grad)
         return replace(change, call=replace(change.call, logits=call.vocabulary, operands=entering))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class Layouts:
     def __init__(self, tracer: FeatureTracer, owner: Tensor, tp: int, nodes: dict[tuple[str, int], Tensor]) -> None:
         self.tracer, self.owner, self.tp, self.nodes = tracer, owner, tp, nodes
         self.param_owner = owner  # of the features of parameters; those of logits have an owner, and logits show as whole
+        self.weight_of: Mapping[str, str] = {}  # parameters that are split -> the weight that has their features
         self.biases: dict[str, Tensor] = {}  # of split layers: parameter -> features of the layer's output
         self._split = {name for name, _ in nodes}
         self._known: dict[int, tuple[Tensor, Tensor | None, Layout]] = {}  # id of a tensor -> it, its label then, its layout
@@ -79,7 +81,7 @@ class Layouts:
     def features(self, t: Tensor) -> Tensor:
         """Return the labels of a tensor, or the features of the split parameter that it is a view of."""
         param = self.tracer.shadow(t).param
-        found = [] if param is None else self.features_of(param.name)
+        found = [] if param is None else self.features_of(self.weight_of.get(param.name, param.name))
         return torch.cat(found) if found else self.tracer.label(t)
 
     def features_of(self, parameter: str) -> list[Tensor]:

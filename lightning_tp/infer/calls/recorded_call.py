@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import Function
 
 from lightning_tp.infer.calls.layouts import OnRanks
 from lightning_tp.infer.calls.local_sizes import PerRankInt
+from lightning_tp.infer.follow.features import gradient_is_partial
 from lightning_tp.infer.follow.trace import TensorFacts
 from lightning_tp.styles.calls.call import Call, Path
 
@@ -47,6 +49,13 @@ class RecordedCall:
     vocabulary: int | None  # of a product that makes logits: how many
     partial_results: bool  # whether a result is equal on all ranks, with a partial gradient
     tp: int
+    runs_modules: bool = False  # whether modules run inside: in the forward of an `autograd.Function`
+
+    @cached_property
+    def is_function(self) -> bool:
+        """Whether it is the `apply` of an `autograd.Function`, of whose backward nothing is known."""
+        owner = getattr(self.func, "__self__", None)
+        return isinstance(owner, type) and issubclass(owner, Function)
 
     @cached_property
     def unchanged(self) -> Call:
@@ -67,6 +76,8 @@ class RecordedCall:
     def is_involved(self) -> bool:
         """Whether anything sharded goes in or comes out, or a gradient that is equal on all ranks meets partial ones."""
         if any(x.layout is not None for x in self.tensors) or self.sums_over_ranks or self.vocabulary is not None:
+            return True
+        if self.is_function and (self.partial_results or any(gradient_is_partial(g.facts.label) for g in self.given)):
             return True
         return self.partial_results and any(g.equal_gradient for g in self.given)
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp._compat import unobserved
+from lightning_tp._compat import intercept_functions, unobserved
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.core.trees import tensors_in
@@ -25,12 +26,13 @@ from lightning_tp.infer.calls.changes import change_of, factors, full_sizes
 from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, per_rank_ints, plain
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
-from lightning_tp.infer.follow.features import gradient_is_partial
-from lightning_tp.infer.follow.ops import MOVES, writes_in_place
+from lightning_tp.infer.follow.features import gradient_is_partial, shrunk
+from lightning_tp.infer.follow.gradients import ABOUT_GRADIENTS
+from lightning_tp.infer.follow.ops import MOVES, READS_VALUES, writes_in_place
 from lightning_tp.infer.follow.run import cross_entropy, run
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.follow.tracer import FeatureTracer
-from lightning_tp.styles.calls.call import COUNTS, FACTORIES, READS, SIZE_CALLS, Call, Path
+from lightning_tp.styles.calls.call import COUNTS, FACTORIES, READS, SIZE_CALLS, Call, Operand, Path
 
 
 @dataclass
@@ -39,6 +41,9 @@ class CallChanges:
 
     calls: dict[str, list[Call]] = field(default_factory=dict)  # module -> calls that change, and those beside them that do not
     broken: list[tuple[Tensor, str]] = field(default_factory=list)  # labels of features that a call needs together, and why
+    failed: dict[str, str] = field(
+        default_factory=dict
+    )  # modules with a call that can't work beside shards, though it is given none; why
     local_uses: dict[str, set[str]] = field(default_factory=dict)  # as of `FeatureTrace`, where ranks do have different elements
     mixed: set[str] = field(default_factory=set)  # parameters whose gradient is all-reduced where they are used
     trace: FeatureTrace | None = None  # of the run
@@ -76,6 +81,7 @@ class CallRecorder(TorchFunctionMode):
         self.mixed: set[str] = set()  # parameters also used with equal activations: their partial gradients are all-reduced at once
         self.outside: set[str] = set()  # parameters of which only what is computed from them is combined with shards
         self.tables: set[str] = set()  # modules that look up rows of a split table on their own
+        self.split: Mapping[str, str] = {}  # parameters that are split -> the weight that has their features
         self.tried: set[Any] = set()  # calls that were found right on shards before
         self.found = CallChanges()
         self.local_reads: set[Any] = set()  # where code was given the sizes of a shard
@@ -83,11 +89,44 @@ class CallRecorder(TorchFunctionMode):
         # of the call that runs: sizes of shards among its arguments, and what the tensors were that it writes into
         self._numbers: tuple[PerRankInt, ...] = ()
         self._before: dict[int, OnRanks] = {}
+        self._opaque: str | None = None  # the module whose code called the `autograd.Function` that runs
+        self._ran_modules = False  # whether modules run in it
         tracer.log = []
         PerRankInt.diverging = set()
 
+    def __enter__(self) -> CallRecorder:
+        self._undo = intercept_functions(self._apply)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._undo()
+
+    def _apply(self, cls: Any, apply: Callable[..., Any], args: Any, frame: Any) -> Any:
+        """Record an `autograd.Function` as one call: its forward is no code that could run with other sizes than its backward."""
+        module = self.tracer.stack[-1]
+        if self._opaque is not None or module in self.standard:
+            return apply(*args)
+        self.tracer.events, self._before = [], {}
+        self._opaque, self._ran_modules = module, False
+        try:
+            out = apply(*plain(args))
+            self._numbers = per_rank_ints(args)
+            with unobserved():
+                self.analyse_call("apply", cls.apply, args, {}, out, module, frame)
+        finally:
+            self._opaque = None
+        for n in self._numbers:
+            n.computed_with()
+        return out
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._opaque is not None:
+            if self.tracer.stack[-1] == self._opaque:
+                return func(*args, **kwargs)
+            self._ran_modules = True
         name = getattr(func, "__name__", "")
         frame = sys._getframe(1)
         if name in READS:
@@ -97,18 +136,20 @@ class CallRecorder(TorchFunctionMode):
             if name == "__get__":
                 return func(*args, **kwargs)
         plain_args, plain_kwargs = plain(args), plain(kwargs)
+        if func in ABOUT_GRADIENTS:
+            return func(*plain_args, **plain_kwargs)
         if func is torch.nn.functional.cross_entropy:
             return cross_entropy(self.tracer, plain_args, plain_kwargs)
         self.tracer.events = []
         module = self.tracer.stack[-1]
         self._before = {}
         if writes_in_place(name, kwargs):
-            with unobserved():
+            with unobserved(), torch.no_grad():
                 self._before = {id(t): OnRanks(t.clone(), self.layouts.of(t)) for _, t in tensors_given(args, kwargs)}
         out = func(*plain_args, **plain_kwargs)
         self._numbers = per_rank_ints((args, kwargs))
         if module == self.tracer.stack[-1] and module not in self.standard:
-            with unobserved():
+            with unobserved(), torch.no_grad():
                 self.analyse_call(name, func, args, kwargs, out, module, frame)
         for n in self._numbers:  # not known for sizes: numbers that code computes with
             n.computed_with()
@@ -151,23 +192,47 @@ class CallRecorder(TorchFunctionMode):
             change = self._decide(call)
         except NotOnShards as no:
             self._set_known(no.sizes)
-            self.found.broken += [
-                (features, f"`{name}` in `{module or 'the model'}`: {no}") for features in self._kept_together(call, no)
-            ]
+            together = self._kept_together(call, no)
+            self.found.broken += [(features, f"`{name}` in `{module or 'the model'}`: {no}") for features in together]
+            if not any(bool(shrunk(features).any()) for features in together):
+                self.found.failed.setdefault(module, f"`{name}`: {no}")
             return
         if change is not None:
             self._set_known(change.sizes)
             self._note(module, change.call)
 
     def _decide(self, call: RecordedCall) -> Change | None:
+        if call.name in READS_VALUES and any(self.layouts.is_followed(g.tensor) for g in call.given):
+            raise NotOnShards("code reads its values")
         tables = [g.tensor for g in call.given if g.is_split]
         if call.name == "embedding" and call.module not in self.tables and tables:
             raise NotOnShards("it looks up rows of a split table", tables)
+        if read := self._parameters_read(call):
+            if len(self.tracer.stack) == 1:
+                return Change(call.unchanged)  # there, code sees parameters in full
+            if any(g.facts.param is not None and id(g.tensor) not in self.tracer.names for g in read):
+                raise NotOnShards("it reads a part of a split parameter", [g.tensor for g in read])
+            operands = tuple(Operand(g.path, full=tuple(g.tensor.shape)) for g in read)
+            return Change(replace(call.unchanged, operands=operands))
         if call.is_involved or len(call.products) > 1:
-            return change_of(call, self.layouts, self.tried)
+            change = change_of(call, self.layouts, self.tried)
+            if change.call.changes and (not call.site or len(self.tracer.stack) == 1):
+                raise NotOnShards("it would have to change, but is in no module's forward")
+            return change
         if self.remakes and call.name in SIZE_CALLS | FACTORIES and call.results:
             return full_sizes(call)
         return Change(call.unchanged)
+
+    def _parameters_read(self, call: RecordedCall) -> list[Given]:
+        """Return the split parameters that a call reads beside products and shards: a norm of weights."""
+        read = [g for g in call.given if g.facts.param is not None and g.facts.param.name in self.split]
+        if not read or call.products or call.before or call.name == "embedding" or not call.results:
+            return []
+        others = [x for x in (*call.given, *call.results) if not any(x is g for g in read)]
+        facts = [self.tracer.shadow(x.tensor) for x in others]
+        beside = any(f.label is not None for f in facts) or any(not x.tensor.numel() for x in others)
+        moved = any(self.tracer.shadow(x.tensor).param is not None for x in call.results)
+        return [] if beside or moved else read
 
     def _kept_together(self, call: RecordedCall, no: NotOnShards) -> list[Tensor]:
         """Return the features that a call that can't run on shards needs together."""
@@ -189,7 +254,8 @@ class CallRecorder(TorchFunctionMode):
             self.found.calls.setdefault(module, []).append(call)
 
     def _recorded(self, name: str, func: Any, args: Any, kwargs: Any, out: Any, module: str, site: Any) -> RecordedCall:
-        products = tuple(dict.fromkeys(self.tracer.events))
+        runs_modules = name == "apply" and self._ran_modules
+        products = () if runs_modules else tuple(dict.fromkeys(self.tracer.events))
         results = tuple(OnRanks(t, self._layout(name, t)) for t in tensors_in(out, depth=0))
         return RecordedCall(
             name=name,
@@ -205,6 +271,7 @@ class CallRecorder(TorchFunctionMode):
             vocabulary=self.heads.get(dict(products).get("out", "")),
             partial_results=any(r.tensor.numel() and gradient_is_partial(self.tracer.shadow(r.tensor).label) for r in results),
             tp=self.tp,
+            runs_modules=runs_modules,
         )
 
     def _given(self, name: str, path: Path, t: Tensor) -> Given:

@@ -20,11 +20,13 @@ from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.calls.layouts import Layouts, OnRanks, Sharded
 from lightning_tp.infer.calls.local_sizes import PerRankInt, mapped, on_rank, plain
 from lightning_tp.infer.calls.recorded_call import NotOnShards, RecordedCall
+from lightning_tp.infer.calls.try_backward import check_backward
 from lightning_tp.infer.follow.ops import BY_POSITION, MOVES, NOT_BROADCASTING, OPERANDS_STAY_WHOLE, PRODUCTS, TRIANGLES
 from lightning_tp.styles.calls.call import Call, Operand
 from lightning_tp.styles.calls.run_call import run_call
 
 MOST_TRIED = 2**22  # elements of what a call is given and returns, above which it is not tried
+MOST_IN_FUNCTION = 2**25  # the same for an `autograd.Function`, which is believed nothing
 MOST_CUT = 3  # operands of one call that may turn out to be whole on each rank, although a size of theirs is that of the split dim
 
 
@@ -52,6 +54,8 @@ def fitting_operands(call: RecordedCall, change: Call, layouts: Layouts, tried: 
 def _check_untried(call: RecordedCall) -> None:
     """Raise `NotOnShards` for a call that could not be tried, and may well be another one on shards."""
     t, layout = next(((x.tensor, x.layout) for x in call.tensors if x.layout is not None), (None, None))
+    if call.is_function:
+        raise NotOnShards("an autograd.Function that can't be tried on shards")
     if t is None or not isinstance(layout, Sharded):
         return
     if call.name in BY_POSITION and not (call.name in TRIANGLES and layout.dim < t.ndim - 2):
@@ -69,16 +73,22 @@ def _check_untried(call: RecordedCall) -> None:
         raise NotOnShards("operands that do not broadcast, one of which has the size of the split dimension")
 
 
+def _can_be_tried(tensors: list[OnRanks], most: int) -> bool:
+    numels = [x.tensor.numel() for x in tensors]
+    # of an empty tensor it is not known how it would lie on ranks
+    return all(numels) and sum(numels) <= most and not any(isinstance(x.layout, str) for x in tensors)
+
+
 def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any]) -> bool:
     """Return whether the call could be tried; raise `NotOnShards` if its results on shards are not the shards of what it returned."""
     given = {id(t): call.before.get(id(t)) or OnRanks(t, layouts.of(t)) for t in (g.tensor for g in call.given)}
     results = [OnRanks(t, layouts.of(t)) for t in (*(r.tensor for r in call.results), *_written(call))]
     tensors = [*given.values(), *results]
-    numels = [x.tensor.numel() for x in tensors]
-    if any(isinstance(x.layout, str) for x in tensors) or sum(numels) > MOST_TRIED or not all(numels):
-        return False  # of an empty tensor it is not known how it would lie on ranks
-    change = replace(change, operands=tuple(replace(o, enter=False) for o in change.operands))
-    key = change, tuple((x.tensor.shape, x.layout) for x in given.values()), repr(mapped((call.args, call.kwargs), _number))
+    if not _can_be_tried(tensors, MOST_IN_FUNCTION if call.is_function else MOST_TRIED):
+        return False
+    with_enter, change = change, replace(change, operands=tuple(replace(o, enter=False) for o in change.operands))
+    shapes = tuple((x.tensor.shape, x.layout) for x in given.values())
+    key = call.func, change, shapes, repr(mapped((call.args, call.kwargs), _number))
     if key in tried and all(x.tensor.is_floating_point() for x in given.values()):
         return True  # in a block, or a run, before
     if any(x.tensor.is_meta for x in tensors):
@@ -89,6 +99,8 @@ def _is_right(call: RecordedCall, change: Call, layouts: Layouts, tried: set[Any
         results = [OnRanks(t, x.layout) for t, x in zip(made[1], results, strict=True)]
     for rank in (0, call.tp - 1):
         _compare(rank, call, change, given, results)
+    if call.is_function:
+        check_backward(call, with_enter, given, layouts)
     tried.add(key)
     return True
 

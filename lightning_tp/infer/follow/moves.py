@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from lightning_tp._compat import base_of
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.follow.features import compact, reshaped, shrunk
 from lightning_tp.infer.follow.ops import ATEN_CASTS, ATEN_FILLS, ATEN_LIKE, ATEN_MOVES, ATEN_POINTWISE, ATEN_REDUCTIONS
 from lightning_tp.infer.follow.trace import ParamView, TensorFacts
-from lightning_tp.infer.follow.tracer import ANY_OTHER, AtenCall, FeatureTracer, follows
+from lightning_tp.infer.follow.tracer import ANY_OTHER, WRITE_INTO_VIEW, AtenCall, FeatureTracer, follows
 
 
 @follows(*ATEN_MOVES)
@@ -131,6 +132,22 @@ def combine(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
                 label = f.label if label is None else tracer.trace.classes.join(label, f.label)
         return op.labelled(label)
     return mixed(tracer, op, labels)
+
+
+@follows(WRITE_INTO_VIEW)
+def write_into_view(tracer: FeatureTracer, op: AtenCall) -> list[TensorFacts]:
+    """`x[:, 1:] = y`: what is written, a copy of y, lies in x from now on."""
+    view = op.outs[0]
+    base, written = base_of(view), tracer.shadow(view)
+    assert base is not None
+    before, label = tracer.shadow(base), written.label
+    if label is not None and base.is_contiguous():
+        labels = tracer.label(base).clone(memory_format=torch.contiguous_format)
+        labels.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset()).copy_(label)
+        label = _filled(compact(labels))
+    elif label is not None:
+        return mixed(tracer, AtenCall(op.func, (), {}, base, [base, view], [before, written]), [label, tracer.label(base)])
+    return [TensorFacts(before.label if label is None else label, before.param, before.grad or written.grad)]
 
 
 @follows("embedding")

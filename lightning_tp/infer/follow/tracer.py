@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from lightning_tp._compat import without_dispatch_modes
+from lightning_tp._compat import base_of, is_in_place, without_dispatch_modes
 from lightning_tp.core.trees import tensors_in
 from lightning_tp.infer.follow.features import gradient_is_partial, no_features, shrunk
 from lightning_tp.infer.follow.meta import Values
@@ -60,6 +60,7 @@ class AtenCall:
 Rule = Callable[["FeatureTracer", AtenCall], list[TensorFacts]]
 RULES: dict[str, Rule] = {}
 ANY_OTHER = "any other operator"
+WRITE_INTO_VIEW = "a write into a view"  # gives the facts of the tensor that it is a view of
 
 
 def follows(*names: str) -> Callable[[Rule], Rule]:
@@ -109,6 +110,8 @@ class FeatureTracer(Values):
                 op = AtenCall(func, args, kwargs, out, tensors, facts)
                 for t, found in zip(op.outs, RULES.get(op.name, RULES[ANY_OTHER])(self, op), strict=False):
                     self.put(t, found)
+                    if is_in_place(func) and (base := base_of(t)) is not None:
+                        self.put(base, RULES[WRITE_INTO_VIEW](self, op)[0])
         return out
 
     def _entry(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[Any, ...]:

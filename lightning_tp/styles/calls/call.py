@@ -30,12 +30,16 @@ class Operand:
         part: (dim counted from the last, ownership): a rank needs its part of that dim.
         enter: ranks compute partial gradients of it, which are all-reduced (I -> R: the identity, backward all-reduce).
         beside: a split operand of the same call; where this one has the size of its shard already, it is not cut.
+        full: it is a split parameter of this full shape, which the code reads beside products: it is given all of it.
+        leave: ranks have partial gradients of it, but inside of the call equal ones (R -> I). Then so have results, and outside partial ones.
     """
 
     path: Path
     part: tuple[int, Ownership] | None = None
     enter: bool = False
     beside: Path | None = None
+    leave: bool = False
+    full: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +23,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp._compat import call_impl
+from lightning_tp._compat import call_impl, intercept_functions, wrap_recomputed
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.core.comm.transitions import outside
-from lightning_tp.core.modules.call_site import call_site
+from lightning_tp.core.modules.call_site import MODULE_CALL, call_site, end_of, resumed
 from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.attention import WRITTEN_OUT, bind_attention, written_out
@@ -147,10 +149,16 @@ class _CallMode(TorchFunctionMode):
 
     def __init__(self, calls: tuple[Call, ...], axis: Axis) -> None:
         super().__init__()
+        wrap_recomputed(_recomputed)
+        if any(c.name == "apply" for c in calls):
+            _see_functions()
         self.axis = axis
         self.table: dict[Any, list[Call]] = {}
+        # (function of torch, innermost place) -> what all calls there become, whoever calls the code around them
+        self.by_place: dict[Any, set[Call]] = {}
         for call in calls:
             self.table.setdefault((call.name, call.at), []).append(call)
+            self.by_place.setdefault((call.name, call.at[:1]), set()).add(replace(call, at=()))
         self.names = frozenset(c.name for c in calls)
         self.turns: Counter[Any] = Counter()  # call site -> calls from there in this forward
 
@@ -161,15 +169,66 @@ class _CallMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name not in self.names or self._running[-1] is not self:
             return func(*args, **(kwargs or {}))
-        key = (name, call_site(sys._getframe(1)))
+        call = None if name == "__get__" and func.__self__ is not Tensor.shape else self.call_at(name, sys._getframe(1))
+        return func(*args, **(kwargs or {})) if call is None else run_call(call, func, args, kwargs or {}, self.axis)
+
+    def call_at(self, name: str, frame: FrameType) -> Call | None:
+        """Return what becomes of the call that a frame makes; None if nothing changes."""
+        key = name, site = name, call_site(frame, _ENDS)
         calls = self.table.get(key)
-        if calls is None or (name == "__get__" and func.__self__ is not Tensor.shape):
-            return func(*args, **(kwargs or {}))
-        call = calls[0]
-        if len(calls) > 1:  # one call site in a loop, or in a helper that is called several times
-            call = calls[self.turns[key]] if self.turns[key] < len(calls) else _call_at(calls, self.turns[key])
-            self.turns[key] += 1
-        return run_call(call, func, args, kwargs or {}, self.axis)
+        if (
+            calls is None
+            and len(anywhere := self.by_place.get((name, site[:1]), ())) == 1
+            and end_of(frame, _ENDS) is not MODULE_CALL
+        ):
+            return next(iter(anywhere))  # the same code, called from a line that did not run when the plan was made
+        if calls is None:
+            return None
+        if len(calls) == 1:
+            return calls[0]
+        turn = self.turns[key]  # one call site in a loop, or in a helper that is called several times
+        self.turns[key] += 1
+        return calls[turn] if turn < len(calls) else _call_at(calls, turn)
+
+
+def _apply(cls: Any, apply: Callable[..., Any], args: Any, frame: FrameType) -> Any:
+    """Run an `autograd.Function`, which no mode sees."""
+    mode = _CallMode._running[-1] if _CallMode._running else None
+    call = mode.call_at("apply", frame) if mode is not None and "apply" in mode.names else None
+    return apply(*args) if mode is None or call is None else run_call(call, apply, args, {}, mode.axis)
+
+
+@cache
+def _see_functions() -> None:
+    intercept_functions(_apply)
+
+
+_ENDS = frozenset({MODULE_CALL, _UnderCallMode.forward.__code__})  # a forward that is recomputed begins at the second one
+
+
+def _recomputed(function: Callable[..., Any], frame: FrameType) -> Callable[..., Any]:
+    """Return what `checkpoint` recomputes in a backward pass, so that calls in it are changed as in the forward."""
+    running = _CallMode._running
+    mode = running[-1] if running else None
+    if mode is None:
+        return function
+    return resumed(function, call_site(frame, _ENDS), partial(_again, mode, Counter(mode.turns)))
+
+
+@contextmanager
+def _again(mode: _CallMode, turns: Counter[Any]) -> Iterator[None]:
+    running = _CallMode._running
+    if running and running[-1] is mode:  # the forward
+        yield
+        return
+    before, mode.turns = mode.turns, turns.copy()
+    running.append(mode)
+    try:
+        with mode:
+            yield
+    finally:
+        running.pop()
+        mode.turns = before
 
 
 def _call_at(calls: list[Call], turn: int) -> Call:

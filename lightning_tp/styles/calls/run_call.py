@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from lightning_tp.core.comm.axis import Axis
+from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.comm.sequence import full_length
 from lightning_tp.core.comm.state import P
-from lightning_tp.core.comm.transitions import invariant_to_replicate, transition
+from lightning_tp.core.comm.transitions import invariant_to_replicate, replicate_to_invariant, transition
 from lightning_tp.core.ops.logits_rules import split_logits
 from lightning_tp.core.ops.stream_shard import StreamShard
 from lightning_tp.errors import TPError
@@ -53,6 +55,8 @@ def run_call(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, a
     if call.leave:
         return _reduced(call, func, args, kwargs, axis)
     out = func(*args, **kwargs)
+    if any(o.leave for o in call.operands):
+        return tree_map_only(Tensor, lambda t: invariant_to_replicate(t, axis) if t.requires_grad else t, out)
     return out if call.logits is None else split_logits(out, axis, call.logits)
 
 
@@ -73,12 +77,28 @@ def _with_operands(call: Call, args: Args, kwargs: Kwargs, axis: Axis) -> tuple[
     for operand in call.operands:
         holder = _holder(operand.path, new, kwargs)
         x = holder[operand.path[-1]]
+        if operand.full is not None:
+            x = _full_parameter(x, operand.full, axis)
         if operand.enter and x.requires_grad:
             x = invariant_to_replicate(x, axis)
+        if operand.leave and x.requires_grad:
+            x = replicate_to_invariant(x, axis)
         if operand.part is not None and not _is_local(x, operand, new, kwargs):
             x = part_of(x, operand.part, axis.rank)
         holder[operand.path[-1]] = x
     return tuple(tuple(n) if isinstance(a, tuple) else n for n, a in zip(new, args, strict=True)), kwargs
+
+
+def _full_parameter(x: Any, shape: tuple[int, ...], axis: Axis) -> Tensor:
+    if hasattr(x, "full_tensor"):
+        full: Tensor = x.full_tensor()
+        return full
+    if isinstance(axis.group, FakeGroup):  # there are no other ranks
+        return x.new_zeros(shape) + x.sum()
+    raise TPError(
+        f"The model's forward reads a parameter of shape {shape} beside its products (a penalty on weights), and FSDP2 keeps a shard of it. Read it "
+        "in `training_step` instead, or replicate it."
+    )
 
 
 def _holder(path: Path, args: list[Any], kwargs: Kwargs) -> Any:

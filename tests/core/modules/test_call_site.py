@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_tp.core.modules.call_site import MODEL_CODE, MODULE_CALL, CallSite, call_site
+from lightning_tp.core.modules import call_site as call_site_module
+from lightning_tp.core.modules.call_site import MODEL_CODE, MODULE_CALL, CallSite, _is_machinery, call_site, resumed, users_line
 from lightning_tp.core.ops import attention
 from lightning_tp.core.ops.attention import readable_attention
 
@@ -104,3 +108,31 @@ def test_other_ends() -> None:
 
     assert [name for name, _ in end()] == ["inner"]
     assert MODULE_CALL is nn.Module._call_impl.__code__
+
+
+def test_the_line_of_the_user() -> None:
+    line = users_line(sys._getframe())
+    assert line == f"{__file__}:{sys._getframe().f_lineno - 1}"
+    lines: list[str] = []
+    layer = torch.nn.Linear(1, 1)
+    layer.register_forward_hook(lambda *_: lines.append(users_line(sys._getframe(1))))
+    layer(torch.ones(1))  # from torch's code
+    assert lines == [f"{__file__}:{sys._getframe().f_lineno - 1}"]
+
+
+@pytest.mark.parametrize(
+    ("file", "machinery"), [("torch/functional.py", True), ("torch/nn/modules/linear.py", False), ("torchscale/layer.py", False)]
+)
+def test_a_folder_beside_torchs_is_code_of_a_model(file: str, machinery: bool) -> None:
+    packages = Path(torch.__file__).parents[1]
+    assert _is_machinery(str(packages / file)) is machinery
+    package = Path(call_site_module.__file__).parents[2]
+    assert _is_machinery(f"{package}/styles/x.py")
+    assert not _is_machinery(f"{package}_of_a_user/x.py")
+
+
+def test_a_resumed_function_has_the_site_of_its_first_call() -> None:
+    site = (("forward", "1:2-3:4"),)
+    with Sites("mul") as mode:
+        resumed(double, site, nullcontext)(torch.ones(2))
+    assert [(found[0][0], found[1:]) for found in mode.found] == [("double", site)]

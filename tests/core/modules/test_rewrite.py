@@ -16,9 +16,8 @@ from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.call_site import call_site
 from lightning_tp.core.modules.rewrite import rewrite_methods
-from lightning_tp.styles import BindContext
+from lightning_tp.styles import BindContext, RewrittenCalls
 from lightning_tp.styles.calls.call import Call
-from lightning_tp.styles.calls.local_ops import LocalOps
 from lightning_tp.testing import fake_world, randomize_
 
 HEADS = 4
@@ -237,7 +236,9 @@ def test_reads_of_shapes_and_keywords() -> None:
 def test_the_calls_of_a_rule_are_numbered_as_they_stand() -> None:
     module = nn.Sequential(Attention())
     randomize_(module)
-    style = next(r.style for r in ltp.infer_plan(module, (torch.randn(2, 6, 16),), tp=2).rules if isinstance(r.style, LocalOps))
+    style = next(
+        r.style for r in ltp.infer_plan(module, (torch.randn(2, 6, 16),), tp=2).rules if isinstance(r.style, RewrittenCalls)
+    )
     assert all(isinstance(c, Call) for c in style.calls)
     made = rewrite_methods(Attention, [(c.name, c.at) for c in style.calls], "_local_call")
     assert made is not None and sorted(made) == ["forward", "heads"]

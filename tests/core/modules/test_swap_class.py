@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.errors import TPError
 from lightning_tp.styles import BindContext, Replicate
 
 
@@ -108,3 +111,15 @@ def test_replicate_swaps_nothing() -> None:
     layer = nn.Linear(4, 4)
     Replicate().bind(layer, BindContext("x", None))  # type: ignore[arg-type]
     assert type(layer) is nn.Linear
+
+
+def test_a_swapped_module_is_copied_but_not_pickled() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer = nn.Linear(2, 2)
+    swap_class(layer, Twice)
+    assert torch.equal(copy.deepcopy(layer)(torch.ones(2)), layer(torch.ones(2)))
+    with pytest.raises(TPError, match="can't be pickled: it holds the shards of this rank"):
+        pickle.dumps(nn.Sequential(layer))

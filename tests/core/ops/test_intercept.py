@@ -259,3 +259,13 @@ def test_two_calls_in_one_module_have_two_keys() -> None:
         Twice()(X)
     a, b, c, d = policy.keys
     assert a == c and b == d and a != b
+
+
+def test_a_module_that_the_mode_knows_inside_an_observed_step() -> None:
+    policy, other = Recorder(), Other()
+    known(other, policy, functional_name=None)
+    with policy.all_calls():
+        other(X)
+        assert policy.mode_active and policy.running == []  # the step goes on
+        F.dropout(X)
+    assert policy.calls == [("dropout", None), ("dropout", "dropout")] and in_place()

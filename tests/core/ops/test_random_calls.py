@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_tp.core.ops import random_calls
 from lightning_tp.core.ops.random_calls import (
     CHANGING,
     GENERATING,
@@ -18,6 +19,7 @@ from lightning_tp.core.ops.random_calls import (
     comparable_runs,
     without_dropout,
 )
+from lightning_tp.errors import TPError
 
 X = torch.ones(2, 3)
 
@@ -112,3 +114,21 @@ def test_the_other_functions_pass() -> None:
     with Names(), without_dropout():
         F.dropout(X.add(1), 0.5)
     assert names == ["add"]
+
+
+def test_weights_that_a_model_writes_into_are_as_before() -> None:
+    model = nn.Linear(3, 3)
+    weight, bias = model.weight.clone(), model.bias.clone()
+    with comparable_runs(model), torch.no_grad():
+        model.weight.mul_(2)
+        model.bias.data = model.bias.data + 1
+    assert torch.equal(model.weight, weight) and torch.equal(model.bias, bias)
+
+
+def test_a_model_too_large_to_copy_may_not_write_into_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_calls, "MOST_COPIED", 4)
+    model = nn.Linear(3, 3)
+    with comparable_runs(model):
+        pass
+    with pytest.raises(TPError, match="writes into the parameter `bias`"), comparable_runs(model), torch.no_grad():
+        model.bias.add_(1)

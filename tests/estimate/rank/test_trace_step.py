@@ -110,7 +110,7 @@ class Decides(nn.Module):
 
 
 def test_a_model_that_cannot_be_traced_says_where() -> None:
-    with pytest.raises(TPError, match=r"decides by the value"):
+    with pytest.raises(TPError, match=r"reads the value of a tensor that depends on weights"):
         estimate(Decides(), (torch.ones(2, 4, 8),), (1, 1), loss_fn=lambda y: y.mean())
 
     class Raises(nn.Linear):

@@ -67,7 +67,7 @@ def _trained() -> dict[str, Any]:
     ltp.parallelize(model, make_mesh("cpu", 1, 2), plan)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     model(x).pow(2).sum().backward()
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    shapes = {n: p._tp_shard.local_shape for n, p in model.named_parameters()}
     return {"grads": {**ltp.full_gradients(model), "x": x.grad}, "shapes": shapes}
 
 

@@ -140,3 +140,12 @@ def test_what_is_no_whole_number_of_batches(kind: str) -> None:
         ltp.TPError, match="after 7 batches on each of 1 data-parallel ranks, which is not a whole number of batches on 2"
     ):
         rescale(loaded, [{"read": 7}], before=1, now=2)
+
+
+def test_progress_of_another_mesh() -> None:
+    """The epoch before had 3 batches; what was begun and not completed is one batch on any mesh."""
+    progress = {"total": {"ready": 11, "completed": 10}, "current": {"ready": 8, "completed": 7}}
+    positions = [{"read": 8}]
+    rescale({"loops": {"fit_loop": {"epoch_loop.batch_progress": progress}}}, positions, before=1, now=2)
+    assert progress == {"total": {"ready": 5, "completed": 4}, "current": {"ready": 4, "completed": 3}}
+    assert positions == [{"read": 4}]

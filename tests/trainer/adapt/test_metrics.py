@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch.callbacks import BasePredictionWriter, EarlyStopping, ModelCheckpoint, ModelSummary, ThroughputMonitor
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -25,6 +26,7 @@ from torchmetrics.text import Perplexity
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from lightning_tp.trainer.adapt.metrics import FullSummary
 
 WORDS = 103
 CONFIG = LlamaConfig(vocab_size=WORDS, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, hidden_dim=48, max_seq_len=32, bias=True)
@@ -386,3 +388,14 @@ def test_the_summary_shows_the_whole_and_the_share(mesh: tuple[int, int]) -> Non
     assert len(held) == len(table["Name"]) and all(ours[k][0] == table[k][0] for k in ("In sizes", "Out sizes"))
     number = lambda text: float(text.replace(" K", "e3"))  # noqa: E731
     assert number(held[0]) == pytest.approx(number(table["Params"][0]) / (mesh[0] * mesh[1]), rel=0.2)
+
+
+def test_the_summary_has_a_row_for_parameters_of_the_module_itself() -> None:
+    class Own(BoringModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = torch.nn.Parameter(torch.zeros(300))
+
+    summary = FullSummary(Own(), max_depth=1)
+    assert dict(summary._get_summary_data())["Params per Device"] == ["66  ", "300  "]
+    assert (summary.total_parameters, summary.trainable_parameters, summary.param_nums) == (366, 366, [66])

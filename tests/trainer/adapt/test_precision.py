@@ -26,7 +26,7 @@ from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp import errors
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
-from lightning_tp.trainer.adapt.precision import MeshGradScaler, MeshMixedPrecision
+from lightning_tp.trainer.adapt.precision import MeshGradScaler, MeshMixedPrecision, fsdp_policy
 
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -461,3 +461,17 @@ def test_norms_of_whole_gradients(mesh: tuple[int, int]) -> None:
     assert_same(on(mesh, lambda: fit(mesh, Norms)), ref)
     with pytest.raises(ltp.TPError, match="above 0"):
         ltp.grad_norms(torch.nn.Linear(1, 1), 0)
+
+
+@pytest.mark.parametrize(
+    "precision, computes, reduces",
+    [
+        ("16-mixed", torch.float16, torch.float32),
+        ("bf16-mixed", torch.bfloat16, torch.float32),
+        ("bf16-true", None, torch.float32),
+        ("32-true", None, None),
+    ],
+)
+def test_the_policy_of_fsdp2(precision: str, computes: torch.dtype | None, reduces: torch.dtype | None) -> None:
+    policy = fsdp_policy(precision)
+    assert (policy.param_dtype, policy.reduce_dtype) == (computes, reduces)
