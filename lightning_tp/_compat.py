@@ -302,6 +302,15 @@ def fake_process_group(rank: int, size: int) -> Any:
     return FakeProcessGroup._create_internal(rank, size)
 
 
+# private: `FakeWork`, and the schema of an operator. Without it collectives of a step that is run on one rank would wait for the others.
+def done_with(func: Any, result: Any) -> Any:
+    """Return what an operator of `c10d` returns when it is done, `result` first where it returns tensors."""
+    from torch._C._distributed_c10d import FakeWork, Work
+
+    work = Work.boxed(FakeWork())
+    return {0: None, 1: work, 2: (result, work)}[len(func._schema.returns)]
+
+
 # private: `_set_pg_timeout`. Without it the groups of a mesh would have torch's default of half an hour, whatever the user asks for.
 def limit_waiting(groups: Iterable[torch.distributed.ProcessGroup], timeout: timedelta) -> None:
     """Let the collectives of these groups fail after this time."""
@@ -506,6 +515,46 @@ class LateTensor:
         return value.untyped_storage()
 
 
+# private: `_engine_run_backward`, what all of torch.autograd ends in. Without it a step that takes gradients itself could not be followed.
+@contextmanager
+def backward_by(run: Callable[..., Any]) -> Iterator[None]:
+    """Let `run(own, ...)` compute each gradient of this process, where `own` is what does it, until this exits."""
+    own = torch.autograd._engine_run_backward
+    undo = patched(torch.autograd, "_engine_run_backward", lambda *args, **kwargs: run(own, *args, **kwargs))
+    try:
+        yield
+    finally:
+        undo()
+
+
+# private: the tables of process groups. Without it a collective in a step that runs on one rank would wait for the others.
+@contextmanager
+def process_groups_aside() -> Iterator[None]:
+    """Run without the process groups that there are; others may be made, and are gone on exit."""
+    world = torch.distributed.distributed_c10d._world
+    tables: list[Any] = [
+        world.pg_map,
+        world.pg_names,
+        world.pg_group_ranks,
+        world.pg_backend_config,
+        world.tags_to_pg,
+        world.pg_to_tag,
+    ]
+    contents, default = [dict(table) for table in tables], world.default_pg
+
+    def fill(new: list[dict[Any, Any]], group: Any) -> None:
+        for table, content in zip(tables, new, strict=True):
+            table.clear()
+            table.update(content)
+        world.default_pg = group
+
+    fill([{} for _ in tables], None)
+    try:
+        yield
+    finally:
+        fill(contents, default)
+
+
 @contextmanager
 def unobserved() -> Iterator[None]:
     """Run operations without the `TorchFunctionMode`s and the `TorchDispatchMode`s that are on."""
@@ -579,6 +628,26 @@ def initialize_fsdp(root: Any) -> None:
     root._get_fsdp_state()._lazy_init()
 
 
+# where torch's functions and methods are defined, beside its public modules
+NATIVE_FUNCTIONS: tuple[Any, ...] = (torch._C.TensorBase, torch._C._nn, torch._C._VariableFunctions)
+
+
+@contextmanager
+def without_global_optimizer_hooks() -> Iterator[None]:
+    """Step optimizers without the hooks that were registered for all of them."""
+    from torch.optim import optimizer
+
+    tables: tuple[Any, ...] = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
+
+
 # private: `torch.utils.checkpoint._checkpoint_without_reentrant_generator`. Without it code that a user checkpoints is recomputed on full sizes.
 @functools.cache
 def wrap_recomputed(wrap: Callable[[Callable[..., Any], Any], Callable[..., Any]]) -> None:
@@ -614,3 +683,9 @@ def intercept_functions(handler: Callable[[Any, Callable[..., Any], Any, Any], A
 def base_of(view: Tensor) -> Tensor | None:
     """Return the tensor that this one is a view of; None for one that is no view."""
     return view._base
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Return whether a hook of a module's forward is one of FSDP2's."""
+    hook = getattr(hook, "func", hook)
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"

@@ -18,13 +18,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_tp._compat import fsdp_parameters, own_parameters, unsharded_parameter
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
+from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
+from lightning_tp.plan.rule import INFERRED
 from lightning_tp.shards.grad_norm import register
 from lightning_tp.shards.gradients import PartialGradients, UserHooks, take_hooks
 from lightning_tp.shards.parameter import shard_like
 from lightning_tp.shards.shard import ParamShard
 from lightning_tp.styles import BindContext, Replicate, Split
+from lightning_tp.styles.base import ReplacedForward
+from lightning_tp.styles.linear import runs_torchs_code
+
+SIZES = ("in_features", "out_features", "num_embeddings", "embedding_dim")  # that code reads from a layer
 
 
 class BindError(TPError):
@@ -94,6 +100,10 @@ def bind_styles(model: nn.Module, plan: CheckedPlan, axis: Axis, *, loss_paralle
         BindError: for a style that can't be bound; it names the module.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    _take_in_forwards(model)
+    # an inferred plan has followed code that reads these: it changes what is done with the full size
+    inferred = plan.source.startswith(INFERRED)
+    full = [(m, {k: m.__dict__[k] for k in SIZES if k in m.__dict__}) for m in model.modules() if inferred and _is_torchs(m)]
     bound: set[tuple[int, str]] = set()
     for splits_parameters in (True, False):
         for entry in plan.entries:
@@ -105,6 +115,19 @@ def bind_styles(model: nn.Module, plan: CheckedPlan, axis: Axis, *, loss_paralle
                 style.bind(module, BindContext(entry.where, axis, loss_parallel))
             except Exception as error:
                 raise BindError(entry.where, error) from error
+    for module, sizes in full:
+        module.__dict__.update(sizes)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return runs_torchs_code(module) or (isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward)
+
+
+def _take_in_forwards(model: nn.Module) -> None:
+    """Let a forward that was put on a module itself be that of its class, under which a style runs it."""
+    for module in model.modules():
+        if "forward" in module.__dict__:
+            swap_class(module, ReplacedForward, _replaced=module.__dict__.pop("forward"))
 
 
 def sum_groups(plan: CheckedPlan, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:

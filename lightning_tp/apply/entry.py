@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 from weakref import ref
@@ -14,19 +14,27 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_tp._compat import call_in_forward, is_resharded
 from lightning_tp.apply.bind import ParamRegistry
+from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
 from lightning_tp.core.modules.swap_class import swap_class
+from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards.parameter import depth, set_depth
+from lightning_tp.styles import Replicate
 
 
 class _Entry(nn.Module):
     """A module that user code calls."""
 
     _registry: ref[ParamRegistry]
+    _ways: Ways | None  # of one that holds everything that is split
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = depth()
-        if before > 0 or is_compiling():
+        if depth() > 0 or is_compiling():
             return super().__call__(*args, **kwargs)
+        ways = self._ways
+        return self._on_shards(*args, **kwargs) if ways is None else ways.call(self, self._on_shards, args, kwargs)
+
+    def _on_shards(self, *args: Any, **kwargs: Any) -> Any:
+        before = depth()
         registry = self._registry()
         root = None if registry is None else registry.fsdp_root
         set_depth(1)
@@ -40,11 +48,12 @@ class _Entry(nn.Module):
             set_depth(before)
 
 
-def enter_local_view(model: nn.Module) -> None:
+def enter_local_view(model: nn.Module, ways: Callable[[], Ways | None]) -> None:
     """Make calls of a split model, and of the modules in it that user code may call by themselves, run in `local_view`.
 
     Args:
         model: a module with a `training_step` is user code itself; what it holds is called.
+        ways: makes the ways of a module that calls of it go.
     """
     for module in model.modules():
         if not hasattr(module, "training_step") and next(module.parameters(), None) is not None:
@@ -52,7 +61,12 @@ def enter_local_view(model: nn.Module) -> None:
     registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
     every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
     for module in [m for m in model.modules() if "_tp_planned" in m.__dict__] if every else entries(model):
-        swap_class(module, _Entry, _registry=ref(registry))
+        swap_class(module, _Entry, _registry=ref(registry), _ways=ways() if _holds_all(module, model) else None)
+    late = LateHooks(model)
+    for module in model.modules():
+        if not hasattr(module, "training_step"):
+            module.__dict__["_tp_late_hooks"] = late
+    watch_hooks()
     _watch_optimizers()
 
 
@@ -87,6 +101,20 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     set_depth(_depths.pop())
+
+
+def _holds_all(module: nn.Module, model: nn.Module) -> bool:
+    """Return whether all that is split is inside of a module, so that what it returns is full."""
+    plan: CheckedPlan = model._tp_applied_plan  # type: ignore[assignment]
+    inside = {id(m) for m in module.modules()}
+    own = dict(model.named_modules(remove_duplicate=False))
+    for entry in plan.entries:
+        if isinstance(entry.style, Replicate):
+            continue
+        styled = own.get(entry.where, own.get(entry.where.rpartition(".")[0]))
+        if id(styled) not in inside or (own.get(entry.where) is module and entry.style.splits_parameters):
+            return False
+    return True
 
 
 def entries(model: nn.Module) -> Iterator[nn.Module]:

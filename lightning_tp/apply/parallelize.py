@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,8 @@ from lightning_tp.apply.compile import Compile, check_compile, compile_blocks, u
 from lightning_tp.apply.entry import enter_local_view
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
+from lightning_tp.apply.stream import mark_streams
+from lightning_tp.apply.unsplit import Ways, remember_unsplit
 from lightning_tp.checkpoint.weights.pretrained import read_shards, take_pending
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import check_mesh
@@ -34,7 +36,7 @@ from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls
 from lightning_tp.errors import TPError
 from lightning_tp.plan.check import refuse_distributed
 from lightning_tp.plan.checked import CheckedPlan
-from lightning_tp.plan.declared import declared_plan
+from lightning_tp.plan.declared import DECLARED, declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards.gradients import PartialGradients
 from lightning_tp.shards.parameter import local_view
@@ -125,6 +127,7 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     same_weights_everywhere(model, mesh)
     model._tp_applied_plan = plan  # type: ignore[assignment]
     axis = Axis(tp_mesh.get_group())
+    mode, remember = model.training, remember_unsplit(model)
     hooks = split_parameters(model, plan, mesh, fsdp=dp_mesh.size() > 1)
     if tp_mesh.size() > 1:
         bind_styles(model, plan, axis, loss_parallel=options.loss_parallel)
@@ -149,9 +152,17 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     if dp_mesh.size() > 1:
         registry.fsdp_root = options.fsdp_root or model
         initialize_fsdp(registry.fsdp_root)
+    if tp_mesh.size() > 1 and not options.compile:
+        mark_streams(model, plan, axis)
     if mesh.size() > 1:
-        enter_local_view(model)
+        enter_local_view(model, _ways(model, mesh, plan, options, mode))
+        remember()
     return model
+
+
+def _ways(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Options, mode: bool) -> Callable[[], Ways | None]:
+    trusted = None if plan.source.startswith(DECLARED) else mode  # a plan that a model declares has not seen how it is called
+    return lambda: None if options.compile else Ways(model, mesh, trusted)
 
 
 def check_options(recompute: ActivationCheckpointing | None, compile: Compile, dropout: Dropout, backend: str) -> None:

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_tp._compat import gather_rows
 from lightning_tp.apply.materialize import Values
+from lightning_tp.core.digest import digest
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 
@@ -67,28 +68,21 @@ def _make_equal(tensors: list[Tensor], mesh: DeviceMesh) -> None:
     if not tensors:
         return
     device = torch.device(mesh.device_type)
-    sums = _checksums(tensors, device)
+    digests = _digests(tensors, device)
     for axis in mesh.mesh_dim_names or ():
         group = mesh.get_group(axis)
         if group.size() == 1:
             continue
-        differ = (gather_rows(sums, group) != sums).any(2).any(0).to(torch.int32)  # (tensors,)
+        differ = (gather_rows(digests, group) != digests).any(0).to(torch.int32)  # (tensors,)
         dist.all_reduce(differ, dist.ReduceOp.MAX, group=group)
         if bool(differ.any()):
             _broadcast([t for t, d in zip(tensors, differ.tolist(), strict=True) if d], group, device)
-            sums = _checksums(tensors, device)
+            digests = _digests(tensors, device)
 
 
-def _checksums(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """(tensors, 2) of int64."""
-    return torch.stack([byte_sums(t).to(device) for t in tensors])
-
-
-def byte_sums(t: Tensor) -> Tensor:
-    """(2,) of int64 on the tensor's device: the sum of all its bytes, and that of the first half of them, which tells their order."""
-    flat = t.detach().reshape(-1)
-    raw = (flat.to(torch.uint8) if flat.dtype == torch.bool or not flat.numel() else flat.contiguous()).view(torch.uint8)
-    return torch.stack((raw.sum(dtype=torch.int64), raw[: raw.numel() // 2].sum(dtype=torch.int64)))
+def _digests(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """(tensors,) of int64."""
+    return torch.stack([digest(t).to(device) for t in tensors])
 
 
 def _broadcast(tensors: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:

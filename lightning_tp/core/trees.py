@@ -29,31 +29,38 @@ def tensors_in(tree: Any, depth: int = 3) -> Iterator[Tensor]:
         >>> [t.shape for t in tensors_in({"x": torch.ones(2), "more": [torch.ones(3), "text"]})]
         [torch.Size([2]), torch.Size([3])]
     """
+    return (leaf for leaf in leaves_in(tree, depth) if isinstance(leaf, Tensor))
+
+
+def leaves_in(tree: Any, depth: int = 3) -> Iterator[Any]:
+    """Yield the tensors that `tensors_in` finds, and what else there is in between: text, numbers, objects without attributes."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (dict, list, tuple, deque)):
         for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from tensors_in(item, depth)
+            yield from leaves_in(item, depth)
     elif depth and (attributes := _attributes(tree)):
         for item in attributes.values():
-            yield from tensors_in(item, depth - 1)
+            yield from leaves_in(item, depth - 1)
+    else:
+        yield tree
 
 
-def named_tensors_in(tree: Any, depth: int = 3) -> Iterator[tuple[str, Tensor]]:
-    """Yield (path, tensor) of the tensors that `tensors_in` finds; the path of a tree that is a tensor itself is empty.
+def named_leaves_in(tree: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
+    """Yield (path, leaf) of what `leaves_in` finds; the path of a tree that is a leaf itself is empty.
 
     Example:
         >>> import torch
-        >>> [name for name, _ in named_tensors_in({"x": torch.ones(1), "more": [torch.ones(2), "text"]})]
-        ["['x']", "['more'][0]"]
+        >>> [name for name, _ in named_leaves_in({"x": torch.ones(1), "more": [torch.ones(2), "text"]})]
+        ["['x']", "['more'][0]", "['more'][1]"]
     """
     leaves, _ = tree_flatten_with_path(tree)
     for path, leaf in leaves:
-        if isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) and depth and (attributes := _attributes(leaf)):
+            for below, found in named_leaves_in(attributes, depth - 1):
+                yield "".join(map(str, path)) + below, found
+        else:
             yield "".join(map(str, path)), leaf
-        elif depth and (attributes := _attributes(leaf)):
-            for below, tensor in named_tensors_in(attributes, depth - 1):
-                yield "".join(map(str, path)) + below, tensor
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:

@@ -34,6 +34,7 @@ from lightning_tp.data.transfer import broadcast_message
 from lightning_tp.errors import SecondaryError, TPError
 
 COMPARED_WHOLE = 3  # batches at the start of a pass of which every byte is compared
+COMPARED_EVERY = 16  # batches of a stream, after which random states are compared
 END, FAILED = -1, -2  # instead of a fingerprint: there is no more batch; reading raised an error
 
 DummyStep = Callable[[Any, Any, int], None]
@@ -180,7 +181,7 @@ class GroupMapLoader(GroupLoader):
             mine = fingerprint(message.batch, whole=index < COMPARED_WHOLE)
         else:
             mine = END if message.kind == "end" else FAILED
-        fingerprints = self.ranks.over_tp(mine)
+        fingerprints = self.ranks.agree(mine, self.warn_once)
         if FAILED in fingerprints:
             failed = self.ranks.first + fingerprints.index(FAILED)
             text = [message.batch if message.kind == "error" else None]
@@ -252,6 +253,8 @@ class GroupStreamLoader(GroupLoader):
                 self.dummy_step(self, message.batch, index)
             else:
                 last_batch = message.batch
+                if index < COMPARED_WHOLE or index % COMPARED_EVERY == 0:
+                    self.ranks.agree(0, self.warn_once)
                 yield last_batch
             index += 1
             if message.last:

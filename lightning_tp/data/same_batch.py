@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp.core.trees import named_tensors_in, tensors_in
+from lightning_tp.core.digest import as_bytes, digest, value_digest
+from lightning_tp.core.trees import leaves_in, named_leaves_in
 from lightning_tp.errors import TPError
 
 SAMPLE = 4096  # elements of a tensor that a quick fingerprint reads
@@ -21,10 +22,10 @@ _REMEDY = (
 
 
 def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device, where: str) -> None:
-    """Compare a batch over the ranks of a group: shapes, dtypes and exact sums over the bytes of each tensor. A collective.
+    """Compare a batch over the ranks of a group: shapes, dtypes and every byte of each tensor, text and numbers. A collective.
 
     Args:
-        batch: Any nesting of tensors; other leaves are not compared.
+        batch: Any nesting of tensors, text, numbers and NumPy arrays; of other objects only the classes are compared.
         group: The ranks that have to hold the same batch.
         device: Where the collectives run.
         where: Which batch it is, for the error.
@@ -32,25 +33,27 @@ def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device,
     Raises:
         TPError: On every rank of the group, if the batches differ.
     """
-    named = [(name or "batch", t) for name, t in named_tensors_in(batch)]
-    mine = torch.tensor([_digest(t) for _, t in named], dtype=torch.int64, device=device).view(len(named), 3)
+    named = [(name or "batch", leaf) for name, leaf in named_leaves_in(batch)]
+    mine = torch.tensor([_digest(leaf) for _, leaf in named], dtype=torch.int64, device=device).view(len(named), 2)
     count = torch.tensor([len(named)], dtype=torch.int64, device=device)
     counts = [torch.zeros_like(count) for _ in range(group.size())]
     dist.all_gather(counts, count, group=group)
     if len({int(c) for c in counts}) > 1:
         raise TPError(
-            f"{where}: the ranks of one tensor-parallel group have {[int(c) for c in counts]} tensors in their batches. {_REMEDY}"
+            f"{where}: the ranks of one tensor-parallel group have {[int(c) for c in counts]} tensors and other values in their batches. "
+            f"{_REMEDY}"
         )
     if not named:
         return
     digests = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(digests, mine, group=group)
-    for i, (name, t) in enumerate(named):
+    for i, (name, leaf) in enumerate(named):
         differ = [rank for rank, digest in enumerate(digests) if not torch.equal(digest[i], digests[0][i])]
         if differ:
             what = "shape or dtype" if any(int(digests[rank][i, 0]) != int(digests[0][i, 0]) for rank in differ) else "values"
+            shown = tuple(leaf.shape) if isinstance(leaf, Tensor) else f"({type(leaf).__name__})"
             raise TPError(
-                f"{where}: `{name}` {tuple(t.shape)} differs inside a tensor-parallel group: the {what} on ranks {differ} of "
+                f"{where}: `{name}` {shown} differs inside a tensor-parallel group: the {what} on ranks {differ} of "
                 f"{group.size()} differ from those on rank 0. {_REMEDY}"
             )
 
@@ -58,29 +61,28 @@ def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device,
 def fingerprint(batch: Any, *, whole: bool = False) -> int:
     """Return a number below 2**32 that is the same for equal batches, and hardly ever for different ones.
 
-    It is a CRC of shapes, dtypes, and values: all of them, or (fast enough for every batch) some thousand of each tensor.
+    It is a CRC of shapes, dtypes, text, numbers, and values of tensors: all of them, or (fast enough for every batch) some thousand of each.
 
     Example:
         >>> fingerprint({"x": torch.zeros(3)}) == fingerprint({"x": torch.zeros(3)}) != fingerprint({"x": torch.ones(3)})
         True
     """
     crc = 0
-    for t in tensors_in(batch):
-        crc = zlib.crc32(b"%r %r" % (t.shape, t.dtype), crc)
-        if t.layout == torch.strided and t.numel():
-            flat = t.detach().reshape(-1)
+    for leaf in leaves_in(batch):
+        if not isinstance(leaf, Tensor):
+            crc = zlib.crc32(b"%d" % value_digest(leaf), crc)
+            continue
+        crc = zlib.crc32(b"%r %r" % (leaf.shape, leaf.dtype), crc)
+        if leaf.layout == torch.strided and leaf.numel():
+            flat = leaf.detach().reshape(-1)
             step = 1 if whole else (flat.numel() - 1) // SAMPLE + 1
-            crc = zlib.crc32(_bytes(flat[::step]).cpu().numpy(), crc)  # type: ignore[arg-type]
+            crc = zlib.crc32(as_bytes(flat[::step]).cpu().numpy(), crc)  # type: ignore[arg-type]
     return crc
 
 
-def _digest(t: Tensor) -> tuple[int, int, int]:
-    """Return (hash of shape and dtype, sum of all bytes, sum of the first half of them); the last notices another order."""
-    raw = _bytes(t.detach().reshape(-1))
-    shape = zlib.crc32(f"{tuple(t.shape)} {t.dtype}".encode())
-    return shape, int(raw.sum(dtype=torch.int64)), int(raw[: raw.numel() // 2].sum(dtype=torch.int64))
-
-
-def _bytes(flat: Tensor) -> Tensor:
-    flat = flat.to(torch.uint8) if flat.dtype == torch.bool else flat.contiguous()
-    return flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
+def _digest(leaf: Any) -> tuple[int, int]:
+    """Return (hash of shape and dtype, or of the class; digest of the values)."""
+    if not isinstance(leaf, Tensor):
+        return zlib.crc32(type(leaf).__qualname__.encode()), value_digest(leaf)
+    values = leaf.to_dense() if leaf.layout != torch.strided else leaf
+    return zlib.crc32(f"{tuple(leaf.shape)} {leaf.dtype}".encode()), int(digest(values))

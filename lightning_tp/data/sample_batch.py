@@ -14,8 +14,12 @@ SAMPLES = 2  # of a map-style dataset: a plan does not depend on the batch size
 LOGGING = ("log", "log_dict", "print")
 
 
-def first_of(loader: Any) -> Any:
+def first_of(loader: Any, *, whole: bool = False) -> Any:
     """Take a small first batch from a loader, or from each of several in a dict or list.
+
+    Args:
+        loader: or loaders.
+        whole: with all its samples, those that a sampler names first.
 
     Raises:
         TPError: For data that can be read only once.
@@ -25,10 +29,14 @@ def first_of(loader: Any) -> Any:
         tensor([0, 1])
     """
     if isinstance(loader, dict):
-        return {k: first_of(v) for k, v in loader.items()}
+        return {k: first_of(v, whole=whole) for k, v in loader.items()}
     if isinstance(loader, (list, tuple)) and any(isinstance(x, DataLoader) for x in loader):
-        return type(loader)(first_of(x) for x in loader)
+        return type(loader)(first_of(x, whole=whole) for x in loader)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        if whole and loader.batch_sampler is not None:
+            return loader.collate_fn([loader.dataset[i] for i in next(iter(loader.batch_sampler))])
+        if whole:
+            return loader.collate_fn(loader.dataset[next(iter(loader.sampler))])
         count = min(loader.batch_size or SAMPLES, SAMPLES, len(loader.dataset))  # type: ignore[arg-type]
         samples = [loader.dataset[i] for i in range(count)]
         return loader.collate_fn(samples) if loader.batch_size is not None or loader.batch_sampler is not None else samples[0]

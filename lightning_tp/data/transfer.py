@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_tp._compat import gather_rows
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
+from lightning_tp.core.ops.generators import RandomStates, generators_in
 from lightning_tp.core.trees import map_tensors
 from lightning_tp.data.reader import Message, adopt_random_states
 from lightning_tp.errors import TPError
@@ -32,6 +34,41 @@ class Ranks:
         if dist.get_backend(self.tp_group) != "gloo":
             self.tp_group, _ = dist.new_subgroups_by_enumeration(rows, backend="gloo")
             self.dp_group, _ = dist.new_subgroups_by_enumeration([list(column) for column in zip(*rows)], backend="gloo")
+        self.states = RandomStates()  # to be equal in a tensor-parallel group
+        self.given: tuple[str, int] = ("", 0)  # the last step, and the fingerprint of what it was given
+
+    def watch(self, roots: Mapping[str, Any]) -> None:
+        """Let the random generators that these objects hold start alike on all ranks of this tensor-parallel group, and stay so. A collective."""
+        if self.tp > 1:
+            self.states.generators |= generators_in(roots)
+            self.states.take_over(self.tp_group)
+
+    def agree(self, value: int, warn: Callable[[str], None]) -> list[int]:
+        """Gather a number as `over_tp` does, and compare the random states in the group, and what the last step was given. A collective.
+
+        Where states differ, all ranks take over those of the first, and are told so.
+
+        Raises:
+            TPError: on all ranks of the group, if the last step was given other tensors on some of them.
+        """
+        if self.tp == 1:
+            return [value]
+        rows = gather_rows(torch.tensor([value, self.states.hash(), self.given[1]]), self.tp_group)
+        values, states, given = (len(set(column)) > 1 for column in rows.T.tolist())
+        if given:
+            raise TPError(
+                f"{self.given[0]}: the ranks of a tensor-parallel group were given different batches. Loaders give them the same one, so look "
+                "at what changes it afterwards: let `on_before_batch_transfer`, `on_after_batch_transfer` and the like do the same on every rank, "
+                "with random numbers of equal seeds."
+            )
+        if states:
+            self.states.take_over(self.tp_group)
+            if not values:
+                warn(
+                    "the random states of a tensor-parallel group differed: numbers were drawn on some of its ranks only, or seeded by the rank. "
+                    "All continue with those of its first rank. Draw and seed alike on all ranks of a group."
+                )
+        return [int(row[0]) for row in rows.tolist()]
 
     def over_tp(self, value: int) -> list[int]:
         """Gather a number from each rank of this tensor-parallel group. A collective."""

@@ -47,7 +47,7 @@ def assign(
     """Deal the features of a run out to ranks; every set of features that belong together goes to one of them."""
     trace = run.trace
     owner = owners(trace, workload.tp)
-    return Assignment(trace, whole, dict(shared), owner, _logits(run), _styled_layers(workload.model, trace, parameters))
+    return Assignment(trace, whole, dict(shared), owner, logits_of(run), styled_layers(workload.model, trace, parameters))
 
 
 def made_by_weight(trace: FeatureTrace) -> dict[Key, None]:
@@ -82,7 +82,7 @@ def sets_smaller_than_tp(trace: FeatureTrace, tp: int, parameters: Parameters) -
     for sharers in weights_of.values():
         keys = [k for k in sharers if k in independent] or [k for k in sharers if k in outs] or sharers
         smallest = min(parameters[n].shape[d] for n, d in keys)
-        refused.update({(n, d): _why_joined(trace, (n, d)) for n, d in keys if parameters[n].shape[d] == smallest})
+        refused.update({(n, d): why_joined(trace, (n, d)) for n, d in keys if parameters[n].shape[d] == smallest})
     return refused
 
 
@@ -99,7 +99,7 @@ def _sets_by_size(trace: FeatureTrace, key: Key, piece: Tensor | None = None) ->
     return [(n, unique[order][counts[order] == n]) for n in counts.unique().tolist()]
 
 
-def _why_joined(trace: FeatureTrace, key: Key) -> str:
+def why_joined(trace: FeatureTrace, key: Key) -> str:
     """Return which operation joined features of a weight last."""
     find = trace.classes.find
     own = set(find(trace.nodes[key]).tolist())
@@ -215,7 +215,8 @@ def _signatures(trace: FeatureTrace) -> Tensor:
     return signatures
 
 
-def _logits(run: TracedRun) -> dict[str, int]:
+def logits_of(run: TracedRun) -> dict[str, int]:
+    """Return the weights whose features reach the output or the loss one by one, and how many these are."""
     trace, outs = run.trace, made_by_weight(run.trace)
     reached = [shrunk(label).unique() for label in [*run.outputs, *trace.logits]]
     seen = torch.cat(reached).unique() if reached else torch.zeros(0, dtype=torch.int64)
@@ -229,7 +230,7 @@ def _logits(run: TracedRun) -> dict[str, int]:
     }
 
 
-def _styled_layers(model: nn.Module, trace: FeatureTrace, parameters: Parameters) -> dict[str, str]:
+def styled_layers(model: nn.Module, trace: FeatureTrace, parameters: Parameters) -> dict[str, str]:
     """Return the linear layers that run the forward of their own class, and are the only ones to use their weight."""
     users: dict[str, set[str]] = defaultdict(set)
     for use in trace.uses:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -23,6 +22,7 @@ from lightning_tp.core.modules.snapshot import MetaWeights, has_more_than, prese
 from lightning_tp.errors import TPError
 from lightning_tp.infer.blocks.repeated import RepeatedBlocks, skip_copies
 from lightning_tp.infer.blocks.workload import Workload
+from lightning_tp.infer.follow.gradients import gradients_apart
 from lightning_tp.infer.follow.meta import Values
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
@@ -94,7 +94,7 @@ def _run_rank(workload: Workload, blocks: RepeatedBlocks, plan: CheckedPlan, ran
         try:
             _bind(model, plan, _LoneAxis(rank, workload.tp))
             values, inputs = _known_values(model, workload.inputs)
-            with torch.no_grad(), skip_copies(model, blocks), values:
+            with gradients_apart(model), skip_copies(model, blocks), values:
                 workload.call(model, inputs)
         except BindError as error:
             return Failure(error.where, _line(error))

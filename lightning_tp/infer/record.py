@@ -63,6 +63,7 @@ def _recorder(workload: Workload, assignment: Assignment, tracer: FeatureTracer,
     layers = set(assignment.layers.values())
     recorder = CallRecorder(tracer, shown_owner, workload.tp, layers, by_call, trace.nodes, full_size_reads)
     recorder.layouts.param_owner = assignment.owner
+    recorder.layouts.biases = _biases(workload.model, assignment)
     recorder.tables = {n for n, m in workload.model.named_modules() if isinstance(m, nn.Embedding)}
     recorder.split = recorder.layouts.weight_of = _split_parameters(workload, assignment)
     recorder.tried = trace.tried
@@ -82,3 +83,16 @@ def _split_parameters(workload: Workload, assignment: Assignment) -> dict[str, s
             split[names[id(bias)]] = weight
     first = {n: workload.blocks.representative(n) for n in names.values()}
     return {n: split[f] for n, f in first.items() if f in split}
+
+
+def _biases(model: nn.Module, assignment: Assignment) -> dict[str, Tensor]:
+    """Return the biases of column-wise layers, and the features of the layers' outputs."""
+    outs = made_by_weight(assignment.trace)
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {}
+    for weight, layer in assignment.layers.items():
+        bias = getattr(model.get_submodule(layer), "bias", None)
+        nodes = next((nodes for (n, d), nodes in assignment.trace.nodes.items() if n == weight and (n, d) in outs), None)
+        if bias is not None and nodes is not None:
+            found[names[id(bias)]] = nodes
+    return found

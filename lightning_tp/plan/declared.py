@@ -18,6 +18,8 @@ from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import Rule
 from lightning_tp.styles import Colwise, PrepareInput, Replicate, Rowwise, Style, VocabEmbedding, VocabHead
 
+DECLARED = "declared by"  # how the source of such a plan begins
+
 _WORDS: dict[str, Style] = {
     "colwise": Colwise(),
     "rowwise": Rowwise(),
@@ -61,7 +63,7 @@ def declared_plan(model: nn.Module, tp: int) -> Plan | None:
     rules = _with_ends(rules, module, prefix)
     rules += _shared_heads(rules, model, tp)
     rules.append(Rule("**", "replicate", "not in the declared plan"))
-    return Plan(rules, source=f"declared by {type(module).__name__}")
+    return Plan(rules, source=f"{DECLARED} {type(module).__name__}")
 
 
 def _declares(module: nn.Module) -> bool:

@@ -16,7 +16,8 @@ this rank's shard. `p.shape`, `p.numel()` and the like cost nothing. A gather is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import Any, TypeVar
@@ -29,7 +30,15 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tp._compat import call_impl, graph_task, keep_foreach, local_tensor, no_torch_function
+from lightning_tp._compat import (
+    call_impl,
+    graph_task,
+    keep_foreach,
+    local_tensor,
+    no_torch_function,
+    storage_key,
+    without_torch_function_subclass,
+)
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import R
 from lightning_tp.errors import TPError
@@ -45,6 +54,7 @@ class _View:
     """
 
     depth = 0
+    full_runs = 0  # of models that run as one process would
 
     def __init__(self, local: bool) -> None:
         self._local = local
@@ -101,6 +111,21 @@ def full_view() -> _View:
     return _View(False)
 
 
+@contextmanager
+def full_run() -> Iterator[None]:
+    """Let the forward of models be no local view: sharded parameters are seen in full there, too."""
+    _View.full_runs += 1
+    try:
+        yield
+    finally:
+        _View.full_runs -= 1
+
+
+def full_runs() -> int:
+    """Return how many `full_run`s are around."""
+    return _View.full_runs
+
+
 # ------------------------------------------------------------------------------------------------------------- classes
 
 
@@ -155,6 +180,50 @@ SHARDED = (ShardedParameter, ShardedTensor, ShardedDTensor)
 keep_foreach(*SHARDED)
 
 
+class FullView(Tensor):
+    """A view of the full tensor: what is written into it goes to this rank's shard as well."""
+
+    _tp_of: Any
+    _tp_full: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the function, and write back what it has written."""
+        with without_torch_function_subclass():
+            out = func(*args, **(kwargs or {}))
+        view = next((x for x in args if isinstance(x, FullView)), None)
+        if view is not None and _writes(func.__name__):
+            _write_back(view._tp_of, view._tp_full)
+        return _tracked(out, view._tp_of, view._tp_full) if view is not None and func.__name__ in _VIEWS else out
+
+
+def _tracked(tree: Any, of: Any, full: Tensor) -> Any:
+    """The same views, as ones whose writes go to the shard of `of`."""
+
+    def track(x: Any) -> Any:
+        if not isinstance(x, Tensor) or storage_key(x) != storage_key(full):
+            return x
+        view = x.as_subclass(FullView)
+        view._tp_of, view._tp_full = of, full
+        return view
+
+    return tree_map(track, tree)
+
+
+def _write_back(x: Any, full: Tensor) -> None:
+    with local_view(), torch.no_grad():
+        for y in (x, getattr(x, "_tp_sharded", None)):  # what FSDP2 has unsharded for a forward is let go again
+            if y is not None:
+                local_tensor(y).copy_(y._tp_shard.take(full))
+
+
+def _requires_grad(x: Any) -> bool:
+    with local_view():
+        return bool(x.requires_grad)
+
+
 def shard_like(tensor: Any, shard: ParamShard) -> Any:
     """Mark a local tensor (or FSDP2's DTensor) as a shard, and return it. On a mesh of one rank it stays a plain tensor."""
     tensor._tp_shard = shard
@@ -181,7 +250,8 @@ def _seen_in_full(
     if name in ("__get__", "__set__", "__delete__"):
         attribute = func.__self__.__name__  # type: ignore[attr-defined]
         if name == "__get__" and attribute in _FROM_VALUES:
-            return func(*_in_full(args))
+            full = _full(first)
+            return func(full) if torch.is_grad_enabled() and _requires_grad(first) else _tracked(func(full), first, full)
         if attribute in _OF_SHAPE and in_forward():
             return _as_it_is(func, args, kwargs)
         rule = (_READ if name == "__get__" else _WRITE).get(attribute, _as_it_is) if isinstance(first, SHARDED) else _as_it_is
@@ -206,7 +276,13 @@ def _seen_in_full(
         return _write(func, args, kwargs)
     if name in _POINTERS:  # the full tensor has to outlive the pointer
         first.__dict__["_tp_full"] = _full(first)
-        return func(first.__dict__["_tp_full"], *args[1:], **kwargs)
+        out = func(first.__dict__["_tp_full"], *args[1:], **kwargs)
+        if name == "numpy":
+            out.setflags(write=False)  # a write would not come back
+        return out
+    if name in _VIEWS and isinstance(first, SHARDED) and not (torch.is_grad_enabled() and _requires_grad(first)):
+        full = _full(first)
+        return _tracked(func(full, *_in_full(args[1:]), **_in_full(kwargs)), first, full)
     return func(*_in_full(args), **_in_full(kwargs))
 
 
@@ -220,6 +296,8 @@ def in_forward() -> bool:
 
     A hook of a module is not its forward.
     """
+    if _View.full_runs:
+        return False
     frame: FrameType | None = sys._getframe(2)
     inner = None
     while frame is not None:
@@ -275,7 +353,7 @@ def _on_shards(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
     sharded = [x for x in tensors if isinstance(x, SHARDED)]
     others = [x for x in tensors if not isinstance(x, SHARDED)]
-    if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in tensors):  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() and any(map(_requires_grad, tensors)):
         return NotImplemented
     shard = sharded[0]._tp_shard
     alike = all((x._tp_shard.split, x._tp_shard.shape) == (shard.split, shard.shape) for x in sharded)
@@ -297,7 +375,7 @@ def _writes(name: str) -> bool:
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Write in place: into the full tensors, of which each rank then keeps its shards."""
     written = [x for x in tree_iter(args[0] if args else next(iter(kwargs.values()))) if isinstance(x, SHARDED)]
-    if torch.is_grad_enabled() and any(_as_it_is(Tensor.requires_grad.__get__, (x,), {}) for x in written):  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() and any(map(_requires_grad, written)):
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     full = {id(x): _full(x).detach() for x in written}
 
@@ -305,14 +383,10 @@ def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return full[id(x)] if id(x) in full else _full(x) if isinstance(x, SHARDED) else x
 
     out = func(*tree_map(in_full, args), **tree_map(in_full, kwargs))
-    with local_view(), torch.no_grad():
-        for x in written:
-            value = full[id(x)]
-            if tuple(value.shape) != x._tp_shard.shape:
-                raise TPError(f"`{func.__name__}` would change the shape of `{x._tp_shard.name}` {x._tp_shard.shape} in place.")
-            for y in (x, getattr(x, "_tp_sharded", None)):  # what FSDP2 has unsharded for a forward is let go again
-                if y is not None:
-                    local_tensor(y).copy_(y._tp_shard.take(value))
+    for x in written:
+        if tuple(full[id(x)].shape) != x._tp_shard.shape:
+            raise TPError(f"`{func.__name__}` would change the shape of `{x._tp_shard.name}` {x._tp_shard.shape} in place.")
+        _write_back(x, full[id(x)])
     return written[0] if isinstance(out, Tensor) and len(written) == 1 and out is full[id(written[0])] else out
 
 
@@ -415,4 +489,8 @@ _POINTWISE = _names(
     __itruediv__ true_divide true_divide_ divide divide_ multiply multiply_ subtract subtract_"""
 )
 _WRITES = _names("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__")
+_VIEWS = _names(
+    """__getitem__ view reshape view_as reshape_as flatten ravel unflatten select narrow unbind split split_with_sizes chunk tensor_split
+    unsqueeze squeeze transpose t permute movedim moveaxis swapaxes swapdims diagonal expand as_strided unfold __iter__ hsplit vsplit __get__"""
+)
 _POINTERS = _names("data_ptr untyped_storage storage _typed_storage __dlpack__ numpy __array__")

@@ -9,6 +9,7 @@ names the state in which a tensor arrives and the one that is wanted, and `core/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -62,6 +63,11 @@ class Style:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if not _fits(f.name, value, str(f.type)):
+                raise TPError(
+                    f"`{self.name}({f.name}={value!r})`: {f.name} is {str(f.type).replace(' | ', ' or ')}, and this is of the type "
+                    f"{type(value).__name__}. Write {f.name} as a positive number, without quotation marks, or leave it out."
+                )
             if f.name in self.states and value is not None:
                 object.__setattr__(self, f.name, self._state(f.name, value))
             elif isinstance(value, (list, tuple)):  # JSON has lists for tuples; a style is hashable
@@ -119,6 +125,18 @@ class Style:
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in shown.items())})" if shown else self.name
 
 
+def _fits(option: str, value: Any, annotation: str) -> bool:
+    """Whether the value of an option can be right, for an annotation made of `int`, `tuple[int, ...]` and None; True for all others."""
+    kinds = set(annotation.replace("tuple[int | None, ...]", "tuple[int, ...]").split(" | "))
+    if not kinds <= {"int", "None", "tuple[int, ...]"}:
+        return True
+    numbers = [n for n in value if n is not None] if isinstance(value, (tuple, list)) and "tuple[int, ...]" in kinds else [value]
+    if value is None:
+        return "None" in kinds
+    least = 1 if option in ("heads", "query_heads", "parts") else -8  # dims may count from the end
+    return all(isinstance(n, int) and not isinstance(n, bool) and n >= least for n in numbers) and bool(numbers)
+
+
 def as_tuples(value: Any) -> Any:
     """Return plain data with tuples in place of lists, as JSON reads them; in the values of a dict, too.
 
@@ -167,3 +185,12 @@ def set_sizes(module: nn.Module, **sizes: int) -> int:
             before = int(getattr(module, name))
             setattr(module, name, size)
     return before
+
+
+class ReplacedForward(nn.Module):
+    """Runs the forward that was put on a module itself."""
+
+    _replaced: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._replaced(*args, **kwargs)

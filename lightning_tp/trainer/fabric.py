@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from lightning.fabric.plugins import Precision
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.strategies import STRATEGY_REGISTRY, ModelParallelStrategy
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import nn
 from torch.amp import GradScaler
@@ -39,7 +39,7 @@ from lightning_tp.checkpoint import Peers, SaveContent, StoragePath, save_folder
 from lightning_tp.checkpoint.single_file import save_single_file
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.core.ops.random_numbers import Dropout, policy_of
-from lightning_tp.core.ops.rng import seed_mesh
+from lightning_tp.core.ops.rng import seed_mesh, share_random_states
 from lightning_tp.data.group_loader import Ranks, share_loader
 from lightning_tp.data.same_batch import check_same_batch
 from lightning_tp.errors import TPError, raise_on_rank_zero
@@ -153,6 +153,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def setup_environment(self) -> None:
         with self.joining_process_group():
             super().setup_environment()
+        share_random_states(self.device_mesh)
         scaler = getattr(self.precision, "scaler", None)
         if isinstance(scaler, MeshGradScaler):
             scaler.groups = tuple(group for group in self.device_mesh.get_all_groups() if group.size() > 1)
@@ -172,6 +173,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         module.to(self.root_device)
         tag_parameters(module)  # moving to the device may have replaced them
         seed_mesh(self.device_mesh)
+        self.ranks.watch({"module": module})
         return CalledModule(module, self)
 
     def _parallelize(self, module: nn.Module, *_: Any) -> nn.Module:
@@ -230,6 +232,11 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     # -------------------------------------------------------------------------------------------------------- data
 
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The position of this rank in the mesh, and the random states that its tensor-parallel group shares."""
+        return Ranks(self.device_mesh)
+
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:  # type: ignore[override]
@@ -241,8 +248,9 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         seed = dataloader.worker_init_fn
         if isinstance(seed, partial) and seed.func is pl_worker_init_function:  # Fabric's, by the global rank
             dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.device_mesh.get_local_rank(DATA_PARALLEL))
+        self.ranks.watch({"loader": dataloader})
         if isinstance(dataloader.dataset, IterableDataset):
-            shared: DataLoader = share_loader(dataloader, Ranks(self.device_mesh), where="a loader of `setup_dataloaders`")
+            shared: DataLoader = share_loader(dataloader, self.ranks, where="a loader of `setup_dataloaders`")
             return shared
         return dataloader
 
@@ -350,6 +358,8 @@ class CalledModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         strategy = self._strategy
+        if strategy.sizes[1] > 1 and self._batches.is_due("forward"):
+            strategy.ranks.agree(0, rank_zero_warn)
         if strategy.sizes[1] > 1 and self._batches.next("forward") is not None:
             group = strategy.device_mesh.get_group(TENSOR_PARALLEL)
             with raise_on_rank_zero(strategy.global_rank % strategy.sizes[1]):

@@ -1,7 +1,7 @@
 """`TPStrategy(verify=True)`: before training, run the first batch in one process and split, and compare the loss and every gradient.
 
 The full model runs once on every rank before it is split, so it has to fit there. Dropout is off in both runs. No optimizer steps, and
-neither the data nor the random state advances.
+neither the data nor the random state advances. A plan that somebody wrote, and that does not seem to fit, is tried in the same way.
 """
 
 from __future__ import annotations
@@ -12,17 +12,60 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
+from lightning_tp.apply.parallelize import PlanLike
+from lightning_tp.apply.same_everywhere import same_weights_everywhere
+from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
+from lightning_tp.infer.given import Doubt
+from lightning_tp.plan.plan import Plan
+from lightning_tp.plan.rule import INFERRED
 from lightning_tp.shards.state_dict import full_gradients
+from lightning_tp.trainer.module_plan import doubt_about_plan, first_batch
 from lightning_tp.verify.compare import compare_tensors
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 SHOWN = 10  # parameters in an error
+
+
+def first_batch_check(
+    module: pl.LightningModule,
+    plan: PlanLike | None,
+    mesh: DeviceMesh,
+    context: Callable[[], AbstractContextManager[Any]],
+    *,
+    verify: bool,
+) -> FirstBatchCheck | None:
+    """Run the first batch in one process: with `verify`, or to decide about a plan that somebody wrote, and that seems to be wrong. A collective.
+
+    Raises:
+        TPError: as `FirstBatchCheck`; for a plan on whose shards the code of the model does not run, where it can't be compared.
+    """
+    doubt, tp = None, mesh[TENSOR_PARALLEL].size()
+    if not verify:
+        given = None if plan is None or tp == 1 else Plan.of(plan)
+        if given is None or given.source.startswith(INFERRED):
+            return None
+        given.check(module, tp)
+        doubt = doubt_about_plan(module, module.trainer, given, tp)
+        if doubt is None:
+            return None
+    same_weights_everywhere(module, mesh)
+    try:
+        return FirstBatchCheck(module, first_batch(module.trainer), context, doubt)
+    except TPError:
+        if doubt is None:
+            raise
+        if doubt.raises:
+            raise TPError(f"The plan does not fit the model: {doubt}.") from None
+        rank_zero_warn(f"The plan may not fit the model: {doubt}. Compare a few steps with one process.")
+        return None
 
 
 class FirstBatchCheck:
@@ -33,11 +76,15 @@ class FirstBatchCheck:
         batch: The first batch.
         context: Makes the context of a training step in the Trainer's precision.
 
+        doubt: What speaks against the plan, if that is why they are compared.
+
     Raises:
         TPError: For a module that steps its optimizers by itself, is on the meta device, or whose loss is not finite.
     """
 
-    def __init__(self, module: pl.LightningModule, batch: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, module: pl.LightningModule, batch: Any, context: Callable[[], AbstractContextManager[Any]], doubt: Doubt | None = None
+    ) -> None:
         if not module.automatic_optimization:
             raise TPError(
                 "`verify=True` compares a `training_step` without an optimizer step, and this module steps its optimizers by itself. Leave it "
@@ -47,7 +94,7 @@ class FirstBatchCheck:
             raise TPError(
                 "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of its kind."
             )
-        self.context, self.batch = context, batch
+        self.context, self.batch, self.doubt = context, batch, doubt
         self.loss, self.gradients = self._run(module, module.training_step)
         if not bool(torch.isfinite(self.loss).all()):
             raise TPError(f"`verify=True`: the loss of the first batch is {self.loss.item()} in one process. Check the data first.")
@@ -58,6 +105,19 @@ class FirstBatchCheck:
         Raises:
             TPError: If the loss or gradients differ; the worst parameters come first.
         """
+        if self.doubt is None:
+            return self._compare(module, step)
+        try:
+            return self._compare(module, step)
+        except Exception as error:
+            lines = str(error).splitlines()
+            found = "gives other numbers than one process" if isinstance(error, TPError) else f"raises {type(error).__name__}"
+            raise TPError(
+                f"The plan does not fit the model: {self.doubt}.\nThe first batch on shards {found}: "
+                + "\n".join(line for line in lines[:SHOWN] if not line.startswith("If you wrote the plan"))
+            ) from error
+
+    def _compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
         loss, gradients = self._run(module, step)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         rtol = RTOL.get(dtype, 1e-3)

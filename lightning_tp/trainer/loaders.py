@@ -15,7 +15,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_tp.core.comm.agree import Peers
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
-from lightning_tp.data.group_loader import Ranks, share_loader
+from lightning_tp.data.group_loader import COMPARED_EVERY, Ranks, share_loader
 from lightning_tp.data.same_batch import check_same_batch
 from lightning_tp.errors import TPError
 from lightning_tp.trainer.patches import private
@@ -26,6 +26,7 @@ CHECKED_BATCHES = 3  # of each step, in each run
 
 def loader_of_rank(loader: Any, trainer: pl.Trainer, ranks: Ranks, resume: Resume) -> Any:
     """Wrap a loader, as Lightning has prepared it, so that a tensor-parallel group shares each batch, and training resumes where it was saved."""
+    ranks.watch({"loader": loader})
     private.seed_workers(loader, ranks.dp_rank)  # Lightning would seed by the global rank
     predicts = trainer.state.fn == TrainerFn.PREDICTING
     trains = trainer.state.fn == TrainerFn.FITTING and trainer.training
@@ -57,11 +58,23 @@ def warn_of_repeated_samples(loader: Any, name: str) -> None:
         )
 
 
+def random_roots(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the user's objects that may hold random generators of their own."""
+    module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
+    return {"module": module, "data": data, "loaders": private.data_of(trainer), "callbacks": list(trainer.callbacks)}  # type: ignore[attr-defined]
+
+
 class FirstBatches:
     """Count the batches of each step of a run: the first ones are compared inside each tensor-parallel group."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
+        self.steps: Counter[str] = Counter()
+
+    def is_due(self, step: str) -> bool:
+        """Count one more run of a step: whether random states have to be compared before it."""
+        self.steps[step] += 1
+        return self.steps[step] <= CHECKED_BATCHES or self.steps[step] % COMPARED_EVERY == 0
 
     def next(self, step: str) -> int | None:
         """Count one more batch of a step: its index if it has to be compared, else None."""

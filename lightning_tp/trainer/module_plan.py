@@ -1,50 +1,71 @@
 """Find the plan of a LightningModule that was given none, and look at one that was applied.
 
-A plan is inferred on the first rank: from `forward` on `example_input_array` if the module has one, else from its step on the first batch. The
-others receive it.
+A plan is inferred on the first rank, from its step on the first batch. The others receive it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_tp._compat import loaders_to_run
 from lightning_tp.core.comm.agree import Peers
-from lightning_tp.data.sample_batch import first_of, quiet
+from lightning_tp.core.forked import NoChild, in_child
+from lightning_tp.data.sample_batch import first_of
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
+from lightning_tp.infer.given import Doubt, doubt_about
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.trainer.launch.positions import raised_at
-
-STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+from lightning_tp.trainer.rehearsal import Rehearsal
 
 
 def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
-    """Infer the plan of a LightningModule on the first rank, or take the one that the model inside declares; else `TPError`. A collective."""
-    example = module.example_input_array
-    step = "forward" if example is not None else STEPS[str(trainer.state.fn.value) if trainer.state.fn is not None else "fit"]
+    """Infer the plan of a LightningModule on the first rank, or take the one that the model inside declares; else `TPError`. A collective.
+
+    Its step on the first batch says how its weights are used. Only if that can't be run, `forward` on `example_input_array` does.
+    """
+    rehearsal, example = Rehearsal(module, trainer), module.example_input_array
+    remedy = "Pass `TPStrategy(plan=..)`" if example is not None else "Set `example_input_array`, or pass `TPStrategy(plan=..)`"
 
     def find() -> Plan:
-        with quiet(module):
-            if example is not None:
-                inputs = example if isinstance(example, (dict, tuple)) else (example,)
-                return default_plan(module, call_with, inputs, tp)
-            return default_plan(module, lambda m, batch: getattr(m, step)(batch, 0), first_batch(trainer), tp)
+        with rehearsal.stage():
+            try:
+                return _plan_of_step(rehearsal, tp)
+            except Exception as error:
+                if example is None:
+                    raise
+                cause = error.__cause__ or error
+                why = f"`{rehearsal.name}` raised {type(cause).__name__}: {cause}"
+            inputs = example if isinstance(example, (dict, tuple)) else (example,)
+            plan = default_plan(module, call_with, inputs, tp)
+            return Plan(plan.rules, f"{plan.source}; of `forward` on `example_input_array`, since {why}")
 
-    remedy = "Pass `TPStrategy(plan=..)`" if example is not None else "Set `example_input_array`, or pass `TPStrategy(plan=..)`"
-    return plan_of_first_rank(find, module, tp, traced=f"{type(module).__name__}.{step}", remedy=remedy)
+    traced = f"{type(module).__name__}.{rehearsal.name if example is None else 'forward'}"
+    return plan_of_first_rank(find, module, tp, traced=traced, remedy=remedy)
+
+
+def _plan_of_step(rehearsal: Rehearsal, tp: int) -> Plan:
+    batch = rehearsal.prepared(first_batch(rehearsal.trainer, whole=True))
+    try:
+        return default_plan(rehearsal.module, rehearsal.call, batch, tp)
+    except Exception:
+        with suppress(Exception):
+            return default_plan(rehearsal.module, rehearsal.call_after_hooks, batch, tp)
+        raise
 
 
 def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str) -> Plan:
-    """Let the first rank find the plan of a module, and hand it to all. A collective.
+    """Let the first rank find the plan of a module, in a child of its process, and hand it to all. A collective.
 
     Args:
         traced: What `find` runs, for the error.
@@ -53,6 +74,12 @@ def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, 
     Raises:
         TPError: On all ranks, if it can't be found, or splits nothing.
     """
+
+    def find_apart() -> Plan:
+        try:
+            return in_child(find_and_check)
+        except NoChild:
+            return find_and_check()
 
     def find_and_check() -> Plan:
         try:
@@ -68,13 +95,40 @@ def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, 
             raise TPError(checked.why_nothing_is_sharded(module))
         return found
 
-    return Peers().from_first(find_and_check)
+    return Peers().from_first(find_apart)
 
 
-def first_batch(trainer: pl.Trainer) -> Any:
-    """Take a small first batch, on the CPU, of the data that a Trainer is about to use; no data is consumed, and no random number drawn."""
+def doubt_about_plan(module: pl.LightningModule, trainer: pl.Trainer, plan: Plan, tp: int) -> Doubt | None:
+    """Follow the step on the first batch for a plan that somebody wrote, on the first rank, and say what speaks against it. A collective.
+
+    None as well where the step can't be followed.
+    """
+    rehearsal = Rehearsal(module, trainer)
+
+    def look() -> Doubt | None:
+        with suppress(Exception), rehearsal.stage():
+            batch = rehearsal.prepared(first_batch(rehearsal.trainer, whole=True))
+            return doubt_about(module, rehearsal.call, batch, plan, tp)
+        return None
+
+    def look_apart() -> Doubt | None:
+        try:
+            return in_child(look)
+        except NoChild:
+            return look()
+
+    return Peers().from_first(look_apart)
+
+
+def first_batch(trainer: pl.Trainer, *, whole: bool = False) -> Any:
+    """Take a small first batch, on the CPU, of the data that a Trainer is about to use; no data is consumed, and no random number drawn.
+
+    Args:
+        trainer: at the beginning of a run.
+        whole: with all its samples.
+    """
     with torch.random.fork_rng([]):
-        return tree_map_only(Tensor, lambda t: t.detach().cpu(), first_of(loaders_to_run(trainer)))
+        return tree_map_only(Tensor, lambda t: t.detach().cpu(), first_of(loaders_to_run(trainer), whole=whole))
 
 
 def applied_plan(module: nn.Module | None) -> CheckedPlan | None:
@@ -88,6 +142,12 @@ def is_split(module: nn.Module, tp: int) -> bool:
     applied = applied_plan(module)
     if applied is not None and applied.tp != tp:
         raise TPError(f"This module is split for tp={applied.tp} already, and the strategy has tp={tp}. Create a new module.")
+    by_hand = next((name for name, p in module.named_parameters() if isinstance(p, DTensor)), None) if applied is None else None
+    if by_hand is not None:
+        raise TPError(
+            f"`{by_hand}` is a DTensor already: the module was split by hand, by torch's `parallelize_module` or `fully_shard`. Leave that out, "
+            "since the strategy splits the module itself; pass how as `TPStrategy(plan=..)`."
+        )
     return applied is not None
 
 

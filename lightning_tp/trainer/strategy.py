@@ -28,14 +28,15 @@ from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.apply.bind import check_unchanged, tag_parameters
 from lightning_tp.apply.compile import Compile, unwrap_compiled
 from lightning_tp.apply.parallelize import PlanLike, parallelize
-from lightning_tp.apply.same_everywhere import same_weights_everywhere
 from lightning_tp.checkpoint import StoragePath
 from lightning_tp.checkpoint.weights.hugging_face import HF_CONFIG, config_in
 from lightning_tp.checkpoint.weights.pretrained import load_pretrained
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, same_mesh
+from lightning_tp.core.ops.generators import random_states_restored
 from lightning_tp.core.ops.random_numbers import Dropout, RandomCallPolicy, policy_of
-from lightning_tp.core.ops.rng import seed_mesh
+from lightning_tp.core.ops.rng import seed_mesh, share_random_states
 from lightning_tp.data.group_loader import Ranks
+from lightning_tp.data.same_batch import fingerprint
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.shards import gradients
 from lightning_tp.shards.parameter import local_view
@@ -46,10 +47,10 @@ from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
 from lightning_tp.trainer.adapt.precision import fsdp_policy, mesh_precision
 from lightning_tp.trainer.adapt.run import adapted_to_mesh, refuse_batch_size_finder
 from lightning_tp.trainer.checkpoints import OnSaveError, RequestedCheckpoint, Saving
-from lightning_tp.trainer.first_batch import FirstBatchCheck
+from lightning_tp.trainer.first_batch import FirstBatchCheck, first_batch_check
 from lightning_tp.trainer.launch.processes import trainer_launcher
 from lightning_tp.trainer.launch.watchdog import Watchdog
-from lightning_tp.trainer.loaders import FirstBatches, check_batch_everywhere, loader_of_rank
+from lightning_tp.trainer.loaders import FirstBatches, check_batch_everywhere, loader_of_rank, random_roots
 from lightning_tp.trainer.mesh_strategy import Backend, Launcher, MeshStrategyMixin, register
 from lightning_tp.trainer.module_plan import applied_plan
 from lightning_tp.trainer.patches import private
@@ -213,6 +214,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         with self.joining_process_group():
             private.join_process_group(self)
             private.set_mesh(self, same_mesh(self.root_device.type, *self.sizes))
+        share_random_states(self.device_mesh)
         trainer = self._trainer
         with raise_on_rank_zero(self.global_rank):
             refuse_batch_size_finder(trainer)
@@ -249,12 +251,14 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             root = module_plan.fsdp_root(module)
             self._read_pretrained(module)
             plan = self.plan if self.plan is not None else getattr(module, "plan", None)
+            given = plan is not None
             if plan is None and self.sizes[1] > 1:
-                plan = module_plan.plan_of_module(module, module.trainer, self.sizes[1])
-            if self.verify and fits:
-                same_weights_everywhere(module, self.device_mesh)
+                with random_states_restored(random_roots(module.trainer)):
+                    plan = module_plan.plan_of_module(module, module.trainer, self.sizes[1])
+            if fits and (self.verify or (given and self.backend == "local")):
                 context = self.precision_plugin.train_step_context
-                self._first_batch = FirstBatchCheck(module, module_plan.first_batch(module.trainer), context)
+                with random_states_restored(random_roots(module.trainer)):
+                    self._first_batch = first_batch_check(module, plan, self.device_mesh, context, verify=self.verify)
             if self.is_global_zero and fits:
                 module_plan.call_before_split(module.trainer, module)
             parallelize(
@@ -279,12 +283,13 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             tag_parameters(self.lightning_module)  # moving to the device may have replaced them
         if self._first_batch is not None:
             check, self._first_batch = self._first_batch, None
-            with raise_on_rank_zero(self.global_rank):
+            with raise_on_rank_zero(self.global_rank), random_states_restored(random_roots(trainer)):
                 rank_zero_info(check.compare(self.lightning_module, partial(self._call, "training_step")))
         self._batches, self.resume = FirstBatches(), Resume()  # a checkpoint that this run resumes from is loaded later
         self._random_calls = policy_of(self.lightning_module)
         self._patches.enter_context(adapted_to_mesh(trainer, self))
         seed_mesh(self.device_mesh)
+        self._ranks_of_mesh().watch(random_roots(trainer))
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -307,9 +312,12 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
+        return loader_of_rank(dataloader, self._trainer, self._ranks_of_mesh(), self.resume)
+
+    def _ranks_of_mesh(self) -> Ranks:
         if self._ranks is None or self._ranks.mesh is not self.device_mesh:
             self._ranks = Ranks(self.device_mesh)
-        return loader_of_rank(dataloader, self._trainer, self._ranks, self.resume)
+        return self._ranks
 
     # ---------------------------------------------------------------------------------------------------------- every step
 
@@ -336,6 +344,8 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             with raise_on_rank_zero(self.global_rank):
                 check_unchanged(self.lightning_module)  # type: ignore[arg-type]
                 check_batch_everywhere((args, kwargs), self.device_mesh, self.root_device, f"`{name}`, batch {index}")
+        elif self._ranks is not None and self.sizes[1] > 1 and self.root_device.type == "cpu":  # a GPU would have to be waited for
+            self._ranks.given = f"`{name}`", fingerprint((args, kwargs))
         with context:
             return self._call(name, *args, **kwargs)
 

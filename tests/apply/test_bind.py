@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+import lightning_tp as ltp
 from lightning_tp import Plan, TPError
 from lightning_tp.apply.bind import BindError, bind_styles, check_unchanged, local_parameter, replace_parameters
 from lightning_tp.apply.parallelize import parallelize
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
+from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.comm.state import S
 from lightning_tp.styles import BindContext, Split, Style
 from lightning_tp.styles.split import even_split
-from lightning_tp.testing import single_rank_mesh
+from lightning_tp.testing import run_ranks, single_rank_mesh
 
 
 class Tied(nn.Module):
@@ -105,3 +109,36 @@ def test_parameters_that_changed_after_the_split_are_named() -> None:
             TPError, match=r"changed after it was split \(new: `0\.0\.bias` \(2 in all\); gone: `0\.bias` \(2 in all\)\)"
         ):
             check_unchanged(model)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x) * (len(self.up.bias) / self.up.out_features**0.5) * self.up.weight.shape[0]
+        return self.down(h.view(*x.shape[:-1], self.up.out_features) * self.down.in_features)
+
+
+def scaled() -> None:
+    for replaced in (False, True):
+        torch.manual_seed(0)
+        one, x = Scaled(), torch.randn(2, 3, 8)
+        many: Any = copy.deepcopy(one)
+        for model in (one, many) if replaced else ():
+            model.forward = partial(_on_the_object, model)
+        wanted = one(x)
+        plan = ltp.infer_plan(one, (x,), tp=2)
+        assert plan.check(one, 2).splits["up.weight"].dim == 0
+        ltp.parallelize(many, make_mesh("cpu", 1, 2), plan)
+        many._ways = None  # no unsplit run helps
+        torch.testing.assert_close(many(x), wanted, rtol=1e-5, atol=1e-4)
+
+
+def _on_the_object(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.down(m.up(x) * (m.up.weight.shape[0] / m.up.bias.numel() ** 2))
+
+
+def test_code_that_computes_with_sizes_of_layers() -> None:
+    run_ranks(scaled, 2)

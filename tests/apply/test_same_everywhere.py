@@ -13,7 +13,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp._compat import local_tensor
 from lightning_tp.apply import same_everywhere
-from lightning_tp.apply.same_everywhere import byte_sums, same_plan_everywhere, same_values_everywhere, same_weights_everywhere
+from lightning_tp.apply.same_everywhere import same_plan_everywhere, same_values_everywhere, same_weights_everywhere
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL, make_mesh
 from lightning_tp.plan.plan import Plan
 from lightning_tp.testing import run_ranks
@@ -153,32 +153,3 @@ def test_plans_are_compared_over_the_whole_mesh() -> None:
     assert run_ranks(body, 4, None) == [None] * 4
     for message in run_ranks(body, 4, 3):
         assert message.startswith("The ranks have 2 different plans (") and "Build the same model" in message
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.bool, torch.complex64]
-
-
-def some(dtype: torch.dtype) -> Tensor:
-    t = torch.arange(12).view(3, 4) * 37 % 11 - 3
-    return (t > 0) if dtype == torch.bool else t.to(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_byte_sums_depend_on_values_and_not_on_the_layout(dtype: torch.dtype) -> None:
-    t = some(dtype)
-    twin = t.T.contiguous().T
-    assert twin.stride() != t.stride() and torch.equal(byte_sums(twin), byte_sums(t))
-    for index in (0, 5, 11):
-        other = t.clone()
-        other.view(-1)[index] = ~t.view(-1)[index] if dtype == torch.bool else t.view(-1)[index] + 1
-        assert byte_sums(other)[0] != byte_sums(t)[0]
-    assert byte_sums(torch.empty(0, 3, dtype=dtype)).tolist() == [0, 0]
-
-
-def test_the_second_byte_sum_tells_the_order() -> None:
-    t = torch.tensor([1, 2, 3, 4, 5, 6])
-    assert byte_sums(t).tolist() == [21, 6]
-    assert byte_sums(t.flip(0)).tolist() == [21, 15]
-    assert byte_sums(torch.tensor([1, 2, 3, 4, 5])).tolist() == [15, 6]  # 20 of 40 bytes are those of 1, 2 and half of the 3
-    assert byte_sums(torch.tensor(-0.0))[0] == 0x80  # bits and not values
-    assert not byte_sums(torch.ones(3, requires_grad=True)).requires_grad

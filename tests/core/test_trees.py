@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_tp.core.trees import map_tensors, named_tensors_in, tensors_in
+from lightning_tp.core.trees import leaves_in, map_tensors, named_leaves_in, tensors_in
 
 Pair = namedtuple("Pair", ["image", "text"])
 
@@ -42,13 +42,25 @@ TREES: dict[str, tuple[Any, list[tuple[str, int]]]] = {
 @pytest.mark.parametrize("kind", TREES)
 def test_both_walks_find_the_same(kind: str) -> None:
     tree, expected = TREES[kind]
-    assert [(name, len(t)) for name, t in named_tensors_in(tree)] == expected
+    assert [(name, len(t)) for name, t in named_leaves_in(tree) if isinstance(t, Tensor)] == expected
     assert [len(t) for t in tensors_in(tree)] == [length for _, length in expected]
+
+
+def test_leaves_that_are_no_tensors() -> None:
+    tree = {"x": [ones(1), "text"], "o": SimpleNamespace(a=None, b=UserDict(c=3))}
+    assert [(name, leaf) for name, leaf in named_leaves_in(tree) if not isinstance(leaf, Tensor)] == [
+        ("['x'][1]", "text"), ("['o']['a']", None), ("['o']['b']['c']", 3),
+    ]  # fmt: skip
+    assert [leaf for leaf in leaves_in(tree) if not isinstance(leaf, Tensor)] == ["text", None, 3]
 
 
 def test_depth_counts_objects_only() -> None:
     tree = [[[[ones(1)]]], UserDict(x=ones(2))]
-    assert [len(t) for t in tensors_in(tree, depth=0)] == [1] == [len(t) for _, t in named_tensors_in(tree, depth=0)]
+    assert (
+        [len(t) for t in tensors_in(tree, depth=0)]
+        == [1]
+        == [len(t) for _, t in named_leaves_in(tree, depth=0) if isinstance(t, Tensor)]
+    )
 
 
 def test_map_builds_the_tree_anew() -> None:

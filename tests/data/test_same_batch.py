@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,8 +40,9 @@ ALIKE: dict[str, Callable[[int], Any]] = {
     ],
     "not contiguous": lambda rank: torch.arange(12).view(3, 4).t() if rank else torch.arange(12).view(3, 4).t().contiguous(),
     "nan": lambda rank: torch.full((3,), torch.nan),
-    "no tensors": lambda rank: {"text": f"rank {rank}"},
-    "other things": lambda rank: {"id": rank, "x": torch.ones(1)},
+    "no tensors": lambda rank: {"text": "a text", "number": 3, "array": numpy.arange(4)},
+    "objects": lambda rank: [object(), {"a", "b", "c"}, print],
+    "sparse": lambda rank: torch.eye(3).to_sparse(),
     "nothing": lambda rank: None,
 }
 
@@ -60,8 +62,16 @@ DIFFERENT: dict[str, tuple[Callable[[int], Any], str]] = {
     "sign of zero": (lambda rank: torch.tensor([-0.0 if rank else 0.0]), "the values on"),
     "other mapping": (lambda rank: UserDict(x=torch.tensor(rank)), r"\['x'\]` \(\) differs"),
     "object": (lambda rank: [SimpleNamespace(a="b", inner=UserDict(x=torch.tensor(rank)))], r"\['inner'\]\['x'\]` \(\) differs"),
-    "number": (lambda rank: [torch.zeros(1)] * (1 + rank), r"have \[1, 2\] tensors in their batches"),
-    "some and none": (lambda rank: torch.zeros(1) if rank else None, r"have \[0, 1\] tensors in their batches"),
+    "text": (lambda rank: ["a", f"rank {rank}"], r"`\[1\]` \(str\) differs .* the values on"),
+    "a number": (lambda rank: {"id": rank, "x": torch.ones(1)}, r"`\['id'\]` \(int\) differs"),
+    "array": (lambda rank: [numpy.arange(3) + rank], r"`\[0\]` \(ndarray\) differs"),
+    "flipped": (lambda rank: torch.tensor([[1.0, 2.0], [2.0, 1.0]]).roll(rank, 1), "`batch` .* the values on"),
+    "permuted in halves": (
+        lambda rank: torch.tensor([1, 2, 3, 4]).view(2, 2).flip(1) if rank else torch.tensor([[1, 2], [3, 4]]),
+        "the values",
+    ),
+    "number": (lambda rank: [torch.zeros(1)] * (1 + rank), r"have \[1, 2\] tensors and other values in their batches"),
+    "some and none": (lambda rank: torch.zeros(1) if rank else None, "`batch` .* the shape or dtype on"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from lightning_tp import TPError
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.data.group_loader import share_loader
 from lightning_tp.data.reader import Message
@@ -106,3 +108,29 @@ def test_other_backends_get_gloo_groups(monkeypatch: Any) -> None:
         ranks = Ranks(init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel")))
     assert made == [("gloo", [[0, 1], [2, 3]]), ("gloo", [[0, 2], [1, 3]])]
     assert str(ranks.tp_group) == "[[0, 1], [2, 3]]" and str(ranks.dp_group) == "[[0, 2], [1, 3]]"
+
+
+def test_states_that_differ_are_taken_over_and_told_once_a_batch_that_differs_raises() -> None:
+    def body() -> tuple[list[float], list[str], str]:
+        ranks, told, own = Ranks(make_mesh("cpu", 1, 2)), [], random.Random(rank := dist.get_rank())
+        random.seed(rank)
+        ranks.watch({"own": own})
+        drawn = [random.random(), own.random()]
+        assert ranks.agree(5, told.append) == [5, 5] and not told
+        if rank == 0:
+            random.random(), own.random()
+        assert ranks.agree(7 + rank, told.append) == [7, 8] and not told  # batches that differ are told of anyway
+        drawn += [random.random(), own.random()]
+        random.seed(rank)
+        ranks.agree(5, told.append)
+        ranks.given = "`training_step`", 3 + rank
+        try:
+            ranks.agree(5, told.append)
+        except TPError as error:
+            return drawn, told, str(error)
+        return drawn, told, ""
+
+    first, second = run_ranks(body, 2)
+    assert first == second and len(first[1]) == 1 and "random states of a tensor-parallel group differed" in first[1][0]
+    assert first[2].startswith("`training_step`: the ranks of a tensor-parallel group were given different batches")
+    assert first[0][:2] == [random.Random(0).random()] * 2

@@ -96,6 +96,11 @@ def test_writes_in_place_keep_each_ranks_shard(mesh: str) -> None:
                 p.data = p.data * torch.arange(p.numel()).view_as(p)
                 p.grad = p.detach() * 2
                 p.grad.clamp_(max=1)
+            model[0].weight.data.view(-1)[::3] = 0
+            model[2].weight.grad[1:3].T.mul_(7)
+            for row in model[0].weight.data:
+                row[2:4].add_(0.5)
+            model[2].weight.data.T[4].clamp_(max=0.1)
             torch.manual_seed(3)
             nn.init.normal_(model[0].weight)
             model[2].reset_parameters()

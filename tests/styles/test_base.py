@@ -174,3 +174,13 @@ def test_a_parametrized_weight_is_refused() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.Linear(8, 4))
     with pytest.raises(ltp.TPError, match=r"`0`: .*`weight`"):
         ltp.Plan({"0": "colwise", "1": "rowwise"}).check(model, tp=2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"heads": "four"}, {"heads": 0}, {"heads": 2.0}, {"heads": True}, {"query_heads": "4"}], ids=str
+)
+def test_options_of_wrong_types_are_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ltp.TPError, match=rf"`colwise\({name}=.*{name} is int or None.* Write {name} as a positive number"):
+        Colwise(**options)
+    assert Colwise(heads=4, query_heads=8).heads == 4

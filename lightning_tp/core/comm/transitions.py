@@ -14,9 +14,10 @@
 | S(-1) | I | `width_to_invariant` (given the full width) | all-gather | slice |
 | I | S(-1) | `invariant_to_width` | slice | all-gather |
 
-The first and the third are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the two after them
-their sequence-parallel pair (Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in
-`shards/gradients.py`; a backward pass that comes through here notifies it through `Axis.on_backward`. Second derivatives raise.
+The first and the third are the operators f and g of Megatron-LM (Shoeybi et al. 2019, arXiv 1909.08053), the two after them their sequence-parallel
+pair (Korthikanti et al. 2022, arXiv 2205.05198). Gradients of *parameters* are not handled here but in `shards/gradients.py`; a backward pass that
+comes through here notifies it through `Axis.on_backward`. A backward pass that is recorded (`create_graph=True`) can be gone through again: the
+conjugate of a pair is the pair the other way round.
 """
 
 from __future__ import annotations
@@ -42,11 +43,6 @@ Transition = Callable[[Tensor, Axis], Tensor]
 
 def _begin_backward(axis: Axis) -> None:
     """Notify whoever sums the gradients of parameters; called by every collective of a backward pass."""
-    if torch.is_grad_enabled():  # as torch's once_differentiable, at a fraction of its cost
-        raise RuntimeError(
-            "The backward pass is being recorded (`create_graph=True`), but the collectives of a split model are once_differentiable: "
-            "they have no second derivative."
-        )
     if axis.on_backward is not None:
         axis.on_backward()
 
@@ -72,7 +68,12 @@ def _sum_of_terms(ctx: Any, x: Tensor) -> Tensor:
 
 def _gather_sequence(ctx: Any, x: Tensor) -> Tensor:
     """(B, ceil(S / tp), ..) -> (B, S, ..)."""
-    return all_gather(x, SEQUENCE_DIM, full_length(x, ctx.axis), ctx.axis)
+    ctx.gathered_length = full_length(x, ctx.axis)
+    return all_gather(x, SEQUENCE_DIM, ctx.gathered_length, ctx.axis)
+
+
+def _gather_sequence_again(ctx: Any, x: Tensor) -> Tensor:
+    return all_gather(x, SEQUENCE_DIM, ctx.gathered_length, ctx.axis)
 
 
 def _gather_sequence_gradient(ctx: Any, grad: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def _slice_sequence_gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 def _gather_width(ctx: Any, x: Tensor, width: int | None = None) -> Tensor:
     """(.., this rank's columns) -> (.., width); a gradient has the width of what was sharded."""
-    width = ctx.width if width is None else width
+    ctx.width = width = ctx.width if width is None else width
     shard = math.ceil(width / ctx.axis.size)
     if x.shape[-1] != shard:  # the last ranks of an uneven split hold less
         x = torch.cat((x, x.new_zeros((*x.shape[:-1], shard - x.shape[-1]))), -1)
@@ -132,8 +133,28 @@ def outside(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Tensor], Tensor]) -> Any:
-    """Make the function (x, axis) -> x of a conjugate pair; in compiled code it runs between two graphs."""
+class _Recorded(Function):
+    """A backward of a pair as a function that has a backward itself, which is the pair's forward."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, pair: Any, backward: Callable[..., Tensor], again: Callable[..., Tensor]) -> Tensor:
+        ctx.of = pair, backward, again
+        return backward(pair, grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pair, backward, again = ctx.of
+        _begin_backward(pair.axis)
+        return _Recorded.apply(grad, pair, again, backward), None, None, None
+
+
+def _pair(
+    name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Tensor], Tensor], again: Callable[[Any, Tensor], Tensor]
+) -> Any:
+    """Make the function (x, axis) -> x of a conjugate pair; in compiled code it runs between two graphs.
+
+    `again` is `forward` for the gradient of a gradient.
+    """
 
     def run_forward(ctx: Any, x: Tensor, axis: Axis, *args: Any) -> Tensor:
         ctx.axis = axis
@@ -141,26 +162,29 @@ def _pair(name: str, forward: Callable[..., Tensor], backward: Callable[[Any, Te
 
     def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _begin_backward(ctx.axis)
-        return backward(ctx, grad), *[None] * (len(ctx.needs_input_grad) - 1)
+        found = _Recorded.apply(grad, ctx, backward, again) if torch.is_grad_enabled() else backward(ctx, grad)
+        return found, *[None] * (len(ctx.needs_input_grad) - 1)
 
     apply = apply_of(type(name, (Function,), {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}))
 
     def change_state(x: Tensor, axis: Axis, *args: Any) -> Tensor:
+        if not is_compiling() and hasattr(type(x), "as_state"):  # a stream's shard that shows as full
+            x = x.as_state(SEQUENCE if name.startswith("sequence") else I)  # type: ignore[attr-defined]
         return outside(apply, x, axis, *args) if is_compiling() else apply(x, axis, *args)
 
     change_state.__name__ = change_state.__qualname__ = name
     return change_state
 
 
-invariant_to_replicate = _pair("invariant_to_replicate", _identity, _sum)
-replicate_to_invariant = _pair("replicate_to_invariant", _identity, _on_first_rank)
-partial_to_invariant = _pair("partial_to_invariant", _sum_of_terms, _identity)
-sequence_to_replicate = _pair("sequence_to_replicate", _gather_sequence, _scatter_sum_gradient)
-partial_to_sequence = _pair("partial_to_sequence", _scatter_sum, _gather_sequence_gradient)
-invariant_to_sequence = _pair("invariant_to_sequence", _slice_sequence, _gather_sequence_gradient)
-sequence_to_invariant = _pair("sequence_to_invariant", _gather_sequence, _slice_sequence_gradient)
-width_to_invariant = _pair("width_to_invariant", _gather_width, _slice_width)  # has to be told the width: not below
-invariant_to_width = _pair("invariant_to_width", _slice_width, _gather_width)
+invariant_to_replicate = _pair("invariant_to_replicate", _identity, _sum, _identity)
+replicate_to_invariant = _pair("replicate_to_invariant", _identity, _on_first_rank, _on_first_rank)
+partial_to_invariant = _pair("partial_to_invariant", _sum_of_terms, _identity, _sum)
+sequence_to_replicate = _pair("sequence_to_replicate", _gather_sequence, _scatter_sum_gradient, _gather_sequence_again)
+partial_to_sequence = _pair("partial_to_sequence", _scatter_sum, _gather_sequence_gradient, _scatter_sum_gradient)
+invariant_to_sequence = _pair("invariant_to_sequence", _slice_sequence, _gather_sequence_gradient, _slice_sequence_gradient)
+sequence_to_invariant = _pair("sequence_to_invariant", _gather_sequence, _slice_sequence_gradient, _gather_sequence_again)
+width_to_invariant = _pair("width_to_invariant", _gather_width, _slice_width, _gather_width)  # has to be told the width: not below
+invariant_to_width = _pair("invariant_to_width", _slice_width, _gather_width, _slice_width)
 
 _TRANSITIONS: dict[tuple[State, State], Transition] = {
     (I, R): invariant_to_replicate,

@@ -22,6 +22,7 @@ MODEL_CODE: set[str] = set()  # files of this package that count as code of a mo
 
 _TORCH = str(torch.__path__[0]) + os.sep  # with it, torchvision beside torch is another folder
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
+_LIGHTNING = os.path.join(os.path.dirname(_TORCH.rstrip(os.sep)), "lightning", "")
 
 
 def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MODULE_CALL})) -> CallSite:
@@ -44,6 +45,14 @@ def call_site(frame: FrameType | None, ends: frozenset[CodeType] = frozenset({MO
                 chain.append(here)
         frame = frame.f_back
     return tuple(chain)
+
+
+def users_line(frame: FrameType | None) -> str:
+    """Return "file:line" of the innermost frame whose code belongs neither to torch nor to Lightning nor to this package."""
+    inner = (_TORCH, _PACKAGE, _LIGHTNING)
+    while frame is not None and frame.f_code.co_filename.startswith(inner):
+        frame = frame.f_back
+    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def end_of(frame: FrameType | None, ends: frozenset[CodeType]) -> CodeType | None:

@@ -23,6 +23,7 @@ from lightning_tp.core.ops.split_logits import (
     full_sizes,
     local_columns,
     to_local,
+    torchs_own,
     wrap_columns,
     wrap_columns_like,
 )
@@ -232,24 +233,21 @@ _POINTWISE = """add sub mul div true_divide multiply divide subtract rsub __rsub
 _LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty new_tensor"
 _MOVE_DIMS = "transpose swapaxes swapdims permute movedim moveaxis t T mT unsqueeze squeeze select narrow unbind split chunk"
 
-RULES.update(
-    {
-        "cross_entropy": _cross_entropy,
-        "__getitem__": _index,
-        **dict.fromkeys(_POINTWISE.split(), _pointwise),
-        **dict.fromkeys(["to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"], _cast),
-        **dict.fromkeys(_LIKE.split(), _like),
-        **dict.fromkeys(["view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"], _reshape),
-        **dict.fromkeys(_MOVE_DIMS.split(), _move_dims),
-    }
-)
-
-DISPATCH_RULES.update(
-    {
-        **dict.fromkeys(["detach", "alias", "clone", "add", "sub", "mul", "div", "neg"], _pointwise),
-        **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_empty"], _like),
-        "_to_copy": _cast,
-        "view": _reshape,
-        "_unsafe_view": _reshape,
-    }
-)
+_RULES: dict[str, Callable[..., Any]] = {
+    "cross_entropy": _cross_entropy,
+    "__getitem__": _index,
+    **dict.fromkeys(_POINTWISE.split(), _pointwise),
+    **dict.fromkeys(["to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"], _cast),
+    **dict.fromkeys(_LIKE.split(), _like),
+    **dict.fromkeys(["view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"], _reshape),
+    **dict.fromkeys(_MOVE_DIMS.split(), _move_dims),
+}
+_DISPATCH_RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(["detach", "alias", "clone", "add", "sub", "mul", "div", "neg"], _pointwise),
+    **dict.fromkeys(["zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_empty"], _like),
+    "_to_copy": _cast,
+    "view": _reshape,
+    "_unsafe_view": _reshape,
+}
+RULES.update({function: rule for name, rule in _RULES.items() for function in torchs_own(name)})
+DISPATCH_RULES.update({getattr(torch.ops.aten, name): rule for name, rule in _DISPATCH_RULES.items()})

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp._compat import num_writes
+from lightning_tp.core.modules.objects import preserve_objects
 from lightning_tp.errors import TPError
 
 MOST_COPIED = 50_000_000  # parameters, of which a copy is kept while a model is run for a try
@@ -126,7 +127,7 @@ class without_dropout(TorchFunctionMode):
 
 @contextmanager
 def comparable_runs(model: nn.Module) -> Iterator[None]:
-    """Run a model in this context several times and compare: dropout is off; weights, buffers and the default generator are restored on exit.
+    """Run a model in this context several times and compare: dropout is off; weights, buffers, generators and objects are restored on exit.
 
     Raises:
         TPError: if the model writes into a parameter, and has too many to keep a copy of them all.
@@ -136,15 +137,15 @@ def comparable_runs(model: nn.Module) -> Iterator[None]:
     tensors = [*(b for b in model.buffers() if not b.is_meta), *copied]
     copies = [(t, t.detach().clone()) for t in tensors]
     states = [_state(p) for p in parameters]
-    state = torch.get_rng_state()
     try:
-        with without_dropout():
+        with preserve_objects([model]), without_dropout():
             yield
     finally:
-        torch.set_rng_state(state)
         with torch.no_grad():
             for t, value in copies:
-                if t.shape == value.shape:
+                if t.shape == value.shape and (
+                    t.layout is not torch.strided or not torch.equal(t, value)
+                ):  # a graph may have saved it
                     t.copy_(value)
     changed = [] if copied else [p for p, before in zip(parameters, states, strict=True) if _state(p) != before]
     if changed:

@@ -23,22 +23,31 @@ T = TypeVar("T")
 _OFFSET_STEP = 4  # the offset of a CUDA generator is a multiple of this
 
 
+def share_random_states(mesh: DeviceMesh) -> None:
+    """Give every rank the random states of the first one: torch's, Python's and NumPy's. A collective.
+
+    Before anything is drawn, so that code which builds data and models draws the same on all ranks, seeded or not.
+    """
+    payload: list[Any] = [local_state()]
+    dist.broadcast_object_list(payload, src=int(mesh.mesh.flatten()[0]))
+    set_local_state(payload[0])
+
+
 def seed_mesh(mesh: DeviceMesh) -> None:
-    """Give every rank the random state of the first one, and those further along the data-parallel axis a stream of their own. A collective.
+    """Give every rank the random states of the first one; further along the data-parallel axis torch draws another stream. A collective.
 
     Otherwise ranks that the user has not seeded would drop different elements of one replicated activation. The first data-parallel rank
-    continues just as one process would.
+    continues just as one process would. Python's and NumPy's numbers are equal on all ranks, as under `seed_everything`: code decides by them.
     """
     first = int(mesh.mesh.flatten()[0])
-    payload: list[Any] = [(torch.get_rng_state(), torch.initial_seed())]
+    payload: list[Any] = [(local_state(), torch.initial_seed())]
     dist.broadcast_object_list(payload, src=first)
     state, seed = payload[0]
+    set_local_state(state)
     dp_rank = mesh.get_local_rank(DATA_PARALLEL)
     if dp_rank:
         torch.manual_seed((seed + dp_rank) % 2**63)
-        return
-    torch.set_rng_state(state)
-    if mesh.device_type == "cuda":
+    elif mesh.device_type == "cuda":
         torch.cuda.manual_seed(seed % 2**63)
 
 

@@ -8,13 +8,14 @@
 | its gradient, where it comes from a parallel function | the same | no rank |
 | `logits.full_tensor()`, and what any other function gets | (B, T, V) | all ranks, after an all-gather |
 
-`__torch_function__` decides by the function's name:
+`__torch_function__` decides by the function, which has to be torch's own (another one of the same name is "any other function"):
 
 - `F.cross_entropy` with class indices runs in parallel (see `cross_entropy.py`);
 - pointwise functions, casts, reshapes, transposes and indexing that leave the vocabulary dim intact give `SplitLogits` again, without
   communication; plain tensors among their arguments are sliced to this rank's columns;
 - shape, dtype, device, hooks and the like are answered at once, and `repr` shows shapes, not values;
-- anything else all-gathers, once for each tensor and grad mode, and runs on the full tensor: right, forward and backward.
+- anything else all-gathers, once for each tensor and grad mode, and runs on the full tensor: right, forward and backward. The first time in a
+  line of code, a warning says what it costs.
 
 So all ranks of the axis have to run the same code on logits: `if rank == 0: logits.argmax(-1)` hangs. Writing in place works where no gradient
 is recorded and raises `TPError` where one is. Copies (pickle, deepcopy) are full and plain. Autograd sees `SplitLogits` as it sees a `DTensor`
@@ -25,23 +26,52 @@ What bypasses `__torch_function__` (autograd's own sums, FSDP2, custom functions
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import Function
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_tp._compat import num_writes, without_torch_function_subclass, wrapper_tensor, written_arguments
+from lightning_tp._compat import NATIVE_FUNCTIONS, num_writes, without_torch_function_subclass, wrapper_tensor, written_arguments
 from lightning_tp.core.comm.axis import Axis, even_shard
+from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.comm.transitions import invariant_to_width, width_to_invariant
+from lightning_tp.core.modules.call_site import users_line
+from lightning_tp.core.units import size as readable_size
 from lightning_tp.errors import TPError
 
-# name of a function, or of an operator -> what it does with split logits; filled by `logits_rules.py`, whose `split_logits` makes the first of them
-RULES: dict[str, Callable[..., Any]] = {}
-DISPATCH_RULES: dict[str, Callable[..., Any]] = {}
+# function, method or attribute of torch -> what it does with split logits, and the same of its operators; filled by `logits_rules.py`, whose
+# `split_logits` makes the first of them
+RULES: dict[Any, Callable[..., Any]] = {}
+DISPATCH_RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def torchs_own(name: str) -> list[Any]:
+    """Return the functions, methods and attributes of torch that have this name.
+
+    Example:
+        >>> F.cross_entropy in torchs_own("cross_entropy"), torch.clamp in torchs_own("clamp"), len in torchs_own("cross_entropy")
+        (True, True, False)
+    """
+    return _by_name()[name]
+
+
+@cache
+def _by_name() -> dict[str, list[Any]]:
+    found = defaultdict(list)
+    for place in (torch, Tensor, F, torch.special, torch.autograd, *NATIVE_FUNCTIONS):
+        for name in dir(place):
+            if callable(value := getattr(place, name, None)) or place is Tensor:
+                found[getattr(value, "__name__", name)].append(value)  # that of `__pow__` is "pow"
+    return found
 
 
 class SplitLogits(Tensor):
@@ -113,21 +143,23 @@ class SplitLogits(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.__name__
-        if name in ("__get__", "__set__"):
-            attribute = func.__self__.__name__  # type: ignore[attr-defined]
+        name, key = getattr(func, "__name__", type(func).__name__), func
+        if name in ("__get__", "__set__") and hasattr(func, "__self__"):
+            key = func.__self__
+            attribute = key.__name__
             if name == "__get__" or attribute != "data":
                 name = attribute if attribute in _COMPUTED else "attribute"
-        if args and (rule := RULES.get(name)) is not None:
+        if args and (rule := RULES.get(key)) is not None:
             out = rule(func, args, kwargs)
             if out is not NotImplemented:
                 return out
-        if name in _METADATA or isinstance(func, OpOverload) or getattr(func, "__module__", None) == _C10D:
+        if name == "attribute" or key in _METADATA or isinstance(func, OpOverload) or getattr(func, "__module__", None) == _C10D:
             with without_torch_function_subclass():  # an operator or a collective comes to __torch_dispatch__
                 return func(*args, **kwargs)
         if _holds_split(kwargs.get("out")):
             raise _cannot_write(name)
-        in_place = name in ("__setitem__", "__set__") or name == name.rstrip("_") + "_"
+        in_place = name in ("__setitem__", "__set__") or (name == name.rstrip("_") + "_" and func in torchs_own(name))
+        _tell_of_gather(name, args, kwargs)
         if in_place and isinstance(args[0], SplitLogits):
             return _in_place(func, args, kwargs)
         return func(*_gathered_in(args), **_gathered_in(kwargs))
@@ -137,12 +169,13 @@ class SplitLogits(Tensor):
         cls, func: Any, types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
         with torch.no_grad():  # autograd, if it records, has done so above
-            if (rule := DISPATCH_RULES.get(name)) is not None:
+            if (rule := DISPATCH_RULES.get(func.overloadpacket)) is not None:
                 out = rule(func, args, kwargs)
                 if out is not NotImplemented:
                     return out
+            name = func.overloadpacket.__name__
+            _tell_of_gather(name, args, kwargs)
             written = [
                 value for i, n in written_arguments(func) if _holds_split(value := args[i] if i < len(args) else kwargs.get(n))
             ]
@@ -232,6 +265,26 @@ def _gathered_in(tree: Any) -> Any:
     return tree_map_only(SplitLogits, SplitLogits.full_tensor, tree)
 
 
+def _tell_of_gather(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    """Warn of an all-gather that a function needs, once for each line of the user's code and function."""
+    for x in tree_leaves((args, kwargs)):
+        if not isinstance(x, SplitLogits) or x.axis.size == 1 or x.axis.rank or isinstance(x.axis.group, FakeGroup):
+            continue
+        where = users_line(sys._getframe(2))
+        if x._gathered is None and (name, where) not in _told:
+            _told.add((name, where))
+            nbytes = x.local.element_size() * x.numel()
+            warnings.warn(
+                f"{where}: `{name}` needs all columns of the logits {full_sizes(x)}, which every rank keeps a shard of, so they are all-gathered: "
+                f"{readable_size(nbytes)} on each rank, every time. The result is right. `logits.full_tensor()` says that it is meant; "
+                "`F.cross_entropy` and pointwise functions need none.",
+                stacklevel=2,
+            )
+
+
+_told: set[tuple[str, str]] = set()
+
+
 def _holds_split(tree: Any) -> bool:
     return any(isinstance(leaf, SplitLogits) for leaf in tree_leaves(tree))
 
@@ -266,7 +319,7 @@ def _cannot_write(name: str) -> TPError:
 
 _C10D = "torch.distributed.distributed_c10d"
 _COMPUTED = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that are functions of the values
-_METADATA_NAMES = """attribute size dim ndimension numel nelement stride element_size get_device __len__ __format__ __dir__ is_floating_point
+_METADATA_NAMES = """size dim ndimension numel nelement stride element_size get_device __len__ __format__ __dir__ is_floating_point
     is_complex is_signed is_inference is_contiguous is_conj is_neg register_hook register_post_accumulate_grad_hook retain_grad requires_grad_
     backward grad detach detach_"""
-_METADATA = frozenset(_METADATA_NAMES.split())
+_METADATA = frozenset(function for name in _METADATA_NAMES.split() for function in torchs_own(name))

@@ -148,7 +148,7 @@ def _outputs_like(run: BlockRun, given: list[Any], tracer: FeatureTracer | None)
         if position is not None or not isinstance(t, Tensor):
             outputs.append(t if position is None else given[position])
             continue
-        copy = t.detach().clone()
+        copy = (t if torch.is_grad_enabled() else t.detach()).clone()
         outputs.append(copy)
         if tracer is not None:
             tracer.put(copy, TensorFacts(_label_now(facts.label, run, given, tracer), None, facts.grad))

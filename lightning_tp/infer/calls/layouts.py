@@ -60,6 +60,7 @@ class Layouts:
         self.tracer, self.owner, self.tp, self.nodes = tracer, owner, tp, nodes
         self.param_owner = owner  # of the features of parameters; those of logits have an owner, and logits show as whole
         self.weight_of: Mapping[str, str] = {}  # parameters that are split -> the weight that has their features
+        self.biases: dict[str, Tensor] = {}  # of split layers: parameter -> features of the layer's output
         self._split = {name for name, _ in nodes}
         self._known: dict[int, tuple[Tensor, Tensor | None, Layout]] = {}  # id of a tensor -> it, its label then, its layout
 
@@ -71,6 +72,11 @@ class Layouts:
         """Return whether a tensor has a layout, or may have one: it was computed from features, or is a split parameter."""
         facts = self.tracer.shadow(t)
         return facts.label is not None or self.is_split(facts)
+
+    def may_be_local(self, t: Tensor) -> bool:
+        """Return whether sizes of a tensor may differ on a rank."""
+        param = self.tracer.shadow(t).param
+        return self.is_followed(t) or (param is not None and param.name in self.biases)
 
     def features(self, t: Tensor) -> Tensor:
         """Return the labels of a tensor, or the features of the split parameter that it is a view of."""
@@ -92,7 +98,10 @@ class Layouts:
 
     def sizes(self, t: Tensor) -> list[tuple[int, ...]]:
         """Return for each dim of a tensor the size on each rank."""
-        return OnRanks(t, self.of(t)).sizes(self.tp)
+        param = self.tracer.shadow(t).param
+        bias = None if param is None else self.biases.get(param.name)
+        layout = self.of(t) if bias is None or t.shape != bias.shape else Sharded(0, Ownership.of(self.param_owner[bias]))
+        return OnRanks(t, layout).sizes(self.tp)
 
     def _layout(self, t: Tensor) -> Layout:
         ranks = self._ranks(t)

@@ -27,7 +27,8 @@ from lightning_tp.infer.calls.layouts import Layout, Layouts, OnRanks
 from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, per_rank_ints, plain
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
 from lightning_tp.infer.follow.features import gradient_is_partial, shrunk
-from lightning_tp.infer.follow.ops import MOVES, ON_EACH_ELEMENT, writes_in_place
+from lightning_tp.infer.follow.gradients import ABOUT_GRADIENTS
+from lightning_tp.infer.follow.ops import MOVES, ON_EACH_ELEMENT, READS_VALUES, writes_in_place
 from lightning_tp.infer.follow.run import cross_entropy, run
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.follow.tracer import FeatureTracer
@@ -135,18 +136,20 @@ class CallRecorder(TorchFunctionMode):
             if name == "__get__":
                 return func(*args, **kwargs)
         plain_args, plain_kwargs = plain(args), plain(kwargs)
+        if func in ABOUT_GRADIENTS:
+            return func(*plain_args, **plain_kwargs)
         if func is torch.nn.functional.cross_entropy:
             return cross_entropy(self.tracer, plain_args, plain_kwargs)
         self.tracer.events = []
         module = self.tracer.stack[-1]
         self._before = {}
         if writes_in_place(name, kwargs):
-            with unobserved():
+            with unobserved(), torch.no_grad():
                 self._before = {id(t): OnRanks(t.clone(), self.layouts.of(t)) for _, t in tensors_given(args, kwargs)}
         out = func(*plain_args, **plain_kwargs)
         self._numbers = per_rank_ints((args, kwargs))
         if module == self.tracer.stack[-1] and module not in self.standard:
-            with unobserved():
+            with unobserved(), torch.no_grad():
                 self.analyse_call(name, func, args, kwargs, out, module, frame)
         for n in self._numbers:  # not known for sizes: numbers that code computes with
             n.computed_with()
@@ -154,7 +157,7 @@ class CallRecorder(TorchFunctionMode):
 
     def _may_be_local(self, name: str, t: Tensor, frame: Any) -> bool:
         """Return whether a size may differ on a rank; or is full, and read in a loop where others are given the full size."""
-        if self.layouts.is_followed(t):
+        if self.layouts.may_be_local(t):
             return True
         return bool(self.whole_reads) and (self.tracer.stack[-1], name, call_site(frame)) in self.whole_reads
 
@@ -199,6 +202,8 @@ class CallRecorder(TorchFunctionMode):
             self._note(module, change.call)
 
     def _decide(self, call: RecordedCall) -> Change | None:
+        if call.name in READS_VALUES and any(self.layouts.is_followed(g.tensor) for g in call.given):
+            raise NotOnShards("code reads its values")
         tables = [g.tensor for g in call.given if g.is_split]
         if call.name == "embedding" and call.module not in self.tables and tables:
             raise NotOnShards("it looks up rows of a split table", tables)

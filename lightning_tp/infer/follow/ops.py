@@ -59,6 +59,8 @@ RANDOM = _names(
     "dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d rand_like randn_like randint_like bernoulli bernoulli_ "
     "uniform_ normal_ exponential_ random_ multinomial rrelu gumbel_softmax empty_like new_empty empty"
 )
+# Hand the values of a tensor, or how they lie in memory, to code that is not torch's.
+READS_VALUES = _names("numpy tolist __array__ __dlpack__ __repr__ stride data_ptr untyped_storage storage")
 # Keep one triangle of matrices.
 TRIANGLES = _names("tril triu tril_ triu_")
 # Compute each element of a result from the same ones of what they are given.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_tp._compat import unobserved
 from lightning_tp.infer.follow import convolutions, moves, products  # noqa: F401  they register the rules of the tracer
+from lightning_tp.infer.follow.gradients import gradients_apart
 from lightning_tp.infer.follow.meta import Values
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.follow.tracer import FeatureTracer
@@ -28,7 +29,7 @@ def run(
     tracer_of: Any = None,
     during: Any = None,
 ) -> tuple[FeatureTrace, Any, Any]:
-    """Trace one forward of the model, `call(model, inputs)`.
+    """Trace one forward of the model, `call(model, inputs)`; whether gradients are enabled is as around it.
 
     Args:
         model: whose parameters are the weights that are followed.
@@ -61,7 +62,7 @@ def run(
     ]
     try:
         outer = nullcontext() if during is None else during(tracer)
-        with outer, torch.no_grad(), _CrossEntropy(tracer) if recorder is None else recorder(tracer), tracer:
+        with outer, gradients_apart(model, tracer), _CrossEntropy(tracer) if recorder is None else recorder(tracer), tracer:
             out = call(model, inputs)
     finally:
         for h in handles:

@@ -31,6 +31,7 @@ from lightning_tp.core.modules.call_site import MODULE_CALL, call_site, end_of, 
 from lightning_tp.core.modules.rewrite import rewrite_methods
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.attention import WRITTEN_OUT, bind_attention, written_out
+from lightning_tp.errors import TPError
 from lightning_tp.styles.base import BindContext, Style
 from lightning_tp.styles.calls.call import Call, call_from
 from lightning_tp.styles.calls.run_call import run_call
@@ -185,9 +186,9 @@ class _CallMode(TorchFunctionMode):
             return None
         if len(calls) == 1:
             return calls[0]
-        # one call site in a loop, or in a helper that is called several times
+        turn = self.turns[key]  # one call site in a loop, or in a helper that is called several times
         self.turns[key] += 1
-        return calls[(self.turns[key] - 1) % len(calls)]
+        return calls[turn] if turn < len(calls) else _call_at(calls, turn)
 
 
 def _apply(cls: Any, apply: Callable[..., Any], args: Any, frame: FrameType) -> Any:
@@ -228,6 +229,29 @@ def _again(mode: _CallMode, turns: Counter[Any]) -> Iterator[None]:
     finally:
         running.pop()
         mode.turns = before
+
+
+def _call_at(calls: list[Call], turn: int) -> Call:
+    """Return what becomes of a call that is made more often than when the plan was made.
+
+    Raises:
+        TPError: if the recorded calls neither come again in turns nor are equal but for the first ones.
+
+    Example:
+        >>> first, later = Call("einsum", ()), Call("einsum", (), leave=True)
+        >>> [_call_at([first, later, later], 5) is later, _call_at([first, later, first, later], 4) is first]
+        [True, True]
+    """
+    n = len(calls)
+    period = next(k for k in range(1, n + 1) if n % k == 0 and calls == calls[:k] * (n // k))
+    if period < n:
+        return calls[turn % period]
+    if calls[-1] == calls[-2]:  # a loop
+        return calls[-1]
+    raise TPError(
+        f"`{calls[0].name}` is called more often than in the run that the plan was made from ({n} times): what becomes of it on a shard is not "
+        "known. Infer the plan from a batch with which it is called as often (the longest sequence)."
+    )
 
 
 def changes_calls(mode: TorchFunctionMode) -> bool:

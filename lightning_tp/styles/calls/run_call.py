@@ -17,6 +17,7 @@ from lightning_tp.core.comm.sequence import full_length
 from lightning_tp.core.comm.state import P
 from lightning_tp.core.comm.transitions import invariant_to_replicate, replicate_to_invariant, transition
 from lightning_tp.core.ops.logits_rules import split_logits
+from lightning_tp.core.ops.stream_shard import StreamShard
 from lightning_tp.errors import TPError
 from lightning_tp.styles.calls.call import CONVOLUTIONS, COUNTS, FIRST_SIZE, READS, Call, Operand, Path
 from lightning_tp.styles.split import Ownership
@@ -35,6 +36,8 @@ def run_call(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, a
     """
     rank = axis.rank
     if call.name in READS:
+        if type(args[0]) is StreamShard:
+            return func(*args, **kwargs)
         return _full_size(call, args, kwargs, axis)
     if call.operands:
         args, kwargs = _with_operands(call, args, kwargs, axis)

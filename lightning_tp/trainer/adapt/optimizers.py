@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_tp.errors import TPError
-
-NOT_ELEMENTWISE = {  # optimizers that use statistics of a full weight, and which ones
-    "adafactor": "row and column statistics",
-    "muon": "orthogonal directions",
-    "lamb": "norms",
-    "lars": "norms",
-    "shampoo": "statistics",
-    "soap": "statistics",
-}
+from lightning_tp.trainer.adapt.optimizer_probe import difference_on_halves
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -28,14 +19,14 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, plain: bool = True) -> None:
-    """Refuse an optimizer that can't step on shards, and warn of one that takes other steps there than on full weights.
+    """Refuse an optimizer that can't step on shards, or takes other steps there than on full weights.
 
     Args:
         collected: Where its parameters were collected, for the error.
         plain: The parameters are this package's shards (not those of `backend="dtensor"`).
 
     Raises:
-        TPError: If it steps parameters that are not the model's, or can't step on shards.
+        TPError: If it steps parameters that are not the model's, can't step on shards, or takes other steps there.
     """
     name, world = type(optimizer).__name__, dp * tp
     foreign = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]
@@ -54,9 +45,32 @@ def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, p
             "torch's Adafactor can't step on FSDP2's shards (it squares partial norms in place), and "
             f"dp={dp}. Use tp={world}, or another optimizer."
         )
-    if name.lower() in NOT_ELEMENTWISE and tp > 1 and dist.get_rank() == 0:
-        warnings.warn(
-            f"{name} takes {NOT_ELEMENTWISE[name.lower()]} of each rank's shard of a split weight, not of the full weight: its steps "
-            "differ from those of one process.",
-            stacklevel=2,
-        )
+    if plain and tp > 1:
+        _refuse_statistics(optimizer, tp)
+
+
+def _refuse_statistics(optimizer: Optimizer, tp: int) -> None:
+    """Try an optimizer on halves of a matrix, for each of its groups with split weights."""
+    name = type(optimizer).__name__
+    tried: set[Any] = set()
+    for group in optimizer.param_groups:
+        settings = repr([(k, v) for k, v in group.items() if isinstance(v, (bool, int, str))])  # rates and the like decide nothing
+        for p in group["params"]:
+            dim = getattr(getattr(p._tp_shard, "split", None), "dim", None)
+            if dim is None or (key := (settings, min(dim, 1), p.ndim > 1)) in tried:
+                continue
+            tried.add(key)
+            try:
+                found = difference_on_halves(optimizer, p, min(dim, 1))
+            except Exception as error:
+                rank_zero_warn(
+                    f"{name} could not be tried on a small matrix ({type(error).__name__}: {error}), so it is not known whether it takes the same "
+                    f"steps on the shards of tp={tp} ranks as on full weights. Compare a few steps with one process."
+                )
+                return
+            if found is not None:
+                raise TPError(
+                    f"{name} does not work element by element, so on the shards of tp={tp} ranks it would take other steps than on full weights, "
+                    f"and the ranks would diverge: {found}. Use an optimizer that does (AdamW, SGD, Adagrad, Lion and the like), or give "
+                    f"{name} only weights that are replicated (`replicate` in the plan; the first that is split is `{p._tp_shard.name}`)."
+                )

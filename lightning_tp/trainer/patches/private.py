@@ -101,6 +101,18 @@ def loaders_of(loop: Any) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+def data_of(trainer: pl.Trainer) -> list[Any]:
+    """What was passed to the Trainer as loaders, or what has the hooks that make them."""
+    loops: list[Any] = [
+        trainer.fit_loop,
+        trainer.fit_loop.epoch_loop.val_loop,
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ]
+    return [loop._data_source.instance for loop in loops]
+
+
 def num_prefetched(trainer: pl.Trainer) -> int:
     """How many training batches were read, and are not used yet."""
     return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
@@ -161,3 +173,9 @@ def use_scheduler_of_swa(callback: Any, trainer: pl.Trainer) -> None:
     """Drop the user's scheduler if a StochasticWeightAveraging has loaded the state of its own."""
     if callback._scheduler_state is not None:
         callback._clear_schedulers(trainer)
+
+
+def transferred(trainer: Any, module: Any, batch: Any) -> Any:
+    """A batch as a step is given it: converted to the precision, and after the module's hooks around its transfer, on the CPU."""
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, device=torch.device("cpu"), dataloader_idx=0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp.core.modules import call_site as call_site_module
-from lightning_tp.core.modules.call_site import MODEL_CODE, MODULE_CALL, CallSite, _is_machinery, call_site, resumed
+from lightning_tp.core.modules.call_site import MODEL_CODE, MODULE_CALL, CallSite, _is_machinery, call_site, resumed, users_line
 from lightning_tp.core.ops import attention
 from lightning_tp.core.ops.attention import readable_attention
 
@@ -108,6 +108,16 @@ def test_other_ends() -> None:
 
     assert [name for name, _ in end()] == ["inner"]
     assert MODULE_CALL is nn.Module._call_impl.__code__
+
+
+def test_the_line_of_the_user() -> None:
+    line = users_line(sys._getframe())
+    assert line == f"{__file__}:{sys._getframe().f_lineno - 1}"
+    lines: list[str] = []
+    layer = torch.nn.Linear(1, 1)
+    layer.register_forward_hook(lambda *_: lines.append(users_line(sys._getframe(1))))
+    layer(torch.ones(1))  # from torch's code
+    assert lines == [f"{__file__}:{sys._getframe().f_lineno - 1}"]
 
 
 @pytest.mark.parametrize(

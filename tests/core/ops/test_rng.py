@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
-from lightning_tp.core.ops.rng import on_rank_stream, rng_state, seed_mesh, set_shared_state
+from lightning_tp.core.ops.rng import on_rank_stream, rng_state, seed_mesh, set_shared_state, share_random_states
 from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 from lightning_tp.testing.fixtures import run_if
 
@@ -48,6 +48,22 @@ def test_the_first_goes_on_as_one_process() -> None:
     torch.manual_seed(5)
     torch.randn(3)
     assert torch.equal(first, torch.randn(4)) and not torch.equal(first, second)
+
+
+def test_python_and_numpy_draw_the_same_on_all_ranks() -> None:
+    def body() -> list[tuple[float, ...]]:
+        rank = dist.get_rank()
+        random.seed(rank), numpy.random.seed(rank), torch.manual_seed(rank)
+        share_random_states(mesh := make_mesh("cpu", 2, 2))
+        at_start = torch.rand(()).item(), random.random(), float(numpy.random.rand())
+        random.seed(rank), numpy.random.seed(rank)
+        seed_mesh(mesh)
+        return [at_start, (random.random(), float(numpy.random.rand()))]
+
+    ranks = run_ranks(body, 4)
+    assert all(of_rank == ranks[0] for of_rank in ranks)
+    torch.manual_seed(0)
+    assert ranks[0][0][0] == torch.rand(()).item() and ranks[0][1][0] == random.Random(0).random()
 
 
 class Net(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -408,3 +409,49 @@ def test_torch_compile_leaves_split_logits_to_python() -> None:
         close(case.local.grad, case.columns(case.whole.grad).contiguous(), 1e-5, "gradient")
 
     run_ranks(body, 2)
+
+
+def clamp(x: Tensor) -> Tensor:
+    """A function of the name of one of torch's, that reads rows."""
+    if torch.overrides.has_torch_function_unary(x):
+        return torch.overrides.handle_torch_function(clamp, (x,), x)
+    return x - x.amax(-1, keepdim=True)
+
+
+@torch.library.custom_op("test_split_logits::clone", mutates_args=())
+def centered(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+centered.register_fake(torch.empty_like)
+
+
+def test_rules_are_those_of_torchs_functions_only() -> None:
+    def body() -> None:
+        case = Case(V, (2, 5))
+        close(clamp(case.split()), case.whole - case.whole.amax(-1, keepdim=True), 1e-6, "function")
+        with torch.no_grad():
+            close(torch.ops.test_split_logits.clone(case.split()), case.whole - case.whole.mean(-1, keepdim=True), 1e-6, "operator")
+        for out in (torch.clamp(case.split(), 0), case.split().clamp(0), case.split() ** 2, 1 / case.split(), F.relu(case.split())):
+            assert type(out) is SplitLogits
+        dist.barrier()
+
+    run_ranks(body, 2)
+
+
+def test_a_gather_that_nobody_asked_for_is_told_once_with_its_bytes() -> None:
+    def body() -> list[str]:
+        case = Case(V, (2, 5))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                case.split().argmax(-1)
+            case.split().full_tensor()
+            F.cross_entropy(case.split().view(-1, V), case.target.view(-1))
+            case.split() * 2
+        dist.barrier()
+        return [str(w.message) for w in caught]
+
+    (text,), nothing = run_ranks(body, 2)
+    assert nothing == [] and text.startswith(f"{__file__}:") and "`argmax` needs all columns of the logits (2, 5, 11)" in text
+    assert "440" in text and "full_tensor()" in text

@@ -61,7 +61,7 @@ def test_what_works_on_each_element_may_stay_on_shards() -> None:
     "backward", [lambda ctx, g: g / (g.norm() + 1), lambda ctx, g: g - g.mean(-1, keepdim=True), lambda ctx, g: g.view(3, 8)]
 )
 def test_what_reduces_over_a_shard_or_has_sizes_of_its_own_may_not(backward: Any) -> None:
-    with pytest.raises(NotOnShards, match="its (gradient|backward)"):
+    with pytest.raises(NotOnShards, match=r"its (gradient|backward)"):
         check(backward, layouts={0: halves(1)}, results=halves(1))
 
 

@@ -60,9 +60,12 @@ def test_modules_are_named_while_they_run_and_hooks_are_removed() -> None:
     assert tracers[0].stack == [""]  # the hooks are gone
 
 
-def test_no_gradient_is_recorded_and_inputs_go_to_the_device_of_the_model() -> None:
+def test_gradients_are_recorded_as_around_and_inputs_go_to_the_device_of_the_model() -> None:
     _, out, _ = run(nn.Linear(4, 4).to("meta"), lambda m, x: m(x), torch.zeros(2, 4, requires_grad=True), set(), {})
-    assert out.is_meta and not out.requires_grad
+    assert out.is_meta and out.requires_grad
+    with torch.no_grad():
+        _, out, _ = run(nn.Linear(4, 4), lambda m, x: m(x), torch.zeros(2, 4), set(), {})
+    assert not out.requires_grad
 
 
 def test_leaves_are_found_in_lists_dicts_and_dataclasses() -> None:

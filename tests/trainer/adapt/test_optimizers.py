@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,15 +16,18 @@ from lightning_tp.testing import fake_world
 from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
 
 
-def parameters(shards: bool = True) -> list[nn.Parameter]:
+def parameters(shards: bool = True, dim: int | None = 0) -> list[nn.Parameter]:
     p = nn.Parameter(torch.ones(3, 2))
     if shards:
-        p._tp_shard = object()  # type: ignore[attr-defined]
+        p._tp_shard = SimpleNamespace(name="up.weight", split=SimpleNamespace(dim=dim))  # type: ignore[attr-defined]
     return [p]
 
 
 class Lamb(torch.optim.SGD):
-    pass
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=0.1 * float(p.norm() / p.grad.norm()))
 
 
 def check(optimizer: Any, dp: int = 1, tp: int = 2, rank: int = 0, **options: Any) -> list[str]:
@@ -55,14 +59,22 @@ def test_lbfgs_in_one_process_only() -> None:
 def test_adafactor_not_over_fsdp() -> None:
     with pytest.raises(TPError, match=r"dp=2\. Use tp=4"):
         check(torch.optim.Adafactor(parameters()), dp=2)
-    (text,) = check(torch.optim.Adafactor(parameters()), dp=1)
-    assert text.startswith("Adafactor takes row and column statistics of each rank's shard of a split weight")
 
 
-def test_one_that_looks_at_whole_weights_is_warned_of_once() -> None:
-    (text,) = check(Lamb(parameters()))
-    assert text.startswith("Lamb takes norms of each rank's shard")
-    assert check(Lamb(parameters()), rank=1) == check(Lamb(parameters()), dp=2, tp=1) == []
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, Lamb, torch.optim.Muon], ids=str)
+def test_one_that_looks_at_full_weights_is_refused(make: Any) -> None:
+    with pytest.raises(TPError, match=r"does not work element by element, .* tp=2 ranks .* Use .*AdamW.* is `up\.weight`\)"):
+        check(make(parameters()))
+    assert check(make(parameters(dim=None))) == check(make(parameters()), tp=1) == check(make(parameters()), plain=False) == []
+
+
+def test_one_that_cant_be_tried_is_warned_of() -> None:
+    class Odd(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise KeyError("no name")
+
+    (text,) = check(Odd(parameters()))
+    assert text.startswith("Odd could not be tried on a small matrix (KeyError: 'no name')") and "Compare a few steps" in text
 
 
 def test_lightnings_wrapper_is_taken_off() -> None:
