@@ -1,4 +1,4 @@
-"""Private names of other packages stand in two places: torch's in `_compat.py`, Lightning's in `trainer/patches/`.
+"""Private names of other packages stand in two places: torch's in `_compat/`, Lightning's in `trainer/patches/`.
 
 Looked at are imports, attribute accesses, and names given as text to `getattr` and the like (`replaced` and `replace` take only those in the table
 of patches). A name with a leading underscore that is defined
@@ -17,7 +17,7 @@ import lightning_tp
 
 ROOT = Path(lightning_tp.__file__).parent
 SOURCES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
-ALLOWED = ("_compat.py", "trainer/patches/")
+ALLOWED = ("_compat/", "trainer/patches/")
 # what the documentation of Python and of torch tells to use
 DOCUMENTED = {"_exit", "_getframe", "_current_frames", "_replace", "_asdict", "_fields"}
 PUBLIC_MODULES = {"torch.utils._pytree", "torch.utils._python_dispatch", "torch._ops"}
@@ -66,9 +66,7 @@ def private_names(tree: ast.AST) -> list[str]:
 @pytest.mark.parametrize("source", [s for s in SOURCES if not s.startswith(ALLOWED)])
 def test_private_names_of_others_stand_in_two_places(source: str) -> None:
     found = private_names(SOURCES[source])
-    assert not found, (
-        f"{source} names {found}: give each a function in _compat.py (torch) or trainer/patches/private.py (Lightning)"
-    )
+    assert not found, f"{source} names {found}: give each a function in _compat/ (torch) or trainer/patches/private.py (Lightning)"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -155,10 +155,14 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     if tp_mesh.size() > 1 and not options.compile:
         mark_streams(model, plan, axis)
     if mesh.size() > 1:
-        trusted = None if plan.source.startswith(DECLARED) else mode
-        enter_local_view(model, lambda: None if options.compile else Ways(model, mesh, trusted))
+        enter_local_view(model, _ways(model, mesh, plan, options, mode))
         remember()
     return model
+
+
+def _ways(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Options, mode: bool) -> Callable[[], Ways | None]:
+    trusted = None if plan.source.startswith(DECLARED) else mode  # a plan that a model declares has not seen how it is called
+    return lambda: None if options.compile else Ways(model, mesh, trusted)
 
 
 def check_options(recompute: ActivationCheckpointing | None, compile: Compile, dropout: Dropout, backend: str) -> None:

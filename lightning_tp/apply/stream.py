@@ -25,11 +25,8 @@ class _Block(nn.Module):
         if is_compiling():
             return super().__call__(*args, **kwargs)
         axis, arg, is_first, is_last = self._stream
-        if arg is None and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            arg = 0
-        elif arg is None:
-            named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            arg = next((k for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
+        if arg is None:
+            arg = _first_argument(args, kwargs)
         x = args[arg] if isinstance(arg, int) and arg < len(args) else kwargs.get(arg)  # type: ignore[arg-type]
         if isinstance(x, StreamShard):
             x = x.full_tensor() if is_first else _entered(x, axis)
@@ -44,6 +41,12 @@ class _Block(nn.Module):
         if not is_last and type(first) is Tensor and axis.seq_len is not None:
             stream_shard(first, axis, axis.seq_len)
         return out
+
+
+def _first_argument(args: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the position or the name of the first floating-point tensor."""
+    named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    return next((k for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
 
 
 def _entered(x: StreamShard, axis: Axis) -> Tensor:

@@ -23,12 +23,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tp._compat import is_fsdp_hook
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
-from lightning_tp.core.modules.snapshot import preserve_modules
+from lightning_tp.core.modules.snapshot import has_more_than, preserve_modules
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.random_calls import comparable_runs
 from lightning_tp.shards.parameter import depth, full_run, full_runs, full_view, in_forward, local_view
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value of an output; others: 0.1
+MOST_WITH_GRADIENTS = 500_000_000  # parameters of a model, in full, up to which gradients are compared
 DEEPEST = 4  # containers inside of each other that are looked into
 _BEFORE = "_tp_before_split"  # (class, settings) of a module
 _NEW: Any = object()
@@ -185,7 +186,9 @@ class Comparison:
 
     def difference(self, mesh: DeviceMesh) -> str | None:
         """Say how outputs and gradients differ; None if they don't. A collective."""
-        with_gradients = torch.is_grad_enabled() and mesh[DATA_PARALLEL].size() == 1  # FSDP2 only makes them in `backward`
+        # FSDP2 only makes gradients in `backward`; without them a gathered weight is let go where it was used
+        large = has_more_than(self.model, MOST_WITH_GRADIENTS)
+        with_gradients = torch.is_grad_enabled() and mesh[DATA_PARALLEL].size() == 1 and not large
         try:
             full, gradients = self._outcome(lambda *a, **k: run_unsplit(self.model, self.module, a, k), with_gradients)
         except Exception:  # it can't be run alone

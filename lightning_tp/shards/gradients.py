@@ -27,6 +27,7 @@ from lightning_tp._compat import (
     foreach_copy_,
     local_tensor,
     queue_after_backward,
+    take_hooks_of,
     unflatten,
 )
 from lightning_tp.core.comm.axis import Axis
@@ -85,10 +86,9 @@ class UserHooks:
 
 def take_hooks(p: Any) -> UserHooks | None:
     """Take away the hooks of a parameter that is about to be split, and return them; their handles still remove them."""
-    gradient, accumulated = p._backward_hooks, p._post_accumulate_grad_hooks
+    gradient, accumulated = take_hooks_of(p)
     if not gradient and not accumulated:
         return None
-    p._backward_hooks, p._post_accumulate_grad_hooks = None, OrderedDict()  # None would leave the latter in place
     return UserHooks(OrderedDict() if gradient is None else gradient, OrderedDict() if accumulated is None else accumulated)
 
 

@@ -246,44 +246,18 @@ def _seen_in_full(
     if not _View.depth and graph_task() != -1:
         return _as_it_is(func, args, kwargs)  # in a backward pass: what the forward has saved, FSDP2, compiled code
     name = func.__name__
-    first = args[0] if args else None
     if name in ("__get__", "__set__", "__delete__"):
-        attribute = func.__self__.__name__  # type: ignore[attr-defined]
-        if name == "__get__" and attribute in _FROM_VALUES:
-            full = _full(first)
-            return func(full) if torch.is_grad_enabled() and _requires_grad(first) else _tracked(func(full), first, full)
-        if attribute in _OF_SHAPE and in_forward():
-            return _as_it_is(func, args, kwargs)
-        rule = (_READ if name == "__get__" else _WRITE).get(attribute, _as_it_is) if isinstance(first, SHARDED) else _as_it_is
-        return rule(func, args, kwargs)
+        return _attribute(func, args, kwargs)
     if name in _AS_IT_IS or in_forward():
         return _as_it_is(func, args, kwargs)
-    if name in _LOCAL:
-        return shard_like(_as_it_is(func, args, kwargs), first._tp_shard)  # type: ignore[union-attr]
-    if name in _SIZES:
-        return func(_meta(first), *args[1:], **kwargs)
-    if func is torch.autograd.grad:
-        return _autograd_grad(func, args, kwargs)
+    rule = _autograd_grad if func is torch.autograd.grad else _RULES.get(name)
+    if rule is not None and (out := rule(func, args, kwargs)) is not NotImplemented:
+        return out
     if isinstance(kwargs.get("out"), SHARDED):
         raise TPError(
             f"`{name}(.., out=..)` would write into a sharded parameter. Use `p.copy_({name}(..))` under `torch.no_grad()`."
         )
-    if name in _COPIES or name in _POINTWISE:
-        done = _on_shards(func, args, kwargs)
-        if done is not NotImplemented:
-            return done
-    if _writes(name):
-        return _write(func, args, kwargs)
-    if name in _POINTERS:  # the full tensor has to outlive the pointer
-        first.__dict__["_tp_full"] = _full(first)
-        out = func(first.__dict__["_tp_full"], *args[1:], **kwargs)
-        if name == "numpy":
-            out.setflags(write=False)  # a write would not come back
-        return out
-    if name in _VIEWS and isinstance(first, SHARDED) and not (torch.is_grad_enabled() and _requires_grad(first)):
-        full = _full(first)
-        return _tracked(func(full, *_in_full(args[1:]), **_in_full(kwargs)), first, full)
-    return func(*_in_full(args), **_in_full(kwargs))
+    return _write(func, args, kwargs) if _writes(name) else func(*_in_full(args), **_in_full(kwargs))
 
 
 _SEEN_IN_FULL: Any = classmethod(_seen_in_full)
@@ -307,6 +281,42 @@ def in_forward() -> bool:
             return True
         inner, frame = frame, frame.f_back
     return False
+
+
+def _attribute(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Read or set an attribute: `func` is `__get__` or `__set__` of a descriptor."""
+    x, name, reads = args[0], func.__self__.__name__, func.__name__ == "__get__"  # type: ignore[attr-defined]
+    if reads and name in _FROM_VALUES:
+        return _view(func, args, kwargs)
+    if not isinstance(x, SHARDED) or (name in _OF_SHAPE and in_forward()):
+        return _as_it_is(func, args, kwargs)
+    return (_READ if reads else _WRITE).get(name, _as_it_is)(func, args, kwargs)
+
+
+def _view(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    x = args[0] if args else None
+    if not isinstance(x, SHARDED) or (torch.is_grad_enabled() and _requires_grad(x)):
+        return func(*_in_full(args), **_in_full(kwargs))
+    full = _full(x)
+    return _tracked(func(full, *_in_full(args[1:]), **_in_full(kwargs)), x, full)
+
+
+def _pointer(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Return a pointer, which the full tensor has to outlive."""
+    full = args[0].__dict__["_tp_full"] = _full(args[0])
+    out = func(full, *args[1:], **kwargs)
+    if func.__name__ == "numpy":
+        out.setflags(write=False)  # a write would not come back
+    return out
+
+
+def _alike(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """`detach`, `zeros_like`: sharded as the argument is."""
+    return shard_like(_as_it_is(func, args, kwargs), args[0]._tp_shard) if args and isinstance(args[0], SHARDED) else NotImplemented
+
+
+def _sizes(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return func(_meta(args[0]), *args[1:], **kwargs)
 
 
 def _as_it_is(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -494,3 +504,10 @@ _VIEWS = _names(
     unsqueeze squeeze transpose t permute movedim moveaxis swapaxes swapdims diagonal expand as_strided unfold __iter__ hsplit vsplit __get__"""
 )
 _POINTERS = _names("data_ptr untyped_storage storage _typed_storage __dlpack__ numpy __array__")
+_RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_VIEWS, _view),
+    **dict.fromkeys(_POINTERS, _pointer),
+    **dict.fromkeys(_SIZES, _sizes),
+    **dict.fromkeys(_LOCAL, _alike),
+    **dict.fromkeys(_COPIES | _POINTWISE, _on_shards),
+}

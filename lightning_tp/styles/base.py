@@ -127,10 +127,10 @@ class Style:
 
 def _fits(option: str, value: Any, annotation: str) -> bool:
     """Whether the value of an option can be right, for an annotation made of `int`, `tuple[int, ...]` and None; True for all others."""
-    kinds = set(annotation.split(" | "))
+    kinds = set(annotation.replace("tuple[int | None, ...]", "tuple[int, ...]").split(" | "))
     if not kinds <= {"int", "None", "tuple[int, ...]"}:
         return True
-    numbers = list(value) if isinstance(value, (tuple, list)) and "tuple[int, ...]" in kinds else [value]
+    numbers = [n for n in value if n is not None] if isinstance(value, (tuple, list)) and "tuple[int, ...]" in kinds else [value]
     if value is None:
         return "None" in kinds
     least = 1 if option in ("heads", "query_heads", "parts") else -8  # dims may count from the end

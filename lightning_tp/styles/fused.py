@@ -40,7 +40,7 @@ class FusedColwise(Style):
     name: ClassVar[str] = "fused_colwise"
     states: ClassVar[dict[str, tuple[State, ...]]] = {"input": (R, I, SEQUENCE)}
     parts: int | tuple[int, ...] = 3
-    heads: int | tuple[int, ...] | None = None
+    heads: int | tuple[int | None, ...] | None = None
     input: State | None = None
 
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:

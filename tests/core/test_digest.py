@@ -55,7 +55,7 @@ DIFFERENT: list[tuple[Any, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pair", DIFFERENT, ids=str)
+@pytest.mark.parametrize("pair", DIFFERENT, ids=range(len(DIFFERENT)))
 def test_values_that_are_no_tensors(pair: tuple[Any, Any]) -> None:
     a, b = map(value_digest, pair)
     assert a != b and a == value_digest(pair[0])

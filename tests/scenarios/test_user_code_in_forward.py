@@ -210,6 +210,20 @@ class Model(nn.Module):
         return loss
 
 
+class Followed(nn.Module):
+    """A slow copy that follows its model in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast, self.slow = Mlp(), Mlp().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+                slow.data = slow.data * 0.5 + fast.data * 0.5
+        return self.fast(x) - self.slow(x)
+
+
 MODELS: dict[str, tuple[Callable[[], Model], set[str]]] = {  # and some of the weights that are split
     "gradient of unit norm, over shards": (lambda: Model(lambda: Mlp(at_hidden=UnitNorm.apply)), set()),
     "gradient of unit norm, beside shards": (lambda: Model(lambda: Mlp(at_input=UnitNorm.apply)), {"blocks.0.up.weight"}),
@@ -228,6 +242,7 @@ MODELS: dict[str, tuple[Callable[[], Model], set[str]]] = {  # and some of the w
     "executed source": (lambda: Model(Executed), {"blocks.0.up.weight"}),
     "embedding with a norm": (lambda: Model(Mlp, NormedEmbedding), {"embed.weight"}),
     "embedding by an index": (lambda: Model(Mlp, IndexedEmbedding), {"head.weight"}),
+    "slow copy": (lambda: Model(Followed), {"blocks.0.slow.up.weight", "blocks.0.fast.up.weight"}),
     "norms of weights": (lambda: Model(Mlp, penalty=0.1), {"blocks.0.up.weight", "blocks.0.up.bias"}),
 }
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tp._compat import local_tensor
+
 MOST_ITEMS = 4096  # of a container, above which its items are not looked into: data
 MOST_OBJECTS = 200_000  # that are looked at
 MOST_COPIED = 2**22  # elements of all tensors that are restored; buffers of modules are not among them
@@ -116,6 +118,8 @@ class Reachable:
         self.copied += t.numel()
         if t.is_meta or self.copied > MOST_COPIED or t.layout is not torch.strided:
             return
+        if local_tensor(t).untyped_storage().nbytes() < local_tensor(t).nbytes:
+            return  # FSDP2 has freed the memory of an unsharded parameter
         copy, needs = t.detach().clone(), t.requires_grad
 
         def undo() -> None:

@@ -28,7 +28,7 @@ from lightning_tp.infer.calls.local_sizes import LocalShape, PerRankInt, per_ran
 from lightning_tp.infer.calls.recorded_call import Change, Given, NotOnShards, RecordedCall, tensors_given
 from lightning_tp.infer.follow.features import gradient_is_partial, shrunk
 from lightning_tp.infer.follow.gradients import ABOUT_GRADIENTS
-from lightning_tp.infer.follow.ops import MOVES, READS_VALUES, writes_in_place
+from lightning_tp.infer.follow.ops import MOVES, ON_EACH_ELEMENT, READS_VALUES, writes_in_place
 from lightning_tp.infer.follow.run import cross_entropy, run
 from lightning_tp.infer.follow.trace import FeatureTrace
 from lightning_tp.infer.follow.tracer import FeatureTracer
@@ -208,12 +208,7 @@ class CallRecorder(TorchFunctionMode):
         if call.name == "embedding" and call.module not in self.tables and tables:
             raise NotOnShards("it looks up rows of a split table", tables)
         if read := self._parameters_read(call):
-            if len(self.tracer.stack) == 1:
-                return Change(call.unchanged)  # there, code sees parameters in full
-            if any(g.facts.param is not None and id(g.tensor) not in self.tracer.names for g in read):
-                raise NotOnShards("it reads a part of a split parameter", [g.tensor for g in read])
-            operands = tuple(Operand(g.path, full=tuple(g.tensor.shape)) for g in read)
-            return Change(replace(call.unchanged, operands=operands))
+            return self._read_in_full(call, read)
         if call.is_involved or len(call.products) > 1:
             change = change_of(call, self.layouts, self.tried)
             if change.call.changes and (not call.site or len(self.tracer.stack) == 1):
@@ -222,6 +217,17 @@ class CallRecorder(TorchFunctionMode):
         if self.remakes and call.name in SIZE_CALLS | FACTORIES and call.results:
             return full_sizes(call)
         return Change(call.unchanged)
+
+    def _read_in_full(self, call: RecordedCall, read: list[Given]) -> Change:
+        """Give a call all of the split parameters that it reads."""
+        if len(self.tracer.stack) == 1:
+            return Change(call.unchanged)  # there, code sees parameters in full
+        frozen = call.name in ON_EACH_ELEMENT and not any(g.facts.grad for g in read)
+        if frozen or any(id(g.tensor) not in self.tracer.names for g in read):
+            self._keep_as_shards(call, read)
+            return Change(call.unchanged)
+        operands = tuple(Operand(g.path, full=tuple(g.tensor.shape)) for g in read)
+        return Change(replace(call.unchanged, operands=operands))
 
     def _parameters_read(self, call: RecordedCall) -> list[Given]:
         """Return the split parameters that a call reads beside products and shards: a norm of weights."""
@@ -233,6 +239,33 @@ class CallRecorder(TorchFunctionMode):
         beside = any(f.label is not None for f in facts) or any(not x.tensor.numel() for x in others)
         moved = any(self.tracer.shadow(x.tensor).param is not None for x in call.results)
         return [] if beside or moved else read
+
+    def _keep_as_shards(self, call: RecordedCall, read: list[Given]) -> None:
+        """Follow a pointwise function of what was read from parameters that are split alike: `k.data * 0.9 + q.data * 0.1` is a shard, too.
+
+        Raises:
+            NotOnShards: for any other function.
+        """
+        ranks = [self._ranks(g) for g in read]
+        alike = all(r.shape == ranks[0].shape and torch.equal(r, ranks[0]) for r in ranks)
+        others = [g for g in call.given if g.tensor.ndim and not any(g is r for r in read)]
+        if (
+            call.name not in ON_EACH_ELEMENT
+            or others
+            or not alike
+            or any(r.tensor.shape != read[0].tensor.shape for r in call.results)
+        ):
+            raise NotOnShards("it reads a part of a split parameter", [g.tensor for g in read])
+        for r in call.results:
+            self.tracer.put(r.tensor, replace(read[0].facts, grad=any(g.facts.grad for g in read)))
+
+    def _ranks(self, g: Given) -> Tensor:
+        """Return the rank of each element of what was read from a split parameter."""
+        assert g.facts.param is not None
+        name, coordinates = g.facts.param
+        weight, dim = next(key for key in self.layouts.nodes if key[0] == self.split[name])
+        along = coordinates[dim if name == weight or len(coordinates) > 1 else 0]
+        return self.layouts.param_owner[self.layouts.nodes[weight, dim][shrunk(along)]]
 
     def _kept_together(self, call: RecordedCall, no: NotOnShards) -> list[Tensor]:
         """Return the features that a call that can't run on shards needs together."""

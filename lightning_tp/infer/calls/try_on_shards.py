@@ -43,7 +43,7 @@ def fitting_operands(call: RecordedCall, change: Call, layouts: Layouts, tried: 
         operands = tuple(o for o in changed if o.part is not None or o.enter)
         try:
             if not _is_right(call, replace(change, operands=operands), layouts, tried):
-                _check_untried(call)
+                _check_function_untried(call) if call.is_function else _check_untried(call)
             return operands
         except NotOnShards as no:
             first = first or no
@@ -51,13 +51,16 @@ def fitting_operands(call: RecordedCall, change: Call, layouts: Layouts, tried: 
     raise first
 
 
+def _check_function_untried(call: RecordedCall) -> None:
+    raise NotOnShards("an autograd.Function that can't be tried on shards")
+
+
 def _check_untried(call: RecordedCall) -> None:
     """Raise `NotOnShards` for a call that could not be tried, and may well be another one on shards."""
-    t, layout = next(((x.tensor, x.layout) for x in call.tensors if x.layout is not None), (None, None))
-    if call.is_function:
-        raise NotOnShards("an autograd.Function that can't be tried on shards")
-    if t is None or not isinstance(layout, Sharded):
+    first = next((x for x in call.tensors if x.layout is not None), None)
+    if first is None or not isinstance(first.layout, Sharded):
         return
+    t, layout = first.tensor, first.layout
     if call.name in BY_POSITION and not (call.name in TRIANGLES and layout.dim < t.ndim - 2):
         raise NotOnShards("it depends on positions along the split dimension")
     if call.name in OPERANDS_STAY_WHOLE | PRODUCTS | NOT_BROADCASTING | MOVES:

@@ -63,6 +63,10 @@ RANDOM = _names(
 READS_VALUES = _names("numpy tolist __array__ __dlpack__ __repr__ stride data_ptr untyped_storage storage")
 # Keep one triangle of matrices.
 TRIANGLES = _names("tril triu tril_ triu_")
+# Compute each element of a result from the same ones of what they are given.
+ON_EACH_ELEMENT = _names(
+    "add sub mul div neg abs lerp clamp sqrt square pow exp sign __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __neg__ __pow__"
+)
 # Treat elements by their position, so that a shard is treated otherwise than its part of the whole.
 BY_POSITION = TRIANGLES | _names("roll rot90 outer ger __setitem__")
 # Write into their first argument, beside the functions that end in an underscore.

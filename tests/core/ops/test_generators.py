@@ -77,7 +77,9 @@ def test_states_are_set_and_hashed(kind: str) -> None:
     assert one.hash() == two.hash()
 
 
-@pytest.mark.parametrize("draw", [random.random, numpy.random.rand, lambda: torch.rand(1), GLOBAL.random], ids=str)
+@pytest.mark.parametrize(
+    "draw", [random.random, numpy.random.rand, lambda: torch.rand(1), GLOBAL.random], ids=["python", "numpy", "torch", "own"]
+)
 def test_every_draw_shows_and_is_undone(draw: Callable[[], Any]) -> None:
     states = RandomStates({"g": GLOBAL})
     before = states.hash()

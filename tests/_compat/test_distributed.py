@@ -1,0 +1,87 @@
+"""What is wrapped of torch for process groups, DTensors and FSDP2, on this version."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lightning_tp import _compat
+from lightning_tp.core.comm.fake_world import fake_world
+from lightning_tp.testing import run_ranks
+
+
+def test_dtensors_and_their_pieces() -> None:
+    with fake_world(2, rank=1):
+        mesh = init_device_mesh("cpu", (2,))
+        plain = torch.arange(10.0).view(5, 2)
+        even = distribute_tensor(plain, mesh, [Shard(0)], src_data_rank=None)
+        assert _compat.local_tensor(plain) is plain and _compat.local_tensor(even).shape == (2, 2)
+        assert not _compat.is_in_pieces(even)
+        ((offset, piece),) = _compat.pieces_of_dtensor(even)
+        assert offset == (3, 0) and torch.equal(piece, plain[3:])
+        pieces, offsets = [plain[1:2], plain[4:]], [(1, 0), (4, 0)]
+        fused = _compat.dtensor_of_pieces(pieces, offsets, mesh, (Shard(0),), torch.Size((5, 2)))
+        assert _compat.is_in_pieces(fused) and fused.shape == (5, 2) and fused.placements == (Shard(0),)
+        assert [(o, p.tolist()) for o, p in _compat.pieces_of_dtensor(fused)] == [((1, 0), [[2, 3]]), ((4, 0), [[8, 9]])]
+        names: list[str] = []
+        for tensor in (even, fused):
+            twin = _compat.copy_dtensor(tensor, lambda t, name: names.append(name) or t + 1)
+            assert twin.placements == tensor.placements and twin.shape == tensor.shape
+            for (a, x), (b, y) in zip(_compat.pieces_of_dtensor(tensor), _compat.pieces_of_dtensor(twin), strict=True):
+                assert a == b and torch.equal(x + 1, y)
+        assert names == ["", "0", "1"]
+        strided = _compat.strided_shard(0, 2)
+        assert strided.dim == 0 and strided.split_factor == 2 and type(strided).__name__ == "_StridedShard"
+
+
+def test_units_that_are_frozen_at_first() -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    with fake_world(2):
+        mesh = init_device_mesh("cpu", (2,))
+        model = nn.Linear(4, 4)
+        model.requires_grad_(False)
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
+        _compat.remember_dtypes(model)
+        model(torch.ones(2, 4))
+        model.requires_grad_(True)
+        model(torch.ones(2, 4)).sum().backward()
+        assert model.weight.grad is not None and model.weight.grad.dtype == torch.float32
+
+
+def test_process_groups() -> None:
+    def body() -> None:
+        dist.init_process_group("gloo")  # by the environment: over TCP
+        rank, group = dist.get_rank(), dist.group.WORLD
+        assert _compat.gather_rows(torch.tensor([[rank, 7]]), group).tolist() == [[[0, 7]], [[1, 7]]]
+        store = _compat.clone_store()
+        assert store is not None
+        store.set(f"from {rank}", "here")
+        dist.barrier()
+        assert store.get(f"from {1 - rank}") == b"here"
+        _compat.let_store_fail(timedelta(seconds=20))  # a healthy one goes on
+        assert store.check([f"from {rank}"])
+        _compat.limit_waiting([group], timedelta(seconds=1))
+        if rank == 0:
+            with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+                dist.all_reduce(torch.ones(1))  # the other does not come
+            store.set("done", "")
+        store.wait(["done"])
+
+    run_ranks(body, 2, init=False)
+
+
+def test_groups_that_are_not_there() -> None:
+    group = _compat.fake_process_group(3, 8)
+    assert (group.rank(), group.size()) == (3, 8)
+    group.allreduce([torch.ones(2)]).wait()
+    assert _compat.fake_store() is not None
+    with fake_world(2):
+        assert _compat.clone_store() is None
+        _compat.let_store_fail(timedelta(seconds=1))
