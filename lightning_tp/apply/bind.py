@@ -56,7 +56,10 @@ def split_parameters(model: nn.Module, plan: CheckedPlan, mesh: DeviceMesh, *, f
         if mesh.size() > 1 and (found := take_hooks(p)) is not None:
             hooks[name] = found
         if split.dim is not None:  # in the same object: hooks, lists and closures hold it
-            p.data, p.grad = split.take(p.detach(), rank), None
+            shard, other = split.take(p.detach(), rank), torch.float32 if p.dtype == torch.float64 else torch.float64
+            # by way of another dtype, for which autograd forgets the full shape: a graph from before the split (a loss in a list) keeps it alive
+            p.data = p.detach().new_empty(0, dtype=other)
+            p.data, p.grad = shard, None
         return shard_like(p, ParamShard(name, split, plan.shapes[name], mesh, fsdp and p.ndim > 0, name in stated))
 
     replace_parameters(model, plan, shard_of)

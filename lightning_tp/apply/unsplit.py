@@ -46,6 +46,8 @@ class Ways:
         trusted: calls in this mode go the way that the plan was made from, the first of them; None: none do.
     """
 
+    off = False  # in `always_on_shards`
+
     def __init__(self, model: Any, mesh: DeviceMesh, trusted: bool | None) -> None:
         self.model, self.mesh, self.trusted = ref(model), mesh, trusted
         self.known: dict[Any, set[Any] | None] = {}  # kind of a call -> kinds of its outputs; None: it is wrong on shards
@@ -57,6 +59,8 @@ class Ways:
 
     def call(self, module: nn.Module, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """Call a module, by `run` on shards; unsplit where that is not right."""
+        if Ways.off:
+            return run(*args, **kwargs)
         kind = (module.training, torch.is_grad_enabled(), kind_of(args), kind_of(kwargs))
         model = self._model_of(module)
         known = self.known.get(kind, _NEW)
@@ -86,6 +90,16 @@ class Ways:
             warn_unsplit(module, why)
         known = self.known[kind] = None if why is not None else {*(self.known.get(kind) or ()), *comparison.made}
         return known
+
+
+@contextmanager
+def always_on_shards() -> Iterator[None]:
+    """Run split models on their shards whatever comes of it: to find out whether that is right."""
+    before, Ways.off = Ways.off, True
+    try:
+        yield
+    finally:
+        Ways.off = before
 
 
 def remember_unsplit(model: nn.Module) -> Callable[[], None]:

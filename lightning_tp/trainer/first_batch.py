@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.apply.same_everywhere import same_weights_everywhere
+from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.infer.given import Doubt
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import INFERRED
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.state_dict import full_gradients
 from lightning_tp.trainer.module_plan import doubt_about_plan, first_batch
 from lightning_tp.verify.compare import compare_tensors
@@ -118,7 +120,8 @@ class FirstBatchCheck:
             ) from error
 
     def _compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
-        loss, gradients = self._run(module, step)
+        with always_on_shards():
+            loss, gradients = self._run(module, step)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         rtol = RTOL.get(dtype, 1e-3)
         with self.context():
@@ -147,7 +150,8 @@ class FirstBatchCheck:
             loss = out if isinstance(out, Tensor) else out["loss"] if isinstance(out, dict) else None
             if loss is None:
                 raise TPError("`verify=True`: `training_step` returned no loss for the first batch.")
-        loss.backward()
+        with local_view():
+            loss.backward()
         gradients = full_gradients(module)
         module.zero_grad(set_to_none=True)
         return loss.detach().double().cpu(), gradients

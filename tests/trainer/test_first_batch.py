@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -85,3 +87,51 @@ def test_precision_and_dropout() -> None:
 
 def test_what_cannot_be_verified_is_refused() -> None:
     assert "this module steps its optimizers by itself" in message_of(Manual(), strategy(TP2, verify=True))
+
+
+class Halves(L.LightningModule):
+    """Two linear layers in turn, by a plan that somebody wrote."""
+
+    def __init__(self, gated: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gated, self.losses = gated, []
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(8 if gated else 16, 8)
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        x = self.up(batch)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            x = gate.sigmoid() * x
+        self.losses.append(loss := self.down(x).square().mean())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+PAIR = {"up": "colwise", "down": "rowwise"}
+PLANS = {
+    "a fused weight": (True, PAIR, "`up`: by the plan, .*`fused_colwise`.*gives other numbers than one process: .*differ"),
+    "swapped": (False, {"up": "rowwise", "down": "colwise"}, "`up`: it does not run on shards .*raises RuntimeError: mat1"),
+    "one half": (False, {"up": "colwise", "down": "replicate"}, "`down`: it does not run on shards .*raises RuntimeError"),
+    "right": (False, PAIR, ""),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_a_plan_that_somebody_wrote(kind: str) -> None:
+    gated, rules, text = PLANS[kind]
+
+    def body() -> int:
+        module = Halves(gated)
+        trainer_of(ltp.TPStrategy(tp=2, plan=rules)).fit(module, torch.utils.data.DataLoader(torch.randn(4, 3, 8), batch_size=2))
+        return len(module.losses)
+
+    if not text:
+        assert on(2, body) == [2, 2]  # nothing was run beside the steps
+        return
+    with pytest.raises(RankError) as caught:
+        on(2, body)
+    message = caught.value.errors[0].message
+    assert message.startswith("The plan does not fit the model: ") and re.search(text, message, re.DOTALL), message

@@ -45,7 +45,6 @@ from lightning_tp.core.comm.axis import Axis, even_shard
 from lightning_tp.core.comm.fake_world import FakeGroup
 from lightning_tp.core.comm.transitions import invariant_to_width, width_to_invariant
 from lightning_tp.core.modules.call_site import users_line
-from lightning_tp.core.units import size as readable_size
 from lightning_tp.errors import TPError
 
 # function, method or attribute of torch -> what it does with split logits, and the same of its operators; filled by `logits_rules.py`, whose
@@ -276,7 +275,7 @@ def _tell_of_gather(name: str, args: Any, kwargs: dict[str, Any]) -> None:
             nbytes = x.local.element_size() * x.numel()
             warnings.warn(
                 f"{where}: `{name}` needs all columns of the logits {full_sizes(x)}, which every rank keeps a shard of, so they are all-gathered: "
-                f"{readable_size(nbytes)} on each rank, every time. The result is right. `logits.full_tensor()` says that it is meant; "
+                f"{nbytes:,} bytes on each rank, every time. The result is right. `logits.full_tensor()` says that it is meant; "
                 "`F.cross_entropy` and pointwise functions need none.",
                 stacklevel=2,
             )
