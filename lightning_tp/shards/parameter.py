@@ -320,7 +320,7 @@ def _sizes(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def _as_it_is(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    with local_view():
+    with without_torch_function_subclass():
         return func(*args, **kwargs)
 
 
