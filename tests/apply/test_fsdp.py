@@ -17,6 +17,7 @@ from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.blocks import find_blocks
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.testing import run_ranks
 
 
@@ -143,9 +144,10 @@ def test_precision_of_a_policy() -> None:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
         model = ltp.parallelize(Llama(LlamaConfig(num_layers=2)), make_mesh("cpu", 2, 2), PLAN, precision=policy)
         for name in ("layers.0.attention.wq", "layers.1.feed_forward.w2", "output"):
-            model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, out, name=name: seen.update({name: module.weight.dtype})
-            )
+            with local_view():  # of the split model's own modules
+                model.get_submodule(name).register_forward_hook(
+                    lambda module, inputs, out, name=name: seen.update({name: module.weight.dtype})
+                )
         with torch.autocast("cpu", torch.bfloat16):
             out = model(torch.zeros(2, 8, dtype=torch.long))
         assert len(seen) == 3 and set(seen.values()) == {torch.bfloat16}
