@@ -145,8 +145,6 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     registry = model._tp_registry = ParamRegistry(shards, gradients)  # type: ignore[assignment]
     tag_parameters(model)
     read_shards(model, stored)
-    if mesh.size() > 1:
-        attach_state_dict(model)
     if tp_mesh.size() > 1:
         bind_random_calls(model, axis, options.dropout)
     if dp_mesh.size() > 1:
@@ -155,6 +153,7 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     if tp_mesh.size() > 1 and not options.compile:
         mark_streams(model, plan, axis)
     if mesh.size() > 1:
+        attach_state_dict(model)
         enter_local_view(model, _ways(model, mesh, plan, options, mode))
         remember()
     return model

@@ -42,6 +42,7 @@ from lightning_tp._compat import (
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import R
 from lightning_tp.errors import TPError
+from lightning_tp.shards import functions
 from lightning_tp.shards.shard import ParamShard, like
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -196,7 +197,9 @@ class FullView(Tensor):
         view = next((x for x in args if isinstance(x, FullView)), None)
         if view is not None and _writes(func.__name__):
             _write_back(view._tp_of, view._tp_full)
-        return _tracked(out, view._tp_of, view._tp_full) if view is not None and func.__name__ in _VIEWS else out
+        if view is None or func.__name__ not in functions.VIEWS | {"__get__"}:
+            return out
+        return _tracked(out, view._tp_of, view._tp_full)
 
 
 def _tracked(tree: Any, of: Any, full: Tensor) -> Any:
@@ -248,7 +251,7 @@ def _seen_in_full(
     name = func.__name__
     if name in ("__get__", "__set__", "__delete__"):
         return _attribute(func, args, kwargs)
-    if name in _AS_IT_IS or in_forward():
+    if name in functions.AS_IT_IS or in_forward():
         return _as_it_is(func, args, kwargs)
     rule = _autograd_grad if func is torch.autograd.grad else _RULES.get(name)
     if rule is not None and (out := rule(func, args, kwargs)) is not NotImplemented:
@@ -286,9 +289,9 @@ def in_forward() -> bool:
 def _attribute(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Read or set an attribute: `func` is `__get__` or `__set__` of a descriptor."""
     x, name, reads = args[0], func.__self__.__name__, func.__name__ == "__get__"  # type: ignore[attr-defined]
-    if reads and name in _FROM_VALUES:
+    if reads and name in functions.VALUE_ATTRIBUTES:
         return _view(func, args, kwargs)
-    if not isinstance(x, SHARDED) or (name in _OF_SHAPE and in_forward()):
+    if not isinstance(x, SHARDED) or (name in functions.SHAPE_ATTRIBUTES and in_forward()):
         return _as_it_is(func, args, kwargs)
     return (_READ if reads else _WRITE).get(name, _as_it_is)(func, args, kwargs)
 
@@ -379,7 +382,7 @@ def _on_shards(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 def _writes(name: str) -> bool:
-    return name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    return name in functions.WRITES or (name.endswith("_") and not name.endswith("__"))
 
 
 def _write(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -476,38 +479,14 @@ class _Full(Function):
             return like(p, local)
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 MODULE_CALL = call_impl.__code__
 _FORWARDS = ("forward", "inner", "_call_impl", "__call__")
-_OF_SHAPE = _names("shape ndim nbytes")
-_READ = {**dict.fromkeys(_OF_SHAPE, _read_shape), "data": _read_tensor, "grad": _read_tensor}
+_READ = {**dict.fromkeys(functions.SHAPE_ATTRIBUTES, _read_shape), "data": _read_tensor, "grad": _read_tensor}
 _WRITE = {"data": _write_tensor, "grad": _write_tensor}
-_FROM_VALUES = _names("T mT H mH real imag")
-_SIZES = _names("size dim ndimension numel nelement stride __len__ is_contiguous")
-_AS_IT_IS = _names(
-    """requires_grad_ retain_grad backward is_floating_point is_complex is_signed is_inference is_conj is_neg element_size get_device
-    __hash__ __dir__ is_shared share_memory_ is_pinned has_names is_set_to is_same_size _is_view untyped_ __torch_dispatch__"""
-)
-_LOCAL = _names("detach zeros_like ones_like empty_like full_like")
-_COPIES = _names("detach_ clone to cpu cuda float double half bfloat16 type type_as contiguous pin_memory copy_")
-_POINTWISE = _names(
-    """add sub mul div add_ sub_ mul_ div_ neg neg_ abs abs_ zero_ fill_ lerp lerp_ clamp clamp_ sqrt sqrt_ square square_ pow pow_ addcmul addcmul_
-    addcdiv addcdiv_ sign sign_ exp exp_ reciprocal reciprocal_ __add__ __radd__ __sub__ __mul__ __rmul__ __truediv__ __iadd__ __isub__ __imul__
-    __itruediv__ true_divide true_divide_ divide divide_ multiply multiply_ subtract subtract_"""
-)
-_WRITES = _names("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__")
-_VIEWS = _names(
-    """__getitem__ view reshape view_as reshape_as flatten ravel unflatten select narrow unbind split split_with_sizes chunk tensor_split
-    unsqueeze squeeze transpose t permute movedim moveaxis swapaxes swapdims diagonal expand as_strided unfold __iter__ hsplit vsplit __get__"""
-)
-_POINTERS = _names("data_ptr untyped_storage storage _typed_storage __dlpack__ numpy __array__")
 _RULES: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(_POINTERS, _pointer),
-    **dict.fromkeys(_SIZES, _sizes),
-    **dict.fromkeys(_LOCAL, _alike),
-    **dict.fromkeys(_COPIES | _POINTWISE, _on_shards),
+    **dict.fromkeys(functions.VIEWS, _view),
+    **dict.fromkeys(functions.POINTERS, _pointer),
+    **dict.fromkeys(functions.SIZES, _sizes),
+    **dict.fromkeys(functions.ALIKE, _alike),
+    **dict.fromkeys(functions.COPIES | functions.POINTWISE, _on_shards),
 }

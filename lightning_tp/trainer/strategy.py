@@ -296,8 +296,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             with raise_on_rank_zero(self.global_rank):
                 for optimizer in self.optimizers:
                     check_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
-            for optimizer in self.optimizers:
-                optimizer.zero_grad = local_view()(type(optimizer).zero_grad.__get__(optimizer))  # type: ignore[method-assign]
+                    optimizer.zero_grad = local_view()(type(optimizer).zero_grad.__get__(optimizer))  # type: ignore[method-assign]
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             private.optimizers_to_device(self.optimizers, self.root_device)
@@ -305,8 +304,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     @property
     def num_global_parameters(self) -> int:
         """The number of elements of all parameters of the full model, tied ones counted once."""
-        plan = applied_plan(self.lightning_module)
-        if plan is not None:
+        if (plan := applied_plan(self.lightning_module)) is not None:
             return plan.numel
         return sum(p.numel() for p in self.model.parameters()) if self.model is not None else 0
 
