@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -129,7 +131,7 @@ def _is_torchs(module: nn.Module) -> bool:
 def _take_in_forwards(model: nn.Module) -> None:
     """Let a forward that was put on a module itself be that of its class, under which a style runs it."""
     for module in model.modules():
-        if "forward" in module.__dict__:
+        if isinstance(module.__dict__.get("forward"), (FunctionType, MethodType, partial)):  # an object may call that of the class
             swap_class(module, ReplacedForward, _replaced=module.__dict__.pop("forward"))
 
 

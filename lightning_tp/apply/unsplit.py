@@ -7,6 +7,7 @@ the split), its first run is compared with this one. If they differ, such calls 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,6 +35,7 @@ DEEPEST = 4  # containers inside of each other that are looked into
 _BEFORE = "_tp_before_split"  # (class, settings) of a module
 _NEW: Any = object()
 _REGISTER = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
+_NOT_USERS = {"lightning", "pytorch_lightning", "torch"}  # the summary of a model registers hooks that read shapes
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -257,7 +259,8 @@ def _watched(register: Callable[..., RemovableHandle]) -> Callable[..., Removabl
     @wraps(register)
     def watched(self: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> RemovableHandle:
         late: LateHooks | None = self.__dict__.get("_tp_late_hooks")
-        if late is None or depth() or full_runs():
+        by = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        if late is None or depth() or full_runs() or by in _NOT_USERS:
             return register(self, hook, *args, **kwargs)
         if self.__dict__.get("_ways") is not None:  # what it is given and returns is full
             return register(self, full_view()(hook), *args, **kwargs)

@@ -165,11 +165,17 @@ class _Sharded:
         return gradients.add_hook(self, hook, accumulated=True)
 
 
-class ShardedParameter(_Sharded, nn.Parameter):
+class _Local(_Sharded):
+    def to_local(self) -> Tensor:
+        """Return this rank's shard as a plain tensor, which shares its memory; as `DTensor.to_local`."""
+        return local_tensor(self)  # type: ignore[arg-type]
+
+
+class ShardedParameter(_Local, nn.Parameter):
     """A parameter of which this rank holds the shard `_tp_shard` says."""
 
 
-class ShardedTensor(_Sharded, Tensor):
+class ShardedTensor(_Local, Tensor):
     """What was read from a sharded parameter (`.data`, `.detach()`, `.grad`, a copy), and is sharded like it."""
 
 

@@ -45,7 +45,7 @@ def _on_ranks(plans: dict[str, Any], references: dict[str, Any]) -> dict[str, An
         try:
             with sdpa_kernel(SDPBackend.MATH):
                 ltp.parallelize(model, mesh, plan)
-                held = sum(p.numel() for p in model.parameters()) / total
+                held = sum(p.to_local().numel() for p in model.parameters()) / total  # type: ignore[operator]
                 got = _steps(model, inputs, loss_fn, ltp.full_gradients)
             state = ltp.full_state_dict(model)
             if dist.get_rank() == 0:

@@ -34,6 +34,7 @@ _LEAVES = (
     torch.device,
     torch.dtype,
 )
+_WHO_LOOKS = ("lightning_tp.infer.", "lightning_tp.core.")  # what follows a run by hooks keeps what it has seen
 
 
 class Replayed(Iterator[Any]):
@@ -71,7 +72,7 @@ class Reachable:
 
     def _save(self, x: Any) -> list[Any]:
         """Note how to restore one object, and return those that it leads to."""
-        if isinstance(x, _LEAVES) or id(x) in self.seen:
+        if isinstance(x, _LEAVES) or id(x) in self.seen or type(x).__module__.startswith(_WHO_LOOKS):
             return []
         self.seen[id(x)] = x
         if isinstance(x, Tensor):

@@ -32,7 +32,25 @@ def _subclass(mixin: type, cls: type) -> type:
     beneath = layer is nn.Embedding and layer is not cls and issubclass(cls, layer)
     bases = (cls, mixin) if beneath else (mixin,) if issubclass(mixin, cls) else (mixin, cls)
     own = {"__module__": cls.__module__, "__reduce_ex__": _reduce}
-    return type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", bases, own)
+    return type(_name(mixin, cls), bases, own)
+
+
+def _name(mixin: type, cls: type) -> str:
+    """Name a layer's class by its style; that of a module which holds layers stays, since it is written into files (transformers' configs)."""
+    return cls.__name__ if mixin.__name__ in _KEEP_NAME else f"{mixin.__name__.removeprefix('_')}{cls.__name__}"
+
+
+_KEEP_NAME = {
+    "_Entry",
+    "_Sized",
+    "_RewrittenCalls",
+    "_UnderCallMode",
+    "_Block",
+    "_ObservedModel",
+    "ReplacedForward",
+    "_Checkpointed",
+    "_Compiled",
+}
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
@@ -49,7 +67,7 @@ def _reduce(self: Any, protocol: Any) -> Any:
 def _grafted(mixin: type, cls: type) -> type:
     """A subclass of `cls` alone, with the functions of `mixin`, whose `super()` is `cls`."""
     own = {"__module__": cls.__module__, "__reduce_ex__": _reduce}
-    made = type(f"{mixin.__name__.removeprefix('_')}{cls.__name__}", (cls,), own)
+    made = type(_name(mixin, cls), (cls,), own)
     for name, f in vars(mixin).items():
         if isinstance(f, FunctionType):
             cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
