@@ -274,6 +274,9 @@ def _watched(register: Callable[..., RemovableHandle]) -> Callable[..., Removabl
 class LateHooks:
     """The hooks of a model's modules that were registered after the split."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # what a model holds beside its layers (metrics) may be pickled
+
     def __init__(self, model: nn.Module) -> None:
         self.model = ref(model)
         self.registered = 0

@@ -50,7 +50,7 @@ def ways() -> None:
     for name, p in one.named_parameters():
         torch.testing.assert_close(ltp.full_gradients(many)[name], p.grad)
     torch.testing.assert_close(many(x), one(x))
-    assert many.up.out_features == 16 and type(many).__name__.startswith("Entry")
+    assert many.up.out_features == 16 and any(c.__name__ == "_Entry" for c in type(many).__mro__)
 
 
 def test_ways_that_a_plan_has_not_seen() -> None:
@@ -69,7 +69,7 @@ def late_hooks() -> None:
     torch.testing.assert_close(seen[0], one.up(x))
     handle.remove()
     torch.testing.assert_close(many(x), one(x))
-    assert len(seen) == 1 and type(many).__name__.startswith("Entry"), "split again"
+    assert len(seen) == 1 and any(c.__name__ == "_Entry" for c in type(many).__mro__), "split again"
 
 
 def test_hooks_registered_after_the_split() -> None:

@@ -14,6 +14,7 @@ import lightning_tp as ltp
 from lightning_tp.core.comm.state import R
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.styles import Colwise, PrepareInput, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Collectives, gradients, mesh
@@ -116,7 +117,8 @@ def test_fewer_key_value_heads_than_ranks(name: str, kernel: str) -> None:
 
     def body() -> None:
         model = trains_alike(whole, f"{name}, {kernel}")
-        groups = {m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")}
+        with local_view():
+            groups = {m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")}
         assert groups == ({1} if name == "llama" else {2})
         k = model._tp_applied_plan.splits["model.layers.0.self_attn.k_proj.weight"]
         assert k.sum_over(4) == (2 if name == "llama" else 1)
@@ -129,7 +131,8 @@ def test_one_key_value_head() -> None:
 
     def body() -> None:
         model = trains_alike(whole, "1 key/value head")
-        assert {m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")} == {4}
+        with local_view():
+            assert {m.num_key_value_groups for m in model.modules() if hasattr(m, "num_key_value_groups")} == {4}
 
     run_ranks(body, 2)
 

@@ -15,6 +15,7 @@ import lightning_tp as ltp
 from lightning_tp._compat import local_tensor
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.ops.split_logits import SplitLogits
+from lightning_tp.shards.parameter import local_view
 from lightning_tp.styles import VocabEmbedding, VocabHead
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Alone, Collectives, alone, gradients, held, mesh, whole_gradient_of
@@ -54,7 +55,8 @@ def test_rows_of_a_padding_index_get_no_gradient() -> None:
         model(ids).sum().backward()
         got = local_tensor(model.m.weight.grad).sum(1).tolist()
         assert got == ([4.0] * 4 if rank == 0 else [4.0, 0.0, 4.0, 4.0])
-        assert (model.m.num_embeddings, model.m.embedding_dim, model.m.padding_idx) == (4, 4, (None, 1)[rank])
+        with local_view():  # outside of it, full sizes are shown
+            assert (model.m.num_embeddings, model.m.embedding_dim, model.m.padding_idx) == (4, 4, (None, 1)[rank])
 
     run_ranks(body, 2)
 
@@ -124,7 +126,8 @@ def test_head_with_split_logits(tp: int) -> None:
                 logits = model(x)
             assert forward.kinds == before and isinstance(logits, SplitLogits)
             assert logits.shape == (2, 17, V) and logits.local.shape == (2, 17, ROWS[tp][rank])
-            assert model.m.out_features == ROWS[tp][rank]
+            with local_view():  # outside of it, full sizes are shown
+                assert model.m.out_features == ROWS[tp][rank]
             with Collectives() as in_loss:
                 loss = loss_of(logits)
             assert in_loss.sent == [(AR, 34 * 4), (AR, 3 * 34 * 4)]
