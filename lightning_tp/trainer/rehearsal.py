@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -87,7 +88,7 @@ class Rehearsal:
     def call(self, module: nn.Module, batch: Any) -> Any:
         """Run the step; what it changes is changed back."""
         with self.preserved(batch):
-            return getattr(module, self.name)(batch, 0)
+            return _call_step(getattr(module, self.name), batch)
 
     def call_after_hooks(self, module: nn.Module, batch: Any) -> Any:
         """Run the step, and before it the hooks of the module that come before the first one in training."""
@@ -95,7 +96,7 @@ class Rehearsal:
             for hook in HOOKS:
                 with suppress(Exception):
                     getattr(module, hook)(*((batch, 0) if hook == HOOKS[-1] else ()))
-            return getattr(module, self.name)(batch, 0)
+            return _call_step(getattr(module, self.name), batch)
 
 
 def _only_closure(closure: Callable[[], Any] | None = None) -> Any:
@@ -108,3 +109,12 @@ def _restore_attributes(saved: list[tuple[Any, dict[str, Any]]]) -> None:
     for x, attributes in saved:
         vars(x).clear()
         vars(x).update(attributes)
+
+
+def _call_step(step: Callable[..., Any], batch: Any) -> Any:
+    """Call a step with what it takes, as Lightning does: a batch and perhaps its index, or an iterator over batches."""
+    parameters = inspect.signature(step).parameters
+    if "dataloader_iter" in parameters:
+        return step(iter([(batch, 0, 0)]))
+    takes_index = len(parameters) > 1 or any(p.kind == p.VAR_POSITIONAL for p in parameters.values())
+    return step(batch, 0) if takes_index else step(batch)

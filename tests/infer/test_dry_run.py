@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_tp as ltp
 from examples.llama import PLAN as LLAMA_PLAN
 from examples.llama import Llama, LlamaConfig
+from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.snapshot import preserve_modules
 from lightning_tp.infer.blocks.workload import Workload
@@ -130,7 +131,7 @@ def test_counted_are_the_collectives_of_the_applied_plan(tp: int, device: str, m
     counted = count_collectives(model, loss_of, tokens, ltp.Plan(LLAMA_PLAN).check(model, tp), tp)
     with fake_world(tp):
         applied = ltp.parallelize(small_llama(), make_mesh("cpu", 1, tp), LLAMA_PLAN).eval()
-        with _Sent() as sent:
+        with _Sent() as sent, always_on_shards():
             loss_of(applied, tokens).backward()
     assert counted == dict(sent.counts)
     assert counted["all-reduce"] == tp // 2  # with tp=4, two ranks share key/value heads: a sum over these, and one over all

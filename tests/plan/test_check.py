@@ -103,7 +103,9 @@ def test_local_shapes_on_real_ranks_are_those_of_the_plan() -> None:
         rank, model = dist.get_rank(), tiny(hidden_dim=341, vocab_size=1003, bias=True)
         plan = Plan(PLAN).check(model, 4)
         ltp.parallelize(model, mesh(), PLAN)
-        return [(n, tuple(p.shape), plan.splits[n].local_shape(plan.shapes[n], rank)) for n, p in model.named_parameters()]
+        return [
+            (n, tuple(p.to_local().shape), plan.splits[n].local_shape(plan.shapes[n], rank)) for n, p in model.named_parameters()
+        ]
 
     for rank in run_ranks(body, 4):
         assert rank and [name for name, has, planned in rank if has != planned] == []

@@ -208,7 +208,7 @@ def test_over_the_data_parallel_axis() -> None:
 
 
 def test_what_nobody_seeded_trains_all_the_same() -> None:
-    """Other numbers on each rank: one warning, and the batches of the first rank."""
+    """Seeded otherwise on each rank: the batches of the first rank. At most one warning: the states of Python's generator are made equal first."""
 
     def cases(dp: int) -> Any:
         def unseeded(loader: Callable[[], Any]) -> Callable[[], Any]:
@@ -226,6 +226,6 @@ def test_what_nobody_seeded_trains_all_the_same() -> None:
 
     first, second = in_trainers((1, 2), cases)
     for name in first:
-        assert [s[0] for s in first[name][0]] == [s[0] for s in second[name][0]] and len(first[name][3]) == 1, name
+        assert [s[0] for s in first[name][0]] == [s[0] for s in second[name][0]] and len(first[name][3]) <= 1, name
         assert all(torch.equal(t, second[name][1][n]) for n, t in first[name][1].items())
     assert sorted(x for s, _ in first["sampler"][0][:12] for x in s) == sorted(int(TOKENS[i]["tokens"][0]) for i in range(24))

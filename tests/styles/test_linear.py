@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.state import SEQUENCE, I
 from lightning_tp.shards.parameter import local_view
 from lightning_tp.styles import Colwise, PrepareInput, Rowwise, Sequence
@@ -114,9 +115,10 @@ def test_layers_show_the_sizes_that_they_hold() -> None:
         plan = {"0": "colwise", "1": "rowwise", "2": "colwise", "3": "rowwise", "4": "colwise"}
         ltp.parallelize(model, mesh(), plan)
         up, down, up_conv, down_conv, embedding = model
-        assert (up.in_features, up.out_features, down.in_features, down.out_features) == (8, 6, 6, 8)
-        assert (up_conv.nx, up_conv.nf, down_conv.nx, down_conv.nf) == (8, 6, 6, 8)
+        assert (up.in_features, up.out_features, down.in_features, down.out_features) == (8, 12, 12, 8)
         with local_view():  # outside of it, full sizes are shown
+            assert (up.in_features, up.out_features, down.in_features, down.out_features) == (8, 6, 6, 8)
+            assert (up_conv.nx, up_conv.nf, down_conv.nx, down_conv.nf) == (8, 6, 6, 8)
             assert (embedding.num_embeddings, embedding.embedding_dim) == (5, 3)
         for layer in model:
             assert isinstance(layer, (nn.Linear, nn.Embedding)) or type(layer).__name__.endswith("Conv1D")
@@ -227,7 +229,7 @@ def test_evaluation_sends_the_forward_half() -> None:
         ltp.parallelize(model, mesh(), {"0": Colwise(input="I"), "1": "rowwise"})
         x = X.clone()
         for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode, torch.enable_grad):
-            with mode(), Collectives() as comm:
+            with mode(), Collectives() as comm, always_on_shards():
                 y = model(x)
             assert comm.kinds == [AR], mode
             torch.testing.assert_close(y, whole(x))

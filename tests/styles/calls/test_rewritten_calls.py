@@ -123,7 +123,7 @@ def test_calls_from_one_place_take_turns_from_the_first_in_each_forward() -> Non
         at = Recorded.of(model, torch.zeros(8))
         bound(model, Call("view", at), Call("view", at, sizes=(sizes, sizes)))
         for _ in range(2):
-            assert [t.shape[1] for t in model(torch.zeros(8), torch.zeros(4), torch.zeros(8))] == [4, 2, 4]
+            assert [t.shape[1] for t in model(torch.zeros(8), torch.zeros(4))] == [4, 2]
         with pytest.raises(TPError, match="not a multiple"):
             bound(Loop(), Call("view", at, sizes=(((1, 1, 3),),) * 2))(torch.zeros(8))
         assert [t.shape[1] for t in model(torch.zeros(8), torch.zeros(4))] == [4, 2]  # after an error in another one
