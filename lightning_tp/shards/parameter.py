@@ -182,6 +182,11 @@ class ShardedTensor(_Local, Tensor):
 class ShardedDTensor(_Sharded, DTensor):
     """The same under FSDP2: its DTensor over the data-parallel axis, of a shard over the tensor-parallel one."""
 
+    def detach(self) -> Any:
+        """Return it without history; of this class in either view, as `nn.Parameter` asks for when a module is moved."""
+        with without_torch_function_subclass():
+            return shard_like(DTensor.detach(self), self._tp_shard)
+
 
 SHARDED = (ShardedParameter, ShardedTensor, ShardedDTensor)
 keep_foreach(*SHARDED)

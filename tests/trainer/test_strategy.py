@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -678,28 +677,20 @@ def test_parameters_are_counted_whole() -> None:
     assert on(4, body) == [sum(p.numel() for p in build().parameters())] * 4
 
 
-def test_adafactor_is_refused_over_fsdp_and_warned_of_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adafactor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Factored(Net):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adafactor(self.parameters())
 
-    def warned() -> list[str]:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            fit(Factored, strategy())
-        return [str(w.message) for w in said if "Adafactor" in str(w.message)]
-
-    first, second = on(2, warned)
-    assert len(first) == 1 and "of each rank's shard of a split weight" in first[0] and not second
-
     monkeypatch.setattr(errors, "HEAD_START", 0.0)
 
-    def refused() -> str:
+    def refused(*mesh: Any) -> str:
         with pytest.raises((ltp.TPError, SystemExit)) as info:
-            fit(Factored, strategy(MESH_2X2), 2)
+            fit(Factored, strategy(*mesh[:1]), *mesh[1:])
         return str(info.value)
 
-    assert "Adafactor can't step on FSDP2's shards" in on(4, refused)[0]
+    assert "Adafactor does not work element by element" in on(2, refused)[0]
+    assert "Adafactor can't step on FSDP2's shards" in on(4, lambda: refused(MESH_2X2, 2))[0]
 
 
 def test_checkpoint_io_is_torn_down() -> None:
