@@ -7,8 +7,6 @@ torch 2.11 and 2.13 (`tests/test__compat.py`); where the two differ, the functio
 from __future__ import annotations
 
 import atexit
-import ctypes
-import errno
 import functools
 import math
 import os
@@ -74,11 +72,6 @@ call_impl: Any = torch.nn.Module._call_impl  # `Module.__call__` without what `M
 def num_writes(tensor: Tensor) -> int:
     """Return how often a tensor was written in place, which autograd counts (`Tensor._version`)."""
     return tensor._version
-
-
-def tensor_tables(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a module's own parameters and buffers by name, the dicts themselves: there is no public way to replace one by another class."""
-    return module._parameters, module._buffers
 
 
 # private: `Variable._execution_engine.queue_callback`. Without it partial gradients would not be summed at the end of a backward pass.
@@ -420,25 +413,6 @@ METADATA_CLASSES = {
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }  # fmt: skip
-
-
-def rename_exchange(a: str, b: str) -> bool:
-    """Exchange two names of a file system atomically, by Linux's `renameat2`; False if the system or the file system can't.
-
-    Raises:
-        OSError: for other reasons (one of them is missing).
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    at_fdcwd, exchange = -100, 2
-    if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
-        return False
-    raise OSError(code, os.strerror(code), a, None, b)
 
 
 def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,20 +396,6 @@ def test_what_users_compile_is_found() -> None:
     assert _compat.take_compiled(model) == {}
     wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
     assert callable(_compat.backend_of_context(wrapped.dynamo_ctx))  # type: ignore[attr-defined]
-
-
-# ----------------------------------------------------------------------------------------------------------------- files
-
-
-def test_two_names_change_places(tmp_path: Path) -> None:
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("a")
-    b.mkdir()
-    if _compat.rename_exchange(str(a), str(b)):
-        assert a.is_dir() and b.read_text() == "a"
-    with pytest.raises(FileNotFoundError):
-        if not _compat.rename_exchange(str(a), str(tmp_path / "missing")):
-            raise FileNotFoundError
 
 
 def test_classes_in_the_metadata_of_a_checkpoint() -> None:

@@ -15,12 +15,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from lightning_tp._compat import all_gather_into, dtensor_of_pieces, is_in_pieces, local_tensor, pieces_of_dtensor, strided_shard
+from lightning_tp.core.boxes import Box, full_box, narrow
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.errors import TPError
 from lightning_tp.styles import Split
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -149,9 +148,9 @@ class ParamShard:
     # ----------------------------------------------------------------------------------------------------- DTensors
 
     def boxes(self) -> list[tuple[Box, Box]]:
-        """Return ((offset, size) in the full tensor, (offset, size) in this rank's local one) of each box that this rank holds."""
+        """Return (box of the full tensor, the same in this rank's local one) of each box that this rank holds."""
         if not self.shape:
-            return [(((), ()), ((), ()))]
+            return [(full_box(()), full_box(()))]
         rows = self.fsdp_rows()
         split, ndim = self.split, len(self.shape)
         ranges = ((0, self.shape[0]),) if split.dim is None else split.ranges[self.tp_rank]
@@ -168,7 +167,7 @@ class ParamShard:
                     continue
                 offset[0], size[0], here[0] = offset[0] + low - here[0], high - low, low - rows.start
             if all(size):
-                boxes.append(((tuple(offset), tuple(size)), (tuple(here), tuple(size))))
+                boxes.append((Box(tuple(offset), tuple(size)), Box(tuple(here), tuple(size))))
         return boxes
 
     def placements(self) -> tuple[Any, Any] | None:
@@ -193,7 +192,7 @@ class ParamShard:
             stride = torch.empty(self.shape, device="meta").stride()
             return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
         boxes = self.boxes()
-        pieces = [_box_of(local, here) for _, here in boxes]
+        pieces = [narrow(local, here) for _, here in boxes]
         offsets = [offset for (offset, _), _ in boxes]
         if not pieces:  # nothing on this rank: a box without elements, behind the end
             pieces, offsets = [local.new_empty((0, *self.shape[1:]))], [(self.shape[0], *(0 for _ in self.shape[1:]))]
@@ -227,15 +226,8 @@ class ParamShard:
             )
         local = torch.empty(self.local_shape, dtype=value.dtype, device=value.device)
         for (offset, _), here in boxes:
-            _box_of(local, here).copy_(held[offset])
+            narrow(local, here).copy_(held[offset])
         return local
-
-
-def _box_of(local: Tensor, box: Box) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(*box, strict=True)):
-        if offset or size != local.shape[dim]:
-            local = local.narrow(dim, offset, size)
-    return local
 
 
 def _numel(shape: tuple[int, ...]) -> int:
