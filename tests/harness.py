@@ -1,7 +1,7 @@
 """One module, split by one style and nothing else, against the same module in one process.
 
-`states` says what a rank holds of a whole tensor in each state of `comm.py`; `Collectives` sees what is sent; `alone` compares
-values, gradients, shapes and collectives. No tests here.
+`states` says what a rank holds of a whole tensor in each state of `comm.py`; `Collectives` sees what is sent, and `Sent` the names alone;
+`alone` compares values, gradients, shapes and collectives. No tests here.
 """
 
 from __future__ import annotations
@@ -50,6 +50,19 @@ class Collectives(TorchDispatchMode):
             tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
             name = func.overloadpacket.__name__
             self.sent.append((SHORT.get(name, name), max(t.numel() * t.itemsize for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+class Sent(TorchDispatchMode):
+    """The names of the collectives while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.all.append(func.overloadpacket.__name__.strip("_"))
         return func(*args, **(kwargs or {}))
 
 

@@ -30,7 +30,6 @@ from lightning_tp._compat.distributed import wait_for_gloo_at_exit as wait_for_g
 from lightning_tp._compat.files import METADATA_CLASSES as METADATA_CLASSES
 from lightning_tp._compat.files import FsspecFiles as FsspecFiles
 from lightning_tp._compat.files import LateTensor as LateTensor
-from lightning_tp._compat.files import rename_exchange as rename_exchange
 from lightning_tp._compat.files import view_of_file as view_of_file
 from lightning_tp._compat.modules import OptState as OptState
 from lightning_tp._compat.modules import apply_to_tensors as apply_to_tensors
@@ -51,7 +50,6 @@ from lightning_tp._compat.modules import own_parameters as own_parameters
 from lightning_tp._compat.modules import patched as patched
 from lightning_tp._compat.modules import scaler_settings as scaler_settings
 from lightning_tp._compat.modules import take_compiled as take_compiled
-from lightning_tp._compat.modules import tensor_tables as tensor_tables
 from lightning_tp._compat.modules import version_of as version_of
 from lightning_tp._compat.modules import without_global_optimizer_hooks as without_global_optimizer_hooks
 from lightning_tp._compat.modules import wrap_recomputed as wrap_recomputed

@@ -1,10 +1,7 @@
-"""Private parts of torch for files of checkpoints, and of the operating system."""
+"""Private parts of torch for files of checkpoints."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,25 +23,6 @@ METADATA_CLASSES = {
     "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
 }  # fmt: skip
-
-
-def rename_exchange(a: str, b: str) -> bool:
-    """Exchange two names of a file system atomically, by Linux's `renameat2`; False if the system or the file system can't.
-
-    Raises:
-        OSError: for other reasons (one of them is missing).
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    at_fdcwd, exchange = -100, 2
-    if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
-        return False
-    raise OSError(code, os.strerror(code), a, None, b)
 
 
 class LateTensor:

@@ -41,11 +41,6 @@ def patched(owner: Any, name: str, value: Any) -> Callable[[], None]:
 call_impl: Any = torch.nn.Module._call_impl  # `Module.__call__` without what `Module.compile` puts in front: hooks and `forward`
 
 
-def tensor_tables(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a module's own parameters and buffers by name, the dicts themselves: there is no public way to replace one by another class."""
-    return module._parameters, module._buffers
-
-
 # private: the fields of `GradScaler`. Without them a scaler could not be replaced by one that is told of all ranks' infinities.
 def scaler_settings(scaler: torch.amp.GradScaler) -> dict[str, Any]:
     """Return the arguments with which a gradient scaler was made."""

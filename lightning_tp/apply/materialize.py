@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp._compat import apply_to_tensors, local_tensor, own_buffers, own_parameters, tensor_tables
+from lightning_tp._compat import apply_to_tensors, local_tensor, own_buffers, own_parameters
 from lightning_tp.core.modules.deferred_init import deferred_init, values
 from lightning_tp.core.modules.tape import InitTape
 from lightning_tp.errors import TPError
@@ -104,7 +104,7 @@ def _reset(modules: list[tuple[str, nn.Module]], tied: dict[str, list[str]]) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         for prefix, module in modules:
-            tables: tuple[dict[str, Any], ...] = tensor_tables(module)
+            tables: tuple[dict[str, Any], ...] = (own_parameters(module), own_buffers(module))
             for table in tables:
                 for name, t in table.items():
                     if t is not None and t.is_meta:

@@ -10,6 +10,8 @@ flushed to the disk before the rename, and the folder around them after it: this
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
 import secrets
@@ -21,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_tp._compat import rename_exchange
 from lightning_tp.core import files
 
 ASIDE = ".lightning_tp"  # hidden: Lightning's search for checkpoints does not look into it
@@ -171,3 +172,22 @@ def _machine() -> str:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         os.rmdir(folder)
+
+
+def rename_exchange(a: str, b: str) -> bool:
+    """Exchange two names of a file system atomically, by Linux's `renameat2`; False if the system or the file system can't.
+
+    Raises:
+        OSError: for other reasons (one of them is missing).
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    at_fdcwd, exchange = -100, 2
+    if renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), a, None, b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_tp.core.modules.blocks import fold
 from lightning_tp.core.tables import table
@@ -53,10 +53,3 @@ def shapes_of(splits: Mapping[str, Split], shapes: Mapping[str, tuple[int, ...]]
             text += f" gradient summed over {ranks} ranks"
         parts.append(text)
     return "; ".join(dict.fromkeys(parts))
-
-
-def columns(rows: Sequence[Sequence[str]], left: Container[int] | None = None) -> list[str]:
-    """The lines of a table; the columns `left` (default: all) begin below each other, the others end so."""
-    header, *body = rows
-    right = [i for i in range(len(header)) if left is not None and i not in left]
-    return table(header, body, right=right).splitlines()

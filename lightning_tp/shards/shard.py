@@ -25,13 +25,13 @@ from lightning_tp._compat import (
     pieces_of_dtensor,
     strided_shard,
 )
+from lightning_tp.core.boxes import Box, full_box, narrow
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.errors import TPError
 from lightning_tp.styles import Split
 
 WAIT = timedelta(seconds=30)  # for other ranks to read the same full tensor
-Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class ParamShard:
     # ----------------------------------------------------------------------------------------------------- DTensors
 
     def boxes(self) -> list[tuple[Box, Box]]:
-        """Return ((offset, size) in the full tensor, (offset, size) in this rank's local one) of each box that this rank holds."""
+        """Return (box of the full tensor, the same in this rank's local one) of each box that this rank holds."""
         if not self.shape:
-            return [(((), ()), ((), ()))]
+            return [(full_box(()), full_box(()))]
         rows = self.fsdp_rows()
         split, ndim = self.split, len(self.shape)
         ranges = ((0, self.shape[0]),) if split.dim is None else split.ranges[self.tp_rank]
@@ -198,7 +198,7 @@ class ParamShard:
                     continue
                 offset[0], size[0], here[0] = offset[0] + low - here[0], high - low, low - rows.start
             if all(size):
-                boxes.append(((tuple(offset), tuple(size)), (tuple(here), tuple(size))))
+                boxes.append((Box(tuple(offset), tuple(size)), Box(tuple(here), tuple(size))))
         return boxes
 
     def placements(self) -> tuple[Any, Any] | None:
@@ -223,7 +223,7 @@ class ParamShard:
             stride = torch.empty(self.shape, device="meta").stride()
             return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=shape, stride=stride)
         boxes = self.boxes()
-        pieces = [_box_of(local, here) for _, here in boxes]
+        pieces = [narrow(local, here) for _, here in boxes]
         offsets = [offset for (offset, _), _ in boxes]
         if not pieces:  # nothing on this rank: a box without elements, behind the end
             pieces, offsets = [local.new_empty((0, *self.shape[1:]))], [(self.shape[0], *(0 for _ in self.shape[1:]))]
@@ -257,15 +257,8 @@ class ParamShard:
             )
         local = torch.empty(self.local_shape, dtype=value.dtype, device=value.device)
         for (offset, _), here in boxes:
-            _box_of(local, here).copy_(held[offset])
+            narrow(local, here).copy_(held[offset])
         return local
-
-
-def _box_of(local: Tensor, box: Box) -> Tensor:
-    for dim, (offset, size) in enumerate(zip(*box, strict=True)):
-        if offset or size != local.shape[dim]:
-            local = local.narrow(dim, offset, size)
-    return local
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 import lightning_tp as ltp
-from lightning_tp import _compat
 from lightning_tp.checkpoint import (
     Manifest,
     Peers,
@@ -61,6 +60,7 @@ def save(path: Path, step: int, *, folder: bool = True) -> None:
         save_file(StoragePath(path), lambda stream: torch.save({"step": step, "w": torch.ones(SIZE)}, stream))
 
 
+RENAME_EXCHANGE = staging.rename_exchange
 KILLED_AT = ("rename", "replace", "fsync", "unlink", "rmdir", "mkdir")
 
 
@@ -81,8 +81,8 @@ def killed_at(event: int, work: Callable[[], None]) -> bool:
 
         for name in KILLED_AT:
             setattr(os, name, guard(getattr(os, name)))
-        if staging.rename_exchange is _compat.rename_exchange:
-            staging.rename_exchange = guard(_compat.rename_exchange)
+        if staging.rename_exchange is RENAME_EXCHANGE:
+            staging.rename_exchange = guard(RENAME_EXCHANGE)
         try:
             work()
         except BaseException:

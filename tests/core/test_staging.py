@@ -173,3 +173,14 @@ def test_a_name_is_free_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     remove_at_once(tmp_path / "out")
     remove_at_once(tmp_path / "out")
     assert not os.listdir(tmp_path)
+
+
+def test_two_names_change_places(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("a")
+    b.mkdir()
+    if staging.rename_exchange(str(a), str(b)):
+        assert a.is_dir() and b.read_text() == "a"
+    with pytest.raises(FileNotFoundError):
+        if not staging.rename_exchange(str(a), str(tmp_path / "missing")):
+            raise FileNotFoundError

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_ as imported_before
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_tp as ltp
 from examples.llama import PLAN
@@ -20,21 +19,8 @@ from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.shards import grad_norm
 from lightning_tp.shards.parameter import local_view
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from tests.harness import Sent
 from tests.shards.test_gradients import backward, batch, each_mesh, fused, fused_plan, llama
-
-
-class Sent(TorchDispatchMode):
-    """The names of the collectives while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.all.append(func.overloadpacket.__name__.strip("_"))
-        return func(*args, **(kwargs or {}))
-
 
 Build = Callable[[], nn.Module]
 

@@ -33,7 +33,7 @@ from lightning_tp.checkpoint.weights.matching import (
 from lightning_tp.checkpoint.weights.open import open_checkpoint
 from lightning_tp.checkpoint.weights.stored import StoredCheckpoint, StoredTensor
 from lightning_tp.checkpoint.weights.torch_file import write_torch
-from lightning_tp.core.boxes import Box, narrow
+from lightning_tp.core.boxes import narrow
 from lightning_tp.errors import TPError
 from lightning_tp.shards.state_dict import reshard
 
@@ -101,7 +101,7 @@ def read_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
             local.copy_(source.read())
             continue
         for box, here in shard.boxes():
-            narrow(local, Box(*here)).copy_(source.read(Box(*box)))
+            narrow(local, here).copy_(source.read(box))
 
 
 def find_weights(model: nn.Module, stored: Mapping[str, StoredTensor], path: Path, *, strict: bool) -> dict[str, StoredTensor]:

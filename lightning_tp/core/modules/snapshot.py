@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_tp._compat import tensor_tables
+from lightning_tp._compat import own_buffers, own_parameters
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
@@ -85,7 +85,7 @@ class MetaWeights:
         self.swaps: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []  # (parameters or buffers of a module, name, real, meta)
         on_meta: dict[int, Tensor] = {}
         for module in model.modules():
-            for table in tensor_tables(module):
+            for table in (own_parameters(module), own_buffers(module)):
                 for name, t in table.items():
                     if t is not None and not t.is_meta:
                         on_meta.setdefault(id(t), _without_values(t))

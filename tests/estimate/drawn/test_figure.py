@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import builtins
 import re
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -74,14 +73,7 @@ def test_check_plot_refuses(name: str, word: str, tmp_path: Path, monkeypatch: p
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it raises
     with pytest.raises(TPError, match=r'`--plot .*x\.svg` needs matplotlib: pip install "lightning-tp\[plot\]"'):
         check_plot(tmp_path / "x.svg", "--plot")
 

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,14 +165,7 @@ def test_check_page_refuses(name: str, word: str, tmp_path: Path, monkeypatch: p
 
 
 def test_only_pages_with_figures_need_matplotlib(found: Estimate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it raises
     with pytest.raises(TPError, match=r'pip install "lightning-tp\[plot\]"'):
         found.html(tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()

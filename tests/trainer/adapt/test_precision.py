@@ -18,7 +18,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import grad_norm  # imported before anything of ours is used
 from torch import Tensor
 from torch.amp import GradScaler
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lightning_tp as ltp
@@ -27,6 +26,7 @@ from lightning_tp import errors
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, MeshMixedPrecision, fsdp_policy
+from tests.harness import Sent
 
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -178,19 +178,6 @@ def test_what_lightning_does_not_know_stays_refused() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- scaler
-
-
-class Sent(TorchDispatchMode):
-    """The names of the collectives while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.all: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.all.append(func.overloadpacket.__name__.strip("_"))
-        return func(*args, **(kwargs or {}))
 
 
 class Infinite(Net):
