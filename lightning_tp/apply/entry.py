@@ -83,6 +83,7 @@ _depths: list[int] = []  # outside of the steps that run
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     outside = depth()
     _depths.append(outside)
+    inner = len(_depths)
     set_depth(max(outside, 0) + 1)
 
     def at_outer(closure: Any) -> Any:
@@ -90,9 +91,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             inside = depth()
             set_depth(outside)
             try:
-                return closure(*args, **kwargs)
-            finally:
-                set_depth(inside)
+                out = closure(*args, **kwargs)
+            except BaseException:  # the step is left, too: nothing is called after it
+                del _depths[inner - 1 :]
+                raise
+            set_depth(inside)
+            return out
 
         return run if callable(closure) else closure
 
@@ -100,7 +104,8 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    set_depth(_depths.pop())
+    if _depths:  # else its closure has raised, and the step went on
+        set_depth(_depths.pop())
 
 
 def _holds_all(module: nn.Module, model: nn.Module) -> bool:

@@ -39,7 +39,7 @@ from lightning_tp.data.group_loader import Ranks
 from lightning_tp.data.same_batch import fingerprint
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.shards import gradients
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.parameter import local_view, set_depth
 from lightning_tp.trainer import checkpoints, module_plan
 from lightning_tp.trainer.adapt.averaging import averages_of_shards, averaging_callbacks
 from lightning_tp.trainer.adapt.metrics import all_gather, full_tensors, reduce_over
@@ -455,6 +455,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def teardown(self) -> None:
         trainer = private.trainer_of(self.lightning_module)
         failed = trainer is not None and trainer.interrupted
+        set_depth(0)  # an optimizer's step may have raised
         try:
             self.checkpoint_writer.finish(only_warn=failed)
         finally:

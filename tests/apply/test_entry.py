@@ -128,4 +128,13 @@ def test_an_optimizer_steps_on_shards_and_calls_its_closure_outside() -> None:
         Own(model.parameters()).step(lambda: seen.append(depth()))
         assert seen == [1, 0, 1] and depth() == 0
 
+        def fail() -> None:
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            Own(model.parameters()).step(fail)
+        assert depth() == 0
+        Own(model.parameters()).step(lambda: seen.append(depth()))
+        assert seen[4:] == [1, 0, 1] and depth() == 0
+
     run_ranks(body, 2)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import IOBase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from lightning_tp._compat import local_tensor
 
@@ -34,7 +37,14 @@ _LEAVES = (
     torch.device,
     torch.dtype,
 )
+# of the standard library, whose objects hold what code changes; others lead to the process: loggers, streams, locks, event loops
+_OF_CODE = frozenset(
+    {"__main__", "argparse", "array", "builtins", "collections", "functools", "itertools", "queue", "random", "types"}
+)
 _WHO_LOOKS = ("lightning_tp.infer.", "lightning_tp.core.")  # what follows a run by hooks keeps what it has seen
+_MESH = (
+    "torch.distributed."  # FSDP2's states, whose tensors are left alone: they are gathered again, and a write would show in a graph
+)
 
 
 class Replayed(Iterator[Any]):
@@ -72,8 +82,7 @@ class Reachable:
 
     def _save(self, x: Any) -> list[Any]:
         """Note how to restore one object, and return those that it leads to."""
-        looks = type(x).__module__.startswith(_WHO_LOOKS) and not isinstance(x, Replayed)
-        if isinstance(x, _LEAVES) or id(x) in self.seen or looks:
+        if isinstance(x, _LEAVES) or id(x) in self.seen or _is_apart(x):
             return []
         self.seen[id(x)] = x
         if isinstance(x, Tensor):
@@ -154,12 +163,25 @@ class Reachable:
         found = []
         if isinstance(attributes := getattr(x, "__dict__", None), dict):
             found.append(attributes)
+            if type(x).__module__.startswith(_MESH):
+                self.seen.update((id(t), t) for t in tree_iter(list(attributes.values())) if isinstance(t, Tensor))
         slots = (n for cls in type(x).__mro__ for n in _slots(cls) if hasattr(x, n))
         for name in slots:
             value = getattr(x, name)
             self.undo.append(partial(setattr, x, name, value))
             found.append(value)
         return found
+
+
+def _is_apart(x: Any) -> bool:
+    """Return whether an object is none of the step: it looks at the step, or leads out of it to the process."""
+    if isinstance(x, (nn.Module, Tensor)):
+        return False
+    name = type(x).__module__
+    package = name.partition(".")[0]
+    if name.startswith(_WHO_LOOKS):
+        return not isinstance(x, Replayed)
+    return isinstance(x, IOBase) or (package in sys.stdlib_module_names and package not in _OF_CODE)
 
 
 def _slots(cls: type) -> list[str]:
