@@ -9,14 +9,14 @@ names the state in which a tensor arrives and the one that is wanted, and `core/
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis
-from lightning_tp.core.comm.state import State
+from lightning_tp.core.comm.state import SEQUENCE, I, P, State
 from lightning_tp.errors import TPError
 from lightning_tp.styles.split import Split
 
@@ -100,7 +100,8 @@ class Style:
 
     def without_sequence(self) -> Style | None:
         """Return the style for activations that stay full between split modules; None if nothing is left to do."""
-        return self
+        full: dict[str, Any] = {name: I for name in self.states if getattr(self, name) == SEQUENCE}
+        return replace(self, **full) if full else self
 
     def to_torch(self, module: nn.Module) -> ParallelStyle | None:
         """Return the same as a style for `torch.distributed.tensor.parallel.parallelize_module`; None where it needs none.
@@ -129,6 +130,13 @@ def as_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: as_tuples(v) for k, v in value.items()}
     return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def layout(state: State) -> Any:
+    """Return torch's placement for a state."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    return Partial() if state == P else Replicate() if state.dim is None else Shard(state.dim)
 
 
 def is_conv1d(module: nn.Module) -> bool:
