@@ -89,14 +89,16 @@ class Style:
         """Make the module run on its shards; its parameters are this rank's already."""
 
     def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        """Return this style with every option that its rule left open.
+        """Return this style with every option that its rule left open; by default, the states that are None become that of the stream.
 
         Args:
             where: the name of the module, or of the parameter.
             module: None for a parameter.
             plan: what the rest of the plan says.
         """
-        return self
+        stream = plan.stream
+        left_open = {name: stream for name, allowed in self.states.items() if getattr(self, name) is None and stream in allowed}
+        return replace(self, **left_open) if left_open else self
 
     def without_sequence(self) -> Style | None:
         """Return the style for activations that stay full between split modules; None if nothing is left to do."""

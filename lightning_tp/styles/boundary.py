@@ -16,7 +16,7 @@ from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
 from lightning_tp.core.comm.transitions import Transition, transition
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import BindContext, PlanContext, Style, layout
+from lightning_tp.styles.base import BindContext, Style, layout
 from lightning_tp.styles.split import Split
 
 ANY = (R, I, P, SEQUENCE, WIDTH)
@@ -54,9 +54,6 @@ class PrepareInput(Style):
             if not isinstance(module, _PrepareInput):  # another rule may prepare another argument
                 swap_class(module, _PrepareInput, _input_axis=site.axis, _inputs=[])
             module.__dict__["_inputs"].append((self.arg, enter))
-
-    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        return self if self.arrives is not None else replace(self, arrives=plan.stream)
 
     def without_sequence(self) -> Style | None:
         arrives = None if self.arrives in (SEQUENCE, I) else self.arrives

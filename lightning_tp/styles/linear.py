@@ -161,9 +161,6 @@ class Rowwise(Style):
             swap_class(module, _Conv1DProduct)
         swap_class(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, WIDTH), _leave=leave, _has_bias=has_bias)
 
-    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        return self if self.output is not None else replace(self, output=plan.stream)
-
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor.parallel import RowwiseParallel
 
@@ -262,11 +259,7 @@ def _split(length: int, dim: int, tp: int, ranges: tuple[Ranges, ...] | None, he
 
 
 def refuse_embedding_options(module: nn.Embedding, where: str) -> None:
-    """Refuse options of `nn.Embedding` that need the full table, or that depend on which rows a batch used.
-
-    Raises:
-        TPError: it names the option.
-    """
+    """Raise `TPError` for an option of `nn.Embedding` that needs the full table, or that depends on which rows a batch used."""
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
             raise TPError(
