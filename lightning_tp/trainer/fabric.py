@@ -155,7 +155,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             super().setup_environment()
         scaler = getattr(self.precision, "scaler", None)
         if isinstance(scaler, MeshGradScaler):
-            scaler.groups = tuple(group for group in self.device_mesh.get_all_groups() if group.size() > 1)
+            scaler.groups = tuple(self.device_mesh.get_all_groups())
 
     # --------------------------------------------------------------------------------------------- model, optimizers
 
