@@ -55,8 +55,7 @@ class FirstBatchCheck:
     def compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
         """Run the same batch through the split module by `step`, and say in one line how closely it matches.
 
-        Raises:
-            TPError: If the loss or gradients differ; the worst parameters come first.
+        `TPError` if the loss or gradients differ; the worst parameters come first.
         """
         loss, gradients = self._run(module, step)
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

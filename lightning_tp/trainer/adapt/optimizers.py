@@ -30,12 +30,8 @@ def unwrapped(optimizer: Any) -> Any:
 def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, plain: bool = True) -> None:
     """Refuse an optimizer that can't step on shards, and warn of one that takes other steps there than on full weights.
 
-    Args:
-        collected: Where its parameters were collected, for the error.
-        plain: The parameters are this package's shards (not those of `backend="dtensor"`).
-
-    Raises:
-        TPError: If it steps parameters that are not the model's, or can't step on shards.
+    `TPError` also for parameters that are not the model's, where these are `plain` shards (not those of `backend="dtensor"`): it says
+    where they were `collected`.
     """
     name, world = type(optimizer).__name__, dp * tp
     foreign = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]
