@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import pytorch_lightning  # noqa: F401  here, before `lightning`: whichever is imported last takes the messages of both
 
-from lightning_tp.shards.parameter import depth
+from lightning_tp.shards.view import depth
 
 pytest_plugins = ["lightning_tp.testing.fixtures", "pytester"]
 

@@ -17,7 +17,7 @@ from lightning_tp.apply.bind import ParamRegistry
 from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.checked import CheckedPlan
-from lightning_tp.shards.parameter import depth, set_depth
+from lightning_tp.shards.view import depth, set_depth
 from lightning_tp.styles import Replicate
 
 

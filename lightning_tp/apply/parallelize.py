@@ -39,8 +39,8 @@ from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.declared import DECLARED, declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards.gradients import PartialGradients
-from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.state_dict import attach_state_dict
+from lightning_tp.shards.view import local_view
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy

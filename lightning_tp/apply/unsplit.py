@@ -27,7 +27,8 @@ from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.modules.snapshot import has_more_than, preserve_modules
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.random_calls import comparable_runs
-from lightning_tp.shards.parameter import depth, full_run, full_runs, full_view, in_forward, local_view
+from lightning_tp.shards.parameter import in_forward
+from lightning_tp.shards.view import depth, full_run, full_runs, full_view, local_view
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value of an output; others: 0.1
 MOST_WITH_GRADIENTS = 500_000_000  # parameters of a model, in full, up to which gradients are compared

@@ -115,11 +115,7 @@ class Background:
             then()
 
     def wait(self) -> None:
-        """Wait until no work is under way.
-
-        Raises:
-            TPError: if it failed, once.
-        """
+        """Wait until no work is under way; `TPError`, once, if it failed."""
         if self._thread is None:
             return
         self._thread.join()

@@ -26,8 +26,7 @@ from lightning_tp.errors import TPError
 def save_single_file(tree: Any, target: StoragePath) -> None:
     """Write a nesting in which there are DTensors as `torch.save` writes full tensors. A collective; what is no DTensor is rank 0's.
 
-    Raises:
-        TPError: on all ranks: rank 0 can't write, or another rank lacks a DTensor that rank 0 has.
+    `TPError` on all ranks, if rank 0 can't write, or another rank lacks a DTensor that rank 0 has.
     """
     dtensors: dict[Path, DTensor] = {path: leaf for path, leaf in leaves(tree) if isinstance(leaf, DTensor)}
     peers = Peers()

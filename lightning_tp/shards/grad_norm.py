@@ -17,8 +17,8 @@ from lightning_tp._compat import foreach_mul_, foreach_norm, local_tensor, wrap_
 from lightning_tp.core.comm.collectives import reduce_over
 from lightning_tp.errors import TPError
 from lightning_tp.shards.gradients import PartialGradients
-from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.shard import ParamShard
+from lightning_tp.shards.view import local_view
 
 _applied: WeakSet[PartialGradients] = WeakSet()  # of the models that live; weak references to parameters would pin them
 

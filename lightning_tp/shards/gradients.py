@@ -34,8 +34,8 @@ from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import I, R
 from lightning_tp.errors import TPError
-from lightning_tp.shards.parameter import full_view, local_view
 from lightning_tp.shards.shard import ParamShard, like
+from lightning_tp.shards.view import full_view, local_view
 
 CHECKED_PASSES = 1  # in the first backward pass, gradients are compared over ranks with what the plan says of them
 TOLERANCE = 1e-2

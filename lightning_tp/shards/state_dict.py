@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_tp._compat import is_persistent, local_tensor, own_buffers, own_parameters
-from lightning_tp.shards.parameter import SHARDED, local_view, shard_like
+from lightning_tp.shards.parameter import SHARDED, shard_like
+from lightning_tp.shards.view import local_view
 
 
 @local_view()

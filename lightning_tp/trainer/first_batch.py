@@ -27,8 +27,8 @@ from lightning_tp.errors import TPError
 from lightning_tp.infer.given import Doubt
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import INFERRED
-from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.state_dict import full_gradients
+from lightning_tp.shards.view import local_view
 from lightning_tp.trainer.module_plan import doubt_about_plan, first_batch
 from lightning_tp.verify.compare import compare_tensors
 
@@ -104,8 +104,7 @@ class FirstBatchCheck:
     def compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
         """Run the same batch through the split module by `step`, and say in one line how closely it matches.
 
-        Raises:
-            TPError: If the loss or gradients differ; the worst parameters come first.
+        `TPError` if the loss or gradients differ; the worst parameters come first.
         """
         if self.doubt is None:
             return self._compare(module, step)

@@ -67,12 +67,7 @@ def _plan_of_step(rehearsal: Rehearsal, tp: int) -> Plan:
 def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str) -> Plan:
     """Let the first rank find the plan of a module, in a child of its process, and hand it to all. A collective.
 
-    Args:
-        traced: What `find` runs, for the error.
-        remedy: What to do if that fails, for the error.
-
-    Raises:
-        TPError: On all ranks, if it can't be found, or splits nothing.
+    `TPError` on all ranks, if it can't be found, which says what `find` has traced and what to do, or if it splits nothing.
     """
 
     def find_apart() -> Plan:

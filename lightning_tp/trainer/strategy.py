@@ -39,11 +39,11 @@ from lightning_tp.data.group_loader import Ranks
 from lightning_tp.data.same_batch import fingerprint
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.shards import gradients
-from lightning_tp.shards.parameter import local_view, set_depth
+from lightning_tp.shards.view import local_view, set_depth
 from lightning_tp.trainer import checkpoints, module_plan
 from lightning_tp.trainer.adapt.averaging import averages_of_shards, averaging_callbacks
 from lightning_tp.trainer.adapt.metrics import all_gather, full_tensors, reduce_over
-from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
+from lightning_tp.trainer.adapt.optimizers import prepare_optimizers, unwrapped
 from lightning_tp.trainer.adapt.precision import fsdp_policy, mesh_precision
 from lightning_tp.trainer.adapt.run import adapted_to_mesh, refuse_batch_size_finder
 from lightning_tp.trainer.checkpoints import OnSaveError, RequestedCheckpoint, Saving
@@ -294,9 +294,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             with raise_on_rank_zero(self.global_rank):
-                for optimizer in self.optimizers:
-                    check_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
-                    optimizer.zero_grad = local_view()(type(optimizer).zero_grad.__get__(optimizer))  # type: ignore[method-assign]
+                prepare_optimizers(self.optimizers, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             private.optimizers_to_device(self.optimizers, self.root_device)

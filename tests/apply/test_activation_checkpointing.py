@@ -16,7 +16,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.apply.test_parallelize import AG, AR, NO_SP, RS, Case, Sent, assert_same_run, loss_of, reference, train
 

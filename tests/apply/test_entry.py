@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from lightning_tp.apply.entry import entries
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.shards.parameter import depth
+from lightning_tp.shards.view import depth
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 PLAN = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise", "head": "vocab_head", "**": "replicate"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.shards.parameter import ShardedParameter, depth, full_view, local_view
+from lightning_tp.shards.parameter import ShardedParameter
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 PLAN = {"0": "colwise", "2": "rowwise", "**": "replicate"}
@@ -182,17 +182,6 @@ def test_a_read_on_one_rank_alone_is_refused(monkeypatch: pytest.MonkeyPatch) ->
             model[0].weight.norm()
 
     on((1, 2), body)
-
-
-def test_views_are_nested() -> None:
-    assert depth() == 0
-    with local_view():
-        with full_view():
-            assert depth() == -1
-            with local_view():
-                assert depth() == 1
-        assert depth() == 1
-    assert depth() == 0
 
 
 def test_a_mesh_of_one_rank_keeps_plain_parameters() -> None:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_tp._compat import local_tensor, without_global_optimizer_hooks
 from lightning_tp.core.ops.generators import generators_in
 from lightning_tp.core.ops.rng import local_state, set_local_state
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 
 SIDE = 256  # of the matrix: some optimizers treat smaller ones element by element
 STEPS = 5
