@@ -77,6 +77,7 @@ from lightning_tp._compat.tensors import negative_view as negative_view
 from lightning_tp._compat.tensors import no_torch_function as no_torch_function
 from lightning_tp._compat.tensors import non_finite_check_and_unscale_ as non_finite_check_and_unscale_
 from lightning_tp._compat.tensors import num_writes as num_writes
+from lightning_tp._compat.tensors import position_of_argument as position_of_argument
 from lightning_tp._compat.tensors import process_groups_aside as process_groups_aside
 from lightning_tp._compat.tensors import queue_after_backward as queue_after_backward
 from lightning_tp._compat.tensors import read_scalar as read_scalar

@@ -22,6 +22,7 @@ from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.apply.same_everywhere import same_weights_everywhere
 from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
+from lightning_tp.core.ops.rng import local_state_restored, seed_torch
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.infer.given import Doubt
@@ -160,9 +161,8 @@ class FirstBatchCheck:
 def _without_dropout(module: pl.LightningModule) -> Iterator[None]:
     """Run a module in eval mode, from one random state, and restore its modes and the random state."""
     modes = [(m, m.training) for m in module.modules()]
-    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    with local_state_restored():
+        seed_torch(0)
         module.eval()
         try:
             yield

@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_tp._compat import loaders_to_run
 from lightning_tp.core.comm.agree import Peers
 from lightning_tp.core.forked import NoChild, in_child
+from lightning_tp.core.ops.rng import local_state_restored
 from lightning_tp.data.sample_batch import first_of
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
@@ -122,7 +122,7 @@ def first_batch(trainer: pl.Trainer, *, whole: bool = False) -> Any:
         trainer: at the beginning of a run.
         whole: with all its samples.
     """
-    with torch.random.fork_rng([]):
+    with local_state_restored():
         return tree_map_only(Tensor, lambda t: t.detach().cpu(), first_of(loaders_to_run(trainer), whole=whole))
 
 

@@ -16,6 +16,7 @@ import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.shards.parameter import ShardedParameter
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from tests.harness import Collectives
 
 PLAN = {"0": "colwise", "2": "rowwise", "**": "replicate"}
 MESHES = {"tp2": (1, 2), "2x2": (2, 2), "tp4": (1, 4)}
@@ -37,6 +38,17 @@ def on(mesh: tuple[int, int], body: Callable[[nn.Sequential, nn.Sequential], Any
         return body(build(), ltp.parallelize(model, make_mesh("cpu", *mesh), PLAN))
 
     return run_ranks(run, mesh[0] * mesh[1])
+
+
+def test_moving_a_model_sends_nothing() -> None:
+    def body(whole: nn.Sequential, split: nn.Sequential) -> None:
+        with Collectives() as sent:
+            split.to("cpu"), split.cpu(), split.to(torch.float64)
+        assert not sent.sent
+        assert_trees_close(ltp.full_state_dict(split), whole.double().state_dict())
+
+    on((1, 2), body)
+    on((2, 2), body)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

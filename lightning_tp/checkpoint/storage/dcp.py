@@ -106,7 +106,7 @@ class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         try:
             with torch.serialization.safe_globals(list(self.safe_globals)):
-                loaded = torch.load(value, weights_only=self.weights_only is not False)
+                loaded = torch.load(value, map_location="cpu", weights_only=self.weights_only is not False)
         except pickle.UnpicklingError as error:
             name = read_item.dest_index.fqn
             raise TPError(f"`{name}` in the checkpoint is not plain data, and is not loaded: {first_line(error)}") from None

@@ -34,6 +34,7 @@ from lightning.pytorch import Callback
 from typing_extensions import override
 
 from lightning_tp._compat import clone_store, let_store_fail
+from lightning_tp.core.threads import start_thread
 from lightning_tp.errors import HEAD_START, SecondaryError, TPError, default_sigterm
 from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of
 from lightning_tp.trainer.patches.replaced import replaced
@@ -91,8 +92,7 @@ class Watchdog(Callback):
         let_store_fail(timedelta(seconds=STORE_TIMEOUT))
         self.store, self.threads_store = (dist.PrefixStore(f"lightning_tp_{run}", c) for c in connections)  # type: ignore[arg-type]
         self.store.set(f"who/{self.rank}", f"{_machine()} {os.getpid()}")
-        self.thread = threading.Thread(target=self._watch, name="lightning_tp watchdog", daemon=True)
-        self.thread.start()
+        self.thread = start_thread(self._watch, "lightning_tp watchdog", daemon=True)
         atexit.register(self._join)
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         self.patch.enter_context(replaced(trainer, "_run_stage", self._observed))
