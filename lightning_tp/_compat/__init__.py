@@ -54,6 +54,7 @@ from lightning_tp._compat.modules import scaler_settings as scaler_settings
 from lightning_tp._compat.modules import take_compiled as take_compiled
 from lightning_tp._compat.modules import version_of as version_of
 from lightning_tp._compat.modules import without_global_optimizer_hooks as without_global_optimizer_hooks
+from lightning_tp._compat.modules import wrap_grouping as wrap_grouping
 from lightning_tp._compat.modules import wrap_recomputed as wrap_recomputed
 from lightning_tp._compat.modules import wrap_total_norm as wrap_total_norm
 from lightning_tp._compat.tensors import NATIVE_FUNCTIONS as NATIVE_FUNCTIONS
