@@ -1,7 +1,8 @@
 """`TPStrategy(verify=True)`: before training, run the first batch in one process and split, and compare the loss and every gradient.
 
 The full model runs once on every rank's device before it is split, so it has to fit there: by the same kernels, under the same autocast, with
-the same random numbers as the split one. Dropout is off in both runs. No optimizer steps, and neither the data nor the random state advances. A plan that somebody wrote, and that does not seem to fit, is tried in the same way.
+the same random numbers as the split one. Dropout is off in both runs. No optimizer steps, and neither the data nor the random state advances. A
+plan that somebody wrote, and that does not seem to fit, is tried in the same way.
 """
 
 from __future__ import annotations
