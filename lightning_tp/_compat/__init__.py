@@ -13,6 +13,7 @@ from lightning_tp._compat.distributed import dtensor_of_pieces as dtensor_of_pie
 from lightning_tp._compat.distributed import fake_process_group as fake_process_group
 from lightning_tp._compat.distributed import fake_store as fake_store
 from lightning_tp._compat.distributed import fsdp_parameters as fsdp_parameters
+from lightning_tp._compat.distributed import full_tensor as full_tensor
 from lightning_tp._compat.distributed import gather_rows as gather_rows
 from lightning_tp._compat.distributed import initialize_fsdp as initialize_fsdp
 from lightning_tp._compat.distributed import is_fsdp_hook as is_fsdp_hook
@@ -21,6 +22,7 @@ from lightning_tp._compat.distributed import is_resharded as is_resharded
 from lightning_tp._compat.distributed import let_store_fail as let_store_fail
 from lightning_tp._compat.distributed import limit_waiting as limit_waiting
 from lightning_tp._compat.distributed import local_tensor as local_tensor
+from lightning_tp._compat.distributed import on_device_of as on_device_of
 from lightning_tp._compat.distributed import pieces_of_dtensor as pieces_of_dtensor
 from lightning_tp._compat.distributed import reduce_scatter_into as reduce_scatter_into
 from lightning_tp._compat.distributed import remember_dtypes as remember_dtypes
@@ -52,6 +54,7 @@ from lightning_tp._compat.modules import scaler_settings as scaler_settings
 from lightning_tp._compat.modules import take_compiled as take_compiled
 from lightning_tp._compat.modules import version_of as version_of
 from lightning_tp._compat.modules import without_global_optimizer_hooks as without_global_optimizer_hooks
+from lightning_tp._compat.modules import wrap_grouping as wrap_grouping
 from lightning_tp._compat.modules import wrap_recomputed as wrap_recomputed
 from lightning_tp._compat.modules import wrap_total_norm as wrap_total_norm
 from lightning_tp._compat.tensors import NATIVE_FUNCTIONS as NATIVE_FUNCTIONS

@@ -107,11 +107,31 @@ def reduce_scatter_into(output: Tensor, input: Tensor, group: Any) -> None:
     group._reduce_scatter_base(output, input).wait()
 
 
+# private: `ProcessGroup._device_types`. Without it nobody could ask whether a group has a backend for the device of a tensor.
+def on_device_of(group: Any, tensor: Tensor) -> Tensor:
+    """Return a tensor as a process group can send it: as it is, or a copy on the group's device, where it has no backend for the tensor's own.
+
+    A group of NCCL alone takes no tensor on the CPU. What comes back goes to where it was by `.to(tensor.device)`.
+    """
+    types = [device.type for device in group._device_types]
+    return tensor if not types or tensor.device.type in (*types, "meta") else tensor.to(types[0])
+
+
 def gather_rows(row: Tensor, group: Any) -> Tensor:
-    """All-gather equal shapes into one tensor: (..) of each rank -> (ranks, ..). `row` has to be contiguous."""
-    every = row.new_empty((group.size(), *row.shape))
-    all_gather_into(every.view(-1), row.view(-1), group)
-    return every
+    """All-gather equal shapes into one tensor on the device of `row`: (..) of each rank -> (ranks, ..). `row` has to be contiguous."""
+    sent = on_device_of(group, row)
+    every = sent.new_empty((group.size(), *sent.shape))
+    all_gather_into(every.view(-1), sent.view(-1), group)
+    return every.to(row.device)
+
+
+def full_tensor(tensor: DTensor) -> Tensor:
+    """Return the full tensor of a DTensor, on its device, also where that is not the one of its mesh. Differentiable; a collective."""
+    of_mesh = tensor.device_mesh.device_type
+    if tensor.device.type == of_mesh:
+        return DTensor.full_tensor(tensor)
+    there: Any = tensor.to(of_mesh)
+    return DTensor.full_tensor(there).to(tensor.device)
 
 
 # private: `torch.testing._internal`. Without it there would be no `fake_world`.

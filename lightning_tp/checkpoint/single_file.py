@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_tp._compat import pieces_of_dtensor
+from lightning_tp._compat import on_device_of, pieces_of_dtensor
 from lightning_tp.checkpoint.commit import save_file
 from lightning_tp.checkpoint.storage.nested import Path, leaves, map_nested
 from lightning_tp.checkpoint.storage.path import StoragePath
@@ -63,7 +63,7 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
             shards = _shards(dtensors[path])
             for box, sender in ranks.items():
                 if sender == peers.rank:
-                    dist.send(shards[box].detach().contiguous(), dst=0)
+                    dist.send(on_device_of(dist.group.WORLD, _bytes(shards[box])), dst=0)
 
     def report() -> None:
         if problem is not None:
@@ -80,10 +80,11 @@ def _receive(dtensor: DTensor, ranks: dict[Box, int]) -> Tensor:
         if rank == 0:
             narrow(full, box).copy_(shards[box])
         else:
-            shard = torch.empty(box.size, dtype=dtensor.dtype, device=dtensor.device)
-            dist.recv(shard, src=rank)
-            narrow(full, box).copy_(shard)
-            del shard
+            shard = torch.empty(box.size, dtype=dtensor.dtype)
+            received = on_device_of(dist.group.WORLD, _bytes(shard))  # not where `dtensor.device` says: one in pieces names the CPU
+            dist.recv(received, src=rank)
+            narrow(full, box).copy_(received.view(dtensor.dtype).view(box.size))
+            del shard, received
     return full
 
 
@@ -103,6 +104,11 @@ def _memory(dtensor: DTensor) -> Any:
     """Return what is the same for two DTensors in the same memory on this rank; None if there is none."""
     pieces = pieces_of_dtensor(dtensor)
     return tuple((at, piece.data_ptr(), piece.stride()) for at, piece in pieces) if all(p.numel() for _, p in pieces) else None
+
+
+def _bytes(shard: Tensor) -> Tensor:
+    """Return a tensor's bytes in one dim: backends lack some dtypes (int16), and none of them this one."""
+    return shard.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _shards(dtensor: DTensor) -> dict[Box, Tensor]:

@@ -258,7 +258,9 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             if fits and (self.verify or (given and self.backend == "local")):
                 context = self.precision_plugin.train_step_context
                 with random_states_restored(random_roots(module.trainer)):
-                    self._first_batch = first_batch_check(module, plan, self.device_mesh, context, verify=self.verify)
+                    self._first_batch = first_batch_check(
+                        module, plan, self.device_mesh, context, verify=self.verify, device=self.root_device
+                    )
             if self.is_global_zero and fits:
                 module_plan.call_before_split(module.trainer, module)
             parallelize(

@@ -69,6 +69,8 @@ class StreamShard(Tensor):
             return _as_it_is(func, args, kwargs)
         elif name in _POINTWISE and isinstance(first, StreamShard) and _alike(first, args, kwargs):
             out = _as_it_is(func, args, kwargs)
+            if name in _CASTS and isinstance(out, Tensor) and out.device != first.device:
+                return func(*_in_full(args), **_in_full(kwargs))  # elsewhere than its group's device nothing can be gathered
             if out is first:
                 first._full = None
             return stream_shard(out, first.axis, first.length) if type(out) is Tensor else out
@@ -139,4 +141,5 @@ _POINTWISE = _names(
     """add sub mul div neg add_ sub_ mul_ div_ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __iadd__ __isub__ __imul__ __itruediv__
     detach clone to float double half bfloat16 type contiguous"""
 )
+_CASTS = _names("to type")  # which may move as well
 _IN_PLACE = _names("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ipow__")
