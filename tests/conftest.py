@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import pytorch_lightning  # noqa: F401  here, before `lightning`: whichever is imported last takes the messages of both
 
-from lightning_tp.shards.view import depth
+from lightning_tp.shards.view import depth, set_depth
 
 pytest_plugins = ["lightning_tp.testing.fixtures", "pytester"]
 
@@ -20,4 +20,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _outside_of_local_view() -> Iterator[None]:
     """What a test leaves entered, the ranks of the next ones begin with."""
     yield
-    assert depth() == 0
+    left, _ = depth(), set_depth(0)
+    assert left == 0

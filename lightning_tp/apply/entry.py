@@ -81,6 +81,8 @@ _depths: list[int] = []  # outside of the steps that run
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not _holds_shards(optimizer):
+        return args, kwargs
     outside = depth()
     _depths.append(outside)
     inner = len(_depths)
@@ -104,8 +106,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _depths:  # else its closure has raised, and the step went on
+    if _depths and _holds_shards(optimizer):  # else its closure has raised, and the step went on
         set_depth(_depths.pop())
+
+
+def _holds_shards(optimizer: Optimizer) -> bool:
+    first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    return hasattr(first, "_tp_shard")
 
 
 def _holds_all(module: nn.Module, model: nn.Module) -> bool:

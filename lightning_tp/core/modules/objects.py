@@ -220,13 +220,12 @@ def preserve_objects(roots: Iterable[Any], without: Iterable[Any] = ()) -> Itera
         without: objects that are not looked into.
 
     Example:
-        >>> class Counter:
-        ...     n = 0
-        >>> counter = Counter()
-        >>> with preserve_objects([counter]):
-        ...     counter.n += 1
-        >>> counter.n
-        0
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.seen = [0]
+        >>> with preserve_objects([layer]):
+        ...     layer.seen.append(1)
+        >>> layer.seen
+        [0]
     """
     import numpy as np
 
