@@ -44,10 +44,20 @@ def dtensor_of_pieces(
 ) -> DTensor:
     """Make a DTensor whose local value is several boxes of the global tensor, each at its offset; for distributed checkpoint."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
     meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), pieces[0].dtype)
-    return DTensor(LocalShardsWrapper(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
+    return DTensor(_wrapped(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
+def _wrapped(pieces: list[Tensor], offsets: list[tuple[int, ...]]) -> Any:
+    """Wrap pieces as torch does, in a tensor that says their dtype and device: torch's says float32 and CPU of all, and so does the DTensor."""
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+    made: Any = LocalShardsWrapper(pieces, offsets)
+    dtype, device = pieces[0].dtype, pieces[0].device
+    wrapped: Any = Tensor._make_wrapper_subclass(LocalShardsWrapper, made.shape, dtype=dtype, device=device)
+    wrapped._local_shards, wrapped._storage_meta = made._local_shards, made._storage_meta
+    return wrapped
 
 
 def is_in_pieces(tensor: DTensor) -> bool:
@@ -68,13 +78,11 @@ def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
 # private: `DTensor._spec`, and those of `dtensor_of_pieces`. Without them a checkpoint could not be saved in the background.
 def copy_dtensor(tensor: DTensor, copy: Callable[[Tensor, str], Tensor]) -> DTensor:
     """Return the same DTensor of copies: `copy` gets each tensor that this rank holds of it, and a name for that."""
-    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-
     local: Any = tensor._local_tensor
     if is_in_pieces(tensor):
         pieces = [copy(piece, str(i)) for i, piece in enumerate(local.local_shards())]
         offsets = [tuple(offset) for offset in local.local_offsets()]
-        return DTensor(LocalShardsWrapper(pieces, offsets), tensor._spec, requires_grad=False)
+        return DTensor(_wrapped(pieces, offsets), tensor._spec, requires_grad=False)
     return DTensor(copy(local, ""), tensor._spec, requires_grad=False)
 
 

@@ -49,7 +49,7 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
             """Replace a DTensor by one that is received when it is read; tied ones have the same key, and are read once."""
             if not isinstance(node, DTensor):
                 return node
-            return StoredTensor(tuple(node.shape), node.dtype, lambda *_: _receive(node, senders.pop(path)), _memory(node))
+            return StoredTensor(tuple(node.shape), _dtype(node), lambda *_: _receive(node, senders.pop(path)), _memory(node))
 
         try:
             full = map_nested(stored, tree)
@@ -75,16 +75,16 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
 def _receive(dtensor: DTensor, ranks: dict[Box, int]) -> Tensor:
     """Put a full tensor together on rank 0, of its own shards and those that the others send."""
     shards = _shards(dtensor)
-    full = torch.empty(dtensor.shape, dtype=dtensor.dtype)
+    dtype = _dtype(dtensor)
+    full = torch.empty(dtensor.shape, dtype=dtype)
     for box, rank in ranks.items():
         if rank == 0:
             narrow(full, box).copy_(shards[box])
         else:
-            shard = torch.empty(box.size, dtype=dtensor.dtype)
-            received = on_device_of(dist.group.WORLD, _bytes(shard))  # not where `dtensor.device` says: one in pieces names the CPU
+            received = on_device_of(dist.group.WORLD, _bytes(torch.empty(box.size, dtype=dtype)))
             dist.recv(received, src=rank)
-            narrow(full, box).copy_(received.view(dtensor.dtype).view(box.size))
-            del shard, received
+            narrow(full, box).copy_(received.view(dtype).view(box.size))
+            del received
     return full
 
 
@@ -104,6 +104,11 @@ def _memory(dtensor: DTensor) -> Any:
     """Return what is the same for two DTensors in the same memory on this rank; None if there is none."""
     pieces = pieces_of_dtensor(dtensor)
     return tuple((at, piece.data_ptr(), piece.stride()) for at, piece in pieces) if all(p.numel() for _, p in pieces) else None
+
+
+def _dtype(dtensor: DTensor) -> torch.dtype:
+    """Return the dtype of what this rank holds: that of a DTensor in pieces is float32 if torch has made it, by `detach` for example."""
+    return pieces_of_dtensor(dtensor)[0][1].dtype
 
 
 def _bytes(shard: Tensor) -> Tensor:

@@ -255,7 +255,8 @@ class ParamShard:
                 f"`{where}`: a DTensor in pieces of another plan or mesh. Load it through a distributed checkpoint, or from the "
                 "full tensors of `full_state_dict`."
             )
-        local = torch.empty(self.local_shape, dtype=value.dtype, device=value.device)
+        like = next(iter(held.values()))  # `value.dtype` is float32 if torch has made a DTensor in pieces
+        local = torch.empty(self.local_shape, dtype=like.dtype, device=like.device)
         for (offset, _), here in boxes:
             narrow(local, here).copy_(held[offset])
         return local

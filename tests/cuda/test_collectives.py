@@ -54,7 +54,9 @@ def test_rows_and_shards_on_the_host() -> None:
         for device in ("cpu", torch.device("cuda", rank)):
             full = shard.gather(shard.take(whole.to(device)))
             assert full.device == torch.device(device) and torch.equal(full.cpu(), whole)
-        rows_of_two = DTensor.from_local(whole[rank : rank + 1], mesh(2, 1)["data_parallel"], [Shard(0)], run_check=False)
+        rows_of_two = DTensor.from_local(
+            whole[rank : rank + 1].cuda(), mesh(2, 1)["data_parallel"], [Shard(0)], run_check=False
+        ).to("cpu")
         assert torch.equal(full_tensor(rows_of_two), whole) and full_tensor(rows_of_two).device.type == "cpu"
 
     run_ranks(body, 2, backend="nccl")

@@ -96,12 +96,11 @@ def test_dropout_of_whole_activations_is_that_of_one_process() -> None:
     def loss(model: nn.Module) -> Tensor:
         return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
-    whole = randomize_(Net())
-    torch.manual_seed(1)
-    ref = loss(whole)
-    ref.backward()
-
     def body() -> None:
+        whole = randomize_(Net())
+        torch.manual_seed(1)
+        ref = loss(whole)
+        ref.backward()
         mesh = make_mesh("cpu", 1, 2)
         model = ltp.parallelize(randomize_(Net()), mesh, plan)
         torch.manual_seed(1 + dist.get_rank())
