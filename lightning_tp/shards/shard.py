@@ -30,6 +30,7 @@ from lightning_tp.core.boxes import Box, full_box, narrow
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.errors import TPError
+from lightning_tp.shards.view import local_view
 from lightning_tp.styles import Split
 
 WAIT = timedelta(seconds=30)  # for other ranks to read the same full tensor
@@ -266,6 +267,7 @@ def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
+@local_view()
 def like(p: Tensor, local: Tensor) -> Tensor:
     """Return a local tensor as the parameter is: as FSDP2's DTensor, or as it is."""
     if not isinstance(p, DTensor):
