@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -114,6 +115,23 @@ def is_compiler_error(error: Exception) -> bool:
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
 
+# private: what `torch.compile` keeps on and in the function that it returns: `_torchdynamo_orig_callable`, `self`, its context. Without them a step
+# that users compile would see the shards of a model instead of its parameters, or be compiled in hundreds of pieces.
+def take_compiled_methods(module: torch.nn.Module) -> dict[str, Any]:
+    """Put what users wrote back in the place of a module's compiled methods, on this instance, and return the backend of each, by name."""
+    found: dict[str, Any] = {}
+    own = module.__dict__
+    attributes = {k: v for cls in (*reversed(type(module).__mro__), module) for k, v in vars(cls).items()}
+    for name, value in attributes.items():
+        original = getattr(value, "_torchdynamo_orig_callable", None)
+        if original is None or not isinstance(value, FunctionType):
+            continue
+        variables = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        found[name] = backend_of_context(variables["self"].cell_contents)
+        own[name] = original if name in own else original.__get__(module)
+    return found
+
+
 # private: `OptimizedModule` and its `_orig_mod` and `dynamo_ctx`, `Module._compiled_call_impl`. Without them such a model could not be split.
 def take_compiled(model: torch.nn.Module) -> dict[str, Any]:
     """Undo what users have compiled inside of a model, in place, and return the backend of each module that was, by name."""
@@ -127,6 +145,8 @@ def take_compiled(model: torch.nn.Module) -> dict[str, Any]:
         if module._compiled_call_impl is not None:  # `module.compile()`
             found[name] = "inductor"
             module._compiled_call_impl = None
+        if hasattr(module, "training_step"):  # code that calls models, and is no part of one
+            found.update({f"{name}.{method}".lstrip("."): backend for method, backend in take_compiled_methods(module).items()})
     return found
 
 

@@ -13,8 +13,8 @@ A block is compiled in pieces. What stands between them runs uncompiled:
 Blocks of the same code share the compiled code. Where the compiler fails, that piece runs uncompiled, if need be on this rank alone, with one
 warning: no collective is called twice or left out. Where torch can't even make the pieces, after some of a block has run, it is an error.
 
-What users have compiled themselves (`torch.compile(model)`, `model.compile()`, `torch.compile(LitModule())`) is unwrapped before the model is
-split, and compiled in this way with the same backend.
+What users have compiled themselves (`torch.compile(model)`, `model.compile()`, `torch.compile(LitModule())`, a `training_step`) is unwrapped
+before the model is split, and compiled in this way with the same backend.
 """
 
 from __future__ import annotations

@@ -93,3 +93,29 @@ def test_what_users_compile_is_found() -> None:
     assert _compat.take_compiled(model) == {}
     wrapped = torch.compile(nn.Linear(2, 2), backend="eager")
     assert callable(_compat.backend_of_context(wrapped.dynamo_ctx))  # type: ignore[attr-defined]
+
+
+def test_compiled_methods_of_code_that_calls_models_are_found() -> None:
+    class Base(nn.Module):
+        @torch.compile(backend="eager")
+        def training_step(self, x: Tensor) -> Tensor:
+            return x + 1
+
+        @torch.compile(backend="eager")
+        def validation_step(self, x: Tensor) -> Tensor:
+            return x + 2
+
+    class Module(Base):
+        def validation_step(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x + 3
+
+        def test_step(self, x: Tensor) -> Tensor:
+            return x + 4
+
+    module = Module()
+    module.test_step = torch.compile(module.test_step, backend="eager")  # type: ignore[method-assign]
+    assert set(_compat.take_compiled(module)) == {"training_step", "test_step"}
+    methods = (module.training_step, module.validation_step, module.test_step)
+    assert [int(method(torch.zeros(()))) for method in methods] == [1, 3, 4]
+    assert not any(hasattr(method, "_torchdynamo_orig_callable") for method in methods)
+    assert _compat.take_compiled(module) == {}
