@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import ref
 
 from torch import nn
 from torch.compiler import is_compiling
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_tp._compat import call_in_forward, is_resharded
+from lightning_tp._compat import call_in_forward, graph_task, is_resharded
 from lightning_tp.apply.bind import ParamRegistry
 from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
+from lightning_tp.core.modules.outer_calls import is_called, remembered_calls
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.shards.view import depth, set_depth
@@ -25,6 +27,7 @@ class _Entry(nn.Module):
     """A module that user code calls."""
 
     _registry: ref[ParamRegistry]
+    _unit: Callable[[], nn.Module | None]  # of FSDP2, that its parameters belong to, unless that is the root
     _ways: Ways | None  # of one that holds everything that is split
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,32 +39,55 @@ class _Entry(nn.Module):
     def _on_shards(self, *args: Any, **kwargs: Any) -> Any:
         before = depth()
         registry = self._registry()
-        root = None if registry is None else registry.fsdp_root
+        call: Callable[..., Any] = super().__call__
+        for around in () if registry is None else (self._unit(), registry.fsdp_root):
+            if around is not None and around is not self and is_resharded(around):
+                call = partial(call_in_forward, around, call)
         set_depth(1)
         try:
-            if root is not None and self is not root and is_resharded(root):
-                return call_in_forward(root, super().__call__, *args, **kwargs)
-            return super().__call__(*args, **kwargs)
+            return call(*args, **kwargs)
         finally:
             if registry is not None and registry.unsharded:
                 registry.tag_unsharded()
             set_depth(before)
 
 
-def enter_local_view(model: nn.Module, ways: Callable[[], Ways | None]) -> None:
+class _Inner(_Entry):
+    """A module inside of an entry, which user code has not called by itself when the plan was made: as it does, that is compared with one process."""
+
+    _alone: Ways
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if depth() > 0 or is_compiling():
+            return super(_Entry, self).__call__(*args, **kwargs)
+        if graph_task() != -1:  # it is computed again
+            return self._on_shards(*args, **kwargs)
+        return self._alone.call(self, self._on_shards, args, kwargs)
+
+
+def enter_local_view(model: nn.Module, ways: Callable[..., Ways | None], trusted: bool | None) -> None:
     """Make calls of a split model, and of the modules in it that user code may call by themselves, run in `local_view`.
 
     Args:
         model: a module with a `training_step` is user code itself; what it holds is called.
-        ways: makes the ways of a module that calls of it go.
+        ways: makes the ways of a module that calls of it go, from the mode in which the first is trusted, and whether it is `strict`.
+        trusted: that of what user code calls.
     """
-    for module in model.modules():
-        if not hasattr(module, "training_step") and next(module.parameters(), None) is not None:
-            module.__dict__["_tp_planned"] = True
+    named = [(n, m) for n, m in model.named_modules() if is_called(m)]
+    for _, module in named:
+        module.__dict__["_tp_planned"] = True
     registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
     every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
-    for module in [m for m in model.modules() if "_tp_planned" in m.__dict__] if every else entries(model):
-        swap_class(module, _Entry, _registry=ref(registry), _ways=ways() if _holds_all(module, model) else None)
+    called, units = remembered_calls(model), _units(model, registry.fsdp_root)
+    outermost, styled, partial_sums = set(map(id, entries(model))), _styled(model), _styled(model, partial_sums=True)
+    for name, module in named:
+        around = {"_registry": ref(registry), "_unit": units.get(id(module), _no_unit)}
+        strict = called is not None or id(module) in partial_sums
+        inner = id(module) not in outermost and name not in (called or ()) and not styled.isdisjoint(map(id, module.modules()))
+        if inner and (alone := ways(None, strict=strict)):
+            swap_class(module, _Inner, **around, _ways=None, _alone=alone)
+        elif every or id(module) in outermost:
+            swap_class(module, _Entry, **around, _ways=ways(trusted) if _holds_all(module, model) else None)
     late = LateHooks(model)
     for module in model.modules():
         if not hasattr(module, "training_step"):
@@ -127,6 +153,28 @@ def _holds_all(module: nn.Module, model: nn.Module) -> bool:
         if id(styled) not in inside or (own.get(entry.where) is module and entry.style.splits_parameters):
             return False
     return True
+
+
+def _units(model: nn.Module, root: nn.Module | None) -> dict[int, Callable[[], nn.Module | None]]:
+    """Return, by the id of a module inside of a unit of FSDP2, that unit: the innermost one, unless it is the root."""
+    units = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not root] if root is not None else []
+    return {id(inside): ref(unit) for unit in units for inside in unit.modules()}
+
+
+def _no_unit() -> None:
+    """Return None, in place of a reference to a unit."""
+
+
+def _styled(model: nn.Module, *, partial_sums: bool = False) -> set[int]:
+    """Return the ids of the modules that don't run on a rank as in one process, or of those with gradients that are summed over ranks."""
+    plan: CheckedPlan = model._tp_applied_plan  # type: ignore[assignment]
+    own = dict(model.named_modules(remove_duplicate=False))
+    found = [
+        own.get(e.where, own.get(e.where.rpartition(".")[0]))
+        for e in plan.entries
+        if (any(s.sum_over(plan.tp) > 1 for s in e.splits.values()) if partial_sums else not isinstance(e.style, Replicate))
+    ]
+    return set(map(id, found))
 
 
 def entries(model: nn.Module) -> Iterator[nn.Module]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,14 +156,14 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
         mark_streams(model, plan, axis)
     if mesh.size() > 1:
         attach_state_dict(model)
-        enter_local_view(model, _ways(model, mesh, plan, options, mode))
+        declared = plan.source.startswith(DECLARED)  # it has not seen how the model is called
+        enter_local_view(model, partial(_ways, model, mesh, options), None if declared else mode)
         remember()
     return model
 
 
-def _ways(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Options, mode: bool) -> Callable[[], Ways | None]:
-    trusted = None if plan.source.startswith(DECLARED) else mode  # a plan that a model declares has not seen how it is called
-    return lambda: None if options.compile else Ways(model, mesh, trusted)
+def _ways(model: nn.Module, mesh: DeviceMesh, options: _Options, trusted: bool | None, strict: bool = False) -> Ways | None:
+    return None if options.compile else Ways(model, mesh, trusted, strict=strict)
 
 
 def check_options(recompute: ActivationCheckpointing | None, compile: Compile, dropout: Dropout, backend: str) -> None:

@@ -48,16 +48,17 @@ class Ways:
         model: that it is in.
         mesh: of the model.
         trusted: calls in this mode go the way that the plan was made from, the first of them; None: none do.
+        strict: where gradients can't be compared, calls that make some run unsplit.
     """
 
     off = False  # in `always_on_shards`
 
-    def __init__(self, model: Any, mesh: DeviceMesh, trusted: bool | None) -> None:
-        self.model, self.mesh, self.trusted = ref(model), mesh, trusted
+    def __init__(self, model: Any, mesh: DeviceMesh, trusted: bool | None, *, strict: bool = False) -> None:
+        self.model, self.mesh, self.trusted, self.strict = ref(model), mesh, trusted, strict
         self.known: dict[Any, set[Any] | None] = {}  # kind of a call -> kinds of its outputs; None: it is wrong on shards
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ways:
-        twin = Ways(memo.get(id(self.model()), self.model()), self.mesh, self.trusted)
+        twin = Ways(memo.get(id(self.model()), self.model()), self.mesh, self.trusted, strict=self.strict)
         twin.known = dict(self.known)
         return twin
 
@@ -90,6 +91,8 @@ class Ways:
     def _check(self, kind: Any, model: nn.Module, module: nn.Module, run: Any, args: Any, kwargs: Any, hooks: bool = False) -> Any:
         comparison = Comparison(model, module, run, args, kwargs, hooks)
         why = comparison.difference(self.mesh)
+        if why is None and self.strict and comparison.misses_gradients:
+            why = "with FSDP2 its gradients can't be compared with those of one process"
         if why is not None:
             warn_unsplit(module, why)
         known = self.known[kind] = None if why is not None else {*(self.known.get(kind) or ()), *comparison.made}
@@ -187,12 +190,14 @@ class Comparison:
         self.model, self.module, self.run, self.hooks = model, module, run, hooks
         self.args, self.kwargs = args, kwargs
         self.made: set[Any] = set()  # kinds of the output
+        self.misses_gradients = False
 
     def difference(self, mesh: DeviceMesh) -> str | None:
         """Say how outputs and gradients differ; None if they don't. A collective."""
         # FSDP2 only makes gradients in `backward`; without them a gathered weight is let go where it was used
         large = has_more_than(self.model, MOST_WITH_GRADIENTS)
         with_gradients = torch.is_grad_enabled() and mesh[DATA_PARALLEL].size() == 1 and not large
+        self.misses_gradients = torch.is_grad_enabled() and not with_gradients
         full, gradients, error = self._outcome(lambda *a, **k: run_unsplit(self.model, self.module, a, k), with_gradients)
         if self._anywhere(error is not None, mesh):  # it can't be run alone
             return None
@@ -249,7 +254,7 @@ def warn_unsplit(module: nn.Module, why: str) -> None:
     """Say once, on the first rank, that calls of a module run unsplit."""
     if dist.get_rank() == 0:
         warnings.warn(
-            f"A call of {type(module).__name__} goes another way than the one that its plan was made from, and is wrong on shards ({why}). Such "
+            f"A call of {type(module).__name__} goes another way than the one that its plan was made from, and shards do not do for it ({why}). Such "
             "calls run unsplit: every rank all-gathers the parameters and computes all of it, which is right, and slow. To have it split, let "
             "the step that trains take this way in its first batch, or register hooks before the split (in `configure_model`).",
             stacklevel=4,

@@ -24,6 +24,7 @@ from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.apply.same_everywhere import same_weights_everywhere
 from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
+from lightning_tp.core.modules.outer_calls import outer_calls, remember_called
 from lightning_tp.core.ops.rng import local_state_restored, seed_torch
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
@@ -33,6 +34,7 @@ from lightning_tp.plan.rule import INFERRED
 from lightning_tp.shards.state_dict import full_gradients
 from lightning_tp.shards.view import local_view
 from lightning_tp.trainer.module_plan import doubt_about_plan, first_batch
+from lightning_tp.trainer.rehearsal import step_arguments
 from lightning_tp.verify.compare import compare_tensors
 
 RTOL = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -108,14 +110,15 @@ class FirstBatchCheck:
                 "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of its kind."
             )
         self.context, self.batch, self.doubt = context, batch, doubt
-        with _on_device(module, device), _HalfPrecision() as seen:
+        with _on_device(module, device), _HalfPrecision() as seen, outer_calls(module) as called:
             self.loss, self.gradients = self._run(module, module.training_step)
+        remember_called(module, called)
         dtypes = [*seen.dtypes, *(p.dtype for p in module.parameters() if p.is_floating_point())]
         self.rtol = max((RTOL.get(dtype, 1e-3) for dtype in dtypes), default=1e-3)
         if not bool(torch.isfinite(self.loss).all()):
             raise TPError(f"`verify=True`: the loss of the first batch is {self.loss.item()} in one process. Check the data first.")
 
-    def compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
+    def compare(self, module: pl.LightningModule, step: Callable[..., Any]) -> str:
         """Run the same batch through the split module by `step`, and say in one line how closely it matches.
 
         `TPError` if the loss or gradients differ; the worst parameters come first.
@@ -132,7 +135,7 @@ class FirstBatchCheck:
                 + "\n".join(line for line in lines[:SHOWN] if not line.startswith("If you wrote the plan"))
             ) from error
 
-    def _compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
+    def _compare(self, module: pl.LightningModule, step: Callable[..., Any]) -> str:
         with always_on_shards():
             loss, gradients = self._run(module, step)
         rows = compare_tensors("loss", {"first batch": loss}, {"first batch": self.loss}, self.rtol)
@@ -149,12 +152,12 @@ class FirstBatchCheck:
             f"The first batch matches one process: loss and {len(rows) - 1} gradients, largest relative error {rows[0].error:.1e}"
         )
 
-    def _run(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run(self, module: pl.LightningModule, step: Callable[..., Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, full gradients) of a step on the batch."""
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         batch = tree_map_only(Tensor, lambda t: t.clone().to(device), self.batch)
         with _without_dropout(module), quiet(module), self.context(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            out = step(batch, 0)
+            out = step(*step_arguments(module.training_step, batch))
             loss = out if isinstance(out, Tensor) else out["loss"] if isinstance(out, dict) else None
             if loss is None:
                 raise TPError("`verify=True`: `training_step` returned no loss for the first batch.")

@@ -5,7 +5,7 @@ A plan is inferred on the first rank, from its step on the first batch. The othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_tp._compat import loaders_to_run
 from lightning_tp.core.comm.agree import Peers
 from lightning_tp.core.forked import NoChild, in_child
+from lightning_tp.core.modules.outer_calls import remember_called
 from lightning_tp.core.ops.rng import local_state_restored
 from lightning_tp.data.sample_batch import first_of
 from lightning_tp.errors import TPError
@@ -51,7 +52,7 @@ def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> 
             return Plan(plan.rules, f"{plan.source}; of `forward` on `example_input_array`, since {why}")
 
     traced = f"{type(module).__name__}.{rehearsal.name if example is None else 'forward'}"
-    return plan_of_first_rank(find, module, tp, traced=traced, remedy=remedy)
+    return plan_of_first_rank(find, module, tp, traced=traced, remedy=remedy, called=rehearsal.called)
 
 
 def _plan_of_step(rehearsal: Rehearsal, tp: int) -> Plan:
@@ -64,19 +65,23 @@ def _plan_of_step(rehearsal: Rehearsal, tp: int) -> Plan:
         raise
 
 
-def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str) -> Plan:
+def plan_of_first_rank(
+    find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str, called: Set[str] = frozenset()
+) -> Plan:
     """Let the first rank find the plan of a module, in a child of its process, and hand it to all. A collective.
+
+    Which modules code has `called` by themselves while it was found is remembered.
 
     `TPError` on all ranks, if it can't be found, which says what `find` has traced and what to do, or if it splits nothing.
     """
 
-    def find_apart() -> Plan:
+    def find_apart() -> tuple[Plan, frozenset[str]]:
         try:
             return in_child(find_and_check)
         except NoChild:
             return find_and_check()
 
-    def find_and_check() -> Plan:
+    def find_and_check() -> tuple[Plan, frozenset[str]]:
         try:
             found = find()
         except Exception as error:
@@ -88,9 +93,11 @@ def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, 
         checked = found.check(module, tp)
         if not checked.shards_anything:
             raise TPError(checked.why_nothing_is_sharded(module))
-        return found
+        return found, frozenset(called)
 
-    return Peers().from_first(find_apart)
+    plan, names = Peers().from_first(find_apart)
+    remember_called(module, names)
+    return plan
 
 
 def doubt_about_plan(module: pl.LightningModule, trainer: pl.Trainer, plan: Plan, tp: int) -> Doubt | None:
@@ -100,19 +107,22 @@ def doubt_about_plan(module: pl.LightningModule, trainer: pl.Trainer, plan: Plan
     """
     rehearsal = Rehearsal(module, trainer)
 
-    def look() -> Doubt | None:
+    def look() -> tuple[Doubt | None, frozenset[str]]:
+        doubt = None
         with suppress(Exception), rehearsal.stage():
             batch = rehearsal.prepared(first_batch(rehearsal.trainer, whole=True))
-            return doubt_about(module, rehearsal.call, batch, plan, tp)
-        return None
+            doubt = doubt_about(module, rehearsal.call, batch, plan, tp)
+        return doubt, frozenset(rehearsal.called)
 
-    def look_apart() -> Doubt | None:
+    def look_apart() -> tuple[Doubt | None, frozenset[str]]:
         try:
             return in_child(look)
         except NoChild:
             return look()
 
-    return Peers().from_first(look_apart)
+    doubt, names = Peers().from_first(look_apart)
+    remember_called(module, names)
+    return doubt
 
 
 def first_batch(trainer: pl.Trainer, *, whole: bool = False) -> Any:

@@ -18,6 +18,7 @@ from lightning_tp._compat import fake_store, process_groups_aside
 from lightning_tp.core.comm.fake_world import LoneCollectives
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.objects import preserve_objects
+from lightning_tp.core.modules.outer_calls import outer_calls
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.trainer.adapt.metrics import metrics_over_data_parallel
 from lightning_tp.trainer.patches import private
@@ -36,6 +37,7 @@ class Rehearsal:
 
     def __init__(self, module: pl.LightningModule, trainer: pl.Trainer) -> None:
         self.module, self.trainer = module, trainer
+        self.called: set[str] = set()  # modules that it calls by themselves, once it has run
         self.name = STEPS[str(trainer.state.fn.value) if trainer.state.fn is not None else "fit"]
 
     @contextmanager
@@ -87,16 +89,20 @@ class Rehearsal:
 
     def call(self, module: nn.Module, batch: Any) -> Any:
         """Run the step; what it changes is changed back."""
-        with self.preserved(batch):
-            return _call_step(getattr(module, self.name), batch)
+        with self.preserved(batch), outer_calls(self.module) as called:
+            out = _called(getattr(module, self.name), batch)
+        self.called |= called
+        return out
 
     def call_after_hooks(self, module: nn.Module, batch: Any) -> Any:
         """Run the step, and before it the hooks of the module that come before the first one in training."""
-        with self.preserved(batch):
+        with self.preserved(batch), outer_calls(self.module) as called:
             for hook in HOOKS:
                 with suppress(Exception):
                     getattr(module, hook)(*((batch, 0) if hook == HOOKS[-1] else ()))
-            return _call_step(getattr(module, self.name), batch)
+            out = _called(getattr(module, self.name), batch)
+        self.called |= called
+        return out
 
 
 def _only_closure(closure: Callable[[], Any] | None = None) -> Any:
@@ -111,10 +117,14 @@ def _restore_attributes(saved: list[tuple[Any, dict[str, Any]]]) -> None:
         vars(x).update(attributes)
 
 
-def _call_step(step: Callable[..., Any], batch: Any) -> Any:
-    """Call a step with what it takes, as Lightning does: a batch and perhaps its index, or an iterator over batches."""
+def _called(step: Callable[..., Any], batch: Any) -> Any:
+    return step(*step_arguments(step, batch))
+
+
+def step_arguments(step: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
+    """Return what Lightning calls a step with, by its signature: a batch and perhaps its index, or an iterator over batches."""
     parameters = inspect.signature(step).parameters
     if "dataloader_iter" in parameters:
-        return step(iter([(batch, 0, 0)]))
+        return (iter([(batch, 0, 0)]),)
     takes_index = len(parameters) > 1 or any(p.kind == p.VAR_POSITIONAL for p in parameters.values())
-    return step(batch, 0) if takes_index else step(batch)
+    return (batch, 0) if takes_index else (batch,)

@@ -93,7 +93,7 @@ class Reachable:
         if isinstance(x, (types.FunctionType, types.MethodType, partial)):
             return _of_function(x)
         for get, put in (("get_state", "set_state"), ("getstate", "setstate")):
-            if isinstance(x, (torch.Generator, random.Random)) and hasattr(x, get):
+            if isinstance(x, (torch.Generator, random.Random)) and not isinstance(x, random.SystemRandom) and hasattr(x, get):
                 self.undo.append(partial(getattr(x, put), getattr(x, get)()))
         if type(x).__module__.partition(".")[0] == "numpy":
             self._save_numpy(x)

@@ -42,6 +42,7 @@ def _name(mixin: type, cls: type) -> str:
 
 _KEEP_NAME = {
     "_Entry",
+    "_Inner",
     "_Sized",
     "_RewrittenCalls",
     "_UnderCallMode",

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,3 +117,11 @@ def test_frozen_slots_are_restored() -> None:
         object.__setattr__(point, "at", [2])
         point.at.append(3)
     assert point.at == [1]
+
+
+def test_what_has_no_state_is_passed_over() -> None:
+    holder = SimpleNamespace(system=random.SystemRandom(), own=random.Random(0), n=1)
+    with preserve_objects([holder]):
+        drawn = holder.own.random()
+        holder.n = 2
+    assert holder.own.random() == drawn and holder.n == 1
