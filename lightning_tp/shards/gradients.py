@@ -35,7 +35,7 @@ from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import I, R
 from lightning_tp.errors import TPError
 from lightning_tp.shards.shard import ParamShard, like
-from lightning_tp.shards.view import full_view, local_view
+from lightning_tp.shards.view import enter_backward, full_view, leave_backward, local_view
 
 CHECKED_PASSES = 1  # in the first backward pass, gradients are compared over ranks with what the plan says of them
 TOLERANCE = 1e-2
@@ -324,12 +324,23 @@ class _BackwardPass:
         self._gradients = gradients
         self._returning = returning  # nothing is accumulated
         self._summed_before = summed_before
+        self._in_local_view = True
+        enter_backward()
+
+    def __del__(self) -> None:
+        self._leave()  # here if the pass has raised: then nothing finishes it
+
+    def _leave(self) -> None:
+        if self._in_local_view:
+            self._in_local_view = False
+            leave_backward()
 
     def finish_after_fsdp(self) -> None:
         """Finish behind FSDP2's own callback, which reduces gradients, and may have been queued after this one."""
         queue_after_backward(self.finish)
 
     def finish(self) -> None:
+        self._leave()
         self._gradients._pass = lambda: None
         if not self._returning:
             self._gradients.end(self._summed_before)

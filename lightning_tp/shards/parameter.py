@@ -383,21 +383,21 @@ class _Full(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         p = ctx.p
         shard: ParamShard = p._tp_shard
+        if shard.split.state is None:
+            p = getattr(p, "_tp_sharded", p)
+            shard = p._tp_shard
+        gradients = getattr(p, "_tp_gradients", None)
+        if gradients is not None:
+            gradients.begin()
         with local_view(), torch.no_grad():
-            if shard.split.state is None:
-                p = getattr(p, "_tp_sharded", p)
-                shard = p._tp_shard
             if shard.fsdp:  # FSDP2 takes the mean over the data-parallel axis of what runs through it, so here as well
                 grad = grad.contiguous()
                 dist.all_reduce(grad, group=shard.mesh.get_group(DATA_PARALLEL))
                 grad = grad / shard.mesh[DATA_PARALLEL].size()
             local = shard.take(grad)
-            gradients = getattr(p, "_tp_gradients", None)
-            if gradients is not None:
-                gradients.begin()
-                if shard.split.state is None:  # whether other terms of it are summed is not known yet
-                    gradients.add_equal(p, local)
-                    return torch.zeros_like(ctx.p)
+            if gradients is not None and shard.split.state is None:  # whether other terms of it are summed is not known yet
+                gradients.add_equal(p, local)
+                return torch.zeros_like(ctx.p)
             if shard.split.state == R and shard.tp_rank:
                 local.zero_()
             elif shard.sum_over > 1 and shard.tp_rank % shard.sum_over:

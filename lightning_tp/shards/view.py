@@ -20,6 +20,8 @@ class _View:
     """
 
     depth = 0
+    passes = 0  # backward passes that run in the local view
+    outside = 0  # the depth around the first of them
     full_runs = 0  # of models that run as one process would
 
     def __init__(self, local: bool) -> None:
@@ -81,6 +83,21 @@ def local_view() -> _View:
 def full_view() -> _View:
     """See sharded tensors in full again, inside of `local_view`: for user code that is called from there."""
     return _View(False)
+
+
+def enter_backward() -> None:
+    """See sharded tensors as local ones for the rest of a backward pass. FSDP2 reads parameters hundreds of times in it."""
+    if not _View.passes:
+        _View.outside = _View.depth
+        set_depth(max(_View.depth, 0) + 1)
+    _View.passes += 1
+
+
+def leave_backward() -> None:
+    """Return to the view before the backward pass, when the last one is left that runs."""
+    _View.passes -= 1
+    if not _View.passes:
+        set_depth(_View.outside)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 import zlib
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_tp.apply.parallelize import PlanLike
+from lightning_tp.core.loss_fn import loss_from
 from lightning_tp.core.trees import map_tensors, tensors_in
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
@@ -91,20 +91,7 @@ def as_inputs(inputs: Any) -> Inputs:
 def scalar_loss(model: nn.Module, inputs: Inputs, loss_fn: Callable[..., Tensor]) -> Tensor:
     """Run the model and return its loss: `loss_fn(output)`, or `loss_fn(output, inputs)` if it takes two arguments."""
     output = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    loss = loss_fn(output, inputs) if _takes_two(loss_fn) else loss_fn(output)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise TPError(f"`loss_fn` returned {what}; it has to be a scalar, such as its `.mean()`.")
-    return loss.reshape(())
-
-
-def _takes_two(fn: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except ValueError:
-        return False
-    required = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty]
-    return len(required) == 2
+    return loss_from(loss_fn, output, inputs)
 
 
 def _seed(seed: int) -> None:

@@ -60,9 +60,9 @@ def test_a_loss_of_the_output_or_of_output_and_inputs() -> None:
     assert scalar_loss(double, as_inputs(x), torch.sum) == 6
     assert scalar_loss(double, {"input": x}, lambda y, inputs: (y + inputs["input"]).sum()) == 9
     assert scalar_loss(double, (x,), lambda y, scale=2: (y * scale).sum().view(1, 1)).shape == ()
-    with pytest.raises(TPError, match=r"a tensor of shape \(3, 1\); it has to be a scalar"):
+    with pytest.raises(TPError, match=r"a tensor of shape \(3, 1\), but has to return a scalar"):
         scalar_loss(double, (x,), lambda y: y)
-    with pytest.raises(TPError, match="a float; it has to be a scalar"):
+    with pytest.raises(TPError, match="a float, but has to return a scalar"):
         scalar_loss(double, (x,), lambda y: y.sum().item())
 
 

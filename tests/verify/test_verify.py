@@ -221,7 +221,7 @@ def test_the_worst_of_all_ranks_is_reported() -> None:
         (dict(tp=0), "tp=0"),
         (dict(steps=True), "steps=True"),
         (dict(dp=3), "4 rows"),
-        (dict(loss_fn=lambda y: y), "has to be a scalar"),
+        (dict(loss_fn=lambda y: y), "has to return a scalar"),
         (dict(loss_fn=lambda y: y.mean() * 0), "norm of all gradients is 0"),
         (dict(loss_fn=lambda y: y.mean() / 0), "norm of all gradients is nan|norm of all gradients is inf"),
         (dict(model_fn=lambda: 3), "returned a int"),

@@ -206,7 +206,7 @@ class _Intercepted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiling():
             return outside(call_impl, self, *args, **kwargs)
-        return call_impl(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)  # which may be that of an entry of the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _intercepted(self._per_rank_calls):
@@ -218,7 +218,11 @@ class _PerRankDropout(nn.Module):
 
     _per_rank_calls: PerRankCalls
     p: float
-    __call__ = _Intercepted.__call__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return outside(call_impl, self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         interceptor = self._per_rank_calls.interceptor

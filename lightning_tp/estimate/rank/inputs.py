@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_tp.core.loss_fn import loss_from
 from lightning_tp.core.trees import map_tensors, tensors_in
 from lightning_tp.errors import TPError
 from lightning_tp.infer.search import call_with
@@ -20,12 +20,11 @@ LossOf = Callable[[nn.Module, Any], Tensor]
 def loss_of(loss_fn: Callable[..., Tensor] | None) -> LossOf:
     """Return (model, inputs) -> scalar loss, by `loss_fn(output)` or `loss_fn(output, inputs)`; None: by `default_loss`."""
     fn: Callable[..., Tensor] = loss_fn or default_loss
-    takes_inputs = _takes_two(fn)
 
     def loss(model: nn.Module, inputs: Any) -> Tensor:
         output = call_with(model, inputs)
         try:
-            found = fn(output, inputs) if takes_inputs else fn(output)
+            return loss_from(fn, output, inputs)
         except TPError:
             raise
         except Exception as error:
@@ -33,20 +32,8 @@ def loss_of(loss_fn: Callable[..., Tensor] | None) -> LossOf:
                 f"`loss_fn` raised {type(error).__name__}: {' '.join(str(error).split())}. It is called with the model's output "
                 f"(a {type(output).__name__}), on the meta device."
             ) from error
-        if not isinstance(found, Tensor) or found.numel() != 1:
-            what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-            raise TPError(f"`loss_fn` returned {what}, but has to return a scalar. Reduce it, for example by `.mean()`.")
-        return found.reshape(())
 
     return loss
-
-
-def _takes_two(fn: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1
 
 
 def default_loss(output: Any, inputs: Any) -> Tensor:

@@ -152,7 +152,8 @@ def test_half_of_a_shard_is_kept_and_scaled() -> None:
         x = torch.ones(5, 8)
         model(x)
         model(x)
-        return model.kept, model.up(x)
+        with local_view():
+            return model.kept, model.up(x)
 
     ranks = run_ranks(body, 2)
     for kept, whole in ranks:
@@ -315,7 +316,8 @@ def test_which_calls_draw_for_shards() -> None:
             x, shards = torch.ones(2, 9, DIM), []
             for _ in range(4):  # the fourth is one that nobody observes
                 model(x)
-                shards.append(model.shard / (model.up(x).detach() + 1e-12))
+                with local_view():
+                    shards.append(model.shard / (model.up(x).detach() + 1e-12))
             found[name] = shards
             assert bool(per_rank_calls_of(model)) is KINDS[name][2], name
             policy = policy_of(model)
