@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL, make_mes
 from lightning_tp.core.comm.state import I, R
 from lightning_tp.shards import gradients as grad
 from lightning_tp.shards.gradients import no_sync
+from lightning_tp.shards.view import depth, local_view
 from lightning_tp.styles import Colwise, FusedColwise, PrepareInput, Replicate, Rowwise
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
@@ -217,20 +219,28 @@ def test_a_backward_that_failed_is_forgotten() -> None:
     backward(whole, batch())
     ref = ltp.full_gradients(whole)
 
+    depths = []
+
     def fail(_: Tensor) -> None:
+        depths.append(depth())
         raise MemoryError("out of memory")
 
     def body() -> None:
         model = ltp.parallelize(llama(), make_mesh("cpu", 1, 2), PLAN)
         backward(model, batch(1))
-        for _ in range(2):
-            handle = model.layers[0].feed_forward.w2.weight.register_hook(fail)
+        weight: Any = model.layers[0].feed_forward.w2.weight
+        at_end, inside = weight.register_hook, partial(local_view()(Tensor.register_hook), weight)
+        for register in (at_end, inside):
+            handle = register(fail)
             with pytest.raises(MemoryError):
                 backward(model, batch(2))
             handle.remove()
+            assert depth() == 0
             model.zero_grad()
             backward(model, batch())
+            assert depth() == 0
             assert_trees_close(ltp.full_gradients(model), ref, rtol=1e-9)
+        assert depths == [-1, 1]
 
     run_ranks(body, 2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_tp.shards.view import depth, full_view, local_view
+from lightning_tp.shards.view import depth, enter_backward, full_view, leave_backward, local_view
 
 
 def test_views_are_nested() -> None:
@@ -32,3 +32,19 @@ def test_a_decorated_function_leaves_the_view_when_it_raises() -> None:
         with pytest.raises(KeyError):
             fail(1)
     assert seen == [1, 2, 1, 2] and depth() == 0
+
+
+def test_backward_passes_that_overlap_leave_the_view_together() -> None:
+    enter_backward()
+    assert depth() == 1
+    with full_view():
+        enter_backward()  # of another model
+        assert depth() == -1
+    leave_backward()
+    assert depth() == 1
+    leave_backward()
+    assert depth() == 0
+    with local_view():
+        enter_backward()
+        leave_backward()
+        assert depth() == 1
