@@ -16,7 +16,7 @@ SIZES = _names("size dim ndimension numel nelement stride __len__ is_contiguous"
 # functions that are the same for a shard
 AS_IT_IS = _names(
     """requires_grad_ retain_grad backward is_floating_point is_complex is_signed is_inference is_conj is_neg element_size get_device
-    __hash__ __dir__ is_shared share_memory_ is_pinned is_set_to is_same_size _is_view"""
+    __hash__ __dir__ is_shared share_memory_ is_pinned is_set_to is_same_size _is_view _has_compatible_shallow_copy_type"""
 )
 # functions whose result is sharded as the argument is
 ALIKE = _names("detach zeros_like ones_like empty_like full_like")
