@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_tp._compat import is_unscaled, local_tensor, non_finite_check_and_unscale_, scaler_settings
+from lightning_tp._compat import all_reduce_into, is_unscaled, local_tensor, non_finite_check_and_unscale_, scaler_settings
 from lightning_tp.errors import TPError
 from lightning_tp.trainer.adapt.optimizers import unwrapped
 from lightning_tp.trainer.patches import private
@@ -120,8 +120,6 @@ class MeshGradScaler(GradScaler):
         found_inf = found_inf.to(next(iter(by_dtype.values()))[0].device)
         for grads in by_dtype.values():
             non_finite_check_and_unscale_(grads, found_inf, inv_scale.to(found_inf.device))
-        options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
         for ranks in self.groups:
-            ranks.allreduce([found_inf], options).wait()
+            all_reduce_into(found_inf, ranks, largest=True)
         return {found_inf.device: found_inf}
