@@ -338,6 +338,8 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         return full_tensors(self._step("predict_step", self.precision_plugin.predict_step_context(), *args, **kwargs))
 
     def _step(self, name: str, context: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._watchdog is not None and name != "training_step":
+            self._watchdog.before_batch()
         if self.sizes[1] > 1 and (index := self._batches.next(name)) is not None:
             with raise_on_rank_zero(self.global_rank):
                 check_unchanged(self.lightning_module)  # type: ignore[arg-type]

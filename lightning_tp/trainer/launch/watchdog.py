@@ -1,8 +1,8 @@
 """Stop all ranks within seconds once one has failed, died or hung, and report on one screen which one it was.
 
-A thread of each process looks once a second, over the store of the process group, whether some rank has failed, and whether the process of its
-neighbour on this machine is alive. The main thread is never touched: where it is is read from its stack, and only once something has
-gone wrong. So it costs a training step nothing.
+A thread of each process looks once a second, over the store of the process group, whether some rank has failed, or was asked to end
+(`requested_end.py`), and whether the process of its neighbour on this machine is alive. The main thread is never touched: where it is is read
+from its stack, and how far it is from what its process groups have counted, only once something has gone wrong. So it costs a training step nothing.
 
 Not covered: a node that is lost as a whole (its launcher, or torch's own timeouts, end the others), and ranks that were never started (joining
 the process group has its own timeout).
@@ -31,11 +31,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_tp._compat import clone_store, let_store_fail
 from lightning_tp.errors import HEAD_START, SecondaryError, TPError, default_sigterm
 from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of
+from lightning_tp.trainer.launch.requested_end import NEWS, RequestedEnd
 from lightning_tp.trainer.patches.replaced import replaced
 
 PERIOD = 1.0  # seconds between two looks
@@ -75,6 +78,9 @@ class Watchdog(Callback):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.trainer = trainer
         self.timeout = timeout
+        self.still: Any = None  # the stack of the main thread,
+        self.since = 0.0  # and since when it is the same
+        self.shown = False
         self.watches_timeout = timeout is not None and dist.get_backend() != "gloo"  # NCCL ends the process, and raises nothing
         self.main_thread = threading.main_thread()
         self.raised = False
@@ -90,22 +96,32 @@ class Watchdog(Callback):
             return
         let_store_fail(timedelta(seconds=STORE_TIMEOUT))
         self.store, self.threads_store = (dist.PrefixStore(f"lightning_tp_{run}", c) for c in connections)  # type: ignore[arg-type]
+        self.requested = RequestedEnd(trainer, self.rank, self.world, self.store, timeout)
         self.store.set(f"who/{self.rank}", f"{_machine()} {os.getpid()}")
         self.thread = threading.Thread(target=self._watch, name="lightning_tp watchdog", daemon=True)
         self.thread.start()
         atexit.register(self._join)
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         self.patch.enter_context(replaced(trainer, "_run_stage", self._observed))
+        self.patch.enter_context(self.requested.signals_noted())
+
+    def before_batch(self) -> None:
+        """Let a batch begin that is not one of training: see `RequestedEnd`."""
+        if self.thread is not None:
+            self.requested.before_batch()
 
     def stop(self, failed: bool) -> None:
         """End the watch: the run is over on this rank. Rank 0, with which the store ends, waits a moment for the others."""
         if self.thread is None:
             return
+        failed = failed and not self.requested.agreed
         if self in self.trainer.callbacks:  # type: ignore[attr-defined]
             self.trainer.callbacks.remove(self)  # type: ignore[attr-defined]
             self.patch.close()
         if not failed and not self.raised:
             with contextlib.suppress(RuntimeError):
+                self.requested.finish()
+                self.store.set(NEWS, "")
                 self.store.set(f"done/{self.rank}", "")
                 if self.rank == 0:
                     self._end_together()
@@ -136,7 +152,10 @@ class Watchdog(Callback):
 
     def _observed(self, run_stage: Callable[[], Any]) -> Any:
         try:
-            return run_stage()
+            result = run_stage()
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self.requested.after_fit()
+            return result
         except BaseException as exception:
             self.on_exception(self.trainer, self.trainer.lightning_module, exception)
             raise
@@ -144,7 +163,7 @@ class Watchdog(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Tell the others, before any other callback sees the exception; one that only follows from another rank's end is not shown."""
-        if self.raised:
+        if self.raised or (self.requested.agreed and isinstance(exception, SIGTERMException)):
             return
         self.raised = True
         broken = isinstance(exception, RuntimeError) and bool(_BROKEN_COLLECTIVE.search(str(exception)))
@@ -195,20 +214,24 @@ class Watchdog(Callback):
     # ------------------------------------------------------------------------------------- once a second, in its thread
 
     def _watch(self) -> None:
-        still, since = None, time.monotonic()
+        try:
+            self._look_until_the_run_is_over()
+        finally:
+            self.requested.release()
+
+    def _look_until_the_run_is_over(self) -> None:
         rank_0_is_done = False
-        while not self.over.wait(PERIOD):
-            if self.watches_timeout and self.timeout is not None:
-                stack, limit = _stack(self._frame()), self.timeout.total_seconds()
-                if stack != still:
-                    still, since = stack, time.monotonic()
-                elif time.monotonic() - since > limit - max(5.0, 0.05 * limit):
-                    self.watches_timeout = False
-                    self._report_hang_before_the_backend_ends_the_process()
+        while not self.over.wait(PERIOD / 10 if self.requested.is_open else PERIOD):
+            if self.watches_timeout:
+                self._look_whether_it_stands_still()
             try:
-                first = self._failure_of_another()
+                news = self.requested.is_noted or self.threads_store.check([NEWS])
+                if news:
+                    self.requested.look(self.threads_store)
+                    self._show_position()
+                first = self._failure_of_another(news)
                 if first is None:
-                    rank_0_is_done = rank_0_is_done or self.threads_store.check(["done/0"])
+                    rank_0_is_done = rank_0_is_done or (news and self.threads_store.check(["done/0"]))
                     continue
             except RuntimeError:
                 if rank_0_is_done or self.over.is_set():
@@ -217,9 +240,9 @@ class Watchdog(Callback):
             self._end_after(first)
             return
 
-    def _failure_of_another(self) -> Failure | None:
+    def _failure_of_another(self, news: bool) -> Failure | None:
         """The first failure that some rank has published, or that the neighbour's process shows by being gone."""
-        if self.threads_store.check(["failed"]):
+        if news and self.threads_store.check(["failed"]):
             return _read(self.threads_store)
         if self._neighbour_has_ended() and not self.threads_store.check([f"done/{self.neighbour}"]):
             return _publish(self.threads_store, Failure(self.neighbour, "died", f"its process ({self.pid}) {DIED}"))
@@ -243,6 +266,9 @@ class Watchdog(Callback):
                 self.threads_store.set(f"where/{self.rank}", self._where(self._frame()))
         if first.rank == self.rank or self.raised:
             return self._end_if_it_hangs(began, first)
+        patience = (
+            HEAD_START if first.hang else STILL
+        )  # gloo takes seconds to close after a timeout: the report comes before this end
         still, since = _stack(self._frame()), began
         while not self.over.wait(PERIOD / 4):
             if self.raised:
@@ -250,7 +276,7 @@ class Watchdog(Callback):
             stack, now = _stack(self._frame()), time.monotonic()
             if stack != still:
                 still, since = stack, now
-            if now - since > STILL or now - began > MOVING:
+            if now - since > patience or now - began > MOVING:
                 self._report(first)
                 os._exit(1)
         return None
@@ -269,13 +295,27 @@ class Watchdog(Callback):
                 _print_error(f"[rank {self.rank}] failed with {first.kind}: {first.text}\nIt hangs while handling it:\n{stack}")
             os._exit(1)
 
-    def _report_hang_before_the_backend_ends_the_process(self) -> None:
-        """Print what is known: NCCL ends the process at its timeout without an exception."""
-        with contextlib.suppress(RuntimeError):
-            self.threads_store.set(f"where/{self.rank}", self._where(self._frame()))
-            time.sleep(POSITIONS_TIMEOUT)
-            if self.threads_store.compare_set("reported", "", str(self.rank)) == str(self.rank).encode():
-                _print_error(self._hang_report(self.threads_store) + "\n")
+    def _look_whether_it_stands_still(self) -> None:
+        """Report a hang shortly before the timeout, at which NCCL ends the process without an exception."""
+        assert self.timeout is not None
+        limit = self.timeout.total_seconds()
+        stack, now = _stack(self._frame()), time.monotonic()
+        if stack != self.still:
+            self.still, self.since = stack, now
+        elif now - self.since > limit - max(5.0, 0.05 * limit):
+            self.watches_timeout = False
+            with contextlib.suppress(RuntimeError):
+                self.threads_store.set(NEWS, "")
+                self.threads_store.set("show", "")  # each rank is asked where it is, also one that does not stand still
+                self._show_position()
+                if self.threads_store.compare_set("reported", "", str(self.rank)) == str(self.rank).encode():
+                    _print_error(self._hang_report(self.threads_store, "shown") + "\n")
+
+    def _show_position(self) -> None:
+        """Publish where this rank is, once, if some rank has asked for it."""
+        if not self.shown and self.threads_store.check(["show"]):
+            self.shown = True
+            self.threads_store.set(f"shown/{self.rank}", self._where(self._frame()))
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self.main_thread.ident or 0)
@@ -283,8 +323,8 @@ class Watchdog(Callback):
     def _where(self, frame: FrameType | None) -> str:
         return json.dumps(asdict(position_of(frame, self.trainer, but=self)))
 
-    def _hang_report(self, store: dist.Store) -> str:
-        keys = [f"where/{rank}" for rank in range(self.world)]
+    def _hang_report(self, store: dist.Store, at: str = "where") -> str:
+        keys = [f"{at}/{rank}" for rank in range(self.world)]
         with contextlib.suppress(RuntimeError):  # not all respond
             store.wait(keys, timedelta(seconds=POSITIONS_TIMEOUT))
         positions = {r: Position(**json.loads(store.get(key))) if store.check([key]) else None for r, key in enumerate(keys)}
@@ -297,6 +337,7 @@ def _read(store: dist.Store) -> Failure:
 
 def _publish(store: dist.Store, failure: Failure) -> Failure:
     """Publish a failure, unless another one was first; the first."""
+    store.set(NEWS, "")
     return Failure(**json.loads(store.compare_set("failed", "", json.dumps(asdict(failure)))))
 
 
