@@ -199,7 +199,7 @@ def counterparts() -> dict[str, str]:
     """What the mirror asks for: a file of the package -> its test, a test -> its file; both relative to the root of the repository."""
     files = [source for source in SOURCES if not source.endswith("__init__.py")]
     tests = [path.relative_to(TESTS).as_posix() for path in sorted(TESTS.rglob("test_*.py"))]
-    tests = [test for test in tests if test not in OF_THE_WHOLE and not test.startswith("scenarios/")]
+    tests = [test for test in tests if test not in OF_THE_WHOLE and not test.startswith(("scenarios/", "cuda/"))]
     asked = {f"lightning_tp/{file}": f"tests/{_in_same_folder(file, 'test_' + Path(file).name)}" for file in files}
     return asked | {
         f"tests/{test}": f"lightning_tp/{_in_same_folder(test, Path(test).name.removeprefix('test_'))}" for test in tests
@@ -215,7 +215,7 @@ def test_tests_mirror_the_package(here: str, there: str) -> None:
     exists = (ROOT.parent / there).is_file()
     if here.startswith("tests/"):
         assert exists, (
-            f"{here} tests no file: there is no {there}. Move its tests to the files that they test, or to tests/scenarios/"
+            f"{here} tests no file: there is no {there}. Move its tests to the files that they test, or to tests/scenarios/ or tests/cuda/"
         )
     assert exists, f"{here} has no test: create {there}"
 
