@@ -123,22 +123,34 @@ def lag_of(positions: Mapping[int, Position | None], waited: int) -> Lag:
     Stacks don't tell: where waiting does not stop the host (NCCL), a rank goes on after a collective to which others don't come. All ranks run one
     program, so their sums over all groups say how far they are; among those for which others wait that are further, it is the last one's turn.
     """
-    counts: dict[str, dict[int, int]] = defaultdict(dict)
-    names: dict[str, str] = {}
-    for rank, at in positions.items():
-        for key, (count, name) in (at.begun if at is not None else {}).items():
-            counts[key][rank], names[key] = count, name
+    counts, names = _counts(positions)
     total = {rank: sum(of.get(rank, 0) for of in counts.values()) for rank in positions}
-    waits_for = {rank: {q for of in counts.values() if rank in of for q in of if of[q] < of[rank]} for rank in positions}
+    waits_for: dict[int, set[int]] = {rank: set() for rank in positions}
+    for of in counts.values():
+        for rank, count in of.items():
+            waits_for[rank] |= {q for q, other in of.items() if other < count}
     late = {q for rank, others in waits_for.items() for q in others if total[q] <= total[rank]}
     late = {q for q in late if total[q] == min(total[other] for other in late)}
     came_nowhere = sorted(q for q in late if not waits_for[q])
     ranks = came_nowhere or _astray(counts, late, waited)
     waits = sorted(rank for rank, others in waits_for.items() if rank not in ranks and others & set(ranks))
     first = waited if waited in waits else next(iter(waits), waited)
-    key = next((k for k, of in counts.items() if first in of and any(of.get(q, of[first]) < of[first] for q in ranks)), "")
-    begun = {r: f"has begun {n} of {max(counts[key].values())} collectives there" for r, n in counts.get(key, {}).items()}
-    return Lag(ranks, not came_nowhere, waits, names.get(key), begun)
+    key = next((k for k, of in counts.items() if any(of.get(q, of.get(first, 0)) < of.get(first, 0) for q in ranks)), "")
+    return Lag(ranks, not came_nowhere, waits, names.get(key), _progress(counts.get(key, {})))
+
+
+def _counts(positions: Mapping[int, Position | None]) -> tuple[dict[str, dict[int, int]], dict[str, str]]:
+    """(group -> rank -> how many collectives it has begun there, group -> what it is called)."""
+    counts: dict[str, dict[int, int]] = defaultdict(dict)
+    names: dict[str, str] = {}
+    for rank, at in positions.items():
+        for key, (count, name) in (at.begun if at is not None else {}).items():
+            counts[key][rank], names[key] = count, name
+    return counts, names
+
+
+def _progress(counts: Mapping[int, int]) -> dict[int, str]:
+    return {rank: f"has begun {count} of {max(counts.values())} collectives there" for rank, count in counts.items()}
 
 
 def _astray(counts: Mapping[str, Mapping[int, int]], late: Set[int], waited: int) -> list[int]:
