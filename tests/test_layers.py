@@ -8,10 +8,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 import lightning_tp
 
@@ -127,29 +126,35 @@ def test_every_file_and_folder_has_a_floor() -> None:
     assert folders == {f"{folder}/{sub}" for folder, subs in SUBFOLDERS.items() for sub in subs if sub != "."}
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_lower_floors_do_not_import_higher_ones(source: str) -> None:
-    module = module_of(source)
-    unit, floor = module.partition(".")[0], floor_of(module)
-    others = {m for m in IMPORTS[module] if m.partition(".")[0] != unit}
-    above = sorted(m or "lightning_tp" for m in others if floor_of(m) >= floor)
-    assert not above, f"{source} imports {above}, which stand beside or above it: move the code to where it belongs"
+def of_all(look: Callable[[str], Any], sources: Iterable[str] = SOURCES) -> None:
+    """Look at all files, and fail with what is found in any: {file: what}. A test for each file would take a minute."""
+    found = {source: what for source in sources if (what := look(source))}
+    assert not found, found
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if s.count("/") and s.partition("/")[0] in SUBFOLDERS])
-def test_subfolders_do_not_import_what_stands_above_them(source: str) -> None:
+def test_lower_floors_do_not_import_higher_ones() -> None:
+    def above(source: str) -> list[str]:
+        module = module_of(source)
+        unit, floor = module.partition(".")[0], floor_of(module)
+        others = {m for m in IMPORTS[module] if m.partition(".")[0] != unit}
+        return sorted(m or "lightning_tp" for m in others if floor_of(m) >= floor)
+
+    of_all(above)  # imports of what stands beside or above: move the code to where it belongs
+
+
+def test_subfolders_do_not_import_what_stands_above_them() -> None:
     def level(module: str, folder: str) -> int:
         parts, names = module.split("."), SUBFOLDERS[folder]
         sub = "" if len(parts) == 1 else parts[1] if parts[1] in names else "."
         return names.index(sub) if sub in names else len(names)
 
-    module = module_of(source)
-    folder = module.partition(".")[0]
-    if module in FACES:
-        return
-    inside = {m for m in IMPORTS[module] if m.partition(".")[0] == folder and m not in FACES}
-    above = sorted(m for m in inside if level(m, folder) > level(module, folder))
-    assert not above, f"{source} imports {above}, which stand above it in SUBFOLDERS"
+    def above(source: str) -> list[str]:
+        module = module_of(source)
+        folder = module.partition(".")[0]
+        inside = {m for m in IMPORTS[module] if m.partition(".")[0] == folder and m not in FACES}
+        return [] if module in FACES else sorted(m for m in inside if level(m, folder) > level(module, folder))
+
+    of_all(above, [s for s in SOURCES if s.count("/") and s.partition("/")[0] in SUBFOLDERS])
 
 
 def circles(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
@@ -177,22 +182,32 @@ def test_no_folders_import_each_other() -> None:
     assert not circles({folder: to - {folder} for folder, to in folders.items()})
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_only_the_top_knows_lightning(source: str) -> None:
-    packages = {name.partition(".")[0] for name in imports(SOURCES[source])}
-    if (module_of(source).partition(".")[0] or "__init__") not in KNOWS_LIGHTNING:
-        assert not packages & {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
-    at_once = {name.partition(".")[0] for name in imports(SOURCES[source], late=False)}
-    late = at_once & IMPORTED_LATE - ({"pytest"} if source == PYTEST_ONLY else set())
-    assert not late, f"{source} imports {late} when it is imported; they are extras, or slow"
+def test_only_the_top_knows_lightning() -> None:
+    def lightning(source: str) -> set[str]:
+        packages = {name.partition(".")[0] for name in imports(SOURCES[source])}
+        at_top = (module_of(source).partition(".")[0] or "__init__") in KNOWS_LIGHTNING
+        return set() if at_top else packages & {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"}
+
+    of_all(lightning)
 
 
-@pytest.mark.parametrize("source", [s for s in SOURCES if not s.startswith("_compat/")])
-def test_private_parts_of_torch_are_named_in_one_file(source: str) -> None:
+def test_extras_and_slow_packages_are_imported_late() -> None:
+    def at_once(source: str) -> set[str]:
+        found = {name.partition(".")[0] for name in imports(SOURCES[source], late=False)}
+        return found & IMPORTED_LATE - ({"pytest"} if source == PYTEST_ONLY else set())
+
+    of_all(at_once)
+
+
+def test_private_parts_of_torch_are_named_in_one_folder() -> None:
     """Whatever may move with the next version of torch: modules and names with an underscore."""
-    names = [name for name in imports(SOURCES[source]) if name.startswith("torch.")]
-    private = [name for name in names if any(part.startswith("_") for part in name.split("."))]
-    assert [name for name in private if not name.startswith(PUBLIC_IN_ALL_BUT_NAME)] == []
+
+    def private(source: str) -> list[str]:
+        names = [name for name in imports(SOURCES[source]) if name.startswith("torch.")]
+        names = [name for name in names if any(part.startswith("_") for part in name.split("."))]
+        return [name for name in names if not name.startswith(PUBLIC_IN_ALL_BUT_NAME)]
+
+    of_all(private, [s for s in SOURCES if not s.startswith("_compat/")])
 
 
 def counterparts() -> dict[str, str]:
@@ -210,14 +225,13 @@ def _in_same_folder(path: str, name: str) -> str:
     return Path(path).with_name(name).as_posix()
 
 
-@pytest.mark.parametrize("here, there", counterparts().items())
-def test_tests_mirror_the_package(here: str, there: str) -> None:
-    exists = (ROOT.parent / there).is_file()
-    if here.startswith("tests/"):
-        assert exists, (
-            f"{here} tests no file: there is no {there}. Move its tests to the files that they test, or to tests/scenarios/ or tests/cuda/"
-        )
-    assert exists, f"{here} has no test: create {there}"
+def test_tests_mirror_the_package() -> None:
+    missing = {here: there for here, there in counterparts().items() if not (ROOT.parent / there).is_file()}
+    tests = {here: there for here, there in missing.items() if here.startswith("tests/")}
+    assert not tests, (
+        f"these test no file of this name: move their tests to the files that they test, or to tests/scenarios/ or tests/cuda/: {tests}"
+    )
+    assert not missing, f"these have no test: {missing}"
 
 
 def test_the_core_runs_without_lightning() -> None:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from lightning_tp.core.tables import table
 from lightning_tp.core.units import count, seconds, share, size
 from lightning_tp.estimate.cost.hardware import Hardware
-from lightning_tp.estimate.report.step import StepReport, Table
+from lightning_tp.estimate.report.step import StepReport
 from matmul_study.products import NOTHING, Lost, MatmulShape
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
 
 
 @dataclass(frozen=True)

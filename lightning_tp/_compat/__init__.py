@@ -15,6 +15,7 @@ from lightning_tp._compat.distributed import dtensor_of_pieces as dtensor_of_pie
 from lightning_tp._compat.distributed import fake_process_group as fake_process_group
 from lightning_tp._compat.distributed import fake_store as fake_store
 from lightning_tp._compat.distributed import fsdp_parameters as fsdp_parameters
+from lightning_tp._compat.distributed import full_tensor as full_tensor
 from lightning_tp._compat.distributed import gather_rows as gather_rows
 from lightning_tp._compat.distributed import initialize_fsdp as initialize_fsdp
 from lightning_tp._compat.distributed import is_fsdp_hook as is_fsdp_hook
@@ -23,6 +24,7 @@ from lightning_tp._compat.distributed import is_resharded as is_resharded
 from lightning_tp._compat.distributed import let_store_fail as let_store_fail
 from lightning_tp._compat.distributed import limit_waiting as limit_waiting
 from lightning_tp._compat.distributed import local_tensor as local_tensor
+from lightning_tp._compat.distributed import on_device_of as on_device_of
 from lightning_tp._compat.distributed import pieces_of_dtensor as pieces_of_dtensor
 from lightning_tp._compat.distributed import reduce_scatter_into as reduce_scatter_into
 from lightning_tp._compat.distributed import remember_dtypes as remember_dtypes
@@ -54,6 +56,7 @@ from lightning_tp._compat.modules import scaler_settings as scaler_settings
 from lightning_tp._compat.modules import take_compiled as take_compiled
 from lightning_tp._compat.modules import version_of as version_of
 from lightning_tp._compat.modules import without_global_optimizer_hooks as without_global_optimizer_hooks
+from lightning_tp._compat.modules import wrap_grouping as wrap_grouping
 from lightning_tp._compat.modules import wrap_recomputed as wrap_recomputed
 from lightning_tp._compat.modules import wrap_total_norm as wrap_total_norm
 from lightning_tp._compat.tensors import NATIVE_FUNCTIONS as NATIVE_FUNCTIONS
@@ -79,6 +82,7 @@ from lightning_tp._compat.tensors import negative_view as negative_view
 from lightning_tp._compat.tensors import no_torch_function as no_torch_function
 from lightning_tp._compat.tensors import non_finite_check_and_unscale_ as non_finite_check_and_unscale_
 from lightning_tp._compat.tensors import num_writes as num_writes
+from lightning_tp._compat.tensors import position_of_argument as position_of_argument
 from lightning_tp._compat.tensors import process_groups_aside as process_groups_aside
 from lightning_tp._compat.tensors import queue_after_backward as queue_after_backward
 from lightning_tp._compat.tensors import read_scalar as read_scalar

@@ -46,10 +46,20 @@ def dtensor_of_pieces(
 ) -> DTensor:
     """Make a DTensor whose local value is several boxes of the global tensor, each at its offset; for distributed checkpoint."""
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
     meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), pieces[0].dtype)
-    return DTensor(LocalShardsWrapper(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
+    return DTensor(_wrapped(pieces, offsets), DTensorSpec(mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
+def _wrapped(pieces: list[Tensor], offsets: list[tuple[int, ...]]) -> Any:
+    """Wrap pieces as torch does, in a tensor that says their dtype and device: torch's says float32 and CPU of all, and so does the DTensor."""
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+
+    made: Any = LocalShardsWrapper(pieces, offsets)
+    dtype, device = pieces[0].dtype, pieces[0].device
+    wrapped: Any = Tensor._make_wrapper_subclass(LocalShardsWrapper, made.shape, dtype=dtype, device=device)
+    wrapped._local_shards, wrapped._storage_meta = made._local_shards, made._storage_meta
+    return wrapped
 
 
 def is_in_pieces(tensor: DTensor) -> bool:
@@ -70,13 +80,11 @@ def pieces_of_dtensor(tensor: DTensor) -> list[tuple[tuple[int, ...], Tensor]]:
 # private: `DTensor._spec`, and those of `dtensor_of_pieces`. Without them a checkpoint could not be saved in the background.
 def copy_dtensor(tensor: DTensor, copy: Callable[[Tensor, str], Tensor]) -> DTensor:
     """Return the same DTensor of copies: `copy` gets each tensor that this rank holds of it, and a name for that."""
-    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-
     local: Any = tensor._local_tensor
     if is_in_pieces(tensor):
         pieces = [copy(piece, str(i)) for i, piece in enumerate(local.local_shards())]
         offsets = [tuple(offset) for offset in local.local_offsets()]
-        return DTensor(LocalShardsWrapper(pieces, offsets), tensor._spec, requires_grad=False)
+        return DTensor(_wrapped(pieces, offsets), tensor._spec, requires_grad=False)
     return DTensor(copy(local, ""), tensor._spec, requires_grad=False)
 
 
@@ -127,11 +135,31 @@ def reduce_scatter_into(output: Tensor, input: Tensor, group: Any) -> None:
         work.wait()
 
 
+# private: `ProcessGroup._device_types`. Without it nobody could ask whether a group has a backend for the device of a tensor.
+def on_device_of(group: Any, tensor: Tensor) -> Tensor:
+    """Return a tensor as a process group can send it: as it is, or a copy on the group's device, where it has no backend for the tensor's own.
+
+    A group of NCCL alone takes no tensor on the CPU. What comes back goes to where it was by `.to(tensor.device)`.
+    """
+    types = [device.type for device in group._device_types]
+    return tensor if not types or tensor.device.type in (*types, "meta") else tensor.to(types[0])
+
+
 def gather_rows(row: Tensor, group: Any) -> Tensor:
-    """All-gather equal shapes into one tensor: (..) of each rank -> (ranks, ..). `row` has to be contiguous."""
-    every = row.new_empty((group.size(), *row.shape))
-    all_gather_into(every.view(-1), row.view(-1), group)
-    return every
+    """All-gather equal shapes into one tensor on the device of `row`: (..) of each rank -> (ranks, ..). `row` has to be contiguous."""
+    sent = on_device_of(group, row)
+    every = sent.new_empty((group.size(), *sent.shape))
+    all_gather_into(every.view(-1), sent.view(-1), group)
+    return every.to(row.device)
+
+
+def full_tensor(tensor: DTensor) -> Tensor:
+    """Return the full tensor of a DTensor, on its device, also where that is not the one of its mesh. Differentiable; a collective."""
+    of_mesh = tensor.device_mesh.device_type
+    if tensor.device.type == of_mesh:
+        return DTensor.full_tensor(tensor)
+    there: Any = tensor.to(of_mesh)
+    return DTensor.full_tensor(there).to(tensor.device)
 
 
 # private: `torch.testing._internal`. Without it there would be no `fake_world`.

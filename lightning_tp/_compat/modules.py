@@ -68,6 +68,20 @@ def wrap_total_norm(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor
     utils.get_total_norm = wrapped
 
 
+# private: `_group_tensors_by_device_and_dtype`. Without it plain tensors and DTensors could not be in one optimizer, or clipped together.
+def wrap_grouping(make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the function by which optimizers and clipping group tensors for functions of lists by `make(torch's own)`, once."""
+    from torch.nn.utils import clip_grad
+    from torch.optim import optimizer
+
+    for place in (optimizer, clip_grad):
+        own: Any = place._group_tensors_by_device_and_dtype
+        if not hasattr(own, "_tp_original"):
+            wrapped: Any = make(own)
+            wrapped._tp_original = own
+            place._group_tensors_by_device_and_dtype = wrapped  # type: ignore[attr-defined]
+
+
 def compile_function(function: Callable[..., Any], backend: Callable[..., Any], limit: int) -> Callable[..., Any]:
     """Call `torch.compile` with this backend, apart from what else is compiled of the same code.
 

@@ -116,6 +116,13 @@ def written_arguments(operator: Any) -> list[tuple[int, str]]:
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
+# private: `OpOverload._schema`. Without it activation checkpointing would have to know where each attention kernel takes its dropout.
+@functools.cache
+def position_of_argument(operator: Any, name: str) -> int | None:
+    """Return the position of the argument of an operator of `torch.ops` that has this name; None if it has none."""
+    return next((i for i, argument in enumerate(operator._schema.arguments) if argument.name == name), None)
+
+
 # private: `UntypedStorage._cdata`. `data_ptr` would not do: on the meta device it is 0.
 def storage_key(tensor: Tensor | torch.UntypedStorage) -> int:
     """Return a number of a storage: equal for tensors that share memory. It may be used again once the storage is gone."""

@@ -11,7 +11,8 @@ and not the partial sum, which has the full width and length on each rank; the s
 Matmuls of two activations (attention in plain operations) are recomputed, as in Megatron-LM. It intercepts each operator in Python, which costs some
 ten microseconds: for models whose operators take longer than that. A backward pass over it can't be repeated (`retain_graph`).
 
-State dict keys stay as they are, since no module is wrapped. Dropout is replayed (see `core/ops/rng.py`).
+State dict keys stay as they are, since no module is wrapped. Dropout is replayed (see `core/ops/rng.py`), on a GPU whatever arguments a module is
+called with; so "selective" recomputes an attention kernel that drops out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
@@ -28,12 +30,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lightning_tp._compat import call_impl
+from lightning_tp._compat import call_impl, position_of_argument
 from lightning_tp.core.comm.axis import SEQUENCE_DIM, Axis
 from lightning_tp.core.comm.collectives import all_reduce, reduce_scatter
 from lightning_tp.core.comm.transitions import outside
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.core.ops.intercept import run_checkpointed
+from lightning_tp.core.ops.rng import DeviceState
 from lightning_tp.errors import TPError
 
 ActivationCheckpointing: TypeAlias = Literal["block", "selective"] | Callable[[str, nn.Module], bool]
@@ -106,13 +109,30 @@ class _Checkpointed(nn.Module):
 
 
 def _contexts(axis: Axis, seq_len: int | None, selective: bool) -> tuple[Any, Any]:
-    """The contexts of the forward and of its recomputation."""
+    """The contexts of the forward, which begins now, and of its recomputation."""
+    device = DeviceState()
     if not selective:
-        return contextlib.nullcontext(), _with_seq_len(axis, seq_len)
+        return contextlib.nullcontext(), _Repeatable(lambda: _nested(device.again(), _with_seq_len(axis, seq_len)))
     forward, recomputation = create_selective_checkpoint_contexts(partial(_policy, axis))
     return _nested(_sums_as_operators(axis), forward), _nested(
-        _with_seq_len(axis, seq_len), _sums_as_operators(axis), recomputation
+        device.again(), _with_seq_len(axis, seq_len), _sums_as_operators(axis), recomputation
     )
+
+
+class _Repeatable:
+    """A context that is made anew each time it is entered: a backward pass that is repeated recomputes again."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self.make = make
+        self.entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self.make()
+        context.__enter__()
+        self.entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
 
 
 @contextlib.contextmanager
@@ -179,12 +199,18 @@ def _expensive_operators() -> frozenset[Any]:
     return frozenset([torch.ops.lightning_tp.sum_over_ranks.default, *attention])
 
 
+def _drops_out(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether an attention kernel draws random numbers: if it is not run again, later draws of the block are other ones."""
+    position = position_of_argument(op, "dropout_p")
+    return position is not None and bool(kwargs.get("dropout_p", args[position] if len(args) > position else 0.0))
+
+
 _MATMULS = frozenset([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
 
 
 def _policy(axis: Axis, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if op in _expensive_operators() or (op in _MATMULS and not axis.summing):
-        return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE if _drops_out(op, args, kwargs) else CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 

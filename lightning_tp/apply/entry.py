@@ -17,7 +17,7 @@ from lightning_tp.apply.bind import ParamRegistry
 from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.checked import CheckedPlan
-from lightning_tp.shards.parameter import depth, set_depth
+from lightning_tp.shards.view import depth, set_depth
 from lightning_tp.styles import Replicate
 
 
@@ -81,8 +81,11 @@ _depths: list[int] = []  # outside of the steps that run
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not _holds_shards(optimizer):
+        return args, kwargs
     outside = depth()
     _depths.append(outside)
+    inner = len(_depths)
     set_depth(max(outside, 0) + 1)
 
     def at_outer(closure: Any) -> Any:
@@ -90,9 +93,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
             inside = depth()
             set_depth(outside)
             try:
-                return closure(*args, **kwargs)
-            finally:
-                set_depth(inside)
+                out = closure(*args, **kwargs)
+            except BaseException:  # the step is left, too: nothing is called after it
+                del _depths[inner - 1 :]
+                raise
+            set_depth(inside)
+            return out
 
         return run if callable(closure) else closure
 
@@ -100,7 +106,13 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    set_depth(_depths.pop())
+    if _depths and _holds_shards(optimizer):  # else its closure has raised, and the step went on
+        set_depth(_depths.pop())
+
+
+def _holds_shards(optimizer: Optimizer) -> bool:
+    first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+    return hasattr(first, "_tp_shard")
 
 
 def _holds_all(module: nn.Module, model: nn.Module) -> bool:

@@ -1,8 +1,10 @@
 """Give a model that was built on the meta device its weights: those that one process would have drawn, shard by shard.
 
 A model built under `init_on_meta` (or the Trainer's `init_module(empty_init=True)`) has its construction recorded (`deferred_init.py`), and gets
-exactly what an ordinary construction under the same seed gives. One that was put on the meta device in another way is initialized by each
-module's own `reset_parameters`, one full module at a time, and then sharded: equal for any mesh, but not what its constructor would have drawn.
+exactly what an ordinary construction on the CPU under the same seed gives, on every device: a model that a process builds on its GPU
+(`with torch.device("cuda")`, or Lightning's `init_module()` in one process) draws other weights. One that was put on the meta device in
+another way is initialized by each module's own `reset_parameters`, one full module at a time, and then sharded: equal for any mesh, but
+not what its constructor would have drawn.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _tapes: list[InitTape] = []
 
 @contextmanager
 def init_on_meta() -> Iterator[None]:
-    """Build models on the meta device, and record how: `parallelize` then gives them the weights of an ordinary construction.
+    """Build models on the meta device, and record how: `parallelize` then gives them the weights of an ordinary construction on the CPU.
+
+    That is so on GPUs as well, where a construction under `torch.device("cuda")` draws other numbers.
 
     Example:
         >>> with init_on_meta():
@@ -102,7 +106,7 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 def _reset(modules: list[tuple[str, nn.Module]], tied: dict[str, list[str]]) -> Values:
     """Initialize one module at a time on the CPU, and let go of it; `tied` has for each name that is wanted all names of its tensor."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.initial_seed())
+        torch.default_generator.manual_seed(torch.initial_seed())
         for prefix, module in modules:
             tables: tuple[dict[str, Any], ...] = (own_parameters(module), own_buffers(module))
             for table in tables:

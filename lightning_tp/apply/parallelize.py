@@ -38,9 +38,10 @@ from lightning_tp.plan.check import refuse_distributed
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.declared import DECLARED, declared_plan
 from lightning_tp.plan.plan import Plan
+from lightning_tp.shards.grad_norm import register_kinds
 from lightning_tp.shards.gradients import PartialGradients
-from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.state_dict import attach_state_dict
+from lightning_tp.shards.view import local_view
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -224,6 +225,7 @@ def _by_torchs_styles(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, opt
     if tied and any(plan.splits[n].dim is not None for n in tied if n in plan.splits):
         raise TPError(f"`backend='dtensor'`: PyTorch's styles silently untie `{tied[0]}`. Use `backend='local'`, or untie it.")
     same_weights_everywhere(model, mesh)
+    register_kinds()
     model._tp_applied_plan = plan  # type: ignore[assignment]
     if tp_mesh.size() > 1:
         parallelize_module(model, tp_mesh, plan.to_torch(model))

@@ -15,7 +15,7 @@ from lightning_tp.core.digest import digest
 from lightning_tp.errors import TPError
 from lightning_tp.plan.checked import CheckedPlan
 
-BUCKET = 2**23  # elements that are broadcast at once
+BUCKET = 2**25  # bytes that are broadcast at once
 
 
 def same_plan_everywhere(plan: CheckedPlan, mesh: DeviceMesh) -> None:
@@ -88,6 +88,6 @@ def _digests(tensors: list[Tensor], device: torch.device) -> Tensor:
 def _broadcast(tensors: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
     for t in tensors:
         flat = t.detach().to(device).contiguous()
-        for piece in flat.view(-1).split(BUCKET):
+        for piece in flat.view(-1).view(torch.uint8).split(BUCKET):  # backends lack some dtypes (int16), and none of them this one
             dist.broadcast(piece, group=group, group_src=0)
         t.copy_(flat)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_tp._compat import copy_dtensor, wait_for_gloo_at_exit
 from lightning_tp.checkpoint.storage.nested import map_nested
+from lightning_tp.core.threads import start_thread
 from lightning_tp.errors import TPError
 
 _group: tuple[Any, Any] = (None, None)  # a reference to the default group, the group made for it
@@ -89,8 +91,7 @@ class Background:
         """Start work; what came before has to be waited for. `name` is how errors call it: "Saving `last.ckpt`"."""
         assert self._thread is None
         self._name, self._error, self._after, self._is_done = name, None, [], False
-        self._thread = threading.Thread(target=self._run, args=(work,), name="lightning_tp-checkpoint", daemon=False)
-        self._thread.start()
+        self._thread = start_thread(partial(self._run, work), "lightning_tp-checkpoint", daemon=False)
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -115,11 +116,7 @@ class Background:
             then()
 
     def wait(self) -> None:
-        """Wait until no work is under way.
-
-        Raises:
-            TPError: if it failed, once.
-        """
+        """Wait until no work is under way; `TPError`, once, if it failed."""
         if self._thread is None:
             return
         self._thread.join()

@@ -32,40 +32,27 @@ from lightning_tp.errors import TPError
 
 @dataclass
 class SaveContent:
-    """What goes into a checkpoint folder.
+    """What goes into a checkpoint folder."""
 
-    Args:
-        sharded: DTensors, and plain data that all ranks have: "state_dict", "optimizer_0", ..
-        apart: DTensors that were found in the rest, by their paths in it.
-        rest: `meta.pt` as the first rank writes it; None on the others.
-        plan: `plan.json`, likewise.
-        about: the manifest, without files.
-    """
-
-    sharded: dict[str, Any]
-    apart: dict[str, DTensor] = field(default_factory=dict)
-    rest: bytes | None = None
-    plan: str | None = None
-    about: Manifest = field(default_factory=Manifest)
+    sharded: dict[str, Any]  # DTensors, and plain data that all ranks have: "state_dict", "optimizer_0", ..
+    apart: dict[str, DTensor] = field(default_factory=dict)  # DTensors that were found in the rest, by their paths in it
+    rest: bytes | None = None  # `meta.pt` as the first rank writes it; None on the others
+    plan: str | None = None  # `plan.json`, likewise
+    about: Manifest = field(default_factory=Manifest)  # the manifest, without files
 
 
 def save_folder(target: StoragePath, content: SaveContent, peers: Peers) -> None:
     """Write and commit a checkpoint folder, which is created or replaced. A collective.
 
-    Raises:
-        TPError: on all ranks, if one of them could not write. What was there before is untouched then.
+    `TPError` on all ranks, if one of them could not write. What was there before is untouched then.
     """
     written = StoragePath(peers.from_first(lambda: _begin(target)), target.options)
     files = FolderFiles(written)
     problem = None
     try:
         _write(files, content, peers)
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
         problem = _reason(error, target, files)
-    except TPError as error:
-        problem = str(error)
-    except Exception as error:
-        problem = f"`{target}` could not be written: {type(error).__name__}: {error}"
     gathered: list[tuple[str | None, Entries]] = peers.gather((problem, files.entries))
     problems = [p for p, _ in gathered if p is not None]
     entries = {name: entry for _, of_rank in gathered for name, entry in of_rank.items()}
@@ -86,8 +73,7 @@ def save_folder(target: StoragePath, content: SaveContent, peers: Peers) -> None
 def save_file(target: StoragePath, write: Callable[[Any], None]) -> None:
     """Write and commit a checkpoint in one file, which is created or replaced, by `write(stream)`. Called by one rank.
 
-    Raises:
-        TPError: if it can't be written. What was there before is untouched then.
+    `TPError` if it can't be written. What was there before is untouched then.
     """
     stream: CountedStream | None = None
     try:

@@ -69,13 +69,7 @@ def candidates(folder: StoragePath) -> list[StoragePath]:
 
 
 def newest_intact(folder: StoragePath, peers: Peers, skip: str) -> StoragePath | None:
-    """Return the newest intact checkpoint of a folder, the same on all ranks; None if there is none. A collective.
-
-    Args:
-        folder: where to look.
-        peers: the ranks that look.
-        skip: the path of one that is known to be damaged.
-    """
+    """Return the newest intact checkpoint of a folder, other than `skip`, the same on all ranks; None without one. A collective."""
     urls = peers.from_first(lambda: [path.url for path in candidates(folder) if path.path != skip])
     for url in urls:
         path = StoragePath(url, folder.options)

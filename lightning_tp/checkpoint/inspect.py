@@ -25,41 +25,24 @@ _KINDS = {"folder": "sharded checkpoint", "file": "checkpoint in one file", "saf
 
 @dataclass
 class Summary:
-    """What `inspect_checkpoint` found.
+    """What `inspect_checkpoint` found."""
 
-    Args:
-        path: the checkpoint.
-        what: its kind, and who wrote it, in words.
-        step: `global_step`.
-        epoch: of the run that wrote it.
-        mesh: the size of each axis, where that is known.
-        versions: of the packages that wrote it.
-        parameters: elements of the model's tensors (buffers too), tied ones once where that is known.
-        bytes_by_dtype: of the model's tensors.
-        optimizers: the bytes of each one's state.
-        weights_only: whether there is no optimizer in it.
-        plan: where the plan came from, where there is one.
-        hugging_face: the class in it, by where it is in the model.
-        files: name -> bytes.
-        problems: what is missing or broken; nothing: it is complete, as far as that can be seen.
-        checked: in words, how far that was.
-    """
-
-    path: str
-    what: str
-    step: int | None = None
-    epoch: int | None = None
-    mesh: dict[str, int] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    parameters: int = 0
-    bytes_by_dtype: dict[str, int] = field(default_factory=dict)
-    optimizers: list[int] = field(default_factory=list)
-    weights_only: bool | None = None
-    plan: str | None = None
-    hugging_face: dict[str, str] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    path: str  # the checkpoint
+    what: str  # its kind, and who wrote it, in words
+    step: int | None = None  # `global_step`
+    epoch: int | None = None  # of the run that wrote it
+    mesh: dict[str, int] | None = None  # the size of each axis, where that is known
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that wrote it
+    parameters: int = 0  # elements of the model's tensors (buffers too), tied ones once where that is known
+    bytes_by_dtype: dict[str, int] = field(default_factory=dict)  # of the model's tensors
+    optimizers: list[int] = field(default_factory=list)  # the bytes of each one's state
+    weights_only: bool | None = None  # whether there is no optimizer in it
+    plan: str | None = None  # where the plan came from, where there is one
+    hugging_face: dict[str, str] = field(default_factory=dict)  # the class in it, by where it is in the model
+    files: dict[str, int] = field(default_factory=dict)  # name -> bytes
+    # what is missing or broken; nothing: it is complete, as far as that can be seen
     problems: list[str] = field(default_factory=list)
-    checked: str = ""
+    checked: str = ""  # in words, how far that was
 
     @property
     def complete(self) -> bool:

@@ -25,23 +25,14 @@ _CHUNK = 1 << 22  # bytes that are read at a time
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint folder says of itself.
+    """What a checkpoint folder says of itself."""
 
-    Args:
-        step: number of optimizer steps.
-        epoch: counted from 0.
-        mesh: the size of each axis, by name.
-        versions: of torch, lightning and this package.
-        weights_only: whether there is no optimizer state, so that training can't be resumed.
-        files: for each file's path in the folder its "bytes" and "crc32".
-    """
-
-    step: int = 0
-    epoch: int = 0
-    mesh: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    weights_only: bool = False
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    step: int = 0  # number of optimizer steps
+    epoch: int = 0  # counted from 0
+    mesh: dict[str, int] = field(default_factory=dict)  # the size of each axis, by name
+    versions: dict[str, str] = field(default_factory=dict)  # of torch, lightning and this package
+    weights_only: bool = False  # whether there is no optimizer state, so that training can't be resumed
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # for each file's path in the folder its "bytes" and "crc32"
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -49,11 +40,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
-        """Parse the text of `manifest.json`; `where` names it in errors.
-
-        Raises:
-            TPError: if it is none, or of a later format.
-        """
+        """Parse the text of `manifest.json`, which errors call `where`; `TPError` if it is none, or of a later format."""
         try:
             data = json.loads(text)
             form = data.pop("format")
@@ -75,11 +62,7 @@ def versions() -> dict[str, str]:
 
 
 def read(folder: StoragePath) -> Manifest | None:
-    """Read the manifest of a folder; None if there is none.
-
-    Raises:
-        TPError: if it is damaged, or of a later format.
-    """
+    """Read the manifest of a folder; None if there is none, and `TPError` if it is damaged, or of a later format."""
     file = folder / MANIFEST
     return Manifest.from_json(file.read(), str(file)) if file.is_file() else None
 

@@ -62,15 +62,9 @@ def load_optimizer(
     safe_globals: SafeGlobals = (),
     weights_only: bool | None = None,
 ) -> None:
-    """Load this rank's shards of an optimizer's state. A collective.
+    """Load this rank's shards of an optimizer's state, whose name in the checkpoint is `key` ("optimizer_0"). A collective.
 
-    Args:
-        optimizer: of a sharded model.
-        folder: the checkpoint, in which its name is `key` ("optimizer_0").
-        safe_globals: see `unpickle.load`, as `weights_only`.
-
-    Raises:
-        TPError: if it is not there, or of another optimizer.
+    `safe_globals` and `weights_only` are as for `unpickle.load`. `TPError` if it is not there, or of another optimizer.
     """
     stored = read_metadata(folder).state_dict_metadata
     if not any(k.startswith(f"{key}.") for k in stored):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_tp._compat import pieces_of_dtensor
+from lightning_tp._compat import on_device_of, pieces_of_dtensor
 from lightning_tp.checkpoint.commit import save_file
 from lightning_tp.checkpoint.storage.nested import Path, leaves, map_nested
 from lightning_tp.checkpoint.storage.path import StoragePath
@@ -26,8 +26,7 @@ from lightning_tp.errors import TPError
 def save_single_file(tree: Any, target: StoragePath) -> None:
     """Write a nesting in which there are DTensors as `torch.save` writes full tensors. A collective; what is no DTensor is rank 0's.
 
-    Raises:
-        TPError: on all ranks: rank 0 can't write, or another rank lacks a DTensor that rank 0 has.
+    `TPError` on all ranks, if rank 0 can't write, or another rank lacks a DTensor that rank 0 has.
     """
     dtensors: dict[Path, DTensor] = {path: leaf for path, leaf in leaves(tree) if isinstance(leaf, DTensor)}
     peers = Peers()
@@ -50,7 +49,7 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
             """Replace a DTensor by one that is received when it is read; tied ones have the same key, and are read once."""
             if not isinstance(node, DTensor):
                 return node
-            return StoredTensor(tuple(node.shape), node.dtype, lambda *_: _receive(node, senders.pop(path)), _memory(node))
+            return StoredTensor(tuple(node.shape), _dtype(node), lambda *_: _receive(node, senders.pop(path)), _memory(node))
 
         try:
             full = map_nested(stored, tree)
@@ -64,7 +63,7 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
             shards = _shards(dtensors[path])
             for box, sender in ranks.items():
                 if sender == peers.rank:
-                    dist.send(shards[box].detach().contiguous(), dst=0)
+                    dist.send(on_device_of(dist.group.WORLD, _bytes(shards[box])), dst=0)
 
     def report() -> None:
         if problem is not None:
@@ -76,15 +75,16 @@ def save_single_file(tree: Any, target: StoragePath) -> None:
 def _receive(dtensor: DTensor, ranks: dict[Box, int]) -> Tensor:
     """Put a full tensor together on rank 0, of its own shards and those that the others send."""
     shards = _shards(dtensor)
-    full = torch.empty(dtensor.shape, dtype=dtensor.dtype)
+    dtype = _dtype(dtensor)
+    full = torch.empty(dtensor.shape, dtype=dtype)
     for box, rank in ranks.items():
         if rank == 0:
             narrow(full, box).copy_(shards[box])
         else:
-            shard = torch.empty(box.size, dtype=dtensor.dtype, device=dtensor.device)
-            dist.recv(shard, src=rank)
-            narrow(full, box).copy_(shard)
-            del shard
+            received = on_device_of(dist.group.WORLD, _bytes(torch.empty(box.size, dtype=dtype)))
+            dist.recv(received, src=rank)
+            narrow(full, box).copy_(received.view(dtype).view(box.size))
+            del received
     return full
 
 
@@ -104,6 +104,16 @@ def _memory(dtensor: DTensor) -> Any:
     """Return what is the same for two DTensors in the same memory on this rank; None if there is none."""
     pieces = pieces_of_dtensor(dtensor)
     return tuple((at, piece.data_ptr(), piece.stride()) for at, piece in pieces) if all(p.numel() for _, p in pieces) else None
+
+
+def _dtype(dtensor: DTensor) -> torch.dtype:
+    """Return the dtype of what this rank holds: that of a DTensor in pieces is float32 if torch has made it, by `detach` for example."""
+    return pieces_of_dtensor(dtensor)[0][1].dtype
+
+
+def _bytes(shard: Tensor) -> Tensor:
+    """Return a tensor's bytes in one dim: backends lack some dtypes (int16), and none of them this one."""
+    return shard.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _shards(dtensor: DTensor) -> dict[Box, Tensor]:

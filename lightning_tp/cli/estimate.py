@@ -82,7 +82,6 @@ def show(found: Estimate) -> None:
         return
     print_colored(found.headline, "green" if found.fits else "red")
     print_colored(found.plan, "dim")
-    for title, header, rows in found.tables():
-        num_words = 1 if len(header) <= 3 else 2  # columns at the left that are text
-        print_framed(title, header, rows, right=range(num_words, len(header)))
+    for table in found.tables():
+        print_framed(table.caption, table.header, table.rows, right=table.right)
     print_colored("Assumed:\n" + "\n".join(f"  - {a}" for a in found.assumptions), "dim")

@@ -22,10 +22,7 @@ COMMANDS = (plan, verify, estimate, tune, checkpoint)  # in the order of the hel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        arguments: Those after the name of the program. Default: of this process.
+    """Run the command line: the arguments after the name of the program, by default those of this process.
 
     Returns:
         The exit status: 0 success, 1 a difference or an incomplete checkpoint was found, 2 usage error.

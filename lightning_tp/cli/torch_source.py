@@ -20,8 +20,7 @@ NOT_IN_TORCH = ("fused_colwise", "local_ops", "shard")  # styles
 def python_source(plan: CheckedPlan, model: nn.Module, target: str) -> str:
     """Write a Python file with a function `parallelize(model, tp_mesh)` that shards the model by PyTorch's own styles.
 
-    Raises:
-        TPError: With the modules of all rules that torch has no counterpart of.
+    `TPError` with the modules of all rules that torch has no counterpart of.
     """
     refused = _not_in_torch(plan, model)
     if refused:
@@ -105,17 +104,11 @@ def _style_source(style: Any) -> str:
     if isinstance(style, torch_tp.SequenceParallel):
         return "SequenceParallel()"
     if isinstance(style, torch_tp.PrepareModuleInput):
-        options = []
-        if style.input_layouts:
-            options += [
-                f"input_layouts={_tuple(style.input_layouts)}",
-                f"desired_input_layouts={_tuple(style.desired_input_layouts)}",
-            ]
-        if style.input_kwarg_layouts:
-            options += [
-                f"{n}={{{', '.join(f'{json.dumps(k)}: {_placements([v])[0]}' for k, v in getattr(style, n).items())}}}"
-                for n in ("input_kwarg_layouts", "desired_input_kwarg_layouts")
-            ]
+        names = ("input_layouts", "desired_input_layouts") if style.input_layouts else ()
+        options = [f"{n}={_tuple(getattr(style, n))}" for n in names]
+        for n in ("input_kwarg_layouts", "desired_input_kwarg_layouts") if style.input_kwarg_layouts else ():
+            by_name = (f"{json.dumps(k)}: {_placements([v])[0]}" for k, v in getattr(style, n).items())
+            options.append(f"{n}={{{', '.join(by_name)}}}")
         if style.use_local_output:
             options.append("use_local_output=True")
         return f"PrepareModuleInput({', '.join(options)})"

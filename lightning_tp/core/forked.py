@@ -6,9 +6,11 @@ import builtins
 import io
 import os
 import pickle
+import re
 import select
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import warnings
@@ -21,6 +23,7 @@ import torch
 T = TypeVar("T")
 QUIET = 60.0  # seconds without any CPU time after which a child is taken to wait for what is not there: a thread, a lock
 POLL = 1.0  # seconds between two looks at it
+MOST_COPIED = 1 << 26  # bytes of a file that is open for reading and writing, up to which the child has a copy
 
 
 class NoChild(Exception):
@@ -108,7 +111,42 @@ def _keep_still(folder: Path) -> None:
         os.dup2(nothing, descriptor)
     sys.stdout = sys.stderr = os.fdopen(nothing, "w")  # also where they were something else: a notebook's, a test's
     torch.set_num_threads(1)
+    _write_files_apart(folder)
     builtins.open = io.open = _open_apart(open, folder)
+    torch.save = _save_by_open(torch.save)
+
+
+def _write_files_apart(folder: Path) -> None:
+    """Let files that are open for writing, a log's for instance, be ones in a folder of the child: of the same length, and at the same position."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            status = os.fstat(int(name))
+            flags = int(re.findall(r"flags:\s*(\d+)", Path(f"/proc/self/fdinfo/{name}").read_text())[0], 8)
+            position = os.lseek(int(name), 0, os.SEEK_CUR)
+        except (OSError, IndexError):  # the descriptor that lists them, a pipe
+            continue
+        mode = flags & os.O_ACCMODE
+        if not stat.S_ISREG(status.st_mode) or mode == os.O_RDONLY or (mode == os.O_RDWR and status.st_size > MOST_COPIED):
+            continue
+        apart = os.open(folder / f"open-{name}", os.O_RDWR | os.O_CREAT | (flags & os.O_APPEND))
+        if mode == os.O_RDWR:
+            os.pwrite(apart, os.pread(int(name), status.st_size, 0), 0)
+        os.ftruncate(apart, status.st_size)
+        os.lseek(apart, position, os.SEEK_SET)
+        os.dup2(apart, int(name))
+        os.close(apart)
+
+
+def _save_by_open(save: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.save` for a child: it would open a path by itself."""
+
+    def save_by_open(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(f, (str, os.PathLike)):
+            return save(obj, f, *args, **kwargs)
+        with open(f, "wb") as file:
+            save(obj, file, *args, **kwargs)
+
+    return save_by_open
 
 
 def _open_apart(own: Callable[..., Any], folder: Path) -> Callable[..., Any]:

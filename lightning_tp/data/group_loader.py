@@ -30,7 +30,7 @@ from lightning_tp.core.ops.rng import local_state
 from lightning_tp.data.reader import LoaderProxy, Message, Reader, has_state, seeded_alike
 from lightning_tp.data.same_batch import fingerprint
 from lightning_tp.data.transfer import Ranks as Ranks
-from lightning_tp.data.transfer import broadcast_message
+from lightning_tp.data.transfer import broadcast_message, for_own_gpu
 from lightning_tp.errors import SecondaryError, TPError
 
 COMPARED_WHOLE = 3  # batches at the start of a pass of which every byte is compared
@@ -274,7 +274,10 @@ class GroupStreamLoader(GroupLoader):
         messages = complete_step(messages, pad=self.dummy_step is not None)
         # the random streams of other groups have not moved
         dist.scatter_object_list(
-            received, [m._replace(rng=None, error=None) for m in messages], src=ranks.zero, group=ranks.dp_group
+            received,
+            [m._replace(batch=for_own_gpu(m.batch), rng=None, error=None) for m in messages],
+            src=ranks.zero,
+            group=ranks.dp_group,
         )
         return messages[0]._replace(rng=rng)
 

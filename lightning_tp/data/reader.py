@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_tp.core.ops.rng import local_state, set_local_state
+from lightning_tp.core.ops.rng import local_state, local_state_restored, seed_torch, set_local_state
 from lightning_tp.errors import SecondaryError
 
 
@@ -97,15 +97,12 @@ def adopt_random_states(rng: dict[str, Any] | None) -> None:
 @contextmanager
 def seeded_alike() -> Iterator[None]:
     """Draw the same random numbers on all ranks inside, whatever their states; afterwards the states are as before."""
-    before = local_state()
-    torch.default_generator.manual_seed(0)
-    random.seed(0)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(0)
-    try:
+    with local_state_restored():
+        seed_torch(0)
+        random.seed(0)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(0)
         yield
-    finally:
-        set_local_state(before)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -103,11 +103,7 @@ class ResumableLoader(LoaderProxy):
             yield batch
 
     def position(self, prefetched: int = 0) -> Position:
-        """Return the position of this rank, as plain data and tensors.
-
-        Args:
-            prefetched: Batches that were read and not yet used.
-        """
+        """Return the position of this rank, as plain data and tensors; `prefetched` batches were read and not yet used."""
         found: Position = {"read": self._read - prefetched, "generators": _generator_states(self.loader)}
         found["seeds"] = [sampler.seed for sampler in _seeded_samplers(self.loader)]
         if self._has_state:

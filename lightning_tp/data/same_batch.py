@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_tp._compat import gather_rows
 from lightning_tp.core.digest import as_bytes, digest, value_digest
 from lightning_tp.core.trees import leaves_in, named_leaves_in
 from lightning_tp.errors import TPError
@@ -22,31 +23,21 @@ _REMEDY = (
 
 
 def check_same_batch(batch: Any, group: dist.ProcessGroup, device: torch.device, where: str) -> None:
-    """Compare a batch over the ranks of a group: shapes, dtypes and every byte of each tensor, text and numbers. A collective.
+    """Compare a batch over the ranks of a group: shapes, dtypes and every byte of each tensor, text and numbers. A collective on `device`.
 
-    Args:
-        batch: Any nesting of tensors, text, numbers and NumPy arrays; of other objects only the classes are compared.
-        group: The ranks that have to hold the same batch.
-        device: Where the collectives run.
-        where: Which batch it is, for the error.
-
-    Raises:
-        TPError: On every rank of the group, if the batches differ.
+    Of objects that are neither, nor containers or NumPy arrays, only the classes are compared. `TPError`, which calls the batch `where`, on every
+    rank of the group if they differ.
     """
     named = [(name or "batch", leaf) for name, leaf in named_leaves_in(batch)]
     mine = torch.tensor([_digest(leaf) for _, leaf in named], dtype=torch.int64, device=device).view(len(named), 2)
-    count = torch.tensor([len(named)], dtype=torch.int64, device=device)
-    counts = [torch.zeros_like(count) for _ in range(group.size())]
-    dist.all_gather(counts, count, group=group)
-    if len({int(c) for c in counts}) > 1:
+    counts = gather_rows(torch.tensor([len(named)], device=device), group).flatten().tolist()
+    if len(set(counts)) > 1:
         raise TPError(
-            f"{where}: the ranks of one tensor-parallel group have {[int(c) for c in counts]} tensors and other values in their batches. "
-            f"{_REMEDY}"
+            f"{where}: the ranks of one tensor-parallel group have {counts} tensors and other values in their batches. {_REMEDY}"
         )
     if not named:
         return
-    digests = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(digests, mine, group=group)
+    digests = gather_rows(mine, group)  # (ranks, values, 2)
     for i, (name, leaf) in enumerate(named):
         differ = [rank for rank, digest in enumerate(digests) if not torch.equal(digest[i], digests[0][i])]
         if differ:

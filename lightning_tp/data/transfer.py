@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_tp._compat import gather_rows
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.core.ops.generators import RandomStates, generators_in
-from lightning_tp.core.trees import map_tensors
+from lightning_tp.core.trees import map_tensors, tensors_in
 from lightning_tp.data.reader import Message, adopt_random_states
 from lightning_tp.errors import TPError
 
@@ -90,6 +91,7 @@ class _Slot(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     pinned: bool
+    requires_grad: bool
     num_bytes: int
 
 
@@ -109,7 +111,8 @@ def broadcast_message(message: Message | None, ranks: Ranks) -> Message:
 
 def _send(message: Message, ranks: Ranks) -> Message:
     tensors: list[Tensor] = []
-    header = [message._replace(batch=map_tensors(lambda t: _taken_out(t, tensors), message.batch), error=None)]
+    batch = for_own_gpu(map_tensors(lambda t: _taken_out(t, tensors), message.batch))
+    header = [message._replace(batch=batch, error=None)]
     try:
         dist.broadcast_object_list(header, src=ranks.first, group=ranks.tp_group)
     except (TypeError, AttributeError, pickle.PicklingError) as error:  # nothing was sent yet
@@ -136,6 +139,37 @@ def _receive(ranks: Ranks) -> Message:
     )
 
 
+class _Pickler(pickle.Pickler):
+    """Pickles tensors of a GPU for that of whoever unpickles them; by themselves they would come to the one with the same number."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_cuda:
+            return NotImplemented
+        return _on_own_gpu, (value.detach().cpu(), value.requires_grad)
+
+
+def _on_own_gpu(t: Tensor, requires_grad: bool) -> Tensor:
+    return t.to("cuda").requires_grad_(requires_grad)
+
+
+class _ForOwnGpu:
+    """A value in an object collective that arrives as itself, with its tensors of a GPU on that of the rank that receives it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        stream = io.BytesIO()
+        _Pickler(stream).dump(self.value)
+        return pickle.loads, (stream.getvalue(),)
+
+
+def for_own_gpu(value: Any) -> Any:
+    """Prepare a value for an object collective: tensors of a GPU arrive on that of the rank that receives them."""
+    on_gpu = torch.cuda.is_initialized() and any(t.is_cuda for t in tensors_in(value))
+    return _ForOwnGpu(value) if on_gpu else value
+
+
 def _taken_out(t: Tensor, tensors: list[Tensor]) -> Any:
     """Append a tensor's bytes to `tensors`, and return its slot; tensors of other kinds (sparse, subclasses) are pickled with the batch."""
     if type(t) is not Tensor or t.layout != torch.strided or t.is_quantized:
@@ -144,7 +178,8 @@ def _taken_out(t: Tensor, tensors: list[Tensor]) -> Any:
     raw = raw.view(torch.uint8) if raw.numel() else raw.to(torch.uint8)
     if raw.numel():
         tensors.append(raw)
-    return _Slot(tuple(t.shape), t.dtype, t.device, t.is_pinned() if torch.cuda.is_available() else False, raw.numel())
+    pinned = t.is_pinned() if torch.cuda.is_available() else False
+    return _Slot(tuple(t.shape), t.dtype, t.device, pinned, t.requires_grad, raw.numel())
 
 
 def _is_slot(x: Any) -> bool:
@@ -154,8 +189,8 @@ def _is_slot(x: Any) -> bool:
 def _filled(slot: _Slot, raw: Tensor) -> Tensor:
     """Make the tensor of a slot from its bytes."""
     if not slot.num_bytes:
-        return torch.empty(slot.shape, dtype=slot.dtype, device=slot.device.type)
-    t = raw.clone().view(slot.dtype).view(slot.shape)  # its own memory, aligned
-    if slot.pinned:
-        return t.pin_memory()
-    return t if slot.device.type == "cpu" else t.to(slot.device.type)
+        t = torch.empty(slot.shape, dtype=slot.dtype, device=slot.device.type)
+    else:
+        t = raw.clone().view(slot.dtype).view(slot.shape)  # its own memory, aligned
+        t = t.pin_memory() if slot.pinned else t if slot.device.type == "cpu" else t.to(slot.device.type)
+    return t.requires_grad_(slot.requires_grad)

@@ -46,11 +46,7 @@ class Estimate(StepReport):
         plot(self, path)
 
     def html(self, path: str | Path, *, command: str = "") -> None:
-        """Write a report as one self-contained HTML file, with a picture of the plan.
-
-        Args:
-            path: of the file.
-            command: the command line that made it, shown in the report.
+        """Write a report as one self-contained HTML file, with a picture of the plan, and the `command` line that made it.
 
         Raises:
             TPError: if the file can't be written.
@@ -171,11 +167,7 @@ def _settings(cache: TraceCache, dp: int, tp: int, hw: Hardware, options: Option
 
 
 def sizes_of(mesh_shape: tuple[int, int] | Mapping[str, int]) -> tuple[int, int]:
-    """Return (dp, tp) of a mesh.
-
-    Raises:
-        TPError: if they are not two whole numbers above 0.
-    """
+    """Return (dp, tp) of a mesh; `TPError` if they are not two whole numbers above 0."""
     if isinstance(mesh_shape, Mapping):
         if set(mesh_shape) != {DATA_PARALLEL, TENSOR_PARALLEL}:
             raise TPError(

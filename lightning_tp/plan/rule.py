@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -59,11 +59,6 @@ class Rule:
         """Return the rule for a plan without sequence parallelism; None if nothing is left of it."""
         style = self.style.without_sequence()
         return None if style is None else self if style is self.style else Rule(self.pattern, style, self.reason)
-
-
-def rule_with(rule: Rule, **options: Any) -> Rule:
-    """Return the rule with other options of its style."""
-    return Rule(rule.pattern, replace(rule.style, **options), rule.reason)
 
 
 def is_sequence_parallel(rules: Iterable[Rule]) -> bool:

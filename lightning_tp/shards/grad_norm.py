@@ -12,13 +12,15 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_tp._compat import foreach_mul_, foreach_norm, local_tensor, wrap_total_norm
+from lightning_tp._compat import foreach_mul_, foreach_norm, full_tensor, local_tensor, wrap_total_norm
 from lightning_tp.core.comm.collectives import reduce_over
 from lightning_tp.errors import TPError
 from lightning_tp.shards.gradients import PartialGradients
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.kinds import norm_by_kind, take_kinds_apart
 from lightning_tp.shards.shard import ParamShard
+from lightning_tp.shards.view import local_view
 
 _applied: WeakSet[PartialGradients] = WeakSet()  # of the models that live; weak references to parameters would pin them
 
@@ -26,6 +28,12 @@ _applied: WeakSet[PartialGradients] = WeakSet()  # of the models that live; weak
 def register(gradients: PartialGradients) -> None:
     """Make `torch.nn.utils.clip_grad_norm_`, however it was imported, take the norm of the full gradients of these parameters."""
     _applied.add(gradients)
+    wrap_total_norm(_norm_of_applied)
+
+
+def register_kinds() -> None:
+    """Make optimizers and clipping of torch take plain parameters together with DTensors."""
+    take_kinds_apart()
     wrap_total_norm(_norm_of_applied)
 
 
@@ -38,7 +46,7 @@ def _norm_of_applied(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
             of = {id(p.grad): p._tp_shard for gradients in _applied for p in gradients.parameters}  # type: ignore[attr-defined]
         known = [(of[id(t)], t) for t in tensors if id(t) in of]
         if not known:
-            return own(tensors, norm_type, error_if_nonfinite, foreach)
+            return norm_by_kind(own, tensors, norm_type, error_if_nonfinite, foreach)
         if len(known) != len(tensors):
             raise TPError(
                 f"The norm is asked of {len(tensors)} gradients together, of which {len(known)} belong to a split model: clip the "
@@ -95,7 +103,7 @@ def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_sepa
         return {}
     largest = order == float("inf")
     shards = [getattr(p, "_tp_shard", None) for _, p, _ in named]
-    each = [_local_power(shard, local_tensor(grad), order) for shard, (_, _, grad) in zip(shards, named, strict=True)]
+    each = [_local_power(shard, grad, order) for shard, (_, _, grad) in zip(shards, named, strict=True)]
     groups = {id(group): group for shard in shards if shard is not None for group in shard.groups}
     total = reduce_over(torch.stack([t.to(each[0].dtype) for t in each]), groups.values(), largest=largest)
     all_together = total.max() if largest else total.sum().pow(1 / order)
@@ -106,6 +114,10 @@ def grad_norms(module: torch.nn.Module, norm_type: float | str = 2.0, group_sepa
 
 def _local_power(shard: ParamShard | None, grad: Tensor, order: float) -> Tensor:
     """This rank's term of the sum of |g| ** order over a full gradient; of the maximum, for an infinite order."""
+    if shard is None and isinstance(grad, DTensor):  # of `backend="dtensor"`: nothing is left to sum
+        norm = full_tensor(torch.linalg.vector_norm(grad, order))
+        return norm if order == float("inf") else norm.pow(order)
+    grad = local_tensor(grad)
     parts = [(grad, 1)] if shard is None else shard.parts_by_copies(grad)
     norms = [(_norms([part], order)[0], copies) for part, copies in parts if part.numel()]
     zero = torch.zeros((), device=grad.device, dtype=torch.float64 if grad.dtype == torch.float64 else torch.float32)

@@ -35,8 +35,8 @@ from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.mesh import DATA_PARALLEL
 from lightning_tp.core.comm.state import I, R
 from lightning_tp.errors import TPError
-from lightning_tp.shards.parameter import full_view, local_view
 from lightning_tp.shards.shard import ParamShard, like
+from lightning_tp.shards.view import full_view, local_view
 
 CHECKED_PASSES = 1  # in the first backward pass, gradients are compared over ranks with what the plan says of them
 TOLERANCE = 1e-2
@@ -204,12 +204,13 @@ class PartialGradients:
         low, high = self._over_ranks(_signature(grad).unsqueeze(0).to(grad.device))
         return float((high - low).max()) > TOLERANCE * float(high[0, 0].clamp_min(1e-12))
 
-    @local_view()
     def begin(self) -> None:
         """Begin a backward pass; called at every collective of it, so cheap."""
         if self._pass() is not None:
             return
-        this_pass = _BackwardPass(self, [] if self._returning else self._set_aside(), returning=self._returning)
+        with local_view():
+            set_aside = [] if self._returning else self._set_aside()
+        this_pass = _BackwardPass(self, set_aside, returning=self._returning)
         self._pass = ref(this_pass)
         queue_after_backward(this_pass.finish_after_fsdp if self._sharded else this_pass.finish)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_tp.errors import TPError
-from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.shard import ParamShard, like
+from lightning_tp.shards.view import local_view
 
 
 @local_view()

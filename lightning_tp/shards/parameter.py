@@ -16,11 +16,9 @@ this rank's shard. `p.shape`, `p.numel()` and the like cost nothing. A gather is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +33,6 @@ from lightning_tp._compat import (
     graph_task,
     keep_foreach,
     local_tensor,
-    no_torch_function,
     storage_key,
     without_torch_function_subclass,
 )
@@ -44,88 +41,7 @@ from lightning_tp.core.comm.state import R
 from lightning_tp.errors import TPError
 from lightning_tp.shards import functions
 from lightning_tp.shards.shard import ParamShard, like
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _View:
-    """Whether sharded tensors are seen as local ones now; may be nested, and is a decorator, too.
-
-    `depth` is how many `local_view`s are around; 0: none, so they are seen in full but in a backward pass; -1: in full in any case.
-    """
-
-    depth = 0
-    full_runs = 0  # of models that run as one process would
-
-    def __init__(self, local: bool) -> None:
-        self._local = local
-        self._before: list[int] = []
-
-    def __enter__(self) -> None:
-        self._before.append(_View.depth)
-        set_depth(max(_View.depth, 0) + 1 if self._local else -1)
-
-    def __exit__(self, *_: object) -> None:
-        set_depth(self._before.pop())
-
-    def __call__(self, function: F) -> F:
-        local = self._local
-
-        @wraps(function)
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            before = _View.depth
-            set_depth(max(before, 0) + 1 if local else -1)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                set_depth(before)
-
-        return inside  # type: ignore[return-value]
-
-
-def set_depth(depth: int) -> None:
-    """Enter a view: the local one for a depth above 0. `torch_function` of a class is looked up at each call, so none is slower for it."""
-    if (depth > 0) != (_View.depth > 0):
-        for cls in SHARDED:
-            type.__setattr__(cls, "__torch_function__", no_torch_function if depth > 0 else _SEEN_IN_FULL)
-    _View.depth = depth
-
-
-def depth() -> int:
-    """Return how many `local_view`s are around; 0 or less: sharded tensors are seen in full."""
-    return _View.depth
-
-
-def local_view() -> _View:
-    """See sharded tensors as the plain local tensors that they are; a context manager, or a decorator.
-
-    Example:
-        >>> with local_view():
-        ...     depth()
-        1
-    """
-    return _View(True)
-
-
-def full_view() -> _View:
-    """See sharded tensors in full again, inside of `local_view`: for user code that is called from there."""
-    return _View(False)
-
-
-@contextmanager
-def full_run() -> Iterator[None]:
-    """Let the forward of models be no local view: sharded parameters are seen in full there, too."""
-    _View.full_runs += 1
-    try:
-        yield
-    finally:
-        _View.full_runs -= 1
-
-
-def full_runs() -> int:
-    """Return how many `full_run`s are around."""
-    return _View.full_runs
-
+from lightning_tp.shards.view import depth, follow_view, full_runs, local_view
 
 # ------------------------------------------------------------------------------------------------------------- classes
 
@@ -257,7 +173,7 @@ def _seen_in_full(
     cls: type, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
 ) -> Any:
     kwargs = kwargs or {}
-    if not _View.depth and graph_task() != -1:
+    if not depth() and graph_task() != -1:
         return _as_it_is(func, args, kwargs)  # in a backward pass: what the forward has saved, FSDP2, compiled code
     name = func.__name__
     if name in ("__get__", "__set__", "__delete__"):
@@ -274,9 +190,8 @@ def _seen_in_full(
     return _write(func, args, kwargs) if _writes(name) else func(*_in_full(args), **_in_full(kwargs))
 
 
-_SEEN_IN_FULL: Any = classmethod(_seen_in_full)
-set_depth(1)
-set_depth(0)
+for _cls in SHARDED:
+    follow_view(_cls, classmethod(_seen_in_full))
 
 
 def in_forward() -> bool:
@@ -284,7 +199,7 @@ def in_forward() -> bool:
 
     A hook of a module is not its forward.
     """
-    if _View.full_runs:
+    if full_runs():
         return False
     frame: FrameType | None = sys._getframe(2)
     inner = None

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from lightning_tp._compat import (
-    all_gather_into,
     all_gather_within,
     dtensor_of_pieces,
+    full_tensor,
+    gather_rows,
     is_in_pieces,
     local_tensor,
     pieces_of_dtensor,
@@ -137,16 +138,15 @@ class ParamShard:
 
     def gather(self, value: Tensor) -> Tensor:
         """Return the full tensor from every rank's local one (or FSDP2's DTensor), on the device of `value`. A collective."""
-        value = (DTensor.full_tensor(value) if isinstance(value, DTensor) else local_tensor(value)).detach()
+        value = (full_tensor(value) if isinstance(value, DTensor) else local_tensor(value)).detach()
         if self.split.dim is None or self.tp == 1:
             return value.clone()
         sizes = [_numel(self.split.local_shape(self.shape, r)) for r in range(self.tp)]
         mine = value.new_zeros(max(sizes))
         mine[: value.numel()] = value.reshape(-1)
-        every = value.new_empty(self.tp * max(sizes))
-        all_gather_into(every, mine, self.mesh.get_group(TENSOR_PARALLEL))
+        every = gather_rows(mine, self.mesh.get_group(TENSOR_PARALLEL))
         full = value.new_empty(self.shape)
-        for rank, (flat, size) in enumerate(zip(every.chunk(self.tp), sizes, strict=True)):
+        for rank, (flat, size) in enumerate(zip(every, sizes, strict=True)):
             self.split.put(full, flat[:size].view(self.split.local_shape(self.shape, rank)), rank)
         return full
 
@@ -248,14 +248,15 @@ class ParamShard:
         # decided by what is the same on all ranks: what one holds may fit by chance, and `full_tensor` is a collective
         alike = value.device_mesh == self.mesh and (in_pieces if placements is None else value.placements == placements)
         if not alike and not in_pieces:
-            return self.take(value.full_tensor())
+            return self.take(full_tensor(value))
         held = dict(pieces_of_dtensor(value))
         if not alike or any(offset not in held or tuple(held[offset].shape) != size for (offset, size), _ in boxes):
             raise TPError(
                 f"`{where}`: a DTensor in pieces of another plan or mesh. Load it through a distributed checkpoint, or from the "
                 "full tensors of `full_state_dict`."
             )
-        local = torch.empty(self.local_shape, dtype=value.dtype, device=value.device)
+        like = next(iter(held.values()))  # `value.dtype` is float32 if torch has made a DTensor in pieces
+        local = torch.empty(self.local_shape, dtype=like.dtype, device=like.device)
         for (offset, _), here in boxes:
             narrow(local, here).copy_(held[offset])
         return local

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_tp._compat import is_persistent, local_tensor, own_buffers, own_parameters
-from lightning_tp.shards.parameter import SHARDED, local_view, shard_like
+from lightning_tp._compat import full_tensor, is_persistent, local_tensor, own_buffers, own_parameters
+from lightning_tp.shards.parameter import SHARDED, shard_like
+from lightning_tp.shards.view import local_view
 
 
 @local_view()
@@ -87,7 +88,7 @@ def _full(of: Tensor, value: Tensor) -> Tensor:
         full: Tensor = shard.gather(value)
         return full
     value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+    return full_tensor(value) if isinstance(value, DTensor) else value.clone()
 
 
 def persistent(model: nn.Module) -> list[str]:

@@ -19,33 +19,26 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import BindContext, Style
+from lightning_tp.styles.base import BindContext as BindContext
+from lightning_tp.styles.base import Style
 from lightning_tp.styles.boundary import PrepareInput, PrepareOutput
 from lightning_tp.styles.calls.rewritten_calls import RewrittenCalls
 from lightning_tp.styles.fused import FusedColwise
 from lightning_tp.styles.linear import Colwise, Rowwise
 from lightning_tp.styles.replicated import Replicate, Sequence
 from lightning_tp.styles.shard_parameter import ShardParameter
-from lightning_tp.styles.split import Split
+from lightning_tp.styles.split import Split as Split
 from lightning_tp.styles.torch_styles import from_torch, is_torch_style
 from lightning_tp.styles.vocab import VocabEmbedding, VocabHead
 
-STYLES: dict[str, type[Style]] = {
-    style.name: style
-    for style in (
-        Colwise,
-        FusedColwise,
-        Rowwise,
-        Sequence,
-        VocabEmbedding,
-        VocabHead,
-        Replicate,
-        PrepareInput,
-        PrepareOutput,
-        RewrittenCalls,
-        ShardParameter,
-    )
-}
+_OF_LAYERS = (Colwise, FusedColwise, Rowwise, Sequence, VocabEmbedding, VocabHead, Replicate)
+_OF_THE_REST = (
+    PrepareInput,
+    PrepareOutput,
+    RewrittenCalls,
+    ShardParameter,
+)  # modules around layers, single calls, single parameters
+STYLES: dict[str, type[Style]] = {style.name: style for style in (*_OF_LAYERS, *_OF_THE_REST)}
 
 
 def make_style(value: Any, where: str) -> tuple[Style, ...]:
@@ -85,23 +78,3 @@ def make_style(value: Any, where: str) -> tuple[Style, ...]:
         f"`{where}`: unknown style {value!r}. Valid styles are {', '.join(STYLES)}, the classes of lightning_tp.styles with options, and "
         "ColwiseParallel, RowwiseParallel, SequenceParallel, PrepareModuleInput and PrepareModuleOutput of torch."
     )
-
-
-__all__ = [
-    "STYLES",
-    "Colwise",
-    "FusedColwise",
-    "RewrittenCalls",
-    "PrepareInput",
-    "PrepareOutput",
-    "Replicate",
-    "Rowwise",
-    "Sequence",
-    "ShardParameter",
-    "BindContext",
-    "Split",
-    "Style",
-    "VocabEmbedding",
-    "VocabHead",
-    "make_style",
-]

@@ -10,14 +10,14 @@ names the state in which a tensor arrives and the one that is wanted, and `core/
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tp.core.comm.axis import Axis
-from lightning_tp.core.comm.state import State
+from lightning_tp.core.comm.state import SEQUENCE, I, P, State
 from lightning_tp.errors import TPError
 from lightning_tp.styles.split import Split
 
@@ -95,18 +95,21 @@ class Style:
         """Make the module run on its shards; its parameters are this rank's already."""
 
     def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        """Return this style with every option that its rule left open.
+        """Return this style with every option that its rule left open; by default, the states that are None become that of the stream.
 
         Args:
             where: the name of the module, or of the parameter.
             module: None for a parameter.
             plan: what the rest of the plan says.
         """
-        return self
+        stream = plan.stream
+        left_open = {name: stream for name, allowed in self.states.items() if getattr(self, name) is None and stream in allowed}
+        return replace(self, **left_open) if left_open else self
 
     def without_sequence(self) -> Style | None:
         """Return the style for activations that stay full between split modules; None if nothing is left to do."""
-        return self
+        full: dict[str, Any] = {name: I for name in self.states if getattr(self, name) == SEQUENCE}
+        return replace(self, **full) if full else self
 
     def to_torch(self, module: nn.Module) -> ParallelStyle | None:
         """Return the same as a style for `torch.distributed.tensor.parallel.parallelize_module`; None where it needs none.
@@ -147,6 +150,13 @@ def as_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: as_tuples(v) for k, v in value.items()}
     return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def layout(state: State) -> Any:
+    """Return torch's placement for a state."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    return Partial() if state == P else Replicate() if state.dim is None else Shard(state.dim)
 
 
 def is_conv1d(module: nn.Module) -> bool:

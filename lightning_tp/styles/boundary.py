@@ -16,7 +16,7 @@ from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
 from lightning_tp.core.comm.transitions import Transition, transition
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import BindContext, PlanContext, Style
+from lightning_tp.styles.base import BindContext, Style, layout
 from lightning_tp.styles.split import Split
 
 ANY = (R, I, P, SEQUENCE, WIDTH)
@@ -55,9 +55,6 @@ class PrepareInput(Style):
                 swap_class(module, _PrepareInput, _input_axis=site.axis, _inputs=[])
             module.__dict__["_inputs"].append((self.arg, enter))
 
-    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        return self if self.arrives is not None else replace(self, arrives=plan.stream)
-
     def without_sequence(self) -> Style | None:
         arrives = None if self.arrives in (SEQUENCE, I) else self.arrives
         wanted = I if self.wanted == SEQUENCE else self.wanted
@@ -69,26 +66,17 @@ class PrepareInput(Style):
 
         from torch.distributed.tensor.parallel import PrepareModuleInput
 
-        arrives, wanted = _layout(self.arrives or I), _layout(self.wanted)
+        arrives, wanted = layout(self.arrives or I), layout(self.wanted)
         local = self.wanted == SEQUENCE  # the stream is plain in between, as what torch's other styles leave
         if isinstance(self.arg, str):
-            return PrepareModuleInput(
-                input_kwarg_layouts={self.arg: arrives},
-                desired_input_kwarg_layouts={self.arg: wanted},
-                use_local_output=local,
-            )
-        required = [
-            p
-            for p in inspect.signature(module.forward).parameters.values()
-            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
+            named: dict[str, Any] = {"input_kwarg_layouts": {self.arg: arrives}, "desired_input_kwarg_layouts": {self.arg: wanted}}
+            return PrepareModuleInput(**named, use_local_output=local)
+        parameters = inspect.signature(module.forward).parameters.values()
+        required = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         at = self.arg or 0
-        one = [None] * max(len(required), at + 1)
-        return PrepareModuleInput(
-            input_layouts=tuple([*one[:at], arrives, *one[at + 1 :]]),
-            desired_input_layouts=tuple([*one[:at], wanted, *one[at + 1 :]]),
-            use_local_output=local,
-        )
+        given, desired = ([None] * max(len(required), at + 1) for _ in range(2))
+        given[at], desired[at] = arrives, wanted
+        return PrepareModuleInput(input_layouts=tuple(given), desired_input_layouts=tuple(desired), use_local_output=local)
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ class PrepareOutput(Style):
     def to_torch(self, module: nn.Module) -> Any:
         from torch.distributed.tensor.parallel import PrepareModuleOutput
 
-        return PrepareModuleOutput(output_layouts=_layout(self.arrives), desired_output_layouts=_layout(self.wanted))
+        return PrepareModuleOutput(output_layouts=layout(self.arrives), desired_output_layouts=layout(self.wanted))
 
 
 def _refuse_without_transition(arrives: State, wanted: State, where: str) -> None:
@@ -135,12 +123,6 @@ def _refuse_without_transition(arrives: State, wanted: State, where: str) -> Non
         transition(arrives, wanted)
     except TPError as e:
         raise TPError(f"`{where}`: {e}") from None
-
-
-def _layout(state: State) -> Any:
-    from torch.distributed.tensor import Partial, Replicate, Shard
-
-    return Partial() if state == P else Replicate() if state.dim is None else Shard(state.dim)
 
 
 class _PrepareInput(nn.Module):

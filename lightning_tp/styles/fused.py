@@ -63,9 +63,6 @@ class FusedColwise(Style):
     def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
         return self if self.input is not None else replace(self, input=R if plan.is_inside_boundary(where) else plan.stream)
 
-    def without_sequence(self) -> Style:
-        return replace(self, input=I) if self.input == SEQUENCE else self
-
     def to_torch(self, module: nn.Module) -> Any:
         raise TPError(
             "torch.distributed.tensor.parallel has no style for a fused weight: ColwiseParallel would give one rank q and half of k. "

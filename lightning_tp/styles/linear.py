@@ -17,7 +17,7 @@ from lightning_tp.core.comm.state import SEQUENCE, WIDTH, I, P, R, State
 from lightning_tp.core.comm.transitions import Transition, invariant_to_sequence, transition, width_to_invariant
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import BindContext, PlanContext, Style, linear_dims, set_sizes
+from lightning_tp.styles.base import BindContext, PlanContext, Style, layout, linear_dims, set_sizes
 from lightning_tp.styles.split import Ranges, Split, check_heads, even_split, head_split, split_of_ranges
 
 
@@ -75,10 +75,9 @@ class Colwise(Style):
         heads = self.heads if self.output == WIDTH else None  # who gathers the output sees whole heads anyway
         if heads is not None:
             check_heads(where, heads, self.query_heads or heads, length, tp)
-        split = _by_ranges(self.ranges) if self.ranges else even_split if heads is None else _by_heads(heads)
-        names = {"weight": split(length, out_dim, tp)}
+        names = {"weight": _split(length, out_dim, tp, self.ranges, heads)}
         if getattr(module, "bias", None) is not None:
-            names["bias"] = split(length, 0, tp)
+            names["bias"] = _split(length, 0, tp, self.ranges, heads)
         return names
 
     def bind(self, module: nn.Module, site: BindContext) -> None:
@@ -110,19 +109,12 @@ class Colwise(Style):
             style = replace(style, heads=heads, query_heads=query_heads)
         return style
 
-    def without_sequence(self) -> Style:
-        return replace(self, input=I) if self.input == SEQUENCE else self
-
     def to_torch(self, module: nn.Module) -> Any:
-        from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor.parallel import ColwiseParallel
 
         if isinstance(module, CONVOLUTIONS):
             raise TPError("torch's styles split no convolution.")
-        return ColwiseParallel(
-            input_layouts=Shard(1) if self.input == SEQUENCE else Replicate(),
-            output_layouts=Replicate() if self.output == I else Shard(self.output.dim or -1),
-        )
+        return ColwiseParallel(input_layouts=layout(self.input or I), output_layouts=layout(self.output))
 
     def _refuse_sequence(self, option: str, where: str, what: str) -> None:
         if getattr(self, option) == SEQUENCE:
@@ -154,8 +146,7 @@ class Rowwise(Style):
 
     def splits(self, module: nn.Module, where: str, tp: int) -> dict[str, Split]:
         _, in_dim, shape = linear_dims(module, where, self.name)
-        split = even_split if self.ranges is None else _by_ranges(self.ranges)
-        names = {"weight": split(shape[in_dim], in_dim, tp)}
+        names = {"weight": _split(shape[in_dim], in_dim, tp, self.ranges)}
         if getattr(module, "bias", None) is not None:
             # where it is added to this rank's tokens only, or to one term of a sum, its gradient is partial
             names["bias"] = Split(R if self.output in (SEQUENCE, P) else I)
@@ -170,22 +161,12 @@ class Rowwise(Style):
             swap_class(module, _Conv1DProduct)
         swap_class(module, _Rowwise, _axis=site.axis, _enter=transition(self.input, WIDTH), _leave=leave, _has_bias=has_bias)
 
-    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        return self if self.output is not None else replace(self, output=plan.stream)
-
-    def without_sequence(self) -> Style:
-        return replace(self, output=I) if self.output == SEQUENCE else self
-
     def to_torch(self, module: nn.Module) -> Any:
-        from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor.parallel import RowwiseParallel
 
         if self.output == P:
             raise TPError("its partial sums are reduced by the module around it, which torch's styles don't do.")
-        return RowwiseParallel(
-            input_layouts=Replicate() if self.input == I else Shard(-1),
-            output_layouts=Shard(1) if self.output == SEQUENCE else Replicate(),
-        )
+        return RowwiseParallel(input_layouts=layout(self.input), output_layouts=layout(self.output or I))
 
 
 class _Colwise(nn.Module):
@@ -271,26 +252,14 @@ class _WidthEmbedding(nn.Module):
         return invariant_to_sequence(whole, self._axis) if self._leaves == SEQUENCE else whole
 
 
-def _by_heads(heads: int) -> Any:
-    def split(length: int, dim: int, tp: int) -> Split:
-        return head_split(length, dim, tp, heads)
-
-    return split
-
-
-def _by_ranges(ranges: tuple[Ranges, ...]) -> Any:
-    def split(length: int, dim: int, tp: int) -> Split:
+def _split(length: int, dim: int, tp: int, ranges: tuple[Ranges, ...] | None, heads: int | None = None) -> Split:
+    if ranges:
         return split_of_ranges(ranges, dim)
-
-    return split
+    return even_split(length, dim, tp) if heads is None else head_split(length, dim, tp, heads)
 
 
 def refuse_embedding_options(module: nn.Embedding, where: str) -> None:
-    """Refuse options of `nn.Embedding` that need the full table, or that depend on which rows a batch used.
-
-    Raises:
-        TPError: it names the option.
-    """
+    """Raise `TPError` for an option of `nn.Embedding` that needs the full table, or that depends on which rows a batch used."""
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(module, option):
             raise TPError(

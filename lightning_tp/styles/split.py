@@ -176,11 +176,7 @@ def _rows_of(own: Ranges, shared: list[tuple[int, int]]) -> tuple[int, int] | No
 
 
 def check_heads(where: str, heads: int, query_heads: int, length: int, tp: int) -> None:
-    """Refuse a tp that would cut through a head.
-
-    Raises:
-        TPError: it names the sizes of tp that work.
-    """
+    """Refuse a tp that would cut through a head: a `TPError` names the sizes of tp that work."""
     if length % heads:
         raise TPError(f"`{where}`: {length} features are not {heads} equal heads. Say how many there are with `heads=`.")
     fits = [t for t in range(1, query_heads + 1) if query_heads % t == 0 and (heads % t == 0 or t % heads == 0)]

@@ -7,7 +7,7 @@ After Megatron-LM (arXiv 1909.08053). torch's counterparts are `RowwiseParallel`
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from lightning_tp.core.comm.state import SEQUENCE, I, R, State
 from lightning_tp.core.comm.transitions import Transition, partial_to_invariant, partial_to_sequence, transition, width_to_invariant
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.errors import TPError
-from lightning_tp.styles.base import BindContext, PlanContext, Style, linear_dims, set_sizes
+from lightning_tp.styles.base import BindContext, Style, layout, linear_dims, set_sizes
 from lightning_tp.styles.linear import refuse_embedding_options
 from lightning_tp.styles.split import Split, even_split
 
@@ -54,28 +54,14 @@ class VocabEmbedding(Style):
         padding = module.padding_idx
         module.padding_idx = padding - start if padding is not None and start <= padding < start + rows else None
         leave = partial_to_sequence if self.output == SEQUENCE else partial_to_invariant
-        swap_class(
-            module,
-            _VocabEmbedding,
-            _axis=site.axis,
-            _leave=leave,
-            _start=start,
-            _rows=rows,
-            _vocab=module.num_embeddings,
-        )
+        vocab = module.num_embeddings
+        swap_class(module, _VocabEmbedding, _axis=site.axis, _leave=leave, _start=start, _rows=rows, _vocab=vocab)
         module.num_embeddings = rows
 
-    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        return self if self.output is not None else replace(self, output=plan.stream)
-
-    def without_sequence(self) -> Style:
-        return replace(self, output=I) if self.output == SEQUENCE else self
-
     def to_torch(self, module: nn.Module) -> Any:
-        from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor.parallel import RowwiseParallel
 
-        return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1) if self.output == SEQUENCE else Replicate())
+        return RowwiseParallel(input_layouts=layout(I), output_layouts=layout(self.output or I))
 
 
 @dataclass(frozen=True)
@@ -107,17 +93,10 @@ class VocabHead(Style):
         enter = transition(self.input or I, R)
         swap_class(module, _VocabHead, _axis=site.axis, _enter=enter, _vocab=vocab, _split=site.loss_parallel)
 
-    def fill_in(self, where: str, module: nn.Module | None, plan: PlanContext) -> Style:
-        return self if self.input is not None else replace(self, input=plan.stream)
-
-    def without_sequence(self) -> Style:
-        return replace(self, input=I) if self.input == SEQUENCE else self
-
     def to_torch(self, module: nn.Module) -> Any:
-        from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor.parallel import ColwiseParallel
 
-        return ColwiseParallel(input_layouts=Shard(1) if self.input == SEQUENCE else Replicate(), output_layouts=Replicate())
+        return ColwiseParallel(input_layouts=layout(self.input or I), output_layouts=layout(I))
 
 
 class _VocabEmbedding(nn.Embedding):

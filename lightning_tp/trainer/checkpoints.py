@@ -194,16 +194,9 @@ class RequestedCheckpoint:
 
 
 def load_trainer_checkpoint(place: StoragePath, trainer: pl.Trainer, *, keep_weights: bool, options: Options) -> dict[str, Any]:
-    """Load weights and, in training, optimizer states of a Trainer's checkpoint, and return the rest. A collective.
+    """Load weights and, in training, optimizer states of a Trainer's checkpoint, a folder or a file, and return the rest. A collective.
 
-    Args:
-        place: A folder or a file, of this package or of Lightning.
-        trainer: Its module is split.
-        keep_weights: Return the weights, too: a callback that averages weights looks at them.
-        options: Of `checkpoint.load`.
-
-    Raises:
-        TPError: If it does not fit, or is not a checkpoint of a Trainer.
+    With `keep_weights` also these, at which a callback that averages weights looks. `TPError` if it does not fit, or is of no Trainer.
     """
     load = _load_file if place.is_file() else _load_folder
     return load(place, trainer, keep_weights, options)

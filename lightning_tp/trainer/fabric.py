@@ -156,7 +156,7 @@ class FabricTPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         share_random_states(self.device_mesh)
         scaler = getattr(self.precision, "scaler", None)
         if isinstance(scaler, MeshGradScaler):
-            scaler.groups = tuple(group for group in self.device_mesh.get_all_groups() if group.size() > 1)
+            scaler.groups = tuple(self.device_mesh.get_all_groups())
 
     # --------------------------------------------------------------------------------------------- model, optimizers
 

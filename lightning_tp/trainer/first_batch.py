@@ -1,7 +1,8 @@
 """`TPStrategy(verify=True)`: before training, run the first batch in one process and split, and compare the loss and every gradient.
 
-The full model runs once on every rank before it is split, so it has to fit there. Dropout is off in both runs. No optimizer steps, and
-neither the data nor the random state advances. A plan that somebody wrote, and that does not seem to fit, is tried in the same way.
+The full model runs once on every rank's device before it is split, so it has to fit there: by the same kernels, under the same autocast, with
+the same random numbers as the split one. Dropout is off in both runs. No optimizer steps, and neither the data nor the random state advances. A
+plan that somebody wrote, and that does not seem to fit, is tried in the same way.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lightning_tp.apply.parallelize import PlanLike
 from lightning_tp.apply.same_everywhere import same_weights_everywhere
 from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.mesh import TENSOR_PARALLEL
+from lightning_tp.core.ops.rng import local_state_restored, seed_torch
 from lightning_tp.data.sample_batch import quiet
 from lightning_tp.errors import TPError
 from lightning_tp.infer.given import Doubt
 from lightning_tp.plan.plan import Plan
 from lightning_tp.plan.rule import INFERRED
-from lightning_tp.shards.parameter import local_view
 from lightning_tp.shards.state_dict import full_gradients
+from lightning_tp.shards.view import local_view
 from lightning_tp.trainer.module_plan import doubt_about_plan, first_batch
 from lightning_tp.verify.compare import compare_tensors
 
@@ -43,6 +46,7 @@ def first_batch_check(
     context: Callable[[], AbstractContextManager[Any]],
     *,
     verify: bool,
+    device: torch.device,
 ) -> FirstBatchCheck | None:
     """Run the first batch in one process: with `verify`, or to decide about a plan that somebody wrote, and that seems to be wrong. A collective.
 
@@ -60,7 +64,7 @@ def first_batch_check(
             return None
     same_weights_everywhere(module, mesh)
     try:
-        return FirstBatchCheck(module, first_batch(module.trainer), context, doubt)
+        return FirstBatchCheck(module, first_batch(module.trainer), context, doubt, device=device)
     except TPError:
         if doubt is None:
             raise
@@ -74,18 +78,25 @@ class FirstBatchCheck:
     """The loss and the gradients of one process on the first batch, to compare those of the split module with.
 
     Args:
-        module: Not split yet; on the CPU, as is the batch.
-        batch: The first batch.
+        module: Not split yet; on whatever device, where it is again afterwards.
+        batch: The first batch, on the CPU.
         context: Makes the context of a training step in the Trainer's precision.
-
         doubt: What speaks against the plan, if that is why they are compared.
+        device: Where the module runs. Default: where it is.
 
     Raises:
-        TPError: For a module that steps its optimizers by itself, is on the meta device, or whose loss is not finite.
+        TPError: For a module that steps its optimizers by itself, is on the meta device, or does not fit on the device, or whose loss is not
+            finite.
     """
 
     def __init__(
-        self, module: pl.LightningModule, batch: Any, context: Callable[[], AbstractContextManager[Any]], doubt: Doubt | None = None
+        self,
+        module: pl.LightningModule,
+        batch: Any,
+        context: Callable[[], AbstractContextManager[Any]],
+        doubt: Doubt | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
         if not module.automatic_optimization:
             raise TPError(
@@ -97,15 +108,17 @@ class FirstBatchCheck:
                 "`verify=True`: the model is on the meta device. Build it with weights, or verify a small model of its kind."
             )
         self.context, self.batch, self.doubt = context, batch, doubt
-        self.loss, self.gradients = self._run(module, module.training_step)
+        with _on_device(module, device), _HalfPrecision() as seen:
+            self.loss, self.gradients = self._run(module, module.training_step)
+        dtypes = [*seen.dtypes, *(p.dtype for p in module.parameters() if p.is_floating_point())]
+        self.rtol = max((RTOL.get(dtype, 1e-3) for dtype in dtypes), default=1e-3)
         if not bool(torch.isfinite(self.loss).all()):
             raise TPError(f"`verify=True`: the loss of the first batch is {self.loss.item()} in one process. Check the data first.")
 
     def compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
         """Run the same batch through the split module by `step`, and say in one line how closely it matches.
 
-        Raises:
-            TPError: If the loss or gradients differ; the worst parameters come first.
+        `TPError` if the loss or gradients differ; the worst parameters come first.
         """
         if self.doubt is None:
             return self._compare(module, step)
@@ -122,13 +135,8 @@ class FirstBatchCheck:
     def _compare(self, module: pl.LightningModule, step: Callable[[Any, int], Any]) -> str:
         with always_on_shards():
             loss, gradients = self._run(module, step)
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        rtol = RTOL.get(dtype, 1e-3)
-        with self.context():
-            if torch.is_autocast_enabled("cpu"):
-                rtol = max(rtol, RTOL.get(torch.get_autocast_dtype("cpu"), 0.0))
-        rows = compare_tensors("loss", {"first batch": loss}, {"first batch": self.loss}, rtol)
-        rows += compare_tensors("grad", gradients, self.gradients, rtol)
+        rows = compare_tensors("loss", {"first batch": loss}, {"first batch": self.loss}, self.rtol)
+        rows += compare_tensors("grad", gradients, self.gradients, self.rtol)
         rows.sort(key=lambda row: -row.severity)
         bad = [row for row in rows if not row.ok]
         if bad:
@@ -157,13 +165,50 @@ class FirstBatchCheck:
         return loss.detach().double().cpu(), gradients
 
 
+class _HalfPrecision(TorchFunctionMode):
+    """See what a step computes in half precision on the way to its loss: by the Trainer's autocast, by one of its own, or by casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = (t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor))
+        self.dtypes.update(t.dtype for t in found if t.dtype in (torch.bfloat16, torch.float16) and t.requires_grad)
+        return out
+
+
+@contextmanager
+def _on_device(module: pl.LightningModule, device: torch.device | None) -> Iterator[None]:
+    """Run a module on a device, and put it back to where it was.
+
+    Raises:
+        TPError: if it does not fit there.
+    """
+    before = {t.device for t in (*module.parameters(), *module.buffers())}
+    if device is None or before <= {device}:
+        yield
+        return
+    try:
+        module.to(device)
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TPError(
+            f"`verify=True` runs the full model on {device} once, where it does not fit: {str(error).splitlines()[0]} Leave it out, or verify a "
+            "small model of the same kind."
+        ) from error
+    finally:
+        if len(before) == 1:  # else it goes to the device anyway
+            module.to(next(iter(before)))
+
+
 @contextmanager
 def _without_dropout(module: pl.LightningModule) -> Iterator[None]:
     """Run a module in eval mode, from one random state, and restore its modes and the random state."""
     modes = [(m, m.training) for m in module.modules()]
-    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
+    with local_state_restored():
+        seed_torch(0)
         module.eval()
         try:
             yield

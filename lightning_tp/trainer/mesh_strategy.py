@@ -15,6 +15,7 @@ from lightning_tp.apply.compile import Compile
 from lightning_tp.apply.parallelize import PlanLike, check_options
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL, mesh_sizes
 from lightning_tp.core.ops.random_numbers import Dropout
+from lightning_tp.core.ops.rng import local_state_restored
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.plan.plan import Plan
 from lightning_tp.trainer.checkpoints import CheckpointWriter, OnSaveError
@@ -106,16 +107,18 @@ class MeshStrategyMixin:
 
     @contextmanager
     def joining_process_group(self: Any) -> Iterator[None]:
-        """While this lasts, make the process group and `device_mesh`; torch's random state is restored, since Lightning seeds anew there."""
+        """While this lasts, make the process group and `device_mesh`; random states are restored, since Lightning seeds anew there."""
         dp, tp = self.sizes
         private.set_sizes(self, dp, tp)
-        state = torch.get_rng_state()
-        end_with_children(self.launcher)
-        with agree_on_start(self.cluster_environment.global_rank(), dp * tp, self.collective_timeout):
-            yield
-        if self.collective_timeout is not None:
-            limit_waiting(self.device_mesh.get_all_groups(), self.collective_timeout)
-        torch.set_rng_state(state)
+        if self.root_device.type == "cuda":
+            torch.cuda.set_device(self.root_device)
+            torch.cuda.init()  # else seeds are only noted so far, and the last one counts
+        with local_state_restored():
+            end_with_children(self.launcher)
+            with agree_on_start(self.cluster_environment.global_rank(), dp * tp, self.collective_timeout):
+                yield
+            if self.collective_timeout is not None:
+                limit_waiting(self.device_mesh.get_all_groups(), self.collective_timeout)
 
     @property
     def mesh_sizes_by_axis(self) -> dict[str, int]:

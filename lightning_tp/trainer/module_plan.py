@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_tp._compat import loaders_to_run
 from lightning_tp.core.comm.agree import Peers
 from lightning_tp.core.forked import NoChild, in_child
+from lightning_tp.core.ops.rng import local_state_restored
 from lightning_tp.data.sample_batch import first_of
 from lightning_tp.errors import TPError
 from lightning_tp.infer.choose import default_plan
@@ -67,12 +67,7 @@ def _plan_of_step(rehearsal: Rehearsal, tp: int) -> Plan:
 def plan_of_first_rank(find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str) -> Plan:
     """Let the first rank find the plan of a module, in a child of its process, and hand it to all. A collective.
 
-    Args:
-        traced: What `find` runs, for the error.
-        remedy: What to do if that fails, for the error.
-
-    Raises:
-        TPError: On all ranks, if it can't be found, or splits nothing.
+    `TPError` on all ranks, if it can't be found, which says what `find` has traced and what to do, or if it splits nothing.
     """
 
     def find_apart() -> Plan:
@@ -127,7 +122,7 @@ def first_batch(trainer: pl.Trainer, *, whole: bool = False) -> Any:
         trainer: at the beginning of a run.
         whole: with all its samples.
     """
-    with torch.random.fork_rng([]):
+    with local_state_restored():
         return tree_map_only(Tensor, lambda t: t.detach().cpu(), first_of(loaders_to_run(trainer), whole=whole))
 
 

@@ -39,11 +39,11 @@ from lightning_tp.data.group_loader import Ranks
 from lightning_tp.data.same_batch import fingerprint
 from lightning_tp.errors import TPError, raise_on_rank_zero
 from lightning_tp.shards import gradients
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view, set_depth
 from lightning_tp.trainer import checkpoints, module_plan
 from lightning_tp.trainer.adapt.averaging import averages_of_shards, averaging_callbacks
 from lightning_tp.trainer.adapt.metrics import all_gather, full_tensors, reduce_over
-from lightning_tp.trainer.adapt.optimizers import check_optimizer, unwrapped
+from lightning_tp.trainer.adapt.optimizers import prepare_optimizers, unwrapped
 from lightning_tp.trainer.adapt.precision import fsdp_policy, mesh_precision
 from lightning_tp.trainer.adapt.run import adapted_to_mesh, refuse_batch_size_finder
 from lightning_tp.trainer.checkpoints import OnSaveError, RequestedCheckpoint, Saving
@@ -254,9 +254,9 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
                 with random_states_restored(random_roots(module.trainer)):
                     plan = module_plan.plan_of_module(module, module.trainer, self.sizes[1])
             if fits and (self.verify or (given and self.backend == "local")):
-                context = self.precision_plugin.train_step_context
+                context, mesh, device = self.precision_plugin.train_step_context, self.device_mesh, self.root_device
                 with random_states_restored(random_roots(module.trainer)):
-                    self._first_batch = first_batch_check(module, plan, self.device_mesh, context, verify=self.verify)
+                    self._first_batch = first_batch_check(module, plan, mesh, context, verify=self.verify, device=device)
             if self.is_global_zero and fits:
                 module_plan.call_before_split(module.trainer, module)
             parallelize(
@@ -292,9 +292,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             with raise_on_rank_zero(self.global_rank):
-                for optimizer in self.optimizers:
-                    check_optimizer(optimizer, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
-                    optimizer.zero_grad = local_view()(type(optimizer).zero_grad.__get__(optimizer))  # type: ignore[method-assign]
+                prepare_optimizers(self.optimizers, *self.sizes, collected="`configure_optimizers`", plain=self.backend == "local")
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             private.optimizers_to_device(self.optimizers, self.root_device)
@@ -455,6 +453,7 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
     def teardown(self) -> None:
         trainer = private.trainer_of(self.lightning_module)
         failed = trainer is not None and trainer.interrupted
+        set_depth(0)  # an optimizer's step may have raised
         try:
             self.checkpoint_writer.finish(only_warn=failed)
         finally:

@@ -17,21 +17,13 @@ Kind = Literal["loss", "grad", "weight"]
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison of a tensor with its reference.
+    """One comparison of a tensor with its reference."""
 
-    Args:
-        name: The parameter or buffer, or the step of a loss.
-        kind: "loss", "grad" (of the first step), or "weight" (how far it moved in all steps).
-        error: The largest difference, relative to the scale of the reference.
-        tolerance: The largest error allowed.
-        detail: The numbers behind the error, for reading.
-    """
-
-    name: str
-    kind: Kind
-    error: float
-    tolerance: float
-    detail: str = ""
+    name: str  # the parameter or buffer, or the step of a loss
+    kind: Kind  # "loss", "grad" (of the first step), or "weight" (how far it moved in all steps)
+    error: float  # the largest difference, relative to the scale of the reference
+    tolerance: float  # the largest error allowed
+    detail: str = ""  # the numbers behind the error, for reading
 
     @property
     def severity(self) -> float:

@@ -148,9 +148,10 @@ def _prepare(job: RankJob, rank: int, stack: TextIO) -> None:
 def _run_function(job: RankJob, rank: int, call: Call | None) -> tuple[bytes, int]:
     """Run the function in its process group; return the pickled report and the exit code."""
     try:
-        fn, args, kwargs = call or torch.load(job.folder / "call.pt", weights_only=False)
-        if "nccl" in job.backend:
+        if gpu := "nccl" in job.backend:
             torch.cuda.set_device(rank)
+        # arguments on a GPU come to that of the rank
+        fn, args, kwargs = call or torch.load(job.folder / "call.pt", _place_of(rank) if gpu else None, weights_only=False)
         if job.init:
             dist.init_process_group(
                 job.backend,
@@ -180,6 +181,11 @@ def _run_function(job: RankJob, rank: int, call: Call | None) -> tuple[bytes, in
         text = "".join(traceback.format_exception(type(error), error, trace))
         failure = RankFailure(type(error).__name__, str(error), text)
         return _pickled(Report(failure=failure, when=when, exception=_pickled_exception(error))), 1
+
+
+def _place_of(rank: int) -> Callable[[Any, str], Any]:
+    """Return the `map_location` of a rank with a GPU."""
+    return lambda storage, location: storage if location == "cpu" else storage.cuda(rank)
 
 
 def _pickled(report: Report) -> bytes:

@@ -1,8 +1,8 @@
 """Run a function in several real processes of one machine: the parent side, which starts the ranks, waits, and collects.
 
 `run_ranks` starts one process per rank with the environment of `torchrun` and a gloo process group, and returns the results, or
-raises the error of the rank that failed first. It covers one machine only and is no launcher for training: a Lightning `Trainer`
-inside (with `init=False`) detects `TorchElasticEnvironment` and launches nothing.
+raises the error of the rank that failed first. How they start is decided in `start_method.py`. It covers one machine only and is no
+launcher for training: a Lightning `Trainer` inside (with `init=False`) detects `TorchElasticEnvironment` and launches nothing.
 
 It is written here because torch's own launchers have no way to return results, to name a rank that hangs with its stack, or to run
 a closure.
@@ -18,7 +18,6 @@ import random
 import re
 import signal
 import socket
-import sys
 import tempfile
 import time
 import warnings
@@ -34,6 +33,7 @@ import torch.distributed as dist
 
 from lightning_tp.errors import TPError
 from lightning_tp.verify.rank_process import Call, RankFailure, RankJob, Report, run_rank
+from lightning_tp.verify.start_method import default_start_method, pickled, refuse_broken_fork
 
 T = TypeVar("T")
 
@@ -90,16 +90,18 @@ def run_ranks(
 ) -> list[T] | list[tuple[T, str]]:
     """Run `fn(*args, **kwargs)` in `world` processes and return their results in rank order.
 
-    Each process has the environment variables that `torchrun` sets, one thread, and (unless `init=False`) a default
-    process group. With fork, `fn` may be a lambda or a closure; with spawn, it must be importable. Results are
-    pickled; tensors come back on the CPU.
+    Each process has the environment variables that `torchrun` sets, one thread, and (unless `init=False`) a default process group. With fork,
+    `fn` may be a lambda or a closure; with spawn, it must be importable, as its arguments. Results are pickled; tensors come back on the CPU.
+
+    A process that has used a GPU, or run a backward pass on a machine with GPUs, can't be forked into ranks that do the same.
+    There, ranks are spawned where `fn` is importable; others are forked, and may do the rest.
 
     Args:
         fn: The function. It learns its rank from `torch.distributed.get_rank()` or `os.environ["RANK"]`.
         world: Number of ranks.
         *args: Positional arguments of `fn`.
         timeout: Seconds until all ranks are killed and those still running are named as hanging.
-        start_method: `fork` or `spawn`. Default: fork on Linux unless this process has initialised CUDA.
+        start_method: `fork` or `spawn`. Default: fork on Linux, unless that leaves ranks without GPUs or backward passes.
         backend: Backend of the process group; `nccl` also makes `cuda:LOCAL_RANK` the current device.
         init: Make the process group. Pass `False` if `fn` makes it, as a Lightning `Trainer` does.
         return_output: Return `(result, output)` per rank, where output is what it printed to stdout and stderr.
@@ -107,7 +109,7 @@ def run_ranks(
 
     Raises:
         RankError: If a rank raised, exited with a nonzero code, died, or hung. The others get 5 s to end.
-        TPError: For a world below 1, or a fork inside of a process group.
+        TPError: For a world below 1, a fork in a process group or without what ranks need, or a function that can't be spawned.
 
     Example:
         >>> def total(x):
@@ -119,18 +121,19 @@ def run_ranks(
     """
     if world < 1:
         raise TPError(f"`run_ranks(world={world})`: pass a number of ranks, 1 or more.")
-    method = start_method or ("fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn")
+    call = (fn, args, kwargs)
+    method = start_method or default_start_method(call, backend)
     if method == "fork" and dist.is_initialized():
         raise TPError(
-            f"`run_ranks` cannot fork {world} ranks while this process is in a process group of"
-            f" {dist.get_world_size()}: they would inherit its sockets. Call"
-            " `torch.distributed.destroy_process_group()` first, or pass `start_method='spawn'`."
+            f"`run_ranks` cannot fork {world} ranks while this process is in a process group of {dist.get_world_size()}: they would inherit its "
+            "sockets. Call `torch.distributed.destroy_process_group()` first, or pass `start_method='spawn'`."
         )
     with tempfile.TemporaryDirectory(prefix="run_ranks-", ignore_cleanup_errors=True) as folder:
         job = RankJob(Path(folder), world, backend, init, timeout, _free_port())
-        reports = _run(job, method, (fn, args, kwargs))
+        reports = _run(job, method, call)
         outputs = [_read(job.file(rank, "output")) for rank in range(world)]
-    if any(report.failure for report in reports):
+    if failures := [report.failure for report in reports if report.failure]:
+        refuse_broken_fork(failures)
         _raise_first(job, reports, outputs)
     values = [report.value for report in reports]
     return list(zip(values, outputs)) if return_output else values
@@ -140,7 +143,7 @@ def _run(job: RankJob, method: str, call: Call) -> list[Report]:
     """Start the ranks, wait for them, stop those that are late, and read or write their reports."""
     context = multiprocessing.get_context(method)
     if method == "spawn":  # not through Process(args=...), which would put tensors into shared memory
-        torch.save(call, job.folder / "call.pt", pickle_protocol=pickle.HIGHEST_PROTOCOL)
+        (job.folder / "call.pt").write_bytes(pickled(call))
     processes: dict[int, BaseProcess] = {}
     try:
         for rank in range(job.world):

@@ -29,6 +29,8 @@ def test_dtensors_and_their_pieces() -> None:
         pieces, offsets = [plain[1:2], plain[4:]], [(1, 0), (4, 0)]
         fused = _compat.dtensor_of_pieces(pieces, offsets, mesh, (Shard(0),), torch.Size((5, 2)))
         assert _compat.is_in_pieces(fused) and fused.shape == (5, 2) and fused.placements == (Shard(0),)
+        for dtype in (torch.bfloat16, torch.float64, torch.int16):
+            assert _compat.dtensor_of_pieces([p.to(dtype) for p in pieces], offsets, mesh, (Shard(0),), fused.shape).dtype == dtype
         assert [(o, p.tolist()) for o, p in _compat.pieces_of_dtensor(fused)] == [((1, 0), [[2, 3]]), ((4, 0), [[8, 9]])]
         names: list[str] = []
         for tensor in (even, fused):
@@ -54,6 +56,17 @@ def test_units_that_are_frozen_at_first() -> None:
         model.requires_grad_(True)
         model(torch.ones(2, 4)).sum().backward()
         assert model.weight.grad is not None and model.weight.grad.dtype == torch.float32
+
+
+def test_tensors_go_where_their_group_is() -> None:
+    class Group:
+        def __init__(self, *types: str) -> None:
+            self._device_types = [torch.device(t) for t in types]
+
+    host, meta = torch.ones(2), torch.ones(2, device="meta")
+    assert all(_compat.on_device_of(Group(*types), host) is host for types in ((), ("cpu",), ("cuda", "cpu")))
+    assert _compat.on_device_of(Group("meta"), host).device.type == "meta"
+    assert _compat.on_device_of(Group("cpu"), meta) is meta
 
 
 def test_process_groups() -> None:

@@ -173,6 +173,9 @@ def test_arguments_that_operators_write_to() -> None:
     assert _compat.written_arguments(aten.add_.Tensor) == [(0, "self")]
     assert _compat.written_arguments(aten.add.out) == [(3, "out")]
     assert _compat.written_arguments(aten.view.default) == []  # a view is no write
+    attention = aten._scaled_dot_product_flash_attention.default
+    assert _compat.position_of_argument(attention, "dropout_p") == 3
+    assert _compat.position_of_argument(aten.view.default, "dropout_p") is None
     assert [i for i, _ in _compat.written_arguments(torch.ops.c10d.allreduce_.default)] == [0]
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 import lightning_tp as ltp
 from examples.llama import PLAN, Llama, LlamaConfig
-from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing
+from lightning_tp.apply.activation_checkpointing import ActivationCheckpointing, _policy
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.apply.test_parallelize import AG, AR, NO_SP, RS, Case, Sent, assert_same_run, loss_of, reference, train
 
@@ -215,6 +218,33 @@ def test_dropout_is_replayed() -> None:
         for half, (plain, *others) in runs.items():
             for losses in others:
                 torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain), rtol=2e-2 if half else 1e-5, atol=0)
+
+
+def test_a_backward_pass_that_is_repeated() -> None:
+    def body() -> None:
+        case = Case(1, 2)
+        model = ltp.parallelize(case.build(), make_mesh("cpu", 1, 2), PLAN, activation_checkpointing="block")
+        loss = loss_of(model, case.batches()[0][0])
+        loss.backward(retain_graph=True)
+        once = {n: g.clone() for n, g in ltp.full_gradients(model).items()}
+        loss.backward()
+        assert_trees_close(ltp.full_gradients(model), {n: 2 * g for n, g in once.items()}, rtol=1e-5)
+
+    run_ranks(body, 2)
+
+
+def test_attention_that_drops_out_is_run_again() -> None:
+    """Else later draws of a block would be other ones. Kernels of GPUs, asked for what "selective" does with them."""
+    aten, mode = torch.ops.aten, CheckpointPolicy
+    query = torch.empty(1, 2, 4, 8, device="meta")
+    for kernel, before in [
+        (aten._scaled_dot_product_flash_attention.default, ()),
+        (aten._scaled_dot_product_efficient_attention.default, (None, False)),
+        (aten._scaled_dot_product_cudnn_attention.default, (None, False)),
+    ]:
+        policy = partial(_policy, SimpleNamespace(summing=False), None, kernel, query, query, query, *before)
+        assert policy() is policy(0.0, True) is mode.MUST_SAVE
+        assert policy(0.1, True) is policy(dropout_p=0.1) is mode.PREFER_RECOMPUTE
 
 
 def test_what_can_not_be_run_again_is_refused() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from lightning_tp.apply.entry import entries
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.shards.parameter import depth
+from lightning_tp.shards.view import depth
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 
 PLAN = {"blocks.*.up": "colwise", "blocks.*.down": "rowwise", "head": "vocab_head", "**": "replicate"}
@@ -127,5 +127,14 @@ def test_an_optimizer_steps_on_shards_and_calls_its_closure_outside() -> None:
 
         Own(model.parameters()).step(lambda: seen.append(depth()))
         assert seen == [1, 0, 1] and depth() == 0
+
+        def fail() -> None:
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            Own(model.parameters()).step(fail)
+        assert depth() == 0
+        Own(model.parameters()).step(lambda: seen.append(depth()))
+        assert seen[4:] == [1, 0, 1] and depth() == 0
 
     run_ranks(body, 2)

@@ -17,7 +17,7 @@ from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp.apply.fsdp import apply_fsdp
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.modules.blocks import find_blocks
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.testing import run_ranks
 
 

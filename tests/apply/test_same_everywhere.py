@@ -132,9 +132,21 @@ def test_what_is_equal_already_is_not_sent() -> None:
             model = model_of(0)
             model[0].bias.data += dist.get_rank()
             same_weights_everywhere(model, mesh)
-            assert sent == [4] and same(model, model_of(0))
+            assert sent == [16] and same(model, model_of(0))  # bytes of a bias
         finally:
             same_everywhere.dist.broadcast = broadcast
+
+    run_ranks(body, 2)
+
+
+def test_buffers_of_every_dtype_are_sent() -> None:
+    def body() -> None:
+        model, rank = nn.Module(), dist.get_rank()
+        for dtype in (torch.int16, torch.uint16, torch.complex64, torch.bool, torch.float8_e4m3fn, torch.float64):
+            model.register_buffer(f"b{str(dtype)[6:]}", torch.full((2, 3), rank).to(dtype))
+            model.register_buffer(f"scalar_{str(dtype)[6:]}", torch.tensor(rank).to(dtype))
+        same_weights_everywhere(model, make_mesh("cpu", 1, 2))
+        assert all(not b.to(torch.complex64).any() for b in model.buffers())
 
     run_ranks(body, 2)
 

@@ -18,7 +18,10 @@ from lightning_tp.checkpoint.single_file import save_single_file
 from lightning_tp.checkpoint.storage.path import StoragePath
 from lightning_tp.checkpoint.weights.stored import StoredTensor
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.core.comm.state import S
 from lightning_tp.shards import state_dict
+from lightning_tp.shards.shard import ParamShard
+from lightning_tp.styles import Split
 from lightning_tp.testing import randomize_, run_ranks
 from tests.checkpoint.lit import CONFIG
 
@@ -46,6 +49,28 @@ def test_what_is_written_is_whole(mesh: tuple[int, int], tmp_path: Path) -> None
     assert rest == {"rank": 0} and got["t"].tolist() == [0, 1, 2]
     assert state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int16, torch.complex64, torch.bool], ids=str)
+def test_every_dtype_is_written_and_loaded_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also of tensors in several pieces on a rank, as fused weights are: their DTensor is one of torch's that says float32 of all."""
+
+    def body() -> None:
+        whole = torch.arange(24).view(6, 4).to(dtype) / 7 if dtype.is_floating_point else torch.arange(24).view(6, 4).to(dtype)
+        splits = {"even": (((0, 3),), ((3, 6),)), "pieces": (((0, 1), (4, 6)), ((1, 4),))}
+        shards = {name: ParamShard(name, Split(S(0), ranges), (6, 4), make_mesh("cpu", 1, 2)) for name, ranges in splits.items()}
+        state = {name: shard.to_dtensor(shard.take(whole)) for name, shard in shards.items()}
+        save_single_file(state, StoragePath(tmp_path / "a.ckpt"))
+        save_single_file({name: t.detach() for name, t in state.items()}, StoragePath(tmp_path / "b.ckpt"))
+        dist.barrier()
+        for file in ("a", "b"):
+            for name, got in torch.load(tmp_path / f"{file}.ckpt").items():
+                assert got.dtype == dtype and torch.equal(got, whole), name
+        for name, shard in shards.items():
+            for value in (state[name], state[name].detach()):
+                assert shard.to_local(value, name).dtype == dtype and torch.equal(shard.to_local(value, name), shard.take(whole))
+
+    run_ranks(body, 2)
 
 
 def test_errors_are_those_of_all_ranks(tmp_path: Path) -> None:

@@ -36,6 +36,29 @@ def test_a_result_comes_back_and_nothing_else(tmp_path: Path, capfd: pytest.Capt
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("mode", ["w", "a", "r+"])
+def test_files_that_are_open_and_saved_tensors_stay(tmp_path: Path, mode: str) -> None:
+    path, saved = tmp_path / "log.txt", tmp_path / "x.pt"
+    path.write_text("before\n")
+    torch.save(torch.zeros(2), saved)
+    with open(path, mode) as log:
+        log.write("own\n")
+        log.flush()
+        at = log.tell()
+
+        def work() -> Any:
+            print("within", file=log, flush=True)
+            os.write(log.fileno(), b"also")
+            torch.save(torch.ones(2), str(saved))
+            return log.tell(), torch.load(open(saved, "rb")).tolist()
+
+        assert in_child(work) == (at + len("within\nalso"), [1, 1])
+        assert log.tell() == at
+        log.write("after\n")
+    assert path.read_text() == {"w": "own\nafter\n", "a": "before\nown\nafter\n", "r+": "own\nafter\n"}[mode]
+    assert torch.load(saved).tolist() == [0, 0]
+
+
 def test_errors_keep_their_class_and_text() -> None:
     class Odd(Exception):
         def __init__(self, a: int, b: int) -> None:

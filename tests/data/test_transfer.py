@@ -32,6 +32,7 @@ def test_batches_arrive_as_they_were() -> None:
         "none": torch.empty(0, 4, dtype=torch.int32),
         "pair": (torch.arange(3), "text", None, 2.5),
         "sparse": torch.eye(3).to_sparse(),
+        "requires a gradient": torch.randn(3, requires_grad=True),
         "array": np.arange(3),
     }
 
@@ -50,7 +51,8 @@ def test_batches_arrive_as_they_were() -> None:
 
     for found, errors in run_ranks(body, 2):
         assert found["array"].tolist() == [0, 1, 2] and found["pair"][1:] == ("text", None, 2.5)
-        for name in ("bool", "half", "scalar", "none", "sparse"):
+        for name in ("bool", "half", "scalar", "none", "sparse", "requires a gradient"):
+            assert found[name].requires_grad is batch[name].requires_grad
             torch.testing.assert_close(found[name], batch[name], check_stride=False)
         assert "cannot be pickled" in errors[0] and "no such file" in errors[1], errors
 

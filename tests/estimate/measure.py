@@ -21,6 +21,7 @@ from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards.grad_norm import clip_grad_norm_
 from lightning_tp.shards.gradients import no_sync
+from lightning_tp.shards.view import local_view
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, fsdp_policy
 
 NAMES = {
@@ -96,6 +97,7 @@ def held(tensors: Any) -> int:
     return sum(found.values())
 
 
+@local_view()  # the bytes of shards, not those of full tensors
 def measured(
     build: Callable[[], nn.Module],
     inputs: Any,

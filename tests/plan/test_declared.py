@@ -14,7 +14,7 @@ import lightning_tp as ltp
 from lightning_tp.core.comm.state import R
 from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.styles import Colwise, PrepareInput, Replicate, Rowwise, VocabEmbedding, VocabHead
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Collectives, gradients, mesh

@@ -17,7 +17,7 @@ import lightning_tp as ltp
 from examples.llama import PLAN
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.shards import grad_norm
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Sent
 from tests.shards.test_gradients import backward, batch, each_mesh, fused, fused_plan, llama

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
-from lightning_tp.shards.parameter import ShardedParameter, depth, full_view, local_view
+from lightning_tp.shards.parameter import ShardedParameter
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
+from tests.harness import Collectives
 
 PLAN = {"0": "colwise", "2": "rowwise", "**": "replicate"}
 MESHES = {"tp2": (1, 2), "2x2": (2, 2), "tp4": (1, 4)}
@@ -37,6 +39,22 @@ def on(mesh: tuple[int, int], body: Callable[[nn.Sequential, nn.Sequential], Any
         return body(build(), ltp.parallelize(model, make_mesh("cpu", *mesh), PLAN))
 
     return run_ranks(run, mesh[0] * mesh[1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_moving_a_model_sends_nothing(mesh: str) -> None:
+    """Each rank moves its shards: asking whether the memory of a parameter can be exchanged is no reason to gather it."""
+
+    def body(ref: nn.Sequential, model: nn.Sequential) -> None:
+        before = {n: p.to_local().double() if not isinstance(p, DTensor) else None for n, p in model.named_parameters()}
+        with Collectives() as collectives:
+            model.to("cpu").double()
+        assert collectives.sent == []
+        for name, p in model.named_parameters():
+            assert p.dtype == torch.float64 and p.shape == dict(ref.named_parameters())[name].shape
+            assert before[name] is None or torch.equal(p.to_local(), before[name])
+
+    on(MESHES[mesh], body)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -182,17 +200,6 @@ def test_a_read_on_one_rank_alone_is_refused(monkeypatch: pytest.MonkeyPatch) ->
             model[0].weight.norm()
 
     on((1, 2), body)
-
-
-def test_views_are_nested() -> None:
-    assert depth() == 0
-    with local_view():
-        with full_view():
-            assert depth() == -1
-            with local_view():
-                assert depth() == 1
-        assert depth() == 1
-    assert depth() == 0
 
 
 def test_a_mesh_of_one_rank_keeps_plain_parameters() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_tp as ltp
+from lightning_tp.core.comm.state import SEQUENCE, I, R
 from lightning_tp.core.comm.transitions import invariant_to_replicate, partial_to_invariant
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.rule import Rule
@@ -32,6 +33,15 @@ from lightning_tp.testing import run_ranks
 from tests.harness import alone
 
 X = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+
+
+def test_without_sequence_parallelism_no_state_is_a_shard_of_the_sequence() -> None:
+    assert Colwise(input=SEQUENCE, output=SEQUENCE).without_sequence() == Colwise(
+        input=I, output=I
+    )  # of an embedding, by its width
+    assert Rowwise(output=SEQUENCE).without_sequence() == Rowwise(output=I)
+    kept = Colwise(input=R)
+    assert kept.without_sequence() is kept
 
 
 # -------------------------------------------------------------------------------------------------- what users write

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.plan.rule import Rule
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.styles import Colwise, PrepareInput, PrepareOutput, Rowwise, Sequence
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Alone, Collectives, alone, held, mesh, whole_gradient_of, whole_of

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lightning_tp as ltp
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.styles import FusedColwise, PrepareInput, Rowwise
 from lightning_tp.testing import run_ranks
 from tests.harness import alone, mesh

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lightning_tp as ltp
 from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.state import SEQUENCE, I
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.styles import Colwise, PrepareInput, Rowwise, Sequence
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Collectives, alone, gradients, mesh

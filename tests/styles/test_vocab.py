@@ -15,7 +15,7 @@ import lightning_tp as ltp
 from lightning_tp._compat import local_tensor
 from lightning_tp.core.comm.axis import even_shard
 from lightning_tp.core.ops.split_logits import SplitLogits
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.styles import VocabEmbedding, VocabHead
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from tests.harness import Alone, Collectives, alone, gradients, held, mesh, whole_gradient_of

@@ -18,16 +18,35 @@ from tests.trainer.test_strategy import TP2, Flat, Net, assert_same, both, data,
 class Wrong(ltp.TPStrategy):
     """Changes a weight on one rank, as a wrong plan might."""
 
+    def __init__(self, *, scale: float = 1.1, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = scale
+
     def model_to_device(self) -> None:
         super().model_to_device()
         if self.global_rank == 1:
             with torch.no_grad():
-                next(p for n, p in self.lightning_module.named_parameters() if n.endswith("wo.weight")).mul_(1.1)
+                next(p for n, p in self.lightning_module.named_parameters() if n.endswith("wo.weight")).mul_(self.scale)
 
 
 class Dropping(Net):
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         return torch.nn.functional.dropout(super().loss(batch), 0.5, self.training)
+
+
+class Casting(Net):
+    """Computes in half precision by an autocast of its own."""
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return super().loss(batch)
+
+
+class Noisy(Net):
+    """Draws on its device."""
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        return super().loss(batch) * (1 + torch.rand((), device=self.device))
 
 
 class Manual(Net):
@@ -69,6 +88,7 @@ def test_what_differs_is_found_before_the_first_step() -> None:
     message = message_of(Net(), Wrong(tp=2, verify=True))
     assert "on the first batch the split model does not match one process" in message
     assert "grad of model.layers." in message and "allowed 0.001" in message
+    assert "does not match one process" in message_of(Casting(), Wrong(tp=2, verify=True, scale=2.0))
 
 
 def test_precision_and_dropout() -> None:
@@ -76,7 +96,7 @@ def test_precision_and_dropout() -> None:
 
     def body() -> list[bool]:
         trained = []
-        for precision, make in (("bf16-mixed", Net), ("32-true", Dropping)):
+        for precision, make in (("bf16-mixed", Net), ("32-true", Dropping), ("32-true", Casting), ("32-true", Noisy)):
             module = make()
             trainer_of(strategy(TP2, verify=True), precision=precision).fit(module, data())
             trained.append(module.training and len(module.losses) == 3)

@@ -106,7 +106,7 @@ class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         try:
             with torch.serialization.safe_globals(list(self.safe_globals)):
-                loaded = torch.load(value, weights_only=self.weights_only is not False)
+                loaded = torch.load(value, map_location="cpu", weights_only=self.weights_only is not False)
         except pickle.UnpicklingError as error:
             name = read_item.dest_index.fqn
             raise TPError(f"`{name}` in the checkpoint is not plain data, and is not loaded: {first_line(error)}") from None
@@ -124,15 +124,9 @@ def _without_torchs_hint() -> Generator[None, None, None]:
 
 
 def dcp_save(state: dict[str, Any], files: FolderFiles, peers: Peers, *, inside: str = "") -> None:
-    """Write a state dict as a distributed checkpoint. A collective.
+    """Write DTensors, and plain data that is equal on all ranks, as a distributed checkpoint in, or `inside`, the folder. A collective.
 
-    Args:
-        state: DTensors, and plain data that is equal on all ranks.
-        files: of the folder that is written to, or of one around it where the checkpoint is `inside`.
-        peers: the ranks that write.
-
-    Raises:
-        CheckpointException: with the errors of the ranks that could not write.
+    `CheckpointException` has the errors of the ranks that could not write.
     """
     with _without_torchs_hint():
         dcp.save(state, storage_writer=_Writer(files, inside), process_group=peers.group, no_dist=peers.size == 1)
@@ -141,15 +135,9 @@ def dcp_save(state: dict[str, Any], files: FolderFiles, peers: Peers, *, inside:
 def dcp_load(
     state: dict[str, Any], folder: StoragePath, *, safe_globals: SafeGlobals = (), weights_only: bool | None = None
 ) -> None:
-    """Fill a state dict from the folder of a distributed checkpoint, on every rank with what it asks for. A collective.
+    """Fill a state dict, which has memory for what each rank asks for, from the folder of a distributed checkpoint. A collective.
 
-    Args:
-        state: what to read, with memory for it; see `torch.distributed.checkpoint.load`.
-        folder: the checkpoint.
-        safe_globals: see `unpickle.load`, as `weights_only`.
-
-    Raises:
-        TPError: on every rank, if one of them can't.
+    `safe_globals` and `weights_only` are as for `unpickle.load`. `TPError` on every rank, if one of them can't.
     """
     with _without_torchs_hint():
         try:

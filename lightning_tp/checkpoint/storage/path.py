@@ -38,7 +38,6 @@ class StoragePath:
 
     Raises:
         TPError: if no installed package knows the protocol.
-
     """
 
     def __init__(self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> None:
@@ -132,11 +131,7 @@ class StoragePath:
 
 
 def local_path(path: str | Path) -> Path:
-    """Check that this is a path on this machine, of a file or folder that need not be there.
-
-    Raises:
-        TPError: if it can't be one.
-    """
+    """Check that this can be a path on this machine, of a file or folder that need not be there; else raise a `TPError`."""
     text = os.fspath(path)
     if re.match(r"[A-Za-z][\w+.-]*:/", text):  # `Path` makes one stroke of two
         raise TPError(f"`{text}` is a URL; this takes local files only. Copy it to a local path first.")

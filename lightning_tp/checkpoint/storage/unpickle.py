@@ -97,11 +97,7 @@ def _as_text(*parts: str) -> str:
 
 
 def read_metadata(folder: StoragePath) -> Metadata:
-    """Read the `.metadata` of a distributed checkpoint.
-
-    Raises:
-        TPError: if there is none, it is damaged, or has something else in it.
-    """
+    """Read the `.metadata` of a distributed checkpoint; `TPError` if there is none, it is damaged, or has something else in it."""
     file = folder / METADATA
     try:
         with file.open("rb") as stream:

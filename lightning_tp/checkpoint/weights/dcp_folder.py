@@ -64,11 +64,7 @@ class DcpFolder:
         return problems
 
     def value(self, key: str) -> Any:
-        """Return a stored tensor for a tensor, and read anything else.
-
-        Raises:
-            TPError: if a file is missing or broken.
-        """
+        """Return a stored tensor for a tensor, and read anything else; `TPError` if a file is missing or broken."""
         entry = self.metadata.state_dict_metadata[key]
         if not isinstance(entry, TensorStorageMetadata):
             return self._load_piece(key, None)
@@ -134,11 +130,7 @@ def _with_lists(tree: Any) -> Any:
 
 
 def open_folder(path: Path, *, weights_only: bool = True) -> StoredCheckpoint:
-    """Open the folder of a distributed checkpoint; see `open_checkpoint`.
-
-    Raises:
-        TPError: if it is none, or is broken.
-    """
+    """Open the folder of a distributed checkpoint (see `open_checkpoint`); `TPError` if it is none, or is broken."""
     folder = DcpFolder(path)
     key = model_key(folder.metadata.state_dict_metadata)
     prefix = "" if key is None else f"{key}."

@@ -44,14 +44,8 @@ def as_hugging_face(
 ) -> tuple[Any, dict[str, StoredTensor]]:
     """Return a checkpoint's Hugging Face model, on the meta device, and the tensors by the names that it has in files; nothing is read.
 
-    Args:
-        contents: the checkpoint.
-        config: a `config.json`, or a folder with one. Default: the one in the checkpoint.
-        prefix: the name of the Hugging Face model in the LightningModule. Default: found.
-        dtype: of what has floating-point numbers. Default: as stored.
-
-    Raises:
-        TPError: if transformers is not installed, there is no config, or names and shapes are not those of its class.
+    `config`, `prefix` and `dtype` are as for `export`. `TPError` if transformers is not installed, there is no config, or names and shapes are
+    not those of its class.
     """
     data, prefix = find_config(contents, config, prefix)
     model = _build_on_meta(data)
@@ -71,11 +65,7 @@ def save_config(model: Any, tensors: Mapping[str, StoredTensor], folder: Path) -
 
 
 def find_config(contents: StoredCheckpoint, config: str | Path | None, prefix: str | None) -> tuple[dict[str, Any], str | None]:
-    """Return the config of a checkpoint's Hugging Face model, and where the model is, if that is known.
-
-    Raises:
-        TPError: if there is none, or several.
-    """
+    """Return the config of a checkpoint's Hugging Face model, and where it is, if known; `TPError` if there is none, or several."""
     if config is not None:
         return _read_config(Path(config)), prefix
     stored: Mapping[str, Any] = contents.rest.get(HF_CONFIG) or {}
@@ -138,8 +128,7 @@ def _build_on_meta(config: Mapping[str, Any]) -> Any:
 def select_tensors(model: nn.Module, contents: StoredCheckpoint, prefix: str | None) -> dict[str, StoredTensor]:
     """Return a checkpoint's tensors by the names of a model at `prefix` (default: where most names fit), tied ones once; warn of others.
 
-    Raises:
-        TPError: if names or shapes differ.
+    `TPError` if names or shapes differ.
     """
     tensors = model_tensors(model)
     wanted = {name: tensors.get(name, t) for name, t in model.state_dict().items()}

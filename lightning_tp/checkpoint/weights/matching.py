@@ -34,19 +34,12 @@ def full_shape(t: Tensor) -> Shape:
 
 @dataclass(frozen=True)
 class Match:
-    """What of a checkpoint fits a model.
+    """What of a checkpoint fits a model."""
 
-    Args:
-        found: the tensors that fit, by the model's names.
-        missing: names of the model that the checkpoint lacks, also under the other names of tied tensors.
-        unexpected: names of the checkpoint that the model lacks.
-        misshapen: name -> (shape in the checkpoint, shape in the model).
-    """
-
-    found: dict[str, StoredTensor]
-    missing: list[str]
-    unexpected: list[str]
-    misshapen: dict[str, tuple[Shape, Shape]]
+    found: dict[str, StoredTensor]  # the tensors that fit, by the model's names
+    missing: list[str]  # names of the model that the checkpoint lacks, also under the other names of tied tensors
+    unexpected: list[str]  # names of the checkpoint that the model lacks
+    misshapen: dict[str, tuple[Shape, Shape]]  # name -> (shape in the checkpoint, shape in the model)
 
     def problems(self, *, strict: bool = True, prefix: str = "") -> list[str]:
         """Say what does not fit; without `strict` shapes only. `prefix` goes in front of the names that one side lacks."""
@@ -61,12 +54,7 @@ class Match:
 
 
 def match_tensors(wanted: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> Match:
-    """Match stored tensors with those of a model.
-
-    Args:
-        wanted: the model's tensors by name; only their shapes and identities (ties) count.
-        stored: the checkpoint's, by the model's names: see `rename_prefix`.
-    """
+    """Match stored tensors, under a model's names (see `rename_prefix`), with the model's, by their shapes and identities (ties)."""
     has_source = {id(t) for name, t in wanted.items() if name in stored}
     shapes = {name: (stored[name].shape, full_shape(t)) for name, t in wanted.items() if name in stored}
     found = {name: stored[name] for name, (shape, full) in shapes.items() if shape == full}

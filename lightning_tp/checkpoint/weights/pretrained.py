@@ -105,11 +105,7 @@ def read_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
 
 
 def find_weights(model: nn.Module, stored: Mapping[str, StoredTensor], path: Path, *, strict: bool) -> dict[str, StoredTensor]:
-    """Return what a file has for a model, by the model's names; warn of what keeps its initial values.
-
-    Raises:
-        TPError: if names or shapes differ.
-    """
+    """Return what a file has for a model, by its names; warn of what keeps its initial values; `TPError` if names or shapes differ."""
     wanted = persistent_tensors(model)
     slices = slices_in_files(model)
     strip, add = find_prefixes(stored, [*wanted, *(slices.keys() - wanted.keys())])

@@ -38,8 +38,7 @@ def _needs(package: str) -> TPError:
 def write_safetensors(folder: Path, tensors: Mapping[str, StoredTensor], limit: int) -> None:
     """Write `model.safetensors`, or several files of at most `limit` bytes (but one tensor each) with an index, as Hugging Face names them.
 
-    Raises:
-        TPError: if safetensors has no such dtype.
+    `TPError` if safetensors has no such dtype.
     """
     try:
         from huggingface_hub import split_state_dict_into_shards_factory
@@ -118,8 +117,7 @@ def _files_of_index(index: Path) -> list[Path]:
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Open a file of safetensors, the index of several, or a folder; a box of a tensor is read without the rest of it.
 
-    Raises:
-        TPError: if a file is missing or broken, or a tensor is in two.
+    `TPError` if a file is missing or broken, or a tensor is in two.
     """
     found: dict[str, StoredTensor] = {}
     for file in _files_of(path):

@@ -16,18 +16,13 @@ from lightning_tp.core.boxes import Box, full_box, narrow
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor on disk, of which nothing is read yet.
+    """A tensor on disk, of which nothing is read yet."""
 
-    Args:
-        shape: of the full tensor.
-        dtype: of the full tensor.
-        load: reads a box of it, as a contiguous tensor on the CPU in the dtype that it is told.
-        key: tensors with the same key share their memory (tied weights); None: it shares it with none.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    shape: tuple[int, ...]  # of the full tensor
+    dtype: torch.dtype  # of the full tensor
+    # reads a box of it, as a contiguous tensor on the CPU in the dtype that it is told
     load: Callable[[Box, torch.dtype], Tensor] = field(repr=False, compare=False)
+    # tensors with the same key share their memory (tied weights); None: it shares it with none
     key: Any = field(default=None, repr=False)
 
     @property
@@ -61,23 +56,16 @@ def in_memory(t: Tensor) -> StoredTensor:
 
 @dataclass
 class StoredCheckpoint:
-    """What is in a checkpoint; its tensors are read when they are asked for.
+    """What is in a checkpoint; its tensors are read when they are asked for."""
 
-    Args:
-        kind: "folder", "file" or "safetensors".
-        path: where it is.
-        model: the model's tensors by their names in its state dict.
-        optimizers: for each one {"state": {name or number: {field: StoredTensor or a value}}, "param_groups": [..]}.
-        rest: everything else (epoch, step, loops, callbacks, hyperparameters, ..), with `StoredTensor` in place of tensors.
-        by: who wrote it, as far as that can be seen.
-    """
-
-    kind: str
-    path: Path
-    model: dict[str, StoredTensor]
+    kind: str  # "folder", "file" or "safetensors"
+    path: Path  # where it is
+    model: dict[str, StoredTensor]  # the model's tensors by their names in its state dict
+    # for each one {"state": {name or number: {field: StoredTensor or a value}}, "param_groups": [..]}
     optimizers: list[dict[str, Any]] = field(default_factory=list)
+    # everything else (epoch, step, loops, callbacks, hyperparameters, ..), with `StoredTensor` in place of tensors
     rest: dict[str, Any] = field(default_factory=dict)
-    by: str = ""
+    by: str = ""  # who wrote it, as far as that can be seen
 
 
 def unique(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -50,8 +50,7 @@ def write_torch(tree: Any, raw: Any) -> None:
 def load_file(path: Path, *, weights_only: bool = True) -> Any:
     """Load what `torch.save` wrote, with a stored tensor in place of each tensor; these stay on disk.
 
-    Raises:
-        TPError: see `unpickle.load`; or there is a tensor in it of a kind that has no plain numbers.
+    `TPError` as `unpickle.load`, or for a tensor in it of a kind that has no plain numbers.
     """
 
     def stored(node: Any, _: Any) -> Any:
@@ -66,11 +65,7 @@ def load_file(path: Path, *, weights_only: bool = True) -> Any:
 
 
 def open_file(path: Path, *, weights_only: bool = True) -> StoredCheckpoint:
-    """Open a Lightning checkpoint in one file, or a state dict; see `open_checkpoint`.
-
-    Raises:
-        TPError: if it is neither, or as `load_file`.
-    """
+    """Open a Lightning checkpoint in one file, or a state dict (see `open_checkpoint`); `TPError` if it is neither, or as `load_file`."""
     tree = load_file(path, weights_only=weights_only)
     if not isinstance(tree, dict):
         kind = "Tensor" if isinstance(tree, StoredTensor) else type(tree).__name__

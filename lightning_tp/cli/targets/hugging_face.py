@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_tp.cli.targets.target import Target
-from lightning_tp.cli.targets.user_code import call_user_code
+from lightning_tp.cli.targets.target import Target, call_user_code
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.rank.inputs import default_loss
 

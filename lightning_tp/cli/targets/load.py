@@ -11,8 +11,7 @@ from torch import nn
 
 from lightning_tp.cli.targets.hugging_face import load_config
 from lightning_tp.cli.targets.script import is_script, load_script
-from lightning_tp.cli.targets.target import Target, plan_of_module
-from lightning_tp.cli.targets.user_code import call_user_code, import_user_module
+from lightning_tp.cli.targets.target import Target, call_user_code, import_user_module, plan_of_module
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.rank.inputs import default_loss
 from lightning_tp.verify.training import as_inputs

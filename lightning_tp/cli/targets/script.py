@@ -19,8 +19,7 @@ from unittest.mock import patch
 import torch
 
 from lightning_tp._compat import loaders_to_run
-from lightning_tp.cli.targets.target import Target, plan_of_module
-from lightning_tp.cli.targets.user_code import call_user_code
+from lightning_tp.cli.targets.target import Target, call_user_code, plan_of_module
 from lightning_tp.core.trees import map_tensors
 from lightning_tp.data.sample_batch import first_of, silence_logging
 from lightning_tp.errors import TPError

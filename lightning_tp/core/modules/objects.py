@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import IOBase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from lightning_tp._compat import local_tensor
 
@@ -34,7 +37,14 @@ _LEAVES = (
     torch.device,
     torch.dtype,
 )
+# of the standard library, whose objects hold what code changes; others lead to the process: loggers, streams, locks, event loops
+_OF_CODE = frozenset(
+    {"__main__", "argparse", "array", "builtins", "collections", "functools", "itertools", "queue", "random", "types"}
+)
 _WHO_LOOKS = ("lightning_tp.infer.", "lightning_tp.core.")  # what follows a run by hooks keeps what it has seen
+_MESH = (
+    "torch.distributed."  # FSDP2's states, whose tensors are left alone: they are gathered again, and a write would show in a graph
+)
 
 
 class Replayed(Iterator[Any]):
@@ -72,8 +82,7 @@ class Reachable:
 
     def _save(self, x: Any) -> list[Any]:
         """Note how to restore one object, and return those that it leads to."""
-        looks = type(x).__module__.startswith(_WHO_LOOKS) and not isinstance(x, Replayed)
-        if isinstance(x, _LEAVES) or id(x) in self.seen or looks:
+        if isinstance(x, _LEAVES) or id(x) in self.seen or _is_apart(x):
             return []
         self.seen[id(x)] = x
         if isinstance(x, Tensor):
@@ -154,12 +163,25 @@ class Reachable:
         found = []
         if isinstance(attributes := getattr(x, "__dict__", None), dict):
             found.append(attributes)
+            if type(x).__module__.startswith(_MESH):
+                self.seen.update((id(t), t) for t in tree_iter(list(attributes.values())) if isinstance(t, Tensor))
         slots = (n for cls in type(x).__mro__ for n in _slots(cls) if hasattr(x, n))
         for name in slots:
             value = getattr(x, name)
-            self.undo.append(partial(setattr, x, name, value))
+            self.undo.append(partial(_put, x, name, value))
             found.append(value)
         return found
+
+
+def _is_apart(x: Any) -> bool:
+    """Return whether an object is none of the step: it looks at the step, or leads out of it to the process."""
+    if isinstance(x, (nn.Module, Tensor)):
+        return False
+    name = type(x).__module__
+    package = name.partition(".")[0]
+    if name.startswith(_WHO_LOOKS):
+        return not isinstance(x, Replayed)
+    return isinstance(x, IOBase) or (package in sys.stdlib_module_names and package not in _OF_CODE)
 
 
 def _slots(cls: type) -> list[str]:
@@ -182,6 +204,11 @@ def _of_function(x: Any) -> list[Any]:
     return [*cells, *(x.__defaults__ or ()), x.__dict__]
 
 
+def _put(x: Any, name: str, value: Any) -> None:
+    if getattr(x, name, None) is not value:
+        object.__setattr__(x, name, value)  # also of what is frozen
+
+
 def _refill(x: Any, content: Any) -> None:
     """Give a container this content again, whatever its class makes of `clear` and `update`."""
     base: Any = next(cls for cls in (OrderedDict, dict, list, set, deque, bytearray) if isinstance(x, cls))
@@ -198,13 +225,12 @@ def preserve_objects(roots: Iterable[Any], without: Iterable[Any] = ()) -> Itera
         without: objects that are not looked into.
 
     Example:
-        >>> class Counter:
-        ...     n = 0
-        >>> counter = Counter()
-        >>> with preserve_objects([counter]):
-        ...     counter.n += 1
-        >>> counter.n
-        0
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.seen = [0]
+        >>> with preserve_objects([layer]):
+        ...     layer.seen.append(1)
+        >>> layer.seen
+        [0]
     """
     import numpy as np
 

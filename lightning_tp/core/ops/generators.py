@@ -165,6 +165,8 @@ class RandomStates:
         """Return a number below 2**32 that is equal on ranks with equal states. Takes some 50 us."""
         crc = zlib.crc32(torch.get_rng_state().numpy())  # type: ignore[arg-type]
         states = [random.getstate(), *map(get_state, self.generators.values())]
+        if torch.cuda.is_initialized():
+            states.append(torch.cuda.get_rng_state())
         if "numpy" in sys.modules:
             states.append(sys.modules["numpy"].random.get_state())
         for state in states:

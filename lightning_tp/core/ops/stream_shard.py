@@ -68,10 +68,7 @@ class StreamShard(Tensor):
         elif name in _SAME:
             return _as_it_is(func, args, kwargs)
         elif name in _POINTWISE and isinstance(first, StreamShard) and _alike(first, args, kwargs):
-            out = _as_it_is(func, args, kwargs)
-            if out is first:
-                first._full = None
-            return stream_shard(out, first.axis, first.length) if type(out) is Tensor else out
+            return _pointwise(func, args, kwargs)
         elif isinstance(first, StreamShard) and name.endswith("_") and (not name.endswith("__") or name in _IN_PLACE):
             return _write(func, args, kwargs)
         return func(*_in_full(args), **_in_full(kwargs))
@@ -89,6 +86,16 @@ def plain_shard(x: Tensor) -> Tensor:
     """Return this rank's tokens as a plain tensor."""
     with without_torch_function_subclass():
         return x.view_as(x)
+
+
+def _pointwise(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a function of the elements on shards; what it moves to another device is gathered first, since nothing can be gathered there."""
+    first, out = args[0], _as_it_is(func, args, kwargs)
+    if func.__name__ in _CASTS and isinstance(out, Tensor) and out.device != first.device:
+        return func(*_in_full(args), **_in_full(kwargs))
+    if out is first:
+        first._full = None
+    return stream_shard(out, first.axis, first.length) if type(out) is Tensor else out
 
 
 def _as_it_is(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -139,4 +146,5 @@ _POINTWISE = _names(
     """add sub mul div neg add_ sub_ mul_ div_ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __iadd__ __isub__ __imul__ __itruediv__
     detach clone to float double half bfloat16 type contiguous"""
 )
+_CASTS = _names("to type")  # which may move as well
 _IN_PLACE = _names("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ipow__")

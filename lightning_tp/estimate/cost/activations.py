@@ -13,12 +13,11 @@ from lightning_tp.core.modules.blocks import enclosing
 from lightning_tp.estimate.rank.rank_model import RankModel
 from lightning_tp.estimate.trace.step_trace import Label, LiveBytes, Segment
 
-CATEGORIES = ("attention", "MLP", "norms", "residual", "embedding", "logits and loss", "other", "backward")
 ATTENTION_OPS = frozenset({"_softmax", "_safe_softmax", "bmm"})  # of attention that is written out
 
 
 class LiveSegment(NamedTuple):
-    """The live bytes of a segment by category (of `CATEGORIES`, or "gradient"), with those of blocks that did not run."""
+    """The live bytes of a segment by category (see `_Categories`), with those of blocks that did not run."""
 
     segment: Segment  # of the trace
     peak: Counter[str]  # when they are most
@@ -80,7 +79,7 @@ def _difference(a: Counter[str], b: Counter[str]) -> Counter[str]:
 
 
 class _Categories:
-    """Tells of which category the bytes that a module makes are."""
+    """Tells which bytes are of attention, MLP, norms, residual, embedding, logits and loss, other, the backward, or a gradient."""
 
     def __init__(self, model: RankModel) -> None:
         self.classes = model.classes

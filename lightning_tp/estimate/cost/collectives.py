@@ -21,38 +21,23 @@ PER_STEP = frozenset({FINITE, NORM, PARTIAL})  # collectives of a step, and not 
 
 @dataclass(frozen=True)
 class Collective:
-    """Equal collectives of a rank.
-
-    Args:
-        kind: "all-reduce", "all-gather" or "reduce-scatter".
-        axis: "tp" or "dp".
-        ranks: that take part.
-        bytes: of the full tensor that one reduces or gathers.
-        count: in a step.
-        where: the block or FSDP2 unit that it belongs to, or what it is for.
-        phase: "forward", "recompute", "backward" or "step".
-    """
+    """Equal collectives of a rank."""
 
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
     axis: Literal["tp", "dp"]
-    ranks: int
-    bytes: int
-    count: int
-    where: str
-    phase: str
+    ranks: int  # that take part
+    bytes: int  # of the full tensor that one reduces or gathers
+    count: int  # in a step
+    where: str  # the block or FSDP2 unit that it belongs to, or what it is for
+    phase: str  # "forward", "recompute", "backward" or "step"
 
 
 def collectives_of(
     model: RankModel, precision: Precision, tp: int, dp: int, *, accumulate: int = 1, clip: bool = True
 ) -> tuple[Collective, ...]:
-    """Return all collectives of one optimizer step; the checks of the very first step are left out.
+    """Return all collectives of an optimizer step of `accumulate` micro-batches; with `clip` it computes the norm of all gradients.
 
-    Args:
-        model: traced.
-        precision: of the training.
-        tp, dp: the mesh.
-        accumulate: micro-batches of a step.
-        clip: whether the norm of all gradients is computed.
+    The checks of the very first step are left out.
     """
     found: Counter[Collective] = Counter()
     for one in (

@@ -14,54 +14,33 @@ from lightning_tp.estimate.trace.step_trace import Op
 
 @dataclass(frozen=True)
 class Product:
-    """Equal matmuls of a rank: `batch` times (m, k) x (k, n).
+    """Equal matmuls of a rank: `batch` times (m, k) x (k, n)."""
 
-    Args:
-        batch, m, n, k: the sizes; of a fused attention (heads x samples, queries, keys, head width); all 0 for a convolution.
-        count: in one micro-batch.
-        module: whose, with the block's number as `*`.
-        phase: "forward", "recompute" or "backward".
-        kind: "product" or "attention".
-        dtype: of the operands.
-        flops: of all of them together.
-        bytes: read and written by each.
-        work: the part of `flops` that has to be computed (half of them for causal attention).
-    """
-
+    # batch, m, n, k: the sizes; of a fused attention (heads x samples, queries, keys, head width); all 0 for a convolution
     batch: int
     m: int
     n: int
     k: int
-    count: int
-    module: str
-    phase: str
-    kind: str
-    dtype: str
-    flops: int
-    bytes: int
-    work: int
+    count: int  # in one micro-batch
+    module: str  # whose, with the block's number as `*`
+    phase: str  # "forward", "recompute" or "backward"
+    kind: str  # "product" or "attention"
+    dtype: str  # of the operands
+    flops: int  # of all of them together
+    bytes: int  # read and written by each
+    work: int  # the part of `flops` that has to be computed (half of them for causal attention)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a micro-batch.
+    """FLOPs of a micro-batch."""
 
-    Args:
-        model: of the full model, forward and backward, without recomputation; attention in full (as papers count it).
-        rank: of one rank, with recomputation; of causal attention the half that is computed.
-    """
-
-    model: int
-    rank: int
+    model: int  # of the full model, forward and backward, without recomputation; attention in full (as papers count it)
+    rank: int  # of one rank, with recomputation; of causal attention the half that is computed
 
 
 def flops_of(rank: RankModel, unsharded: RankModel) -> Flops:
-    """Return the FLOPs of a micro-batch.
-
-    Args:
-        rank: the model on one rank.
-        unsharded: the model in one process.
-    """
+    """Return the FLOPs of a micro-batch, from the model on one rank and that in one process."""
     model = sum(op.flops * n for op, n in ops_of(unsharded) if op.phase != "recompute")
     return Flops(model, sum(op.work * n for op, n in ops_of(rank)))
 

@@ -32,29 +32,17 @@ BLUNT = 4  # where computing and moving take equally long, they slow each other 
 
 
 class Tiling(NamedTuple):
-    """How a matmul is cut into tiles.
+    """How a matmul is cut into tiles."""
 
-    Args:
-        tile: rows and columns of the result that one multiprocessor computes at a time.
-        split: parts of the inner dimension.
-        tiles: their number, over all parts.
-        waves: rounds of as many tiles as there are multiprocessors.
-        padding: share of the tiles' area that lies outside the result, from 0 to 1.
-        idle: share of the last wave's multiprocessors that have no tile, from 0 to 1.
-        computing: seconds of the waves.
-        moving: seconds of reading and writing.
-        seconds: of the matmul.
-    """
-
-    tile: tuple[int, int]
-    split: int
-    tiles: int
-    waves: int
-    padding: float
-    idle: float
-    computing: float
-    moving: float
-    seconds: float
+    tile: tuple[int, int]  # rows and columns of the result that one multiprocessor computes at a time
+    split: int  # parts of the inner dimension
+    tiles: int  # their number, over all parts
+    waves: int  # rounds of as many tiles as there are multiprocessors
+    padding: float  # share of the tiles' area that lies outside the result, from 0 to 1
+    idle: float  # share of the last wave's multiprocessors that have no tile, from 0 to 1
+    computing: float  # seconds of the waves
+    moving: float  # seconds of reading and writing
+    seconds: float  # of the matmul
 
 
 def tiling(hw: Hardware, batch: int, m: int, n: int, k: int, dtype: torch.dtype, size: int) -> Tiling:

@@ -31,15 +31,10 @@ Kinds = Mapping[str, int]
 
 @dataclass(frozen=True)
 class MemorySnapshot:
-    """The memory at one moment.
+    """The memory at one moment."""
 
-    Args:
-        name: such as "backward of layers.79".
-        kinds: bytes by category.
-    """
-
-    name: str
-    kinds: Kinds
+    name: str  # such as "backward of layers.79"
+    kinds: Kinds  # bytes by category
 
     @property
     def total(self) -> int:
@@ -49,34 +44,22 @@ class MemorySnapshot:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one rank holds, in bytes.
+    """What one rank holds, in bytes."""
 
-    Args:
-        parameters, gradients, optimizer, buffers: from one step to the next (gradients: after the backward).
-        activations: saved for the backward when the forward has ended, by category.
-        peak: the moment with most.
-        timeline: all moments of the step, in order.
-    """
-
+    # parameters, gradients, optimizer, buffers: from one step to the next (gradients: after the backward)
     parameters: int
     gradients: int
     optimizer: int
     buffers: int
-    activations: Kinds
-    peak: MemorySnapshot
-    timeline: tuple[MemorySnapshot, ...]
+    activations: Kinds  # saved for the backward when the forward has ended, by category
+    peak: MemorySnapshot  # the moment with most
+    timeline: tuple[MemorySnapshot, ...]  # all moments of the step, in order
 
 
 def memory_of(model: RankModel, precision: Precision, dp: int, *, optimizer: int, scratch: int, accumulate: int = 1) -> Memory:
-    """Return the memory of a rank over a step.
+    """Return the memory of a rank over a step: over its last micro-batch, if there are several.
 
-    Args:
-        model: traced.
-        precision: of the training.
-        dp: data-parallel ranks.
-        optimizer: bytes of its state.
-        scratch: bytes that its step needs temporarily.
-        accumulate: micro-batches of a step; the last one is shown.
+    Of the optimizer, it takes the bytes of its state, and those that its step needs temporarily (`scratch`).
     """
     step = _Step(model, units_of(model, precision, dp) if dp > 1 else {}, optimizer, scratch, accumulate)
     changes = [change for source in SOURCES for change in source(step)]

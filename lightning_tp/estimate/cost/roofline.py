@@ -39,15 +39,7 @@ def kernel_seconds(hw: Hardware, op: Op) -> float:
 
 
 def collective_seconds(hw: Hardware, kind: str, size: int, ranks: int, in_node: int) -> float:
-    """Return the time of a collective.
-
-    Args:
-        hw: of each rank.
-        kind: "all-reduce", "all-gather" or "reduce-scatter".
-        size: bytes of the full tensor.
-        ranks: that take part.
-        in_node: how many of them are in one node.
-    """
+    """Return the time of a collective ("all-reduce", ..) of `size` bytes, the full tensor's, over ranks of which `in_node` share a node."""
     if ranks == 1:
         return 0.0
     nodes = math.ceil(ranks / in_node)

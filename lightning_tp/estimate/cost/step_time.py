@@ -24,30 +24,20 @@ class Time:
     """Seconds of one optimizer step on a rank.
 
     `products`, `attention`, `other`, `tp`, `dp_exposed`, `slowed`, `host` and `optimizer` add up to `step`.
-
-    Args:
-        step: with overlap.
-        without_overlap: one after the other: with `dp` instead of `dp_exposed`.
-        products, attention, other: kernels, by kind.
-        tp: communication on the tensor-parallel axis.
-        dp: communication on the data-parallel axis.
-        dp_exposed: the part of `dp` that no computation overlaps.
-        slowed: what kernels take longer because FSDP2's communication beside them uses the memory bandwidth.
-        optimizer: its step.
-        host: CPU launch overhead: what launching takes longer than the kernels run.
     """
 
-    step: float = 0.0
-    without_overlap: float = 0.0
+    step: float = 0.0  # with overlap
+    without_overlap: float = 0.0  # one after the other: with `dp` instead of `dp_exposed`
+    # products, attention, other: kernels, by kind
     products: float = 0.0
     attention: float = 0.0
     other: float = 0.0
-    tp: float = 0.0
-    dp: float = 0.0
-    dp_exposed: float = 0.0
-    slowed: float = 0.0
-    optimizer: float = 0.0
-    host: float = 0.0
+    tp: float = 0.0  # communication on the tensor-parallel axis
+    dp: float = 0.0  # communication on the data-parallel axis
+    dp_exposed: float = 0.0  # the part of `dp` that no computation overlaps
+    slowed: float = 0.0  # what kernels take longer because FSDP2's communication beside them uses the memory bandwidth
+    optimizer: float = 0.0  # its step
+    host: float = 0.0  # CPU launch overhead: what launching takes longer than the kernels run
 
     def plus(self, other: Time, times: int = 1) -> Time:
         """Return this and `times` the other, part by part."""
@@ -64,17 +54,7 @@ def time_of(
     accumulate: int = 1,
     compile: bool = False,
 ) -> Time:
-    """Return the time of a step.
-
-    Args:
-        model: traced.
-        collectives: of the step.
-        hw: of the rank.
-        tp: ranks on the tensor-parallel axis.
-        optimizer_bytes: that the optimizer's step reads and writes.
-        accumulate: micro-batches.
-        compile: whether blocks are compiled, as with `TPStrategy(compile=True)`.
-    """
+    """Return the time of a step, whose optimizer reads and writes `optimizer_bytes`; with `compile`, blocks are compiled."""
     bandwidth = hw.memory_bandwidth * hw.memory_efficiency * hw.sustained
     optimizer = optimizer_bytes / bandwidth
     fsdp: dict[tuple[str, str], float] = defaultdict(float)  # seconds in a micro-batch beside each (block, phase)

@@ -31,11 +31,7 @@ VISIBLE = 0.01  # of the peak: kinds of memory that are never more are drawn as 
 
 
 def plot(found: StepReport, path: str | Path) -> None:
-    """Write charts of memory, collectives and time as .svg, .png or .pdf.
-
-    Raises:
-        TPError: for another file name extension, without matplotlib, or if the file can't be written.
-    """
+    """Write charts of memory, collectives and time; see `Estimate.plot`."""
     check_plot(path)
     charts = (memory_over_step, memory_at_peak, collectives, time_of_step)
     save(figure_of([chart(found, WIDE) for chart in charts]), path, f"{found.model}: memory, collectives and time of a step")

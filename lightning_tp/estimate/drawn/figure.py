@@ -100,11 +100,7 @@ def new_figure(size: tuple[float, float], layout: Literal["constrained"] | None 
 
 
 def save(figure: Figure, path: str | Path, title: str = "") -> None:
-    """Write a figure as .svg, .png or .pdf, the same bytes each time.
-
-    Raises:
-        TPError: if the file can't be written.
-    """
+    """Write a figure as .svg, .png or .pdf, the same bytes each time; `TPError` if the file can't be written."""
     import matplotlib
 
     suffix = Path(path).suffix.lower()
@@ -119,10 +115,7 @@ def save(figure: Figure, path: str | Path, title: str = "") -> None:
 def inline_svg(figure: Figure, title: str, css_class: str = "") -> Markup:
     """Return a figure as an SVG element for inside a page, in the page's text color and without a background.
 
-    Args:
-        figure: drawn with `STYLE`.
-        title: what it shows, for readers who can't see it.
-        css_class: of the element; two figures on one page that show the same differ by it.
+    The title says what it shows to readers who can't see it; two figures on one page that show the same differ by their `css_class`.
     """
     import matplotlib
     from markupsafe import Markup
@@ -142,8 +135,7 @@ def inline_svg(figure: Figure, title: str, css_class: str = "") -> Markup:
 def check_plot(path: str | Path, option: str = "path") -> None:
     """Refuse a figure's file that could not be written in the end; to be called before the work begins.
 
-    Raises:
-        TPError: for another file name extension than .svg, .png or .pdf, without matplotlib, or as `check_file`.
+    `TPError` for another file name extension than .svg, .png or .pdf, without matplotlib, or as `check_file`.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise TPError(f"`{option} {path}`: the file name extension selects the format. Use one of {', '.join(SUFFIXES)}.")

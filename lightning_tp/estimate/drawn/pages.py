@@ -24,7 +24,7 @@ from lightning_tp.estimate.drawn.picture import Picture
 from lightning_tp.estimate.drawn.picture_from_trace import picture_from_trace
 from lightning_tp.estimate.drawn.picture_render import draw_picture
 from lightning_tp.estimate.drawn.series import block_collectives, color_of, kinds_of, stretches
-from lightning_tp.estimate.report.step import StepReport
+from lightning_tp.estimate.report.step import StepReport, Table
 from lightning_tp.estimate.report.tuning import TuningReport
 from lightning_tp.plan.checked import CheckedPlan
 
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 
 LARGEST = 15  # matmuls that are listed
 ONE_SHEET = 2.2  # times its width that a picture may be high to be printed on one sheet
-
-
-class Table(NamedTuple):
-    """A table of a page; the columns `right` are numbers."""
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    right: Sequence[int] = ()
 
 
 class TwoWidths(NamedTuple):
@@ -55,8 +46,7 @@ class TwoWidths(NamedTuple):
 def check_page(path: str | Path, option: str = "path", *, figures: bool = False) -> None:
     """Refuse a page's file that could not be written in the end; to be called before the work begins.
 
-    Raises:
-        TPError: for another file name extension than .html, as `check_file`, or without matplotlib if there are `figures`.
+    `TPError` for another file name extension than .html, as `check_file`, or without matplotlib if there are `figures`.
     """
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise TPError(f"`{option} {path}`: reports are written as HTML. Name the file .html.")
@@ -66,11 +56,7 @@ def check_page(path: str | Path, option: str = "path", *, figures: bool = False)
 
 
 def write_report(found: StepReport, path: str | Path, *, command: str = "") -> None:
-    """Write an estimate as HTML; see `Estimate.html`.
-
-    Raises:
-        TPError: as `check_page`.
-    """
+    """Write an estimate as HTML (see `Estimate.html`); `TPError` as `check_page`."""
     check_page(path, figures=True)
     write_text(path, report(found, command=command))
 
@@ -87,7 +73,7 @@ def report(found: StepReport, *, command: str = "") -> str:
         command=command,
         found=found,
         facts=_facts(found),
-        tables=[_tabled(*table) for table in found.tables()],
+        tables=found.tables(),
         memory_over_step=_chart(charts.memory_over_step, found),
         stretches=_stretches_table(found),
         memory_at_peak=_chart(charts.memory_at_peak, found),
@@ -104,18 +90,7 @@ def report(found: StepReport, *, command: str = "") -> str:
 
 
 def write_plan(plan: CheckedPlan, picture: Picture, path: str | Path, *, command: str = "", held: Sequence[str] = ()) -> None:
-    """Write a plan as HTML: its picture, and its table with the reasons.
-
-    Args:
-        plan: checked.
-        picture: of it.
-        path: of the file.
-        command: that made it.
-        held: lines on what a rank holds and sends.
-
-    Raises:
-        TPError: as `check_page`.
-    """
+    """Write a plan as HTML: its picture, its table with the reasons, and lines on what a rank holds and sends; `TPError` as `check_page`."""
     check_page(path, figures=True)
     lines = [str(plan).splitlines()[0], *held]
     title = f"Sharding plan of {picture.model}, tp={picture.tp}"
@@ -124,11 +99,7 @@ def write_plan(plan: CheckedPlan, picture: Picture, path: str | Path, *, command
 
 
 def write_choices(found: TuningReport, path: str | Path, *, command: str = "") -> None:
-    """Write what `tune` found as HTML: the configurations that fit with their memory, the fastest first, and those that don't.
-
-    Raises:
-        TPError: as `check_page`.
-    """
+    """Write what `tune` found as HTML: what fits, with its memory, the fastest first, and what does not; `TPError` as `check_page`."""
     check_page(path)
     fits = found.fits
     title = f"{fits[0].model} on {found.gpus:,} x {fits[0].hardware.name}" if fits else f"{found.gpus:,} devices"
@@ -161,11 +132,6 @@ def _facts(found: StepReport) -> list[tuple[str, str, str]]:
         (f"{found.unit}/s", f"{found.tokens_per_s:,.0f}", f"{found.tokens_per_s_per_device:,.0f} per device"),
         ("MFU", f"{found.mfu:.1%}", f"of {found.peak_flops / 1e12:,.0f} TFLOP/s"),
     ]
-
-
-def _tabled(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Make a table of one that an estimate prints."""
-    return Table(title, header, rows, range(2 if len(header) > 3 else 1, len(header)))
 
 
 def _stretches_table(found: StepReport) -> Table:

@@ -78,14 +78,7 @@ def picture_of(
 
 
 def picture_from_trace(model: str, plan: CheckedPlan, rank: RankModel, whole: RankModel) -> Picture:
-    """Return the picture of a model that was traced.
-
-    Args:
-        model: its class.
-        plan: checked.
-        rank: the trace of a rank.
-        whole: the trace of the model in one process.
-    """
+    """Return the picture of a model of this class that was traced: on a rank, and whole in one process."""
     backward: dict[str, list[ForwardEvent]] = {}
     for segment in rank.trace.segments:
         for call, n in segment.collectives.items():

@@ -47,11 +47,7 @@ SENT = "#e8a33d"
 
 
 def plot_plan(picture: Picture, path: str | Path) -> None:
-    """Write the picture of a plan as .svg, .png or .pdf.
-
-    Raises:
-        TPError: for another file name extension, without matplotlib, or if the file can't be written.
-    """
+    """Write the picture of a plan as .svg, .png or .pdf; `TPError` as `check_plot`, or if the file can't be written."""
     check_plot(path)
     save(draw_picture(picture), path, picture.title)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -156,16 +155,11 @@ def roofline_points(found: StepReport) -> list[RooflinePoint]:
 
 def block_collectives(found: StepReport) -> list[BlockCollective]:
     """List the collectives of a step by block; those that many blocks have in one line, and these first."""
-    each: Counter[tuple[str, str, str, str, int, int]] = Counter()
+    alike: dict[Any, list[str]] = {}
     for c in found.collectives:
-        each[c.where, c.phase, c.kind, c.axis, c.ranks, c.bytes] += c.count
-    alike: dict[tuple[str, str, str, str, str, int, int, int], list[str]] = {}
-    for (where, phase, kind, axis, ranks, size), n in each.items():
-        alike.setdefault((_starred(where), phase, kind, axis, ranks, size, n), []).append(where)  # type: ignore[arg-type]
-    return [
-        BlockCollective(fold(names) or "outside of blocks", len(names), *key)  # type: ignore[arg-type]
-        for (_, *key), names in sorted(alike.items(), key=lambda x: -len(x[1]))
-    ]
+        alike.setdefault((_starred(c.where), c.phase, c.kind, c.axis, c.ranks, c.bytes, c.count), []).append(c.where)
+    in_order = sorted(alike.items(), key=lambda x: -len(x[1]))
+    return [BlockCollective(fold(names) or "outside of blocks", len(names), *key) for (_, *key), names in in_order]
 
 
 def _starred(text: str) -> str:

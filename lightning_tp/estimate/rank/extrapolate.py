@@ -28,10 +28,6 @@ class NotLinear(Exception):
 class Line:
     """The line through the numbers of two batch sizes.
 
-    Args:
-        one, two: the batch sizes.
-        wanted: the one that is asked for.
-
     Example:
         >>> Line(1, 2, 5)(10, 12)
         18
@@ -39,17 +35,10 @@ class Line:
 
     one: int
     two: int
-    wanted: int
+    wanted: int  # the batch size that is asked for
 
     def __call__(self, a: int, b: int) -> int:
-        """Return the number at the wanted batch size.
-
-        Args:
-            a, b: the numbers at the two.
-
-        Raises:
-            NotLinear: if it is no whole number.
-        """
+        """Return the number at the wanted batch size, from those at the two; `NotLinear` if it is no whole number."""
         if a == b:
             return a
         value, rest = divmod((b - a) * (self.wanted - self.one), self.two - self.one)
@@ -59,15 +48,7 @@ class Line:
 
 
 def extrapolated(one: RankModel, two: RankModel, line: Line) -> RankModel:
-    """Return the model as traced with a third batch size.
-
-    Args:
-        one, two: traced with the two batch sizes of the line, the same in all else.
-        line: which these are, and which is asked for.
-
-    Raises:
-        NotLinear: if the two do not do the same.
-    """
+    """Return the model at a third batch size, from traces with the two of the line; `NotLinear` if these do not do the same."""
     a, b = one.trace, two.trace
     _require(a.followed == b.followed and a.gradients == b.gradients and len(a.segments) == len(b.segments))
     _require(
@@ -108,15 +89,10 @@ def _event(x: Any, y: Any, line: Line) -> Any:
 
 @dataclass
 class ExtrapolatingCache(TraceCache):
-    """A cache that traces few batch sizes of the same inputs, and extrapolates the others.
+    """A cache that traces few batch sizes of the same inputs, and extrapolates the others."""
 
-    Args:
-        exact: trace all of them.
-        extrapolated: batch sizes of which any was not traced.
-    """
-
-    exact: bool = False
-    extrapolated: set[int] = field(default_factory=set)
+    exact: bool = False  # trace all of them
+    extrapolated: set[int] = field(default_factory=set)  # batch sizes of which any was not traced
     _by_batch: dict[Any, dict[int, RankModel]] = field(default_factory=dict)
 
     def _trace(self, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:

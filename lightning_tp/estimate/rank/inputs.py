@@ -18,11 +18,7 @@ LossOf = Callable[[nn.Module, Any], Tensor]
 
 
 def loss_of(loss_fn: Callable[..., Tensor] | None) -> LossOf:
-    """Return a function (model, inputs) -> scalar loss.
-
-    Args:
-        loss_fn: `loss_fn(output)` or `loss_fn(output, inputs)`; None: `default_loss`.
-    """
+    """Return (model, inputs) -> scalar loss, by `loss_fn(output)` or `loss_fn(output, inputs)`; None: by `default_loss`."""
     fn: Callable[..., Tensor] = loss_fn or default_loss
     takes_inputs = _takes_two(fn)
 
@@ -56,8 +52,7 @@ def _takes_two(fn: Callable[..., Any]) -> bool:
 def default_loss(output: Any, inputs: Any) -> Tensor:
     """Return the loss in the output; else the next-token loss, where logits and tokens fit; else a random projection.
 
-    Raises:
-        TPError: if the output has no floating-point tensor.
+    `TPError` if the output has no floating-point tensor.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(loss, Tensor):
@@ -146,10 +141,6 @@ def count_batch(inputs: Any) -> BatchCount:
 
 
 def check_size(name: str, value: Any) -> None:
-    """Refuse a size that is no whole number above 0; None is allowed.
-
-    Raises:
-        TPError: with the name and the value.
-    """
+    """Raise a `TPError` for a size that is no whole number above 0; None is allowed."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise TPError(f"`{name}={value!r}`: give a whole number, 1 or more.")

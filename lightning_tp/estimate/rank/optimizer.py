@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,15 +34,11 @@ class OptimizerCost:
 StepCosts = dict[tuple[tuple[int, ...], torch.dtype, bool, Any], OptimizerCost]
 
 
-def _momentum(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.1, momentum=0.9)
-
-
 KNOWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
-    "momentum": _momentum,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
     "adafactor": torch.optim.Adafactor,
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
@@ -49,11 +46,7 @@ KNOWN: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def known_optimizer(optimizer: OptimizerLike) -> Callable[..., Any]:
-    """Return a function of a list of parameters that makes the optimizer.
-
-    Raises:
-        TPError: for an unknown name.
-    """
+    """Return a function of a list of parameters that makes the optimizer; `TPError` for an unknown name."""
     make = KNOWN.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
     if make is None:
         raise TPError(

@@ -37,11 +37,7 @@ class TraceCache:
     _unsharded: dict[Any, RankModel] = field(default_factory=dict)
 
     def plan_of(self, tp: int, sequence_parallel: bool) -> CheckedPlan:
-        """Return the checked plan.
-
-        Raises:
-            TPError: if none fits this size; names sizes that fit.
-        """
+        """Return the checked plan; if none fits this size, a `TPError` names sizes that fit."""
         key = (tp, sequence_parallel)
         if key not in self._plans:
             try:

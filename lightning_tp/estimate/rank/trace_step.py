@@ -19,7 +19,7 @@ from lightning_tp.apply.activation_checkpointing import checkpoint_modules, modu
 from lightning_tp.apply.bind import bind_styles, replace_parameters
 from lightning_tp.core.comm.axis import Axis
 from lightning_tp.core.comm.fake_world import FakeGroup
-from lightning_tp.core.modules.blocks import enclosing, find_blocks, own_numbers
+from lightning_tp.core.modules.blocks import block_settings, enclosing, find_blocks
 from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, preserve_modules
 from lightning_tp.errors import TPError
 from lightning_tp.estimate.rank.inputs import LossOf
@@ -31,15 +31,9 @@ from lightning_tp.estimate.trace.step_trace import StepTrace
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.styles import Split
 
-PLAIN = (bool, int, float, str, type(None))
-
 
 def trace_step(model: nn.Module, loss_of: LossOf, inputs: Any, plan: CheckedPlan, settings: Settings) -> RankModel:
-    """Trace a micro-batch of the model on a rank; the model is left as it was.
-
-    Raises:
-        TPError: if it can't be traced; names the module.
-    """
+    """Trace a micro-batch of the model on a rank; the model is left as it was. `TPError` names the module if it can't be traced."""
     params = local_params(model, plan, settings)
     buffers = {id(b): b.numel() * b.itemsize for b in model.buffers()}
     units = (*dict.fromkeys(p.unit for p in params if p.unit), "")
@@ -124,31 +118,9 @@ def shard_on_meta(model: nn.Module, plan: CheckedPlan, settings: Settings) -> No
 
 def block_kinds(model: nn.Module, plan: CheckedPlan) -> dict[str, int]:
     """Return a number for each block, equal for blocks that do the same: with the same classes, shapes, settings and styles."""
-    blocks = dict(find_blocks(model))
-    styles: dict[str, list[tuple[str, str]]] = {}
+    settings = block_settings(dict(find_blocks(model)))
+    styles: dict[str, list[tuple[str, str]]] = {name: [] for name in settings}
     for entry in plan.entries:
-        where = enclosing(entry.where, blocks)
-        if where:
-            styles.setdefault(where, []).append((entry.where[len(where) :], repr(entry.style)))
-    numbers = own_numbers(blocks)
-    kinds = {}
-    for name, block in blocks.items():
-        settings = _settings(block, numbers[name.rpartition(".")[0]])
-        parameters = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters())
-        kinds[name] = hash((type(block), settings, parameters, tuple(sorted(styles.get(name, [])))))
-    return kinds
-
-
-def _settings(block: nn.Module, numbers: set[tuple[str, str]]) -> tuple[Any, ...]:
-    """Return the plain attributes of a block's modules. Its own number tells nothing, and a float only whether it is zero."""
-
-    def plain(module: str, attribute: str, value: Any) -> Any:
-        if isinstance(value, float):
-            return value != 0
-        return "its number" if (module, attribute) in numbers else value
-
-    found: list[Any] = []
-    for name, module in block.named_modules():
-        found += [name, type(module).__name__, module.training]
-        found += [(k, plain(name, k, v)) for k, v in module.__dict__.items() if not k.startswith("__") and isinstance(v, PLAIN)]
-    return tuple(found)
+        if where := enclosing(entry.where, settings):
+            styles[where].append((entry.where[len(where) :], repr(entry.style)))
+    return {name: hash((of_block, *sorted(styles[name]))) for name, of_block in settings.items()}

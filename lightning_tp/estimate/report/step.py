@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_tp.core.tables import table
 from lightning_tp.core.units import count, seconds, share, size
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
     from lightning_tp.estimate.rank.rank_model import RankModel
     from lightning_tp.plan.checked import CheckedPlan
 
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
+
+class Table(NamedTuple):
+    """A table of a report; the columns `right` are numbers."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class StepReport:
         return json.dumps(values, indent=1)
 
     def tables(self) -> list[Table]:
-        """Return (title, header, rows) of all that is shown."""
+        """Return all tables that are shown."""
         return [self._held_table(), self._peak_table(), self._collectives_table(), self._time_table()]
 
     def _held_table(self) -> Table:
@@ -132,14 +140,14 @@ class StepReport:
             (name, size(getattr(self.memory, name))) for name in ("parameters", "gradients", "optimizer", "buffers")
         ]
         rows += [(f"saved activations: {kind}", size(n)) for kind, n in _largest_first(self.memory.activations)]
-        return "Memory held by a rank", ("", "bytes"), rows
+        return Table("Memory held by a rank", ("", "bytes"), rows, (1,))
 
     def _peak_table(self) -> Table:
         peak = self.memory.peak
         rows: list[tuple[str, ...]] = [(kind, size(n), share(n, peak.total)) for kind, n in _largest_first(peak.kinds)]
         rows.append(("total", size(peak.total), "100%"))
         rows.append(("with allocator overhead", size(self.needed), f"of {size(self.hardware.memory_bytes)}"))
-        return f"Peak memory of a rank, in the {peak.name}", ("", "bytes", ""), rows
+        return Table(f"Peak memory of a rank, in the {peak.name}", ("", "bytes", ""), rows, (1, 2))
 
     def _collectives_table(self) -> Table:
         counts: Counter[tuple[str, str, int]] = Counter()
@@ -150,7 +158,7 @@ class StepReport:
         rows: list[tuple[str, ...]] = [
             (axis, kind, str(n), f"{counts[axis, kind, n]:,}", size(sizes[axis, kind, n])) for axis, kind, n in sorted(counts)
         ]
-        return "Collectives of a step", ("axis", "kind", "ranks", "count", "bytes"), rows
+        return Table("Collectives of a step", ("axis", "kind", "ranks", "count", "bytes"), rows, (2, 3, 4))
 
     def _time_table(self) -> Table:
         t = self.time
@@ -166,13 +174,12 @@ class StepReport:
             ("step", seconds(t.step)),
             ("step without overlap", seconds(t.without_overlap)),
         ]
-        return "Time", ("", "seconds"), rows
+        return Table("Time", ("", "seconds"), rows, (1,))
 
     def __str__(self) -> str:
         lines = [self.headline, self.plan]
-        for title, header, rows in self.tables():
-            right = range(2 if len(header) > 3 else 1, len(header))  # numbers
-            lines += ["", title, table(header, rows, right=right)]
+        for t in self.tables():
+            lines += ["", t.caption, table(t.header, t.rows, right=t.right)]
         lines += ["", "Assumed:", *(f"  - {a}" for a in self.assumptions)]
         return "\n".join(lines)
 

@@ -12,32 +12,20 @@ from lightning_tp.estimate.report.step import StepReport
 
 @dataclass(frozen=True)
 class Refused:
-    """A configuration that is not possible, or a group of them.
+    """A configuration that is not possible, or a group of them."""
 
-    Args:
-        what: the configuration.
-        why: in words, with the numbers.
-    """
-
-    what: str
-    why: str
+    what: str  # the configuration
+    why: str  # in words, with the numbers
 
 
 @dataclass(frozen=True)
 class TuningReport:
-    """The configurations of a model on a number of devices; `str()` of it is a table.
+    """The configurations of a model on a number of devices; `str()` of it is a table."""
 
-    Args:
-        fits: those that fit in memory, the fastest first.
-        refused: those that are not possible.
-        global_batch: samples of an optimizer step.
-        gpus: devices.
-    """
-
-    fits: tuple[StepReport, ...]
-    refused: tuple[Refused, ...]
-    global_batch: int
-    gpus: int
+    fits: tuple[StepReport, ...]  # those that fit in memory, the fastest first
+    refused: tuple[Refused, ...]  # those that are not possible
+    global_batch: int  # samples of an optimizer step
+    gpus: int  # devices
 
     def to_json(self) -> str:
         """Return all configurations with their main numbers, and those that are refused, as JSON."""

@@ -48,13 +48,7 @@ FLOAT = LOSSES | frozenset(
 
 
 class Kernels(TorchFunctionMode):
-    """The mode.
-
-    Args:
-        device: "cuda" or "cpu".
-        half: dtype of autocast; None without autocast.
-        fused_attention: False writes attention out and saves its scores.
-    """
+    """The mode of a device, "cuda" or "cpu": under autocast to `half` (None: without), and with attention that is fused or written out."""
 
     def __init__(self, device: str, half: torch.dtype | None, *, fused_attention: bool = True) -> None:
         super().__init__()

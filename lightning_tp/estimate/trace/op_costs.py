@@ -69,12 +69,7 @@ def bytes_of(t: Tensor) -> int:
 
 def _mm(call: Call) -> Op:
     a, b = call.inputs[-2:]  # of addmm, the bias comes first
-    return _product(call, 1, a.shape[0], b.shape[1], a.shape[1])
-
-
-def _bmm(call: Call) -> Op:
-    a, b = call.inputs[-2:]
-    return _product(call, a.shape[0], a.shape[1], b.shape[2], a.shape[2])
+    return _product(call, a.shape[0] if a.ndim == 3 else 1, a.shape[-2], b.shape[-1], a.shape[-1])
 
 
 def _grouped_mm(call: Call) -> Op:
@@ -170,10 +165,7 @@ FUSED_ATTENTION = (
     "fused_attention_overrideable",
 )
 RULES: dict[str, Callable[[Call], Op]] = {
-    "mm": _mm,
-    "addmm": _mm,
-    "bmm": _bmm,
-    "baddbmm": _bmm,
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), _mm),
     "_grouped_mm": _grouped_mm,
     "mv": _mv,
     "dot": _dot,
@@ -181,11 +173,7 @@ RULES: dict[str, Callable[[Call], Op]] = {
     "convolution_backward": _convolution_backward,
     **{f"_scaled_dot_product_{name}": _attention for name in FUSED_ATTENTION},
     **{f"_scaled_dot_product_{name}_backward": _attention_backward for name in FUSED_ATTENTION},
-    "embedding": _lookup,
-    "index": _lookup,
-    "gather": _lookup,
-    "index_select": _lookup,
+    **dict.fromkeys(("embedding", "index", "gather", "index_select"), _lookup),
     "copy_": _copy,
-    "fill_": _pointwise,
-    "zero_": _pointwise,
+    **dict.fromkeys(("fill_", "zero_"), _pointwise),
 }

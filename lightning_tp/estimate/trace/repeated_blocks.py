@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_tp._compat import patched
 from lightning_tp.estimate.trace.step_trace import Tape
 
 RUN = 2  # blocks of each kind
@@ -58,13 +59,7 @@ class _Input(NamedTuple):
 
 
 class RepeatedBlocks:
-    """Decides for each call of a block whether it runs, and opens its segment.
-
-    Args:
-        recorder: of the step.
-        blocks: name -> module.
-        kinds: name -> what two blocks have in common if one can represent the other.
-    """
+    """Decides for each call of a block whether it runs, and opens its segment; blocks of one of the `kinds` can represent each other."""
 
     def __init__(self, recorder: SegmentRecorder, blocks: Mapping[str, nn.Module], kinds: Mapping[str, Any]) -> None:
         self.recorder = recorder
@@ -75,17 +70,12 @@ class RepeatedBlocks:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Intercept the calls of all blocks."""
-        before = [(block, block.__dict__.get("forward")) for block in self.blocks.values()]
-        for name, block in self.blocks.items():
-            block.__dict__["forward"] = self._intercepted(name, block.forward)
+        undo = [patched(block, "forward", self._intercepted(name, block.forward)) for name, block in self.blocks.items()]
         try:
             yield
         finally:
-            for block, forward in before:
-                if forward is None:
-                    del block.__dict__["forward"]
-                else:
-                    block.__dict__["forward"] = forward
+            for restore in undo:
+                restore()
 
     def _intercepted(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         recorder = self.recorder

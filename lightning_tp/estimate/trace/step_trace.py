@@ -43,7 +43,7 @@ class FusedOp(NamedTuple):
 class CollectiveCall(NamedTuple):
     """A collective over the tensor-parallel axis."""
 
-    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]  # "all-reduce", "all-gather" or "reduce-scatter"
+    kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
     bytes: int  # of the full tensor: what is reduced, or all shards together
     module: str  # that calls it
     phase: Phase  # as in `Op`

@@ -82,10 +82,6 @@ class Fusion:
     """Collects the kernels that a compiler would fuse, and notes the one that they become at `flush`: before a matmul or a collective.
 
     It reads what was there before it and writes what is still alive after it; what lies between stays in registers.
-
-    Args:
-        storages: tell which results are alive.
-        note: called with each fused kernel.
     """
 
     def __init__(self, storages: LiveStorages, note: Callable[[FusedOp], None]) -> None:

@@ -23,53 +23,36 @@ Path = tuple[int | str, ...]  # where an argument stands: a position, or a name,
 
 @dataclass(frozen=True)
 class Operand:
-    """What becomes of one tensor that a call is given.
+    """What becomes of one tensor that a call is given."""
 
-    Args:
-        path: where it stands.
-        part: (dim counted from the last, ownership): a rank needs its part of that dim.
-        enter: ranks compute partial gradients of it, which are all-reduced (I -> R: the identity, backward all-reduce).
-        beside: a split operand of the same call; where this one has the size of its shard already, it is not cut.
-        full: it is a split parameter of this full shape, which the code reads beside products: it is given all of it.
-        leave: ranks have partial gradients of it, but inside of the call equal ones (R -> I). Then so have results, and outside partial ones.
-    """
-
-    path: Path
-    part: tuple[int, Ownership] | None = None
-    enter: bool = False
-    beside: Path | None = None
+    path: Path  # where it stands
+    part: tuple[int, Ownership] | None = None  # (dim counted from the last, ownership): a rank needs its part of that dim
+    enter: bool = False  # ranks compute partial gradients of it, which are all-reduced (I -> R: the identity, backward all-reduce)
+    beside: Path | None = None  # a split operand of the same call; where this one has the size of its shard already, it is not cut
+    # ranks have partial gradients of it, but inside of the call equal ones (R -> I). Then so have results, and outside partial ones
     leave: bool = False
-    full: tuple[int, ...] | None = None
+    full: tuple[int, ...] | None = (
+        None  # a split parameter of this full shape, which code reads beside products: it is given all of it
+    )
 
 
 @dataclass(frozen=True)
 class Call:
-    """What becomes of one call.
+    """What becomes of one call."""
 
-    Args:
-        name: of the torch function.
-        at: the call site; see `core.modules.call_site`.
-        operands: tensors that are changed before it.
-        sizes: for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it, -1
-            makes it the length of the sequence that is sharded.
-        pieces: for each rank, the sizes that a split makes.
-        items: for each rank, the (position, start, stop, step) of a slice in an index, and the length of the dim that it is taken of.
-        leave: its result is a partial sum, which is reduced over the ranks; a bias among its arguments is added once.
-        logits: its result stays split for the loss: the length of the vocabulary.
-        groups: for each rank, how many groups of channels a convolution has.
-        to: with `leave`, what partial sums become: `I`, `S(1)` (this rank's tokens), or `P` (partial sums, as they are).
-    """
-
-    name: str
-    at: tuple[Any, ...]
-    operands: tuple[Operand, ...] = ()
+    name: str  # of the torch function
+    at: tuple[Any, ...]  # the call site; see `core.modules.call_site`
+    operands: tuple[Operand, ...] = ()  # tensors that are changed before it
+    # for each rank, (position among the sizes, numerator, denominator): a given size is multiplied; denominator 0 sets it, -1 makes
+    # it the length of the sequence that is sharded
     sizes: tuple[tuple[tuple[int, int, int], ...], ...] = ()
-    pieces: tuple[tuple[int, ...], ...] = ()
+    pieces: tuple[tuple[int, ...], ...] = ()  # for each rank, the sizes that a split makes
+    # for each rank, the (position, start, stop, step) of a slice in an index, and the length of the dim that it is taken of
     items: tuple[tuple[int, ...], ...] = ()
-    leave: bool = False
-    logits: int | None = None
-    groups: tuple[int, ...] = ()
-    to: State = I
+    leave: bool = False  # its result is a partial sum, which is reduced over the ranks; a bias among its arguments is added once
+    logits: int | None = None  # its result stays split for the loss: the length of the vocabulary
+    groups: tuple[int, ...] = ()  # for each rank, how many groups of channels a convolution has
+    to: State = I  # with `leave`, what partial sums become: `I`, `S(1)` (this rank's tokens), or `P` (partial sums, as they are)
 
     @property
     def changes(self) -> bool:

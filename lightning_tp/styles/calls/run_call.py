@@ -29,11 +29,7 @@ PRODUCTS_WITH_SUMMAND: dict[str, Callable[..., Any]] = {"addmm": torch.mm, "badd
 
 
 def run_call(call: Call, func: Callable[..., Any], args: Args, kwargs: Kwargs, axis: Axis) -> Any:
-    """Call a torch function with what changes in the call on this rank.
-
-    Raises:
-        TPError: if a size is not what it was when the plan was made.
-    """
+    """Call a torch function with what changes in it on this rank; `TPError` if a size is not what it was when the plan was made."""
     rank = axis.rank
     if call.name in READS:
         if type(args[0]) is StreamShard:
@@ -119,15 +115,9 @@ def _is_local(x: Tensor, operand: Operand, args: list[Any], kwargs: Kwargs) -> b
 
 
 def part_of(x: Tensor, part: tuple[int, Ownership], rank: int) -> Tensor:
-    """Return a rank's part of an operand that every rank has whole.
+    """Return a rank's part, (dim counted from the last, which rank owns which index), of an operand that every rank has whole.
 
-    Args:
-        x: the operand; where its dim is missing or of length 1, it broadcasts and stays.
-        part: (dim counted from the last, which rank owns which index).
-        rank: whose part.
-
-    Raises:
-        TPError: if the ownership does not fit its length.
+    Where the dim is missing or of length 1, it broadcasts and stays. `TPError` if the ownership does not fit its length.
 
     Example:
         >>> part_of(torch.arange(4), (1, Ownership(((0, 2), (1, 2)))), rank=1)

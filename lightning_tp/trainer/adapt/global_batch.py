@@ -21,8 +21,7 @@ from lightning_tp.trainer.patches.replaced import replaced
 def batches_to_accumulate(global_batch: int, batch_size: int, dp: int) -> int:
     """Compute how many batches of `batch_size` samples each of `dp` data-parallel ranks accumulates for a step of `global_batch` samples.
 
-    Raises:
-        TPError: If `batch_size * dp` does not divide `global_batch`; it names the batch sizes that do.
+    `TPError` if `batch_size * dp` does not divide `global_batch`; it names the batch sizes that do.
     """
     if global_batch % (batch_size * dp):
         fit = [n for n in range(1, global_batch // dp + 1) if global_batch % (n * dp) == 0]
@@ -40,8 +39,7 @@ def global_batch_kept(trainer: pl.Trainer, global_batch: int, dp: int, expected:
 
     `expected` returns how many batches that has to be in an epoch that was begun on another mesh, or None.
 
-    Raises:
-        TPError: If the Trainer accumulates by itself, or the module steps its optimizers; later, if the batch size does not fit.
+    `TPError` if the Trainer accumulates by itself, or the module steps its optimizers; later, if the batch size does not fit.
     """
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches != 1 or any(c.going_to_accumulate_grad_batches() for c in schedulers):
@@ -89,8 +87,7 @@ def rescale(loaded: dict[str, Any], positions: list[dict[str, Any]], before: int
     A checkpoint that is saved at the end of a batch has one more batch begun than completed, on any mesh. So {"ready": 8, "completed": 7} of
     one rank is {"ready": 4, "completed": 3} of two.
 
-    Raises:
-        TPError: If it is not a whole number of batches.
+    `TPError` if it is not a whole number of batches.
     """
     progress = batch_progress(loaded)
     current, total = progress.get("current", {}), progress.get("total", {})

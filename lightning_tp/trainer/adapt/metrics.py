@@ -27,7 +27,7 @@ from torchmetrics import Metric, metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
-from lightning_tp._compat import local_tensor
+from lightning_tp._compat import full_tensor, local_tensor, on_device_of
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, TENSOR_PARALLEL
 from lightning_tp.core.ops.split_logits import SplitLogits
 from lightning_tp.trainer.patches import private
@@ -75,7 +75,7 @@ def full_tensors(tree: Any) -> Any:
 
 
 def _full(t: Tensor) -> Tensor:
-    return t.full_tensor() if isinstance(t, (DTensor, SplitLogits)) else t
+    return full_tensor(t) if isinstance(t, DTensor) else t.full_tensor() if isinstance(t, SplitLogits) else t
 
 
 def _log_full_tensors(own: Callable[..., None], results: Any, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +86,7 @@ def reduce_over(tensor: Tensor, group: dist.ProcessGroup, reduce_op: Any) -> Ten
     """Reduce a tensor over the ranks of a group, as Lightning does, but take the mean of integers in floating point."""
     if not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
         tensor = tensor.to(torch.float64 if tensor.device.type != "mps" else torch.float32)
-    return private.sync_over_group(tensor, group, reduce_op=reduce_op)
+    return private.sync_over_group(on_device_of(group, tensor), group, reduce_op=reduce_op).to(tensor.device)
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup, *, sync_grads: bool = False) -> Tensor:
@@ -100,10 +100,10 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup, *, sync_grads: bool = F
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() == 1:
         return tensor.unsqueeze(0)
-    tensor = tensor.contiguous()
-    every = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(every, tensor, group=group)
-    return torch.stack(every)
+    sent = on_device_of(group, tensor).contiguous()
+    every = [torch.empty_like(sent) for _ in range(group.size())]
+    dist.all_gather(every, sent, group=group)
+    return torch.stack(every).to(tensor.device)
 
 
 class _AllGather(torch.autograd.Function):
@@ -114,9 +114,9 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[ctx.group.rank()], None
+        total = on_device_of(ctx.group, grad).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total[ctx.group.rank()].to(grad.device), None
 
 
 class GatherOverDataParallel:
@@ -127,9 +127,11 @@ class GatherOverDataParallel:
 
     def __call__(self, result: Tensor, group: Any = None) -> list[Tensor]:
         result = _full(result)
-        if group is not None and group is not dist.group.WORLD:
-            return gather_all_tensors(result, group)
-        return [result] if self.group.size() == 1 else gather_all_tensors(result, self.group)
+        if group is None or group is dist.group.WORLD:
+            group = self.group
+            if group.size() == 1:
+                return [result]
+        return [every.to(result.device) for every in gather_all_tensors(on_device_of(group, result), group)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GatherOverDataParallel:
         return self

@@ -10,7 +10,6 @@ import copy
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from torch.optim import Optimizer
 
 from lightning_tp._compat import local_tensor, without_global_optimizer_hooks
 from lightning_tp.core.ops.generators import generators_in
-from lightning_tp.core.ops.rng import local_state, set_local_state
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.core.ops.rng import local_state_restored, seed_torch
+from lightning_tp.shards.view import local_view
 
 SIDE = 256  # of the matrix: some optimizers treat smaller ones element by element
 STEPS = 5
@@ -50,7 +49,7 @@ def difference_on_halves(optimizer: Optimizer, weight: Tensor, dim: int) -> str 
         'alone, step 1 of a matrix of 256 x 256 and of its halves differ by ...
     """
     others = [p for group in optimizer.param_groups for p in group["params"] if p is not weight]
-    with _random_states_kept(weight.device), local_view(), without_global_optimizer_hooks():
+    with local_state_restored(), local_view(), without_global_optimizer_hooks():
         for second in (None, others[0]) if others else (None,):
             try:
                 found = _compare(optimizer, weight, dim, second)
@@ -173,7 +172,7 @@ class _Run:
                 p.grad = 0.1 * slope + (0.5 if of_vector else grad.to(p.device))
             return torch.ones((), device=self.vector_parameter.device)
 
-        torch.manual_seed(0)
+        seed_torch(0)
         closure()
         type(self.copy).step(self.copy, *([closure] if self.takes_closure else []))
 
@@ -207,12 +206,3 @@ def _optimizers_in(value: Any, depth: int = 2) -> Iterator[Optimizer]:
     elif depth and isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _optimizers_in(item, depth - 1)
-
-
-@contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[None]:
-    state = local_state(cuda=device.type == "cuda")
-    try:
-        yield
-    finally:
-        set_local_state(state, cuda=device.type == "cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_tp.errors import TPError
+from lightning_tp.shards.view import local_view
 from lightning_tp.trainer.adapt.optimizer_probe import difference_on_halves
 
 
@@ -18,15 +20,18 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
+def prepare_optimizers(optimizers: Iterable[Optimizer], dp: int, tp: int, *, collected: str, plain: bool = True) -> None:
+    """Check optimizers as `check_optimizer` does, and let them zero gradients on shards."""
+    for optimizer in optimizers:
+        check_optimizer(optimizer, dp, tp, collected=collected, plain=plain)
+        optimizer.zero_grad = local_view()(type(optimizer).zero_grad.__get__(optimizer))  # type: ignore[method-assign]
+
+
 def check_optimizer(optimizer: Optimizer, dp: int, tp: int, *, collected: str, plain: bool = True) -> None:
     """Refuse an optimizer that can't step on shards, or takes other steps there than on full weights.
 
-    Args:
-        collected: Where its parameters were collected, for the error.
-        plain: The parameters are this package's shards (not those of `backend="dtensor"`).
-
-    Raises:
-        TPError: If it steps parameters that are not the model's, can't step on shards, or takes other steps there.
+    `TPError` also for parameters that are not the model's, where these are `plain` shards (not those of `backend="dtensor"`): it says
+    where they were `collected`.
     """
     name, world = type(optimizer).__name__, dp * tp
     foreign = [p for g in optimizer.param_groups for p in g["params"] if not hasattr(p, "_tp_shard")]

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_tp._compat import all_reduce_into, is_unscaled, local_tensor, non_finite_check_and_unscale_, scaler_settings
+from lightning_tp._compat import is_unscaled, local_tensor, non_finite_check_and_unscale_, scaler_settings
+from lightning_tp.core.comm.collectives import reduce_over
 from lightning_tp.errors import TPError
 from lightning_tp.trainer.adapt.optimizers import unwrapped
 from lightning_tp.trainer.patches import private
@@ -52,7 +53,7 @@ class MeshMixedPrecision(MixedPrecision):
     def span(self, groups: Iterable[dist.ProcessGroup]) -> None:
         """Set the groups over which the ranks agree on whether a gradient is finite: those of both axes of the mesh."""
         if isinstance(self.scaler, MeshGradScaler):
-            self.scaler.groups = tuple(group for group in groups if group.size() > 1)
+            self.scaler.groups = tuple(groups)
 
     @override
     def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -120,6 +121,4 @@ class MeshGradScaler(GradScaler):
         found_inf = found_inf.to(next(iter(by_dtype.values()))[0].device)
         for grads in by_dtype.values():
             non_finite_check_and_unscale_(grads, found_inf, inv_scale.to(found_inf.device))
-        for ranks in self.groups:
-            all_reduce_into(found_inf, ranks, largest=True)
-        return {found_inf.device: found_inf}
+        return {found_inf.device: reduce_over(found_inf, self.groups, largest=True)}

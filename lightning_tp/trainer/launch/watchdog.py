@@ -33,9 +33,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from typing_extensions import override
 
 from lightning_tp._compat import clone_store, let_store_fail
+from lightning_tp.core.threads import start_thread
 from lightning_tp.errors import HEAD_START, SecondaryError, TPError, default_sigterm
 from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of
 from lightning_tp.trainer.launch.requested_end import NEWS, RequestedEnd
@@ -69,7 +69,9 @@ LAUNCHER_DIED = Failure(0, "died", f"its process, or the launcher that holds the
 
 
 class Watchdog(Callback):
-    """Watch the other ranks during one run of a Trainer, and tell them if this one fails. The first of its callbacks, for that long.
+    """Watch the other ranks during one run of a Trainer, and tell them if this one fails.
+
+    It is not among the Trainer's callbacks, which user code may count. It sees what a stage raises, and the strategy hands it what is raised before.
 
     `num_local` ranks run on this machine, this one is its `local_rank`; `timeout` is that of collectives.
     """
@@ -98,12 +100,12 @@ class Watchdog(Callback):
         self.store, self.threads_store = (dist.PrefixStore(f"lightning_tp_{run}", c) for c in connections)  # type: ignore[arg-type]
         self.requested = RequestedEnd(trainer, self.rank, self.world, self.store, timeout)
         self.store.set(f"who/{self.rank}", f"{_machine()} {os.getpid()}")
-        self.thread = threading.Thread(target=self._watch, name="lightning_tp watchdog", daemon=True)
-        self.thread.start()
+        self.thread = start_thread(self._watch, "lightning_tp watchdog", daemon=True)
         atexit.register(self._join)
-        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         self.patch.enter_context(replaced(trainer, "_run_stage", self._observed))
         self.patch.enter_context(self.requested.signals_noted())
+        trainer.strategy.on_exception = self.notice  # type: ignore[method-assign]
+        self.patch.callback(vars(trainer.strategy).pop, "on_exception", None)
 
     def before_batch(self) -> None:
         """Let a batch begin that is not one of training: see `RequestedEnd`."""
@@ -115,9 +117,7 @@ class Watchdog(Callback):
         if self.thread is None:
             return
         failed = failed and not self.requested.agreed
-        if self in self.trainer.callbacks:  # type: ignore[attr-defined]
-            self.trainer.callbacks.remove(self)  # type: ignore[attr-defined]
-            self.patch.close()
+        self.patch.close()
         if not failed and not self.raised:
             with contextlib.suppress(RuntimeError):
                 self.requested.finish()
@@ -157,11 +157,10 @@ class Watchdog(Callback):
                 self.requested.after_fit()
             return result
         except BaseException as exception:
-            self.on_exception(self.trainer, self.trainer.lightning_module, exception)
+            self.notice(exception)
             raise
 
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def notice(self, exception: BaseException) -> None:
         """Tell the others, before any other callback sees the exception; one that only follows from another rank's end is not shown."""
         if self.raised or (self.requested.agreed and isinstance(exception, SIGTERMException)):
             return

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
+import sys
+import threading
 from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -84,3 +89,30 @@ def test_they_are_restored_after_an_error_and_others_are_left_alone() -> None:
         net.own["n"] += 1
         1 / 0  # noqa: B018
     assert apart == {"n": 1} and net.own == {"n": 0}
+
+
+def test_what_leads_to_the_process_is_not_looked_into(capsys: pytest.CaptureFixture[str]) -> None:
+    """A notebook's streams and loggers lead to its shell and its sockets."""
+    net = nn.Module()
+    net.log, net.out, net.lock, net.pool = logging.getLogger("here"), sys.stdout, threading.Condition(), ThreadPoolExecutor(1)
+    net.log.kept = {"n": 0}  # type: ignore[attr-defined]
+    with preserve_objects([net]):
+        net.log.kept["n"] += 1  # type: ignore[attr-defined]
+        print("said", file=net.out)
+        assert net.pool.submit(lambda: 1).result() == 1
+    assert net.log.kept == {"n": 1} and net.pool.submit(lambda: 2).result() == 2 and capsys.readouterr().out == "said\n"  # type: ignore[attr-defined]
+    net.pool.shutdown()
+
+
+def test_frozen_slots_are_restored() -> None:
+    @dataclass(frozen=True)
+    class Point:
+        __slots__ = ("at",)
+        at: list[int]
+
+    net = nn.Module()
+    net.point = point = Point([1])
+    with preserve_objects([net]):
+        object.__setattr__(point, "at", [2])
+        point.at.append(3)
+    assert point.at == [1]

@@ -19,7 +19,7 @@ from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.core.ops.intercept import is_intercepting, per_rank_calls_of
 from lightning_tp.core.ops.random_numbers import bind_random_calls, policy_of
 from lightning_tp.core.ops.rng import seed_mesh
-from lightning_tp.shards.parameter import local_view
+from lightning_tp.shards.view import local_view
 from lightning_tp.testing import fake_world, randomize_, run_ranks
 from tests.core.ops.dropout_models import DIM, HEADS, Attention, Block, Net, batch, plan, steps
 

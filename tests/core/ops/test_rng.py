@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import DATA_PARALLEL, make_mesh
-from lightning_tp.core.ops.rng import on_rank_stream, rng_state, seed_mesh, set_shared_state, share_random_states
+from lightning_tp.core.ops.rng import (
+    DeviceState,
+    local_state,
+    local_state_restored,
+    on_rank_stream,
+    rng_state,
+    seed_mesh,
+    seed_torch,
+    set_shared_state,
+    share_random_states,
+)
 from lightning_tp.testing import assert_trees_close, fake_world, randomize_, run_ranks
 from lightning_tp.testing.fixtures import run_if
 
@@ -86,12 +96,11 @@ def test_dropout_of_whole_activations_is_that_of_one_process() -> None:
     def loss(model: nn.Module) -> Tensor:
         return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
-    whole = randomize_(Net())
-    torch.manual_seed(1)
-    ref = loss(whole)
-    ref.backward()
-
     def body() -> None:
+        whole = randomize_(Net())
+        torch.manual_seed(1)
+        ref = loss(whole)
+        ref.backward()
         mesh = make_mesh("cpu", 1, 2)
         model = ltp.parallelize(randomize_(Net()), mesh, plan)
         torch.manual_seed(1 + dist.get_rank())
@@ -103,6 +112,52 @@ def test_dropout_of_whole_activations_is_that_of_one_process() -> None:
         assert mesh.get_local_rank(DATA_PARALLEL) == 0
 
     run_ranks(body, 2)
+
+
+def test_streams_go_on_in_a_later_run() -> None:
+    """The streams further along the data-parallel axis, too, until somebody seeds anew."""
+
+    def body() -> list[list[float]]:
+        mesh = make_mesh("cpu", 2, 2)
+
+        def run() -> list[float]:
+            share_random_states(mesh)
+            seed_mesh(mesh)
+            return torch.rand(4).tolist()
+
+        torch.manual_seed(5)
+        first, second = run(), run()
+        seed_mesh(mesh)  # as in the setup of a second module
+        third = torch.rand(4).tolist()
+        torch.manual_seed(5)
+        return [first + second + third, run() + run()]
+
+    ranks = run_ranks(body, 4)
+    for dp_rank, seed in enumerate((5, 6)):
+        torch.manual_seed(seed)
+        expected = [x for _ in range(3) for x in torch.rand(4).tolist()]
+        for went_on, again in ranks[2 * dp_rank : 2 * dp_rank + 2]:
+            assert went_on == expected and again == expected[:8]
+
+
+def test_seeding_and_restoring_leave_other_streams() -> None:
+    state = local_state()
+    with local_state_restored():
+        seed_torch(3)
+        assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(3)))
+        random.random(), numpy.random.rand()
+    after = local_state()
+    assert torch.equal(after["cpu"], state["cpu"]) and after["python"] == state["python"]
+    assert torch.equal(after["numpy"][1], state["numpy"][1]) and after["numpy"][2] == state["numpy"][2]
+
+
+def test_a_state_of_no_device_changes_nothing() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA is in use in this process")
+    state = torch.get_rng_state()
+    with DeviceState().again():
+        torch.rand(2)
+    assert not torch.equal(state, torch.get_rng_state())
 
 
 # ------------------------------------------------------------------------------------------------------------ own streams
@@ -141,7 +196,7 @@ def test_own_streams() -> None:
 
 @run_if(min_gpus=1)
 def test_own_streams_on_a_gpu() -> None:
-    own_streams("cuda:0")
+    run_ranks(own_streams, 1, "cuda:0", init=False)  # in a process of its own: ranks of other tests are forked from this one
 
 
 # ------------------------------------------------------------------------------------------------------ saved and restored

@@ -58,7 +58,7 @@ def test_what_a_device_needs(found: Estimate) -> None:
 
 
 def test_tables(found: Estimate) -> None:
-    held, peak, collectives, time = (rows for _, _, rows in found.tables())
+    held, peak, collectives, time = (table.rows for table in found.tables())
     memory = found.memory
     assert held[0] == ("parameters", size(memory.parameters))
     largest = max(memory.activations, key=lambda kind: memory.activations[kind])
