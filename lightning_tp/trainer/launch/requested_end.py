@@ -113,8 +113,10 @@ class RequestedEnd:
 
     def _nobody_answered(self) -> str:
         silent = [str(rank) for rank in range(self.world) if not self.store.check([f"request/{self._round}/{rank}"])]
+        waited = "" if self.timeout is None else f" in {self.timeout.total_seconds():g} s"
         return (
-            f"A signal asked this run to end, and rank(s) {', '.join(silent)} did not come to that: stopped, or busy for very long."
+            f"A signal asked this run to end, and rank(s) {', '.join(silent)} did not answer{waited}: stopped, or cut off from the others. "
+            "End all processes of the run; if they were only slow, raise `TPStrategy(timeout=..)`."
         )
 
     def finish(self) -> None:

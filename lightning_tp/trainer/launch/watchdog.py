@@ -265,9 +265,7 @@ class Watchdog(Callback):
                 self.threads_store.set(f"where/{self.rank}", self._where(self._frame()))
         if first.rank == self.rank or self.raised:
             return self._end_if_it_hangs(began, first)
-        patience = (
-            HEAD_START if first.hang else STILL
-        )  # gloo takes seconds to close after a timeout: the report comes before this end
+        patience = HEAD_START if first.hang else STILL  # gloo takes seconds to close after a timeout: the report comes first
         still, since = _stack(self._frame()), began
         while not self.over.wait(PERIOD / 4):
             if self.raised:

@@ -129,6 +129,11 @@ def set_received_sigterm(trainer: pl.Trainer) -> None:
     trainer._signal_connector.received_sigterm = True
 
 
+def tear_down(trainer: pl.Trainer) -> None:
+    """End a run that an exception has ended, as Lightning does in the process in which it catches it."""
+    trainer._teardown()
+
+
 def save_and_requeue(trainer: pl.Trainer) -> None:
     """Do what Lightning does when SLURM is about to end a job: save a checkpoint, a collective, and let the job be queued again."""
     connector: Any = trainer._signal_connector

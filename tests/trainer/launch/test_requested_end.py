@@ -114,7 +114,7 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
     end = RequestedEnd(fake_trainer(), 0, 3, store, timedelta(seconds=0.2))
     end._noted.append(END)
     end.look(store)
-    with pytest.raises(TPError, match=r"rank\(s\) 1, 2 did not come"):
+    with pytest.raises(TPError, match=r"rank\(s\) 1, 2 did not answer in 0.2 s"):
         end.before_batch()
     end.release()  # the thread that looks has ended: nobody waits
     end.before_batch()
