@@ -40,6 +40,7 @@ class RequestedEnd:
     def __init__(self, trainer: pl.Trainer, rank: int, world: int, store: dist.Store, timeout: timedelta | None) -> None:
         self.trainer, self.rank, self.world, self.store, self.timeout = trainer, rank, world, store, timeout
         self.agreed = False  # all ranks end, each by Lightning's `SIGTERMException`
+        self.stopped: list[int] = []  # ranks that the watchdog finds stopped, and the store with them: it is not asked
         self._noted: list[str] = []  # by the handlers of this process; a list, since a handler must take no lock
         self._lock = threading.Lock()
         self._begun = 0  # batches
@@ -112,10 +113,10 @@ class RequestedEnd:
             private.save_and_requeue(self.trainer)
 
     def _nobody_answered(self) -> str:
-        silent = [str(rank) for rank in range(self.world) if not self.store.check([f"request/{self._round}/{rank}"])]
+        silent = self.stopped or [rank for rank in range(self.world) if not self.store.check([f"request/{self._round}/{rank}"])]
         waited = "" if self.timeout is None else f" in {self.timeout.total_seconds():g} s"
         return (
-            f"A signal asked this run to end, and rank(s) {', '.join(silent)} did not answer{waited}: stopped, or cut off from the others. "
+            f"A signal asked this run to end, and rank(s) {', '.join(map(str, silent))} did not answer{waited}: stopped, or cut off from the others. "
             "End all processes of the run; if they were only slow, raise `TPStrategy(timeout=..)`."
         )
 

@@ -82,14 +82,15 @@ class Watchdog(Callback):
         self.timeout = timeout
         self.still: Any = None  # the stack of the main thread,
         self.since = 0.0  # and since when it is the same
-        self.shown = False
+        self.shown = 0  # how often all ranks were asked where they are,
+        self.told: Any = None  # and the stack of the last answer
         self.watches_timeout = timeout is not None and dist.get_backend() != "gloo"  # NCCL ends the process, and raises nothing
         self.main_thread = threading.main_thread()
         self.raised = False
         self.first: Failure | None = None  # the first failure of the run, once the thread has seen it
         self.over = threading.Event()
         self.neighbour = self.rank + 1 if local_rank + 1 < num_local else self.rank - local_rank
-        self.pid: int | None = None  # the neighbour's; 0 if it is on another machine
+        self.pids: dict[int, int] = {}  # of the neighbour, and of rank 0; 0 if it is on another machine
         self.thread: threading.Thread | None = None
         self.patch = contextlib.ExitStack()
         run = next(_runs)
@@ -169,8 +170,13 @@ class Watchdog(Callback):
         follows = broken or isinstance(exception, SecondaryError)
         if follows and self.first is not None and self.first.rank != self.rank:  # known, and the store may be gone by now
             self._leave(self.first)
+        hang = broken and bool(_TIMEOUT.search(str(exception)))
+        if self._rank_0_is_stopped():
+            if hang:
+                raise TPError(self._report_of_rank_0(_innermost(exception))) from None
+            return
         try:
-            first, report = self._published(exception, follows, hang=broken and bool(_TIMEOUT.search(str(exception))))
+            first, report = self._published(exception, follows, hang)
         except RuntimeError:  # the store is gone, and rank 0 with it
             if not isinstance(exception, (RuntimeError, SecondaryError)):
                 return  # this rank's own mistake: it is shown
@@ -188,8 +194,7 @@ class Watchdog(Callback):
     def _published(self, exception: BaseException, follows: bool, hang: bool) -> tuple[Failure, str | None]:
         """(the first failure of all ranks, the report of the hang, if this rank's collective timed out first); RuntimeError without the store."""
         self.store.set(f"raised/{self.rank}", "")
-        frames = [frame for frame, _ in traceback.walk_tb(exception.__traceback__)]
-        self.store.set(f"where/{self.rank}", self._where(frames[-1] if frames else None))
+        self.store.set(f"where/{self.rank}", self._where(_innermost(exception)))
         if follows and not hang:  # whoever ended the connection may be about to report it, or its neighbour to find it
             until = time.monotonic() + POSITIONS_TIMEOUT
             while time.monotonic() < until and not self.store.check(["failed"]):
@@ -220,10 +225,14 @@ class Watchdog(Callback):
 
     def _look_until_the_run_is_over(self) -> None:
         rank_0_is_done = False
-        while not self.over.wait(PERIOD / 10 if self.requested.is_open else PERIOD):
+        while not self.over.wait(PERIOD / 10 if self.requested.is_open or self._unknown() else PERIOD):
             if self.watches_timeout:
                 self._look_whether_it_stands_still()
+            self.requested.stopped = [0] if self._rank_0_is_stopped() else []
+            if self.requested.stopped:
+                continue
             try:
+                self._find_pids()
                 news = self.requested.is_noted or self.threads_store.check([NEWS])
                 if news:
                     self.requested.look(self.threads_store)
@@ -244,17 +253,29 @@ class Watchdog(Callback):
         if news and self.threads_store.check(["failed"]):
             return _read(self.threads_store)
         if self._neighbour_has_ended() and not self.threads_store.check([f"done/{self.neighbour}"]):
-            return _publish(self.threads_store, Failure(self.neighbour, "died", f"its process ({self.pid}) {DIED}"))
+            return _publish(
+                self.threads_store, Failure(self.neighbour, "died", f"its process ({self.pids[self.neighbour]}) {DIED}")
+            )
         return None
 
     def _neighbour_has_ended(self) -> bool:
-        if self.neighbour == self.rank:
-            return False
-        who = f"who/{self.neighbour}"
-        if self.pid is None and self.threads_store.check([who]):
-            machine, pid = self.threads_store.get(who).decode().rsplit(" ", 1)
-            self.pid = int(pid) if machine == _machine() else 0
-        return has_ended(self.pid) if self.pid else False
+        pid = self.pids.get(self.neighbour) if self.neighbour != self.rank else None
+        return has_ended(pid) if pid else False
+
+    def _rank_0_is_stopped(self) -> bool:
+        """Whether rank 0 is a stopped process of this machine: the store is often its, and would never answer."""
+        pid = self.pids.get(0) if self.rank else None
+        return state_of(pid) in ("T", "t") if pid else False
+
+    def _unknown(self) -> set[int]:
+        """The ranks whose processes are looked at, and not known yet."""
+        return {self.neighbour, 0} - {self.rank, *self.pids}
+
+    def _find_pids(self) -> None:
+        for rank in self._unknown():
+            if self.threads_store.check([who := f"who/{rank}"]):
+                machine, pid = self.threads_store.get(who).decode().rsplit(" ", 1)
+                self.pids[rank] = int(pid) if machine == _machine() else 0
 
     def _end_after(self, first: Failure) -> None:
         """Publish where this rank is, leave it time to end by itself, else end its process."""
@@ -299,26 +320,35 @@ class Watchdog(Callback):
         stack, now = _stack(self._frame()), time.monotonic()
         if stack != self.still:
             self.still, self.since = stack, now
-        elif now - self.since > limit - max(5.0, 0.05 * limit):
-            self.watches_timeout = False
+        elif stack != self.told and now - self.since > limit - max(5.0, 0.05 * limit):
+            if self._rank_0_is_stopped():
+                self.told = stack
+                _print_error(self._report_of_rank_0(self._frame()) + "\n")
+                return
             with contextlib.suppress(RuntimeError):
+                asked = self.shown
                 self.threads_store.set(NEWS, "")
-                self.threads_store.set("show", "")  # each rank is asked where it is, also one that does not stand still
+                self.threads_store.set(f"show/{asked}", "")  # each rank is asked where it is, also one that does not stand still
                 self._show_position()
-                if self.threads_store.compare_set("reported", "", str(self.rank)) == str(self.rank).encode():
-                    _print_error(self._hang_report(self.threads_store, "shown") + "\n")
+                if self.threads_store.compare_set(f"reported/{asked}", "", str(self.rank)) == str(self.rank).encode():
+                    _print_error(self._hang_report(self.threads_store, f"shown/{asked}") + "\n")
 
     def _show_position(self) -> None:
-        """Publish where this rank is, once, if some rank has asked for it."""
-        if not self.shown and self.threads_store.check(["show"]):
-            self.shown = True
-            self.threads_store.set(f"shown/{self.rank}", self._where(self._frame()))
+        """Publish where this rank is, if some rank has asked for it; who is asked where it stands does not ask in turn."""
+        if self.threads_store.check([f"show/{self.shown}"]):
+            frame = self._frame()
+            self.threads_store.set(f"shown/{self.shown}/{self.rank}", self._where(frame))
+            self.shown, self.told = self.shown + 1, _stack(frame)
 
     def _frame(self) -> FrameType | None:
         return sys._current_frames().get(self.main_thread.ident or 0)
 
     def _where(self, frame: FrameType | None) -> str:
         return json.dumps(asdict(position_of(frame, self.trainer, but=self)))
+
+    def _report_of_rank_0(self, frame: FrameType | None) -> str:
+        mine = position_of(frame, self.trainer, but=self)
+        return hang_report({0: None, self.rank: mine}, self.rank, self.timeout)
 
     def _hang_report(self, store: dist.Store, at: str = "where") -> str:
         keys = [f"{at}/{rank}" for rank in range(self.world)]
@@ -367,12 +397,23 @@ def _machine() -> str:
 
 def has_ended(pid: int) -> bool:
     """Whether a process of this machine has ended, or is a zombie; False where there is no /proc."""
+    return state_of(pid) in ("Z", "X", "gone")
+
+
+def state_of(pid: int) -> str:
+    """The letter that /proc has for the state of a process; "gone" if there is none, and "" if it can't be known."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return os.path.isdir("/proc/self")
+        return "gone" if os.path.isdir("/proc/self") else ""
     except OSError:
-        return False
+        return ""
+
+
+def _innermost(exception: BaseException) -> FrameType | None:
+    """The frame that raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(exception.__traceback__)]
+    return frames[-1] if frames else None
 
 
 def _stack(frame: FrameType | None) -> list[tuple[int, int]]:

@@ -116,6 +116,9 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
     end.look(store)
     with pytest.raises(TPError, match=r"rank\(s\) 1, 2 did not answer in 0.2 s"):
         end.before_batch()
+    end.stopped, end.store = [0], None  # type: ignore[assignment]  # a store that would not answer
+    with pytest.raises(TPError, match=r"rank\(s\) 0 did not answer in 0.2 s"):
+        end.before_batch()
     end.release()  # the thread that looks has ended: nobody waits
     end.before_batch()
     assert not end.agreed

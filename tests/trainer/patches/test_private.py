@@ -119,3 +119,6 @@ def test_signals(monkeypatch: pytest.MonkeyPatch) -> None:
     connector._slurm_sigusr_handler_fn = None  # what this package puts in its place, on the object
     private.save_and_requeue(trainer)
     assert saved == [(connector, signal.SIGUSR1)]
+    monkeypatch.setattr(trainer, "_teardown", lambda: saved.append("torn down"))
+    private.tear_down(trainer)
+    assert saved[1:] == ["torn down"]
