@@ -6,8 +6,10 @@ torch 2.11 and 2.13 (`tests/_compat/`); where the two differ, the function says 
 
 from lightning_tp._compat.distributed import all_gather_into as all_gather_into
 from lightning_tp._compat.distributed import all_gather_within as all_gather_within
+from lightning_tp._compat.distributed import all_reduce_into as all_reduce_into
 from lightning_tp._compat.distributed import call_in_forward as call_in_forward
 from lightning_tp._compat.distributed import clone_store as clone_store
+from lightning_tp._compat.distributed import collective_counts as collective_counts
 from lightning_tp._compat.distributed import copy_dtensor as copy_dtensor
 from lightning_tp._compat.distributed import dtensor_of_pieces as dtensor_of_pieces
 from lightning_tp._compat.distributed import fake_process_group as fake_process_group

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import AllreduceOptions, ReduceOp, ReduceScatterOptions
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import AllgatherOptions
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -104,15 +106,33 @@ def _init_dtypes_of_frozen(group: Any, original: Callable[[], None]) -> None:
         group._orig_dtype, group._reduce_dtype = group.fsdp_params[0].orig_dtype, group.fsdp_params[0].reduce_dtype
 
 
+# Options of collectives that are waited for at once: NCCL then takes the current stream, where it would launch them on one of its own, with an
+# event before and one after. Made once, since each would cost as much as a small tensor. Such a collective may return None: it is in its stream.
+_SUM, _LARGEST, _GATHER, _SCATTER = AllreduceOptions(), AllreduceOptions(), AllgatherOptions(), ReduceScatterOptions()
+_LARGEST.reduceOp = ReduceOp(ReduceOp.MAX)
+_SUM.asyncOp = _LARGEST.asyncOp = _GATHER.asyncOp = _SCATTER.asyncOp = False
+
+
 # private: `ProcessGroup._allgather_base`, `_reduce_scatter_base`. Their public wrappers cost as much as a small collective.
+def all_reduce_into(tensor: Tensor, group: Any, *, largest: bool = False) -> None:
+    """Sum a tensor over the ranks, in place, on the process group itself, and on the current stream; with `largest`, take the largest."""
+    work = group.allreduce([tensor], _LARGEST if largest else _SUM)
+    if work is not None:
+        work.wait()
+
+
 def all_gather_into(output: Tensor, input: Tensor, group: Any) -> None:
-    """All-gather on the process group itself."""
-    group._allgather_base(output, input).wait()
+    """All-gather, likewise."""
+    work = group._allgather_base(output, input, _GATHER)
+    if work is not None:
+        work.wait()
 
 
 def reduce_scatter_into(output: Tensor, input: Tensor, group: Any) -> None:
-    """Reduce-scatter on the process group itself."""
-    group._reduce_scatter_base(output, input).wait()
+    """Reduce-scatter, likewise."""
+    work = group._reduce_scatter_base(output, input, _SCATTER)
+    if work is not None:
+        work.wait()
 
 
 # private: `ProcessGroup._device_types`. Without it nobody could ask whether a group has a backend for the device of a tensor.
@@ -208,6 +228,25 @@ def wait_for_gloo_at_exit() -> None:
     active exception". Destroying the process group does not help while anything refers to it.
     """
     atexit.register(time.sleep, 0.1)
+
+
+# private: `distributed_c10d._world`, `ProcessGroup._get_sequence_number_for_group`. Without them a hang would name ranks by their stacks alone.
+def collective_counts() -> dict[str, tuple[int, str]]:
+    """Return how many collectives this process has begun on each of its groups, and what the group is called.
+
+    The key is the same on all ranks of a group. The groups count themselves, so this costs a step nothing; any thread may ask.
+    """
+    found = {}
+    group: Any
+    for group, name in list(torch.distributed.distributed_c10d._world.pg_names.items()):
+        try:
+            ranks = torch.distributed.get_process_group_ranks(group)
+            count = group._get_sequence_number_for_group()
+        except (RuntimeError, ValueError):  # a backend that does not count, or a group that ends at this moment
+            continue
+        shown = ", ".join(map(str, ranks[:8])) + (", .." if len(ranks) > 8 else "")
+        found[f"{name}/{ranks[0]}"] = (count, f"group `{group.group_desc}` (ranks {shown})")
+    return found
 
 
 def all_gather_within(output: Tensor, input: Tensor, group: Any, timeout: timedelta) -> bool:

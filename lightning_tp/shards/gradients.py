@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tp._compat import (
     all_gather_into,
+    all_reduce_into,
     flatten,
     foreach_copy_,
     local_tensor,
@@ -388,8 +389,8 @@ def no_sync(model: torch.nn.Module) -> Iterator[None]:
 def _sum_over(group: dist.ProcessGroup, grads: list[Tensor]) -> None:
     """Sum each of these gradients over the group, in place, in one all-reduce."""
     if len(grads) == 1 and grads[0].is_contiguous():
-        group.allreduce(grads).wait()
+        all_reduce_into(grads[0], group)
         return
     flat = flatten(grads)
-    group.allreduce([flat]).wait()
+    all_reduce_into(flat, group)
     foreach_copy_(grads, unflatten(flat, grads))

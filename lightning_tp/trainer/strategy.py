@@ -151,11 +151,9 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
             self.set_checkpoint_options(save_distributed_checkpoint, async_checkpoint, safe_globals, on_save_error)
             if global_batch is not None and (not isinstance(global_batch, int) or global_batch < 1):
                 raise TPError(f"`global_batch={global_batch!r}`: pass a number of samples, 1 or more.")
-        self.verify = verify
-        self.global_batch = global_batch
-        self.requested_checkpoint = RequestedCheckpoint()
+        self.verify, self.global_batch = verify, global_batch
         self._pretrained: list[tuple[Any, bool]] = []  # (path, strict), until the module is split
-        self.resume = Resume()
+        self.requested_checkpoint, self.resume = RequestedCheckpoint(), Resume()
         self._patches = ExitStack()  # of one run: everything that is patched, until it ends
         self._batches = FirstBatches()  # likewise, as the next three
         self._watchdog: Watchdog | None = None
@@ -336,6 +334,8 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
         return full_tensors(self._step("predict_step", self.precision_plugin.predict_step_context(), *args, **kwargs))
 
     def _step(self, name: str, context: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._watchdog is not None and name != "training_step":
+            self._watchdog.before_batch()
         if self.sizes[1] > 1 and (index := self._batches.next(name)) is not None:
             with raise_on_rank_zero(self.global_rank):
                 check_unchanged(self.lightning_module)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,55 @@ def test_process_groups() -> None:
         store.wait(["done"])
 
     run_ranks(body, 2, init=False)
+
+
+def test_collectives_that_are_waited_for_at_once_stay_on_the_current_stream() -> None:
+    """NCCL is told so, and may return nothing to wait for."""
+
+    class Group:
+        def __init__(self) -> None:
+            self.told: list[Any] = []
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args: self.told.append((name, args[-1].asyncOp, getattr(args[-1], "reduceOp", None)))
+
+    group, x = Group(), torch.ones(2)
+    _compat.all_reduce_into(x, group)
+    _compat.all_reduce_into(x, group, largest=True)
+    _compat.all_gather_into(torch.ones(4), x, group)
+    _compat.reduce_scatter_into(x, torch.ones(4), group)
+    assert [told[:2] for told in group.told] == [
+        ("allreduce", False),
+        ("allreduce", False),
+        ("_allgather_base", False),
+        ("_reduce_scatter_base", False),
+    ]
+    assert [told[2] for told in group.told] == [dist.ReduceOp.SUM, dist.ReduceOp.MAX, None, dist.ReduceOp.SUM]
+
+
+def test_groups_count_their_collectives() -> None:
+    """Alike on all ranks of a group, under the same name, and also where one rank only has begun one."""
+
+    def body() -> Any:
+        rank = dist.get_rank()
+        half = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+        before = _compat.collective_counts()
+        x = torch.ones(2)
+        _compat.all_reduce_into(x, half)
+        _compat.all_gather_into(torch.ones(8), x, dist.group.WORLD)
+        work = dist.all_reduce(x, group=half, async_op=True) if rank == 0 else None
+        after = _compat.collective_counts()
+        if work is None and rank == 1:
+            dist.all_reduce(x, group=half)
+        dist.barrier()
+        return {key: (count - before[key][0], name) for key, (count, name) in after.items()}
+
+    zero, one, two, three = run_ranks(body, 4)
+    assert two == three and set(zero) == set(one) != set(two)
+    assert sorted(n for n, _ in zero.values()) == [1, 2] and sorted(n for n, _ in one.values()) == [1, 1]
+    assert {name for _, name in two.values()} == {"group `default_pg` (ranks 0, 1, 2, 3)", "group `undefined` (ranks 2, 3)"}
+    with fake_world(4):
+        assert isinstance(_compat.collective_counts(), dict)
 
 
 def test_groups_that_are_not_there() -> None:

@@ -8,23 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_tp._compat import all_gather_into, reduce_scatter_into, without_torch_function
+from lightning_tp._compat import all_gather_into, all_reduce_into, reduce_scatter_into, without_torch_function
 from lightning_tp.core.comm.axis import Axis, even_shard
 
 
 def all_reduce(x: Tensor, axis: Axis) -> Tensor:
     """Sum `x` over the ranks, in place; return it."""
-    axis.group.allreduce([x]).wait()
+    all_reduce_into(x, axis.group)
     return x
 
 
 def reduce_over(x: Tensor, groups: Iterable[dist.ProcessGroup], *, largest: bool = False) -> Tensor:
     """Sum `x` over several groups, one after the other, or take the largest of each element; in place; return it."""
-    options = dist.AllreduceOptions()
-    options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     for group in groups:
         if group.size() > 1:
-            group.allreduce([x], options).wait()
+            all_reduce_into(x, group, largest=largest)
     return x
 
 

@@ -23,13 +23,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_tp._compat import graph_is_retained
+from lightning_tp._compat import all_reduce_into, graph_is_retained
 from lightning_tp.core.comm.axis import Axis, even_shard
 from lightning_tp.core.comm.collectives import all_reduce
 from lightning_tp.core.ops.split_logits import SplitLogits, to_local
@@ -96,7 +95,7 @@ class _LogProbability(Function):
         top = logits.amax(1, keepdim=True)  # (N, 1)
         if top.dtype.itemsize < 4:
             top = top.float()
-        axis.group.allreduce([top], dist.ReduceOp.MAX).wait()
+        all_reduce_into(top, axis.group, largest=True)
         x = logits - top  # (N, V_local)
 
         column = target.unsqueeze(1) - mine.start

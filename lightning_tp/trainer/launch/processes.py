@@ -23,6 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils._pytree import tree_map_only
@@ -99,21 +100,36 @@ class ForkOrSpawnMixin:
         super()._wrapping_function(*args)  # type: ignore[misc]
 
 
+class AskedToEnd:
+    """The result of a run that a signal has ended on all ranks: the process that started them waits for one, and then ends likewise."""
+
+
+def _result_of(function: Callable[..., Any], trainer: pl.Trainer, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except SIGTERMException:
+        private.tear_down(trainer)
+        return AskedToEnd()
+
+
 class ProcessLauncher(ForkOrSpawnMixin, private.MultiProcessingLauncher):
     """Lightning's launcher, for ranks that hold shards: full weights come back."""
 
     results: Any = None  # of a run, while they are on their way back
 
     @override
-    def launch(self, *args: Any, **kwargs: Any) -> Any:
-        super().launch(*args, **kwargs)
+    def launch(self, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        super().launch(*args, trainer=trainer, **kwargs)
         results, self.results = self.results, None
+        if isinstance(results, AskedToEnd):
+            private.set_received_sigterm(trainer)
+            raise SIGTERMException
         return results
 
     @override
     def _wrapping_function(self, process_idx: int, trainer: Any, function: Any, args: Any, kwargs: Any, *queue: Any) -> None:
         with checkpoint_path_found_by(self.strategy, trainer, function, args, kwargs):
-            super()._wrapping_function(process_idx, trainer, function, args, kwargs, *queue)
+            super()._wrapping_function(process_idx, trainer, partial(_result_of, function, trainer), args, kwargs, *queue)
 
     @override
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> private.WorkerOutput | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import lightning.pytorch as pl
@@ -116,6 +117,27 @@ def data_of(trainer: pl.Trainer) -> list[Any]:
 def num_prefetched(trainer: pl.Trainer) -> int:
     """How many training batches were read, and are not used yet."""
     return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+
+
+def signal_connector_of(trainer: pl.Trainer) -> Any:
+    """What handles the signals that a run receives."""
+    return trainer._signal_connector
+
+
+def set_received_sigterm(trainer: pl.Trainer) -> None:
+    """Let `trainer.received_sigterm` be true: Lightning ends the run after this batch."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def tear_down(trainer: pl.Trainer) -> None:
+    """End a run that an exception has ended, as Lightning does in the process in which it catches it."""
+    trainer._teardown()
+
+
+def save_and_requeue(trainer: pl.Trainer) -> None:
+    """Do what Lightning does when SLURM is about to end a job: save a checkpoint, a collective, and let the job be queued again."""
+    connector: Any = trainer._signal_connector
+    type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)
 
 
 def set_ckpt_path(trainer: pl.Trainer, path: str) -> None:

@@ -18,6 +18,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.fabric.utilities import imports
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors import accelerator_connector
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 import lightning_tp as ltp
@@ -132,6 +133,23 @@ def test_an_error_of_a_rank_is_seen_as_itself() -> None:
     with pytest.raises(ltp.TPError, match=r"^The rule `nope` -> `colwise` matches no module") as info:
         trainer_of(ltp.TPStrategy(plan={"nope": "colwise"}, launcher="fork"), 2).fit(Net(), data())
     assert "Traceback" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_signal_that_ends_the_ranks_ends_this_process_likewise(name: Any, tmp_path: Path) -> None:
+    """With the weights as trained so far; it would wait for ever."""
+    module, before = Net(), {n: t.clone() for n, t in Net().state_dict().items()}
+    trainer = trainer_of(ltp.TPStrategy(tp=2, launcher=name), 2, max_epochs=-1, callbacks=[Asked()], enable_checkpointing=False)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(module, data())
+    assert trainer.received_sigterm and trainer.interrupted and trainer.global_step >= 3
+    assert not any(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+class Asked(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_weights_without_a_place_are_said() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_tp as ltp
-from lightning_tp.testing import run_ranks
+from lightning_tp.testing import RankError, run_ranks
+from lightning_tp.trainer.launch.watchdog import Watchdog, has_ended, state_of
 
 TIMEOUT = 15
 QUICK = [("step", "script"), ("kill", "fork"), ("late", "script")]
@@ -228,14 +230,92 @@ def test_the_others_stop(what: str, launcher: str, tmp_path: Path) -> None:
 def test_a_hang_is_named(what: str, launcher: str, tmp_path: Path) -> None:
     code, output, seconds = launch(what, launcher, tmp_path)
     assert code != 0 and seconds < TIMEOUT + 30
-    assert (
-        len(re.findall(r"Collective mismatch: rank 0 timed out after 15 s in all_?reduce while rank 1 did not join it\.", output))
-        == 1
+    group = r"\(group `\w+` \(ranks 0, 1\)\)"
+    mismatch = rf"Collective mismatch: rank 0 timed out after 15 s in all_?reduce {group} while rank\(s\) 1 did not come\."
+    assert len(re.findall(mismatch, output)) == 1, output
+    assert re.search(
+        r"rank 1 has begun \d+ of \d+ collectives there, step 3, at .*test_watchdog.py:\d+ in sleeps: `time.sleep\(1000\)`", output
     ), output
-    assert re.search(r"rank 1 is in no collective, step 3, at .*test_watchdog.py:\d+ in sleeps: `time.sleep\(1000\)`", output), (
-        output
-    )
     assert "Timed out waiting" not in output
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_0_is_named() -> None:
+    """Though the store that all others ask is its."""
+
+    class Stops(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if batch_idx == 3 and self.global_rank == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return super().training_step(batch, batch_idx)
+
+    def body() -> None:
+        plan = {"mlp.0": "colwise", "mlp.2": "rowwise"}
+        strategy = ltp.TPStrategy(tp=2, plan=plan, timeout=timedelta(seconds=TIMEOUT))
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        L.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, **quiet).fit(  # type: ignore[arg-type]
+            Stops("none"), DataLoader(Data("none"), batch_size=2)
+        )
+
+    with pytest.raises(
+        RankError, match=r"TPError: Collective mismatch: rank 1 timed out after 15 s in .* while rank\(s\) 0 did not"
+    ):
+        run_ranks(body, 2, init=False, timeout=TIMEOUT + 30)
+
+
+def here(go: threading.Event) -> None:
+    go.wait(60)
+
+
+def there(go: threading.Event) -> None:
+    go.wait(60)
+
+
+def test_each_hang_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where no exception tells of it: by the first rank that stands still; a second one, after it went on, again."""
+    store, go = dist.HashStore(), threading.Event()
+    threads = [threading.Thread(target=place, args=(go,)) for place in (here, here, there)]
+    for thread in threads:
+        thread.start()
+    watches = [Watchdog.__new__(Watchdog) for _ in range(2)]
+    for rank, watch in enumerate(watches):
+        watch.rank, watch.world, watch.timeout, watch.trainer = rank, 2, timedelta(seconds=5.2), None  # type: ignore[assignment]
+        watch.still, watch.since, watch.shown, watch.told, watch.pids = None, 0.0, 0, None, {}
+        watch.threads_store, watch.main_thread = store, threads[rank]  # type: ignore[assignment]
+
+    def look() -> int:
+        answers = threading.Timer(0.2, watches[1]._show_position)  # the other one's next look
+        for again in range(2):
+            if again:
+                time.sleep(0.3)
+                answers.start()
+            watches[0]._look_whether_it_stands_still()
+        answers.join()
+        watches[1]._look_whether_it_stands_still()  # it stands where it has answered
+        return capsys.readouterr().err.count("Collective mismatch")
+
+    watches[1]._look_whether_it_stands_still()
+    assert [look(), look()] == [1, 0]
+    watches[0].main_thread = watches[1].main_thread = threads[2]
+    watches[1]._look_whether_it_stands_still()
+    assert look() == 1
+    go.set()
+
+
+def test_states_of_processes() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert state_of(os.getpid()) in "RS" and not has_ended(child.pid)
+    os.kill(child.pid, signal.SIGSTOP)
+    until = time.monotonic() + 10
+    while state_of(child.pid) != "T" and time.monotonic() < until:
+        time.sleep(0.02)
+    assert state_of(child.pid) == "T" and not has_ended(child.pid)
+    child.kill()
+    while not has_ended(child.pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert state_of(child.pid) == "Z"
+    child.wait()
+    assert state_of(child.pid) == "gone" and has_ended(child.pid)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,19 @@ def test_the_scheduler_of_swa(loaded: Any) -> None:
     swa._scheduler_state, swa._clear_schedulers = loaded, cleared.append  # type: ignore[method-assign, assignment]
     private.use_scheduler_of_swa(swa, "trainer")  # type: ignore[arg-type]
     assert cleared == (["trainer"] if loaded else [])
+
+
+def test_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = L.Trainer(**QUIET)
+    connector = private.signal_connector_of(trainer)
+    assert connector is trainer._signal_connector and not trainer.received_sigterm
+    private.set_received_sigterm(trainer)
+    assert trainer.received_sigterm
+    saved: list[Any] = []
+    monkeypatch.setattr(type(connector), "_slurm_sigusr_handler_fn", lambda self, signum, _: saved.append((self, signum)))
+    connector._slurm_sigusr_handler_fn = None  # what this package puts in its place, on the object
+    private.save_and_requeue(trainer)
+    assert saved == [(connector, signal.SIGUSR1)]
+    monkeypatch.setattr(trainer, "_teardown", lambda: saved.append("torn down"))
+    private.tear_down(trainer)
+    assert saved[1:] == ["torn down"]
