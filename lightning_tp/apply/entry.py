@@ -19,6 +19,7 @@ from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
 from lightning_tp.core.modules.outer_calls import is_called, remembered_calls
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.checked import CheckedPlan
+from lightning_tp.plan.declared import DECLARED
 from lightning_tp.shards.view import depth, set_depth
 from lightning_tp.styles import Replicate
 
@@ -65,19 +66,21 @@ class _Inner(_Entry):
         return self._alone.call(self, self._on_shards, args, kwargs)
 
 
-def enter_local_view(model: nn.Module, ways: Callable[..., Ways | None], trusted: bool | None) -> None:
+def enter_local_view(model: nn.Module, ways: Callable[..., Ways | None], mode: bool) -> None:
     """Make calls of a split model, and of the modules in it that user code may call by themselves, run in `local_view`.
 
     Args:
         model: a module with a `training_step` is user code itself; what it holds is called.
         ways: makes the ways of a module that calls of it go, from the mode in which the first is trusted, and whether it is `strict`.
-        trusted: that of what user code calls.
+        mode: that in which the plan was made, unless the model declares it.
     """
     named = [(n, m) for n, m in model.named_modules() if is_called(m)]
     for _, module in named:
         module.__dict__["_tp_planned"] = True
     registry: ParamRegistry = model._tp_registry  # type: ignore[assignment]
     every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
+    plan: CheckedPlan = model._tp_applied_plan  # type: ignore[assignment]
+    trusted = None if plan.source.startswith(DECLARED) else mode
     called, units = remembered_calls(model), _units(model, registry.fsdp_root)
     outermost, styled, partial_sums = set(map(id, entries(model))), _styled(model), _styled(model, partial_sums=True)
     for name, module in named:

@@ -37,7 +37,7 @@ from lightning_tp.core.ops.random_numbers import Dropout, bind_random_calls
 from lightning_tp.errors import TPError
 from lightning_tp.plan.check import refuse_distributed
 from lightning_tp.plan.checked import CheckedPlan
-from lightning_tp.plan.declared import DECLARED, declared_plan
+from lightning_tp.plan.declared import declared_plan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.shards.grad_norm import register_kinds
 from lightning_tp.shards.gradients import PartialGradients
@@ -156,8 +156,7 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
         mark_streams(model, plan, axis)
     if mesh.size() > 1:
         attach_state_dict(model)
-        declared = plan.source.startswith(DECLARED)  # it has not seen how the model is called
-        enter_local_view(model, partial(_ways, model, mesh, options), None if declared else mode)
+        enter_local_view(model, partial(_ways, model, mesh, options), mode)
         remember()
     return model
 
