@@ -47,3 +47,4 @@ def _take_gpus() -> str | None:
 
 DEVICE = _asked_for()
 WHY_NO_GPUS = _take_gpus() if DEVICE == "cuda" else "runs with `pytest --device cuda`"
+ON = "cpu" if WHY_NO_GPUS else "cuda"  # where a `Trainer(accelerator="cpu")` trains

@@ -132,7 +132,7 @@ def test_one_file_with_groups_of_parameters(fsdp: bool, tmp_path: Path) -> None:
         t.fit(module := Groups(), loader())
         if path is not None:
             t.save_checkpoint(path)
-        return {name: v.detach().clone() for name, v in module.state_dict().items()}
+        return {name: v.detach().cpu().clone() for name, v in module.state_dict().items()}
 
     def split() -> dict[str, Tensor]:
         t = trainer(ours(2), 2, 4)
