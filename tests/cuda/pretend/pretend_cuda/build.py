@@ -18,6 +18,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("extension.cpp")
 CACHE = "PRETEND_CUDA_CACHE"  # environment variable: the folder, instead of one in the temporary folder
 NAME = "pretend_cuda_ext"
+TORCH = "2.13"  # whose headers and private names the extension is written for
 
 
 def what_is_missing() -> str | None:
@@ -26,6 +27,8 @@ def what_is_missing() -> str | None:
         return "pretended GPUs need Linux"
     if torch_is_for_gpus():
         return "pretended GPUs need torch's build for the CPU"
+    if not (version := importlib.metadata.version("torch")).startswith(f"{TORCH}."):
+        return f"pretended GPUs are written for torch {TORCH}; this is {version}"
     if library_path().exists():
         return None
     if compiler() is None:
