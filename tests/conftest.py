@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.device import DEVICE, WHY_NO_GPUS  # before torch is imported
+from tests.device import DEVICE, WHY_NO_GPUS, pretend_cuda  # before torch is imported
 
 # isort: split
 import pytorch_lightning  # noqa: F401  here, before `lightning`: whichever is imported last takes the messages of both
@@ -37,7 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header() -> str:
     if DEVICE == "cpu":
         return "device: cpu"
-    return f"device: cuda, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if WHY_NO_GPUS is None else WHY_NO_GPUS
+    if WHY_NO_GPUS:
+        return f"device: cpu, for {WHY_NO_GPUS}"
+    return f"device: cuda, {torch.cuda.device_count()} {'pretended ' if pretend_cuda.ext else ''}GPUs"  # asking for a name would use one
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -78,6 +78,8 @@ def install(devices: int = 2, *, forkable: bool = False) -> Any:
     if "torch" in sys.modules and not _loaded_before_torch:
         raise RuntimeError("torch has been imported already, and found no CUDA. Call `pretend_cuda.install` before `import torch`.")
     if "torch" not in sys.modules:
+        Imports.before.pop("torch", None)  # of `on_import`: once is enough
+        Imports.after.pop("torch", None)
         _load_before_torch()
     import torch
 
