@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
 from weakref import WeakValueDictionary
@@ -109,13 +110,29 @@ class _Checkpointed(nn.Module):
 
 def _contexts(axis: Axis, seq_len: int | None, selective: bool) -> tuple[Any, Any]:
     """The contexts of the forward, which begins now, and of its recomputation."""
-    again = DeviceState().again()
+    device = DeviceState()
     if not selective:
-        return contextlib.nullcontext(), _nested(again, _with_seq_len(axis, seq_len))
+        return contextlib.nullcontext(), _Repeatable(lambda: _nested(device.again(), _with_seq_len(axis, seq_len)))
     forward, recomputation = create_selective_checkpoint_contexts(partial(_policy, axis))
     return _nested(_sums_as_operators(axis), forward), _nested(
-        again, _with_seq_len(axis, seq_len), _sums_as_operators(axis), recomputation
+        device.again(), _with_seq_len(axis, seq_len), _sums_as_operators(axis), recomputation
     )
+
+
+class _Repeatable:
+    """A context that is made anew each time it is entered: a backward pass that is repeated recomputes again."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self.make = make
+        self.entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        context = self.make()
+        context.__enter__()
+        self.entered.append(context)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
 
 
 @contextlib.contextmanager

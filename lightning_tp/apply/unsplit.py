@@ -192,23 +192,26 @@ class Comparison:
         # FSDP2 only makes gradients in `backward`; without them a gathered weight is let go where it was used
         large = has_more_than(self.model, MOST_WITH_GRADIENTS)
         with_gradients = torch.is_grad_enabled() and mesh[DATA_PARALLEL].size() == 1 and not large
-        try:
-            full, gradients = self._outcome(lambda *a, **k: run_unsplit(self.model, self.module, a, k), with_gradients)
-        except Exception:  # it can't be run alone
+        full, gradients, error = self._outcome(lambda *a, **k: run_unsplit(self.model, self.module, a, k), with_gradients)
+        if self._anywhere(error is not None, mesh):  # it can't be run alone
             return None
-        try:
-            split, split_gradients = self._outcome(self.run, with_gradients)
+        split, split_gradients, error = self._outcome(self.run, with_gradients)
+        if error is not None:
+            why: str | None = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
             why = _difference(full, split) or _gradient_difference(gradients, split_gradients)
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         self.made.add(kind_of(full))
-        vote = torch.tensor(float(why is not None), device=mesh.device_type)
+        return (why or "it differs on another rank") if self._anywhere(why is not None, mesh) else None
+
+    def _anywhere(self, holds: bool, mesh: DeviceMesh) -> bool:
+        """Return whether it holds on any rank of the mesh. A collective."""
+        vote = torch.tensor(float(holds), device=mesh.device_type)
         for axis in mesh.mesh_dim_names or ():
             dist.all_reduce(vote, group=mesh.get_group(axis))
-        return (why or "it differs on another rank") if float(vote) else None
+        return bool(vote)
 
-    def _outcome(self, run: Callable[..., Any], with_gradients: bool) -> tuple[Any, dict[str, Tensor]]:
-        """Return the output of a run, and this rank's shards of the gradients of a sum over it."""
+    def _outcome(self, run: Callable[..., Any], with_gradients: bool) -> tuple[Any, dict[str, Tensor], Exception | None]:
+        """Return the output of a run, this rank's shards of the gradients of a sum over it, and what the run raised."""
         device = _device(self.model)
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng([] if device is None or device.type != "cuda" else [device]))
@@ -217,8 +220,11 @@ class Comparison:
             stack.enter_context(comparable_runs(self.model))
             stack.enter_context(preserve_modules(self.model))
             stack.enter_context(nullcontext() if self.hooks else _without_hooks(self.model))
-            out = run(*_copied(self.args), **_copied(self.kwargs))
-            return out, _gradients(self.model, out) if with_gradients else {}
+            try:
+                out = run(*_copied(self.args), **_copied(self.kwargs))
+                return out, _gradients(self.model, out) if with_gradients else {}, None
+            except Exception as error:
+                return None, {}, error
 
 
 def run_unsplit(model: nn.Module, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:

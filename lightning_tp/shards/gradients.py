@@ -203,12 +203,13 @@ class PartialGradients:
         low, high = self._over_ranks(_signature(grad).unsqueeze(0).to(grad.device))
         return float((high - low).max()) > TOLERANCE * float(high[0, 0].clamp_min(1e-12))
 
-    @local_view()
     def begin(self) -> None:
         """Begin a backward pass; called at every collective of it, so cheap."""
         if self._pass() is not None:
             return
-        this_pass = _BackwardPass(self, [] if self._returning else self._set_aside(), returning=self._returning)
+        with local_view():
+            set_aside = [] if self._returning else self._set_aside()
+        this_pass = _BackwardPass(self, set_aside, returning=self._returning)
         self._pass = ref(this_pass)
         queue_after_backward(this_pass.finish_after_fsdp if self._sharded else this_pass.finish)
 

@@ -256,11 +256,9 @@ class TPStrategy(MeshStrategyMixin, ModelParallelStrategy):
                 with random_states_restored(random_roots(module.trainer)):
                     plan = module_plan.plan_of_module(module, module.trainer, self.sizes[1])
             if fits and (self.verify or (given and self.backend == "local")):
-                context = self.precision_plugin.train_step_context
+                context, mesh, device = self.precision_plugin.train_step_context, self.device_mesh, self.root_device
                 with random_states_restored(random_roots(module.trainer)):
-                    self._first_batch = first_batch_check(
-                        module, plan, self.device_mesh, context, verify=self.verify, device=self.root_device
-                    )
+                    self._first_batch = first_batch_check(module, plan, mesh, context, verify=self.verify, device=device)
             if self.is_global_zero and fits:
                 module_plan.call_before_split(module.trainer, module)
             parallelize(

@@ -90,9 +90,8 @@ def run_ranks(
 ) -> list[T] | list[tuple[T, str]]:
     """Run `fn(*args, **kwargs)` in `world` processes and return their results in rank order.
 
-    Each process has the environment variables that `torchrun` sets, one thread, and (unless `init=False`) a default
-    process group. With fork, `fn` may be a lambda or a closure; with spawn, it must be importable, as its arguments. Results
-    are pickled; tensors come back on the CPU.
+    Each process has the environment variables that `torchrun` sets, one thread, and (unless `init=False`) a default process group. With fork,
+    `fn` may be a lambda or a closure; with spawn, it must be importable, as its arguments. Results are pickled; tensors come back on the CPU.
 
     A process that has used a GPU, or run a backward pass on a machine with GPUs, can't be forked into ranks that do the same.
     There, ranks are spawned where `fn` is importable; others are forked, and may do the rest.
@@ -110,8 +109,7 @@ def run_ranks(
 
     Raises:
         RankError: If a rank raised, exited with a nonzero code, died, or hung. The others get 5 s to end.
-        TPError: For a world below 1, a fork inside of a process group, ranks that need what a fork has left them without, or a
-            function that can't be spawned.
+        TPError: For a world below 1, a fork in a process group or without what ranks need, or a function that can't be spawned.
 
     Example:
         >>> def total(x):
@@ -127,17 +125,15 @@ def run_ranks(
     method = start_method or default_start_method(call, backend)
     if method == "fork" and dist.is_initialized():
         raise TPError(
-            f"`run_ranks` cannot fork {world} ranks while this process is in a process group of"
-            f" {dist.get_world_size()}: they would inherit its sockets. Call"
-            " `torch.distributed.destroy_process_group()` first, or pass `start_method='spawn'`."
+            f"`run_ranks` cannot fork {world} ranks while this process is in a process group of {dist.get_world_size()}: they would inherit its "
+            "sockets. Call `torch.distributed.destroy_process_group()` first, or pass `start_method='spawn'`."
         )
     with tempfile.TemporaryDirectory(prefix="run_ranks-", ignore_cleanup_errors=True) as folder:
         job = RankJob(Path(folder), world, backend, init, timeout, _free_port())
         reports = _run(job, method, call)
         outputs = [_read(job.file(rank, "output")) for rank in range(world)]
-    if any(report.failure for report in reports):
-        if method == "fork":
-            refuse_broken_fork([report.failure for report in reports if report.failure])
+    if failures := [report.failure for report in reports if report.failure]:
+        refuse_broken_fork(failures)
         _raise_first(job, reports, outputs)
     values = [report.value for report in reports]
     return list(zip(values, outputs)) if return_output else values

@@ -220,6 +220,19 @@ def test_dropout_is_replayed() -> None:
                 torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain), rtol=2e-2 if half else 1e-5, atol=0)
 
 
+def test_a_backward_pass_that_is_repeated() -> None:
+    def body() -> None:
+        case = Case(1, 2)
+        model = ltp.parallelize(case.build(), make_mesh("cpu", 1, 2), PLAN, activation_checkpointing="block")
+        loss = loss_of(model, case.batches()[0][0])
+        loss.backward(retain_graph=True)
+        once = {n: g.clone() for n, g in ltp.full_gradients(model).items()}
+        loss.backward()
+        assert_trees_close(ltp.full_gradients(model), {n: 2 * g for n, g in once.items()}, rtol=1e-5)
+
+    run_ranks(body, 2)
+
+
 def test_attention_that_drops_out_is_run_again() -> None:
     """Else later draws of a block would be other ones. Kernels of GPUs, asked for what "selective" does with them."""
     aten, mode = torch.ops.aten, CheckpointPolicy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -127,7 +128,7 @@ def test_names_are_registered_once() -> None:
 
 def test_joining_leaves_the_random_state_and_sets_the_timeout() -> None:
     class Strategy(MeshStrategyMixin):
-        launcher, host = None, "Trainer"
+        launcher, host, root_device = None, "Trainer", torch.device("cpu")
         num_nodes, num_processes = 1, 2
         cluster_environment = SimpleNamespace(global_rank=lambda: int(os.environ["RANK"]))
         _data_parallel_size = _tensor_parallel_size = _device_mesh = None
@@ -139,14 +140,14 @@ def test_joining_leaves_the_random_state_and_sets_the_timeout() -> None:
     def body() -> tuple[bool, float]:
         strategy: Any = Strategy()
         strategy.set_mesh_options(2, "auto", "auto", timedelta(seconds=123))
-        state = torch.get_rng_state()
+        state, state_of_python = torch.get_rng_state(), random.getstate()
         with strategy.joining_process_group():
             assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (1, 2)
-            torch.manual_seed(77)  # as Lightning does
+            torch.manual_seed(77), random.seed(77)  # as Lightning does
             dist.init_process_group("gloo")
             strategy._device_mesh = make_mesh("cpu", 1, 2)
         group = strategy.device_mesh.get_group("tensor_parallel")
         timeout = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-        return torch.equal(torch.get_rng_state(), state), timeout
+        return torch.equal(torch.get_rng_state(), state) and random.getstate() == state_of_python, timeout
 
     assert run_ranks(body, 2, init=False) == [(True, 123.0)] * 2

@@ -19,7 +19,7 @@ from lightning_tp.errors import TPError
 from lightning_tp.plan.plan import Plan
 from lightning_tp.verify.training import Inputs
 
-NOT_OF_THE_USER = ("lightning_tp", "importlib", "site-packages")  # parts of paths
+THIS_PACKAGE, FOLDERS_OF_OTHERS = Path(__file__).parents[2], {"importlib", "site-packages"}
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,16 @@ def call_user_code(function: Callable[[], Any], target: str) -> Any:
         where, traceback = "", error.__traceback__
         while traceback is not None:
             file = traceback.tb_frame.f_code.co_filename
-            if not any(part in file for part in NOT_OF_THE_USER):
+            if not is_of_others(file):
                 where = f" ({file}, line {traceback.tb_lineno})"
             traceback = traceback.tb_next
         raise TPError(f"`{target}`: {type(error).__name__}: {error}{where}") from error
+
+
+def is_of_others(file: str) -> bool:
+    """Return whether a file is one of this package, of an installed one, or of Python's import; what a user's folders are called does not matter."""
+    path = Path(file)
+    return file.startswith("<frozen") or THIS_PACKAGE in path.parents or not FOLDERS_OF_OTHERS.isdisjoint(path.parts)
 
 
 def import_user_module(name: str, target: str) -> ModuleType:

@@ -168,7 +168,7 @@ class Reachable:
         slots = (n for cls in type(x).__mro__ for n in _slots(cls) if hasattr(x, n))
         for name in slots:
             value = getattr(x, name)
-            self.undo.append(partial(setattr, x, name, value))
+            self.undo.append(partial(_put, x, name, value))
             found.append(value)
         return found
 
@@ -202,6 +202,11 @@ def _of_function(x: Any) -> list[Any]:
         with suppress(ValueError):  # empty
             cells.append(cell.cell_contents)
     return [*cells, *(x.__defaults__ or ()), x.__dict__]
+
+
+def _put(x: Any, name: str, value: Any) -> None:
+    if getattr(x, name, None) is not value:
+        object.__setattr__(x, name, value)  # also of what is frozen
 
 
 def _refill(x: Any, content: Any) -> None:

@@ -68,12 +68,7 @@ class StreamShard(Tensor):
         elif name in _SAME:
             return _as_it_is(func, args, kwargs)
         elif name in _POINTWISE and isinstance(first, StreamShard) and _alike(first, args, kwargs):
-            out = _as_it_is(func, args, kwargs)
-            if name in _CASTS and isinstance(out, Tensor) and out.device != first.device:
-                return func(*_in_full(args), **_in_full(kwargs))  # elsewhere than its group's device nothing can be gathered
-            if out is first:
-                first._full = None
-            return stream_shard(out, first.axis, first.length) if type(out) is Tensor else out
+            return _pointwise(func, args, kwargs)
         elif isinstance(first, StreamShard) and name.endswith("_") and (not name.endswith("__") or name in _IN_PLACE):
             return _write(func, args, kwargs)
         return func(*_in_full(args), **_in_full(kwargs))
@@ -91,6 +86,16 @@ def plain_shard(x: Tensor) -> Tensor:
     """Return this rank's tokens as a plain tensor."""
     with without_torch_function_subclass():
         return x.view_as(x)
+
+
+def _pointwise(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a function of the elements on shards; what it moves to another device is gathered first, since nothing can be gathered there."""
+    first, out = args[0], _as_it_is(func, args, kwargs)
+    if func.__name__ in _CASTS and isinstance(out, Tensor) and out.device != first.device:
+        return func(*_in_full(args), **_in_full(kwargs))
+    if out is first:
+        first._full = None
+    return stream_shard(out, first.axis, first.length) if type(out) is Tensor else out
 
 
 def _as_it_is(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:

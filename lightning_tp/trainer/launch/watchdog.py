@@ -31,7 +31,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch import Callback
-from typing_extensions import override
 
 from lightning_tp._compat import clone_store, let_store_fail
 from lightning_tp.core.threads import start_thread
@@ -67,7 +66,9 @@ LAUNCHER_DIED = Failure(0, "died", f"its process, or the launcher that holds the
 
 
 class Watchdog(Callback):
-    """Watch the other ranks during one run of a Trainer, and tell them if this one fails. The first of its callbacks, for that long.
+    """Watch the other ranks during one run of a Trainer, and tell them if this one fails.
+
+    It is not among the Trainer's callbacks, which user code may count. It sees what a stage raises, and the strategy hands it what is raised before.
 
     `num_local` ranks run on this machine, this one is its `local_rank`; `timeout` is that of collectives.
     """
@@ -94,16 +95,15 @@ class Watchdog(Callback):
         self.store.set(f"who/{self.rank}", f"{_machine()} {os.getpid()}")
         self.thread = start_thread(self._watch, "lightning_tp watchdog", daemon=True)
         atexit.register(self._join)
-        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         self.patch.enter_context(replaced(trainer, "_run_stage", self._observed))
+        trainer.strategy.on_exception = self.notice  # type: ignore[method-assign]
+        self.patch.callback(vars(trainer.strategy).pop, "on_exception", None)
 
     def stop(self, failed: bool) -> None:
         """End the watch: the run is over on this rank. Rank 0, with which the store ends, waits a moment for the others."""
         if self.thread is None:
             return
-        if self in self.trainer.callbacks:  # type: ignore[attr-defined]
-            self.trainer.callbacks.remove(self)  # type: ignore[attr-defined]
-            self.patch.close()
+        self.patch.close()
         if not failed and not self.raised:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"done/{self.rank}", "")
@@ -138,11 +138,10 @@ class Watchdog(Callback):
         try:
             return run_stage()
         except BaseException as exception:
-            self.on_exception(self.trainer, self.trainer.lightning_module, exception)
+            self.notice(exception)
             raise
 
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def notice(self, exception: BaseException) -> None:
         """Tell the others, before any other callback sees the exception; one that only follows from another rank's end is not shown."""
         if self.raised:
             return

@@ -58,3 +58,11 @@ def test_a_file_that_fails_leaves_no_module(tmp_path: Path, monkeypatch: pytest.
     assert sys.modules.pop("half_a_module") is before
     with pytest.raises(TPError, match=r"there is no file nowhere\.py"):
         import_user_module("nowhere.py", "t")
+
+
+def test_folders_of_the_user_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my_lightning_tp_runs" / "importlib_of_mine"
+    folder.mkdir(parents=True)
+    (folder / "fails.py").write_text("x = 1\nraise ValueError('here')\n")
+    with pytest.raises(TPError, match=rf"ValueError: here \({folder / 'fails.py'}, line 2\)"):
+        import_user_module(str(folder / "fails.py"), "fails.py:build")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -409,28 +408,6 @@ def test_recording_allocates_nothing_to_speak_of() -> None:
 
     record()
     assert measured_peak(record) < 200_000  # a parameter has up to 262 144 bytes
-
-
-def test_takes_less_than_twice_the_time() -> None:
-    def ordinary() -> None:
-        GPT(width=256, layers=12, vocab=1000)
-
-    def deferred() -> None:
-        with deferred_init() as tape:
-            model = GPT(width=256, layers=12, vocab=1000)
-        for _, value in values(model, tape):
-            del value
-
-    def best(run: Callable[[], None]) -> float:
-        def once() -> float:
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-
-        return min(once() for _ in range(4))
-
-    deferred()
-    assert best(deferred) < 2 * best(ordinary) + 0.1
 
 
 def test_what_is_known_from_elsewhere_is_not_drawn() -> None:

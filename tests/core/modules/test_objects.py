@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -101,3 +102,17 @@ def test_what_leads_to_the_process_is_not_looked_into(capsys: pytest.CaptureFixt
         assert net.pool.submit(lambda: 1).result() == 1
     assert net.log.kept == {"n": 1} and net.pool.submit(lambda: 2).result() == 2 and capsys.readouterr().out == "said\n"  # type: ignore[attr-defined]
     net.pool.shutdown()
+
+
+def test_frozen_slots_are_restored() -> None:
+    @dataclass(frozen=True)
+    class Point:
+        __slots__ = ("at",)
+        at: list[int]
+
+    net = nn.Module()
+    net.point = point = Point([1])
+    with preserve_objects([net]):
+        object.__setattr__(point, "at", [2])
+        point.at.append(3)
+    assert point.at == [1]

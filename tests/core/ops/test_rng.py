@@ -196,7 +196,7 @@ def test_own_streams() -> None:
 
 @run_if(min_gpus=1)
 def test_own_streams_on_a_gpu() -> None:
-    own_streams("cuda:0")
+    run_ranks(own_streams, 1, "cuda:0", init=False)  # in a process of its own: ranks of other tests are forked from this one
 
 
 # ------------------------------------------------------------------------------------------------------ saved and restored

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import lightning_tp as ltp
+from lightning_tp.testing import run_ranks
 
 TIMEOUT = 15
 QUICK = [("step", "script"), ("kill", "fork"), ("late", "script")]
@@ -184,6 +185,23 @@ def marked(mark: str) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def test_user_code_finds_its_own_callbacks() -> None:
+    class Looks(L.Callback):
+        seen: bool = False
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            self.seen = trainer.callbacks == [self]  # type: ignore[attr-defined]
+
+    def body() -> bool:
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        strategy = ltp.TPStrategy(tp=2, plan={"mlp.0": "colwise", "mlp.2": "rowwise"})
+        trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=2, callbacks=[looks := Looks()], **quiet)
+        trainer.fit(Net("none"), DataLoader(Data("none"), batch_size=2))
+        return looks.seen
+
+    assert run_ranks(body, 2, init=False) == [True, True]
 
 
 @pytest.mark.parametrize(("what", "launcher"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
