@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ SOURCE = Path(__file__).with_name("extension.cpp")
 CACHE = "PRETEND_CUDA_CACHE"  # environment variable: the folder, instead of one in the temporary folder
 NAME = "pretend_cuda_ext"
 TORCH = "2.13"  # whose headers and private names the extension is written for
+NO_COMPILER = "pretended GPUs need a C++ compiler: c++, g++ or clang++ on the PATH, or CXX"
 
 
 def what_is_missing() -> str | None:
@@ -32,9 +34,15 @@ def what_is_missing() -> str | None:
     if library_path().exists():
         return None
     if compiler() is None:
-        return "pretended GPUs need a C++ compiler: c++, g++ or clang++ on the PATH, or CXX"
+        return NO_COMPILER
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "pretended GPUs need the headers of Python"
+    try:
+        cache().mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        return f"pretended GPUs are compiled into a folder that can't be made; {CACHE} says another: {error}"
+    if not os.access(cache(), os.W_OK | os.X_OK):
+        return f"pretended GPUs are compiled into {cache()}, which can't be written to; {CACHE} says another folder"
     return None
 
 
@@ -52,16 +60,22 @@ def torch_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler."""
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+def compiler() -> list[str] | None:
+    """Return the command of the C++ compiler."""
+    named = os.environ.get("CXX")
+    commands = [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
+
+
+def cache() -> Path:
+    """Return the folder of all that is compiled."""
+    return Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"pretend_cuda-{os.getuid()}")
 
 
 def library_path() -> Path:
     """Return where the compiled extension is, or will be."""
     key = hashlib.sha256(SOURCE.read_bytes() + sys.version.encode()).hexdigest()[:12]
-    root = Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"pretend_cuda-{os.getuid()}")
-    return root / f"torch-{importlib.metadata.version('torch')}-{key}" / f"{NAME}.so"
+    return cache() / f"torch-{importlib.metadata.version('torch')}-{key}" / f"{NAME}.so"
 
 
 def library() -> Path:
@@ -69,7 +83,8 @@ def library() -> Path:
     made = library_path()
     if made.exists():
         return made
-    made.parent.mkdir(parents=True, exist_ok=True)
+    cache().mkdir(mode=0o700, parents=True, exist_ok=True)
+    made.parent.mkdir(exist_ok=True)
     with open(made.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the first
         if not made.exists():
@@ -80,10 +95,10 @@ def library() -> Path:
 def _compile(to: Path) -> None:
     found = compiler()
     if found is None:
-        raise RuntimeError("Pretended GPUs need a C++ compiler: c++, g++ or clang++ on the PATH, or CXX.")
+        raise RuntimeError(NO_COMPILER)
     torch = torch_folder()
     command = [
-        *(found, "-O1", "-std=c++20", "-fPIC", "-shared", "-w"),
+        *(*found, "-O1", "-std=c++20", "-fPIC", "-shared", "-w"),
         *(f"-DTORCH_EXTENSION_NAME={NAME}", "-DTORCH_API_INCLUDE_EXTENSION_H", "-DUSE_DISTRIBUTED", "-DUSE_C10D_GLOO"),
         *(f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}", f"-I{sysconfig.get_paths()['include']}"),
         *(str(SOURCE), "-o", f"{to}.part", f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"),
