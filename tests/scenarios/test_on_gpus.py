@@ -22,14 +22,12 @@ CHOSEN = (
     ),
     *(f"test_training.py::test_saved_and_resumed[{form}-(1, 2)]" for form in ("folder", "folder, beside training", "file")),
     "test_training.py::test_verified_beside_autocast[bf16-mixed]",
-    "test_training.py::test_verified_beside_autocast[16-mixed]",
+    "test_waits.py::test_a_steady_step_waits_nowhere[recomputed]",
     "test_random_numbers.py::test_blocks_that_run_again_drop_the_same[independent-whole activations]",
     "test_random_numbers.py::test_fits_draw_what_one_process_draws[{}-nothing]",
-    "test_random_numbers.py::test_resumed_on_another_mesh[(1, 2)-(1, 4)-folder]",
-    "test_random_numbers.py::test_resumed_on_another_mesh[(1, 1)-(1, 2)-file]",
+    "test_random_numbers.py::test_resumed_on_another_mesh[(1, 2)-(1, 1)-folder]",
     "test_collectives.py::test_one_file_wherever_shards_lie[on the host]",
     "test_collectives.py::test_draws_on_the_host_are_those_of_one_process[multinomial-in the step-independent]",
-    "test_collectives.py::test_draws_on_the_host_are_those_of_one_process[dropout-in the model-independent]",
     "test_own_gpu.py::test_a_fit_that_saves_and_one_that_resumes[a folder, beside training-(1, 2)]",
 )
 
@@ -56,8 +54,8 @@ def test_a_part_of_the_tests_of_gpus() -> None:
 @pytest.mark.parametrize(
     "sections",
     [
-        "env,waits,losses",
-        pytest.param("dispatch,kernels,memory,attention,compiled", marks=pytest.mark.slow),
+        "waits",
+        pytest.param("env,losses,dispatch,kernels,memory,attention,compiled", marks=pytest.mark.slow),
         pytest.param("ranks_parity,nccl_of_one,ranks_random,ranks_rest", marks=pytest.mark.slow),
     ],
 )
