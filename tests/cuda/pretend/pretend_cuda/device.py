@@ -163,6 +163,7 @@ def _replace_current_device(torch: Any) -> None:
 
     def set_device(device: Any) -> None:
         if (i := _index(device)) >= 0:
+            cuda._lazy_init()
             ext.set_device(i)
 
     def exchange(i: int) -> int:
