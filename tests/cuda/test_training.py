@@ -59,7 +59,7 @@ class Net(L.LightningModule):
         self.losses: list[Tensor] = []
 
     def training_step(self, batch: Tensor, i: int) -> Tensor:
-        x = self.embed(batch)
+        x = self.embed(batch.to(self.device))  # also while a plan is inferred, on the CPU
         for block in self.blocks:
             x = block(x)
         return F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
