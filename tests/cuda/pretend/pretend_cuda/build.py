@@ -40,9 +40,9 @@ def what_is_missing() -> str | None:
     try:
         cache().mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        return f"pretended GPUs are compiled into a folder that can't be made; {CACHE} says another: {error}"
+        return f"pretended GPUs are compiled into a folder that can't be made; set {CACHE} to another: {error}"
     if not os.access(cache(), os.W_OK | os.X_OK):
-        return f"pretended GPUs are compiled into {cache()}, which can't be written to; {CACHE} says another folder"
+        return f"pretended GPUs are compiled into {cache()}, which can't be written to; set {CACHE} to another folder"
     return None
 
 
