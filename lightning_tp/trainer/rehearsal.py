@@ -50,6 +50,7 @@ class Rehearsal:
             stack.callback(_restore_attributes, saved)
             stack.enter_context(self.preserved())
             stack.enter_context(quiet(self.module))
+            stack.enter_context(private.said_to_be_on_cpu(self.module))
             stack.enter_context(torch.set_grad_enabled(self.name == "training_step"))
             if strategy is None:
                 yield

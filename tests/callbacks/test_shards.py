@@ -97,6 +97,7 @@ def test_optimizer_is_counted_after_its_first_step(capsys: pytest.CaptureFixture
         assert ours(capsys.readouterr().out)[-1].endswith(f"{adam_bytes(WHOLE)} per rank")
 
 
+@pytest.mark.only_on_cpu("compares the screen, where Lightning says whether there are GPUs")
 def test_two_ranks() -> None:
     """Tensor parallel: a batch counts once, a rank holds half of the MLP. DDP: a batch counts twice, ranks hold all."""
     (_, first), (_, second) = run_ranks(on_each_rank, 2, init=False, return_output=True)

@@ -27,7 +27,8 @@ class Lit(L.LightningModule):
         self.model = randomize_(Llama(LlamaConfig(**{**CONFIG, "tied": tied})), seed)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
+        tokens = TOKENS.to(self.device)
+        return F.cross_entropy(self.model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val_loss", self.training_step(batch, batch_idx), sync_dist=True)
@@ -65,4 +66,4 @@ def train_alone(steps: int, *, resume: Any = None, tied: bool = False) -> dict[s
     t = trainer("auto", 1, steps)
     module = Lit(seed=1 if resume is not None else 0, tied=tied)
     t.fit(module, loader(), ckpt_path=resume, weights_only=True if resume is not None else None)
-    return {k: v.detach() for k, v in module.state_dict().items()}
+    return {k: v.detach().cpu() for k, v in module.state_dict().items()}

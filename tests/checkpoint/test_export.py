@@ -52,7 +52,8 @@ class Llama(L.LightningModule):
         return self.net(input_ids=tokens).logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return F.cross_entropy((self.net(input_ids=TOKENS[:, :-1]).logits * self.scale).flatten(0, 1), TOKENS[:, 1:].flatten())
+        tokens = TOKENS.to(self.device)
+        return F.cross_entropy((self.net(input_ids=tokens[:, :-1]).logits * self.scale).flatten(0, 1), tokens[:, 1:].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3)
@@ -66,7 +67,7 @@ def train_llama(path: Path, tp: int, world: int, distributed: bool, weights_only
         t.fit(module := Llama(tied), loader())
         t.save_checkpoint(path / f"{tied}.ckpt", weights_only=weights_only)
     with torch.no_grad():
-        return module.eval()(TOKENS) + 0
+        return (module.eval()(TOKENS.to(module.device)) + 0).cpu()
 
 
 @pytest.fixture(scope="module")

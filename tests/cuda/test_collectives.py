@@ -30,8 +30,6 @@ from lightning_tp.styles import Split
 from lightning_tp.testing import randomize_, run_ranks
 from lightning_tp.trainer.adapt.metrics import GatherOverDataParallel, all_gather, reduce_over
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two GPUs")
-
 PLAN = {"*0": "colwise", "*2": "rowwise", "**": "replicate"}
 QUIET: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 

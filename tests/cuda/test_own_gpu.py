@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader, IterableDataset
 import lightning_tp as ltp
 from lightning_tp.testing import run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
-
 QUIET: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 PLAN = {"model.0": "colwise", "model.2": "rowwise"}
 

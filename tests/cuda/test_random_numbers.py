@@ -20,8 +20,6 @@ import lightning_tp as ltp
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.testing import run_ranks
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
-
 WORDS = 32
 QUIET: dict[str, Any] = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 Losses = list[float]

@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 import lightning_tp as ltp
 from lightning_tp.testing import run_ranks
 from tests.checkpoint.runs import Net, data, flip, trainer
+from tests.device import ON
 
 MESHES = [(1, 2), (2, 1)]
 
@@ -33,8 +34,8 @@ class StopsAt(Callback):
 
 def fit(folder: Path, tp: int, *callbacks: Callback, half: bool = False, **options: Any) -> Any:
     if half:  # on a CPU Lightning takes bfloat16 for it, if it is asked by its name
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
-        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        scaler = torch.amp.GradScaler(ON, init_scale=2.0**24, growth_interval=2)
+        options["plugins"] = [MixedPrecision("16-mixed", ON, scaler=scaler)]
     run = trainer(*callbacks, tp=tp, default_root_dir=folder, max_epochs=4, enable_checkpointing=False, **options)
     module = Net()
     run.fit(module, data(), ckpt_path=options.pop("ckpt_path", None))

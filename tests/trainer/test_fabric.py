@@ -25,6 +25,7 @@ from examples.llama import PLAN, Llama, LlamaConfig
 from lightning_tp import errors
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from lightning_tp.trainer.adapt.precision import MeshGradScaler
+from tests.device import ON
 
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
 TP2, MESH_2X2 = (1, 2), (2, 2)
@@ -155,8 +156,8 @@ def test_half_precision(mesh: tuple[int, int]) -> None:
     """Mixed, and with a scaler whose first scale is so large that a step is skipped: on all ranks."""
 
     def body(mesh: tuple[int, int] | None) -> list[Any]:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        scaler = torch.amp.GradScaler(ON, init_scale=2.0**30)
+        plugin = MixedPrecision("16-mixed", ON, scaler)
         half = train(mesh, plugins=plugin)
         assert mesh is None or isinstance(plugin.scaler, MeshGradScaler)
         return [train(mesh, precision="bf16-mixed"), half, plugin.scaler.get_scale()]

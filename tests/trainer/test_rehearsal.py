@@ -107,6 +107,16 @@ def _no_child(work: Any) -> Any:
     raise forked.NoChild("on purpose")
 
 
+def plan_of(module: L.LightningModule) -> tuple[list[str], str]:
+    trainer = L.Trainer(accelerator="cpu", devices=1, strategy=ltp.TPStrategy(tp=1), max_epochs=1, **QUIET)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    trainer._data_connector.attach_data(module, train_dataloaders=DataLoader(torch.randn(8, 16), batch_size=4))  # type: ignore[arg-type]
+    trainer.state.fn, trainer.training = TrainerFn.FITTING, True
+    plan = module_plan.plan_of_module(module, trainer, 2)
+    return [repr(e.style) for e in plan.check(module, 2).entries], plan.source
+
+
 def test_an_example_hides_nothing_that_the_step_reads() -> None:
     class Reads(L.LightningModule):
         def __init__(self, *, broken: bool = False) -> None:
@@ -126,17 +136,33 @@ def test_an_example_hides_nothing_that_the_step_reads() -> None:
         def on_train_start(self) -> None:
             self.started = True
 
-    def plan_of(module: L.LightningModule) -> tuple[list[str], str]:
-        trainer = L.Trainer(accelerator="cpu", devices=1, strategy=ltp.TPStrategy(tp=1), max_epochs=1, **QUIET)
-        trainer.strategy.connect(module)
-        module.trainer = trainer
-        trainer._data_connector.attach_data(module, train_dataloaders=DataLoader(torch.randn(8, 16), batch_size=4))  # type: ignore[arg-type]
-        trainer.state.fn, trainer.training = TrainerFn.FITTING, True
-        plan = module_plan.plan_of_module(module, trainer, 2)
-        return [repr(e.style) for e in plan.check(module, 2).entries], plan.source
-
     with pytest.raises(ltp.TPError, match="would replicate every parameter"):
         plan_of(Reads())
     by_forward, source = plan_of(Reads(broken=True))
     assert by_forward[0].startswith("Colwise")
     assert source.endswith("of `forward` on `example_input_array`, since `training_step` raised LookupError: no such thing")
+
+
+def test_a_step_that_asks_for_its_device_runs_where_the_weights_are() -> None:
+    """Lightning has a module say that it is on the Trainer's device before it is moved there."""
+
+    class Asks(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net(batch + torch.ones(16, device=self.device)).square().mean()
+
+    class Outer(Asks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Asks()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.inner.training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
+
+    module = Outer()
+    module._device = module.inner._device = torch.device("cuda", 1)  # type: ignore[assignment]
+    assert len(plan_of(module)[0]) >= 4
+    assert module.device == module.inner.device == torch.device("cuda", 1)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -201,3 +203,16 @@ def transferred(trainer: Any, module: Any, batch: Any) -> Any:
     """A batch as a step is given it: converted to the precision, and after the module's hooks around its transfer, on the CPU."""
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
     return module._apply_batch_transfer_handler(batch, device=torch.device("cpu"), dataloader_idx=0)
+
+
+@contextmanager
+def said_to_be_on_cpu(module: nn.Module) -> Iterator[None]:
+    """Let `device` of a LightningModule, and of those in it, be the CPU: Lightning has them say the Trainer's before they are there."""
+    saved = {m: m._device for m in module.modules() if isinstance(m, pl.LightningModule)}
+    try:
+        for m in saved:
+            m._device = torch.device("cpu")
+        yield
+    finally:
+        for m, device in saved.items():
+            m._device = device

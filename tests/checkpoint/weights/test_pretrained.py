@@ -100,7 +100,8 @@ class Fine(L.LightningModule):
             self.head = nn.Linear(103, 103)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.head(self.net(input_ids=TOKENS[:, :-1]).logits).flatten(0, 1), TOKENS[:, 1:].flatten())
+        tokens = TOKENS.to(self.device)
+        return F.cross_entropy(self.head(self.net(input_ids=tokens[:, :-1]).logits).flatten(0, 1), tokens[:, 1:].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3)

@@ -53,6 +53,11 @@ class Net(L.LightningModule):
         self.kept_in_a_list = [SumMetric(), CatMetric()]
         self.seen: dict[str, Any] = {}
 
+    def on_fit_start(self) -> None:
+        self.kept_in_a_list = [
+            m.to(self.device) for m in self.kept_in_a_list
+        ]  # as Lightning moves those that are modules of the module
+
     def step(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         logits, targets = self.model(batch["tokens"]), batch["targets"]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -186,10 +191,10 @@ def test_all_gather_gives_gradients_back() -> None:
 
     class Gathers(Net):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-            x = (torch.arange(3.0) + dist_rank() // 2).requires_grad_()
+            x = (torch.arange(3.0, device=self.device) + dist_rank() // 2).requires_grad_()
             every = self.all_gather(x, sync_grads=True)
             assert every.shape == (2, 3) and not self.all_gather(x).requires_grad
-            weights = torch.tensor([[1.0, 2, 3], [10, 20, 30]])
+            weights = torch.tensor([[1.0, 2, 3], [10, 20, 30]], device=self.device)
             (every * weights).sum().backward()
             assert torch.equal(x.grad, 2 * weights[dist_rank() // 2])  # from both data-parallel ranks
             return super().training_step(batch, batch_idx)
@@ -288,8 +293,8 @@ def test_every_prediction_once(mesh: tuple[int, int], tmp_path: Path) -> None:
     for r, found in enumerate(ranks):
         for i, got in enumerate(found):
             expected = ref[i * dp + r // tp]
-            assert type(got["logits"]) is Tensor and torch.equal(got["first"], expected["first"])
-            torch.testing.assert_close(got["logits"], expected["logits"], rtol=1e-4, atol=1e-5)
+            assert type(got["logits"]) is Tensor and torch.equal(got["first"].cpu(), expected["first"].cpu())
+            torch.testing.assert_close(got["logits"].cpu(), expected["logits"].cpu(), rtol=1e-4, atol=1e-5)
     folder = tmp_path / str(dp)
     for kind in ("batch", "epoch"):
         files = [torch.load(p) for p in sorted(folder.glob(f"{kind}_*.pt"))]
@@ -297,7 +302,7 @@ def test_every_prediction_once(mesh: tuple[int, int], tmp_path: Path) -> None:
             files = [pair for predictions, (indices,) in files for pair in zip(predictions, indices, strict=True)]
         assert sorted(i for _, indices in files for i in indices) == list(range(7))
         for prediction, (index,) in files:
-            torch.testing.assert_close(prediction["logits"], ref[index]["logits"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(prediction["logits"].cpu(), ref[index]["logits"].cpu(), rtol=1e-4, atol=1e-5)
 
 
 def test_writers_work_again_elsewhere(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from lightning_tp import errors
 from lightning_tp.core.comm.mesh import make_mesh
 from lightning_tp.testing import assert_trees_close, randomize_, run_ranks
 from lightning_tp.trainer.adapt.precision import MeshGradScaler, MeshMixedPrecision, fsdp_policy
+from tests.device import ON
 from tests.harness import Sent
 
 CONFIG = LlamaConfig(vocab_size=103, dim=64, num_layers=2, num_heads=8, num_kv_heads=4, hidden_dim=90, max_seq_len=32, bias=True)
@@ -79,7 +80,7 @@ def data(dp: int) -> DataLoader:
 
 
 def scaled(**options: Any) -> Callable[[], MixedPrecision]:
-    return lambda: MixedPrecision("16-mixed", "cpu", GradScaler("cpu", **options))
+    return lambda: MixedPrecision("16-mixed", ON, GradScaler(ON, **options))
 
 
 def fit(
