@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_tp.core.comm.state import I
 from lightning_tp.core.modules.blocks import starred
+from lightning_tp.core.modules.call_site import raised_at
 from lightning_tp.core.modules.snapshot import MetaWeights, gc_disabled, has_more_than
 from lightning_tp.core.ops.random_calls import comparable_runs
 from lightning_tp.errors import TPError
@@ -111,16 +109,9 @@ def infer_by_call(model: nn.Module, call: Caller, inputs: Any, tp: int) -> Plan:
             raise
         except Exception as error:
             raise TPError(
-                f"Could not infer a plan: tracing `{type(model).__name__}` raised {type(error).__name__}: {error}{_raised_at(error)}. Check "
-                "that it runs on these inputs in a single process, or pass `plan=`."
+                f"Could not infer a plan: tracing `{type(model).__name__}` raised {type(error).__name__}: {error}"
+                f"{raised_at(error.__traceback__)}. Check that it runs on these inputs in a single process, or pass `plan=`."
             ) from error
-
-
-def _raised_at(error: Exception) -> str:
-    """Return the line of the user's code that raised: not one of torch, nor of this package."""
-    inner = (str(Path(torch.__file__).parent) + os.sep, str(Path(__file__).parents[1]) + os.sep)
-    lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inner)]
-    return f" (at {lines[-1].filename}:{lines[-1].lineno})" if lines else ""
 
 
 def _search(workload: Workload, real_weights: Callable[[], AbstractContextManager[Any]]) -> Plan:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_tp._compat import loaders_to_run
 from lightning_tp.core.comm.agree import Peers
 from lightning_tp.core.forked import NoChild, in_child
+from lightning_tp.core.modules.call_site import raised_at
 from lightning_tp.core.modules.outer_calls import remember_called
 from lightning_tp.core.ops.rng import local_state_restored
 from lightning_tp.data.sample_batch import first_of
@@ -26,7 +27,6 @@ from lightning_tp.infer.given import Doubt, doubt_about
 from lightning_tp.infer.search import call_with
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
-from lightning_tp.trainer.launch.positions import raised_at
 from lightning_tp.trainer.rehearsal import Rehearsal
 
 
@@ -66,22 +66,22 @@ def _plan_of_step(rehearsal: Rehearsal, tp: int) -> Plan:
 
 
 def plan_of_first_rank(
-    find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str, called: Set[str] = frozenset()
+    find: Callable[[], Plan], module: nn.Module, tp: int, *, traced: str, remedy: str, called: Set[str] | None = None
 ) -> Plan:
     """Let the first rank find the plan of a module, in a child of its process, and hand it to all. A collective.
 
-    Which modules code has `called` by themselves while it was found is remembered.
+    Which modules a step has `called` by themselves while it was found is remembered; None: no step was followed.
 
     `TPError` on all ranks, if it can't be found, which says what `find` has traced and what to do, or if it splits nothing.
     """
 
-    def find_apart() -> tuple[Plan, frozenset[str]]:
+    def find_apart() -> tuple[Plan, frozenset[str] | None]:
         try:
             return in_child(find_and_check)
         except NoChild:
             return find_and_check()
 
-    def find_and_check() -> tuple[Plan, frozenset[str]]:
+    def find_and_check() -> tuple[Plan, frozenset[str] | None]:
         try:
             found = find()
         except Exception as error:
@@ -93,10 +93,11 @@ def plan_of_first_rank(
         checked = found.check(module, tp)
         if not checked.shards_anything:
             raise TPError(checked.why_nothing_is_sharded(module))
-        return found, frozenset(called)
+        return found, None if called is None else frozenset(called)
 
     plan, names = Peers().from_first(find_apart)
-    remember_called(module, names)
+    if names is not None:
+        remember_called(module, names)
     return plan
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,7 @@ MODEL_CODE: set[str] = set()  # files of this package that count as code of a mo
 
 _TORCH = str(torch.__path__[0]) + os.sep  # with it, torchvision beside torch is another folder
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
+_PYTHON = str(Path(os.__file__).parent) + os.sep
 _LIGHTNING = os.path.join(os.path.dirname(_TORCH.rstrip(os.sep)), "lightning", "")
 
 
@@ -53,6 +54,16 @@ def users_line(frame: FrameType | None) -> str:
     while frame is not None and frame.f_code.co_filename.startswith(inner):
         frame = frame.f_back
     return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def raised_at(trace: TracebackType | None) -> str:
+    """Name the file and the line of the user's code at which an exception was raised, as ` (at file:line)`; empty if there is none."""
+    place = ""
+    while trace is not None:
+        if not trace.tb_frame.f_code.co_filename.startswith((_TORCH, _PACKAGE, _LIGHTNING, _PYTHON, "<")):
+            place = f" (at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    return place
 
 
 def end_of(frame: FrameType | None, ends: frozenset[CodeType]) -> CodeType | None:

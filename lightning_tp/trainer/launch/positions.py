@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,16 +45,6 @@ def outwards(frame: FrameType | None) -> Iterator[FrameType]:
 def user_frame(frames: list[FrameType]) -> FrameType | None:
     """Find the innermost frame that is not in torch, Lightning, this package or Python itself; else the innermost one."""
     return next((f for f in frames if not f.f_code.co_filename.startswith(_OTHERS)), frames[0] if frames else None)
-
-
-def raised_at(trace: TracebackType | None) -> str:
-    """Name the file and the line of the user's code at which an exception was raised, as ` (at file:line)`; empty if there is none."""
-    place = ""
-    while trace is not None:
-        if not trace.tb_frame.f_code.co_filename.startswith(_OTHERS):
-            place = f" (at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return place
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_tp.core.modules import call_site as call_site_module
-from lightning_tp.core.modules.call_site import MODEL_CODE, MODULE_CALL, CallSite, _is_machinery, call_site, resumed, users_line
+from lightning_tp.core.modules.call_site import (
+    MODEL_CODE,
+    MODULE_CALL,
+    CallSite,
+    _is_machinery,
+    call_site,
+    raised_at,
+    resumed,
+    users_line,
+)
 from lightning_tp.core.ops import attention
 from lightning_tp.core.ops.attention import readable_attention
+from lightning_tp.plan.plan import Plan
 
 
 class Sites(TorchFunctionMode):
@@ -136,3 +146,14 @@ def test_a_resumed_function_has_the_site_of_its_first_call() -> None:
     with Sites("mul") as mode:
         resumed(double, site, nullcontext)(torch.ones(2))
     assert [(found[0][0], found[1:]) for found in mode.found] == [("double", site)]
+
+
+def test_where_an_exception_was_raised() -> None:
+    """The innermost line of the user's, though torch or this package has raised it."""
+    line = 0
+    try:
+        line = sys._getframe().f_lineno + 1
+        Plan({"a": "no such style"})
+    except Exception as error:
+        assert raised_at(error.__traceback__) == f" (at {__file__}:{line})"
+    assert line and raised_at(None) == ""

@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_tp.plan.plan import Plan
-from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of, raised_at, user_frame
+from lightning_tp.trainer.launch.positions import Position, hang_report, outwards, position_of, user_frame
 
 LIMIT = timedelta(seconds=60)
 
@@ -196,14 +195,3 @@ def test_torchs_frames_are_passed_over() -> None:
     assert found is not None and found.f_code.co_filename == __file__ and found.f_code.co_name == "<lambda>"
     assert user_frame(frames[:1]) is frames[0] and user_frame([]) is None
     assert [f.f_code.co_name for f in frames].index("forward") < [f.f_code.co_name for f in frames].index("_call_impl")
-
-
-def test_where_an_exception_was_raised() -> None:
-    """The innermost line of the user's, though torch or this package has raised it."""
-    line = 0
-    try:
-        line = sys._getframe().f_lineno + 1
-        Plan({"a": "no such style"})
-    except Exception as error:
-        assert raised_at(error.__traceback__) == f" (at {__file__}:{line})"
-    assert line and raised_at(None) == ""
