@@ -65,7 +65,7 @@ def dry_run(workload: Workload, plan: Plan) -> Failure | None:
         checked = plan.check(model, tp)
     except TPError as error:
         return Failure("", str(error)[:120])
-    blocks = _blocks_of_one_plan(workload.blocks, checked)
+    blocks = blocks_of_one_plan(workload.blocks, checked)
     for rank in (0, tp - 1):
         with preserve_modules(model):
             if failure := _run_rank(workload, blocks, checked, rank):
@@ -73,7 +73,7 @@ def dry_run(workload: Workload, plan: Plan) -> Failure | None:
     return None
 
 
-def _blocks_of_one_plan(blocks: RepeatedBlocks, plan: CheckedPlan) -> RepeatedBlocks:
+def blocks_of_one_plan(blocks: RepeatedBlocks, plan: CheckedPlan) -> RepeatedBlocks:
     """Return the blocks that do the same, and whose layers have the same styles; those at the boundaries of a stream stand alone."""
     ends = {e.where for e in plan.entries if isinstance(e.style, (PrepareInput, PrepareOutput))}
     styles: dict[str, list[tuple[str, str]]] = {n: [] for n in {*blocks.copies, *blocks.copies.values()}}

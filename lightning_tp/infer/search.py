@@ -207,14 +207,14 @@ class Search:
             self._share_nothing()
             return True
         refused = dict.fromkeys(trace.nodes, LEAKED) if leaked else sets_smaller_than_tp(trace, self.workload.tp, self.parameters)
-        if refused and (leaked or not self._share_factor(refused, trace)):
+        if refused and (leaked or not self.share_factor(refused, trace)):
             self.keep_whole(refused, trace)
         return bool(refused)
 
     def _share_nothing(self) -> None:
         self.shared, self.shares = {}, Counter(dict.fromkeys(map(starred, self.parameters), MOST_SHARES))
 
-    def _share_factor(self, refused: Mapping[Key, str], trace: FeatureTrace) -> bool:
+    def share_factor(self, refused: Mapping[Key, str], trace: FeatureTrace) -> bool:
         """Give every rank the part of a fused weight that joins all others, in all blocks; not more than MOST_SHARES times."""
         found = factor_to_share(refused, trace)
         if found is None:

@@ -13,10 +13,13 @@ from examples.llama import PLAN as LLAMA_PLAN
 from examples.llama import Llama, LlamaConfig
 from lightning_tp.apply.unsplit import always_on_shards
 from lightning_tp.core.comm.mesh import make_mesh
+from lightning_tp.core.comm.state import I, P
 from lightning_tp.core.modules.snapshot import preserve_modules
+from lightning_tp.infer.blocks.repeated import RepeatedBlocks
 from lightning_tp.infer.blocks.workload import Workload
-from lightning_tp.infer.dry_run import count_collectives, dry_run
+from lightning_tp.infer.dry_run import blocks_of_one_plan, count_collectives, dry_run
 from lightning_tp.shards import gradients
+from lightning_tp.styles import PrepareOutput
 from lightning_tp.testing import fake_world
 
 
@@ -136,3 +139,13 @@ def test_counted_are_the_collectives_of_the_applied_plan(tp: int, device: str, m
     assert counted == dict(sent.counts)
     assert counted["all-reduce"] == tp // 2  # with tp=4, two ranks share key/value heads: a sum over these, and one over all
     assert [id(p) for p in model.parameters()] == weights and model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_blocks_at_the_boundaries_of_a_stream_run_by_themselves() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(4)))
+    linear = {"*.0": "colwise", "*.1": "rowwise"}
+    copies = {str(i): "0" for i in range(1, 4)}
+    alike = blocks_of_one_plan(RepeatedBlocks(copies), ltp.Plan(linear).check(model, 2))
+    assert alike.copies == copies
+    ends = {**linear, **{block: PrepareOutput(arrives=P, wanted=I) for block in "23"}}
+    assert blocks_of_one_plan(RepeatedBlocks(copies), ltp.Plan(ends).check(model, 2)).copies == {"1": "0"}

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 import lightning_tp as ltp
 from lightning_tp.core.comm.state import I
+from lightning_tp.infer import search
+from lightning_tp.infer.blocks.workload import Workload
+from lightning_tp.infer.follow.features import FeatureSets
+from lightning_tp.infer.follow.trace import FeatureTrace
+from lightning_tp.infer.search import call_with
 from tests.zoo import CASES, LM, Attention, Block, Fused, ids
 
 
@@ -220,3 +225,15 @@ def test_plan_of_experts_behind_a_router_is_the_same_without_weights(kind):
     plan = ltp.infer_plan(meta, inputs, 2)
     assert re.search(r"mlp\.experts\.gate_up_proj +shard\(dim=1\)", str(plan))
     assert plan.digest == ltp.infer_plan(hf.AutoModelForCausalLM.from_config(config), inputs, 2).digest
+
+
+def test_a_part_of_a_fused_weight_is_shared_so_often_and_then_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    masks = iter(torch.eye(6).bool())
+    monkeypatch.setattr(search, "factor_to_share", lambda refused, trace: (("0.weight", 0), next(masks)))
+    trace = FeatureTrace(FeatureSets())
+    of_model = search.Search(Workload(model, call_with, (torch.zeros(1, 4),), 2))
+    for shared in range(1, search.MOST_SHARES + 1):
+        assert of_model.share_factor({}, trace)
+        assert int(of_model.shared["0.weight", 0].sum()) == shared
+    assert not of_model.share_factor({}, trace) and not of_model.shared
