@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from lightning_tp._compat import call_in_forward, graph_task, is_resharded
 from lightning_tp.apply.bind import ParamRegistry
 from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
+from lightning_tp.core.modules.blocks import starred
 from lightning_tp.core.modules.outer_calls import is_called, remembered_calls
 from lightning_tp.core.modules.swap_class import swap_class
 from lightning_tp.plan.checked import CheckedPlan
@@ -83,13 +84,15 @@ def enter_local_view(model: nn.Module, ways: Callable[..., Ways | None], mode: b
     trusted = None if plan.source.startswith(DECLARED) else mode
     called, units = remembered_calls(model), _units(model, registry.fsdp_root)
     outermost, styled, partial_sums = set(map(id, entries(model))), _styled(model), _styled(model, partial_sums=True)
+    families = None if called is None else set(map(starred, called))  # of repeated blocks, the first batch may have left out some
     for name, module in named:
+        known = families is not None and starred(name) in families
         around = {"_registry": ref(registry), "_unit": units.get(id(module), _no_unit)}
-        strict = called is not None or id(module) in partial_sums
-        inner = id(module) not in outermost and name not in (called or ()) and not styled.isdisjoint(map(id, module.modules()))
+        strict = families is not None or id(module) in partial_sums
+        inner = id(module) not in outermost and not known and not styled.isdisjoint(map(id, module.modules()))
         if inner and (alone := ways(None, strict=strict)):
             swap_class(module, _Inner, **around, _ways=None, _alone=alone)
-        elif every or id(module) in outermost:
+        elif every or known or id(module) in outermost:
             swap_class(module, _Entry, **around, _ways=ways(trusted) if _holds_all(module, model) else None)
     late = LateHooks(model)
     for module in model.modules():

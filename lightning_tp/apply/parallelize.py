@@ -161,8 +161,10 @@ def _locally(model: nn.Module, mesh: DeviceMesh, plan: CheckedPlan, options: _Op
     return model
 
 
-def _ways(model: nn.Module, mesh: DeviceMesh, options: _Options, trusted: bool | None, strict: bool = False) -> Ways | None:
-    return None if options.compile else Ways(model, mesh, trusted, strict=strict)
+def _ways(model: nn.Module, mesh: DeviceMesh, options: _Options, trusted: bool | None, strict: bool | None = None) -> Ways | None:
+    if options.compile and strict is None:  # a model that is called as a whole: each comparison would compile it anew
+        return None
+    return Ways(model, mesh, trusted, strict=bool(strict))
 
 
 def check_options(recompute: ActivationCheckpointing | None, compile: Compile, dropout: Dropout, backend: str) -> None:
