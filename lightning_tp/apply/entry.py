@@ -19,7 +19,7 @@ from lightning_tp.apply.unsplit import LateHooks, Ways, watch_hooks
 from lightning_tp.core.modules.blocks import starred
 from lightning_tp.core.modules.outer_calls import is_called, remembered_calls
 from lightning_tp.core.modules.swap_class import swap_class
-from lightning_tp.plan.checked import CheckedPlan
+from lightning_tp.plan.checked import CheckedPlan, Entry
 from lightning_tp.plan.declared import DECLARED
 from lightning_tp.shards.view import depth, set_depth
 from lightning_tp.styles import Replicate
@@ -31,11 +31,12 @@ class _Entry(nn.Module):
     _registry: ref[ParamRegistry]
     _unit: Callable[[], nn.Module | None]  # of FSDP2, that its parameters belong to, unless that is the root
     _ways: Ways | None  # of one that holds everything that is split
+    _alone: Ways | None  # of one inside of an entry that user code had not called by itself when the plan was made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if depth() > 0 or is_compiling():
             return super().__call__(*args, **kwargs)
-        ways = self._ways
+        ways = self._ways or (self._alone if graph_task() == -1 else None)  # in a backward pass it is computed again
         return self._on_shards(*args, **kwargs) if ways is None else ways.call(self, self._on_shards, args, kwargs)
 
     def _on_shards(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,19 +55,6 @@ class _Entry(nn.Module):
             set_depth(before)
 
 
-class _Inner(_Entry):
-    """A module inside of an entry, which user code has not called by itself when the plan was made: as it does, that is compared with one process."""
-
-    _alone: Ways
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if depth() > 0 or is_compiling():
-            return super(_Entry, self).__call__(*args, **kwargs)
-        if graph_task() != -1:  # it is computed again
-            return self._on_shards(*args, **kwargs)
-        return self._alone.call(self, self._on_shards, args, kwargs)
-
-
 def enter_local_view(model: nn.Module, ways: Callable[..., Ways | None], mode: bool) -> None:
     """Make calls of a split model, and of the modules in it that user code may call by themselves, run in `local_view`.
 
@@ -82,18 +70,16 @@ def enter_local_view(model: nn.Module, ways: Callable[..., Ways | None], mode: b
     every = registry.fsdp_root is not None  # each may be called while the root's parameters are sharded
     plan: CheckedPlan = model._tp_applied_plan  # type: ignore[assignment]
     trusted = None if plan.source.startswith(DECLARED) else mode
-    called, units = remembered_calls(model), _units(model, registry.fsdp_root)
-    outermost, styled, partial_sums = set(map(id, entries(model))), _styled(model), _styled(model, partial_sums=True)
+    applied, outermost, units = list(_with_modules(model, plan)), set(map(id, entries(model))), _units(model, registry.fsdp_root)
+    split = [x for x in applied if not isinstance(x[0].style, Replicate)]
+    called = remembered_calls(model)
     families = None if called is None else set(map(starred, called))  # of repeated blocks, the first batch may have left out some
+    inner = _not_called(named, applied, split, outermost, families, plan.tp)
     for name, module in named:
-        known = families is not None and starred(name) in families
-        around = {"_registry": ref(registry), "_unit": units.get(id(module), _no_unit)}
-        strict = families is not None or id(module) in partial_sums
-        inner = id(module) not in outermost and not known and not styled.isdisjoint(map(id, module.modules()))
-        if inner and (alone := ways(None, strict=strict)):
-            swap_class(module, _Inner, **around, _ways=None, _alone=alone)
-        elif every or known or id(module) in outermost:
-            swap_class(module, _Entry, **around, _ways=ways(trusted) if _holds_all(module, model) else None)
+        if every or id(module) in outermost or id(module) in inner or starred(name) in (families or ()):
+            alone = ways(None, strict=inner[id(module)]) if id(module) in inner else None
+            whole = ways(trusted) if alone is None and _holds_all(module, split) else None
+            swap_class(module, _Entry, _registry=ref(registry), _unit=units.get(id(module), _no_unit), _ways=whole, _alone=alone)
     late = LateHooks(model)
     for module in model.modules():
         if not hasattr(module, "training_step"):
@@ -147,18 +133,12 @@ def _holds_shards(optimizer: Optimizer) -> bool:
     return hasattr(first, "_tp_shard")
 
 
-def _holds_all(module: nn.Module, model: nn.Module) -> bool:
+def _holds_all(module: nn.Module, split: list[_Applied]) -> bool:
     """Return whether all that is split is inside of a module, so that what it returns is full."""
-    plan: CheckedPlan = model._tp_applied_plan  # type: ignore[assignment]
     inside = {id(m) for m in module.modules()}
-    own = dict(model.named_modules(remove_duplicate=False))
-    for entry in plan.entries:
-        if isinstance(entry.style, Replicate):
-            continue
-        styled = own.get(entry.where, own.get(entry.where.rpartition(".")[0]))
-        if id(styled) not in inside or (own.get(entry.where) is module and entry.style.splits_parameters):
-            return False
-    return True
+    return not any(
+        id(styled) not in inside or (named is module and entry.style.splits_parameters) for entry, named, styled in split
+    )
 
 
 def _units(model: nn.Module, root: nn.Module | None) -> dict[int, Callable[[], nn.Module | None]]:
@@ -171,16 +151,44 @@ def _no_unit() -> None:
     """Return None, in place of a reference to a unit."""
 
 
-def _styled(model: nn.Module, *, partial_sums: bool = False) -> set[int]:
-    """Return the ids of the modules that don't run on a rank as in one process, or of those with gradients that are summed over ranks."""
-    plan: CheckedPlan = model._tp_applied_plan  # type: ignore[assignment]
+_Applied = tuple[Entry, "nn.Module | None", "nn.Module | None"]
+
+
+def _with_modules(model: nn.Module, plan: CheckedPlan) -> Iterator[_Applied]:
+    """Yield (entry of the plan, the module of its name, that or the one whose parameter the name is)."""
     own = dict(model.named_modules(remove_duplicate=False))
-    found = [
-        own.get(e.where, own.get(e.where.rpartition(".")[0]))
-        for e in plan.entries
-        if (any(s.sum_over(plan.tp) > 1 for s in e.splits.values()) if partial_sums else not isinstance(e.style, Replicate))
-    ]
-    return set(map(id, found))
+    for entry in plan.entries:
+        named = own.get(entry.where)
+        yield entry, named, own.get(entry.where.rpartition(".")[0]) if named is None else named
+
+
+def _not_called(
+    named: list[tuple[str, nn.Module]],
+    applied: list[_Applied],
+    split: list[_Applied],
+    outermost: set[int],
+    families: set[str] | None,
+    tp: int,
+) -> dict[int, bool]:
+    """Return the ids of modules inside of entries that the first batch has not called by themselves, and whether their ways are strict.
+
+    Args:
+        named: the modules that user code may call.
+        applied: the entries of the plan.
+        split: those of modules that don't run on a rank as in one process.
+        outermost: ids of the modules that user code calls.
+        families: names (stars) of modules that it has called; None: that is not known.
+        tp: ranks that share the model.
+    """
+    styled = {id(module) for _, _, module in split}
+    partial_sums = {id(module) for entry, _, module in applied if any(of.sum_over(tp) > 1 for of in entry.splits.values())}
+    return {
+        id(module): families is not None or id(module) in partial_sums
+        for name, module in named
+        if id(module) not in outermost
+        and starred(name) not in (families or ())
+        and not styled.isdisjoint(map(id, module.modules()))
+    }
 
 
 def entries(model: nn.Module) -> Iterator[nn.Module]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from lightning_tp.infer.search import call_with
 from lightning_tp.plan.checked import CheckedPlan
 from lightning_tp.plan.plan import Plan
 from lightning_tp.trainer.rehearsal import Rehearsal
+
+T = TypeVar("T")
 
 
 def plan_of_module(module: pl.LightningModule, trainer: pl.Trainer, tp: int) -> Plan:
@@ -75,12 +78,6 @@ def plan_of_first_rank(
     `TPError` on all ranks, if it can't be found, which says what `find` has traced and what to do, or if it splits nothing.
     """
 
-    def find_apart() -> tuple[Plan, frozenset[str] | None]:
-        try:
-            return in_child(find_and_check)
-        except NoChild:
-            return find_and_check()
-
     def find_and_check() -> tuple[Plan, frozenset[str] | None]:
         try:
             found = find()
@@ -95,10 +92,18 @@ def plan_of_first_rank(
             raise TPError(checked.why_nothing_is_sharded(module))
         return found, None if called is None else frozenset(called)
 
-    plan, names = Peers().from_first(find_apart)
+    plan, names = Peers().from_first(partial(_in_child_if_possible, find_and_check))
     if names is not None:
         remember_called(module, names)
     return plan
+
+
+def _in_child_if_possible(run: Callable[[], T]) -> T:
+    """Run a function in a child of this process, or here, where no child can be."""
+    try:
+        return in_child(run)
+    except NoChild:
+        return run()
 
 
 def doubt_about_plan(module: pl.LightningModule, trainer: pl.Trainer, plan: Plan, tp: int) -> Doubt | None:
@@ -115,13 +120,7 @@ def doubt_about_plan(module: pl.LightningModule, trainer: pl.Trainer, plan: Plan
             doubt = doubt_about(module, rehearsal.call, batch, plan, tp)
         return doubt, frozenset(rehearsal.called)
 
-    def look_apart() -> tuple[Doubt | None, frozenset[str]]:
-        try:
-            return in_child(look)
-        except NoChild:
-            return look()
-
-    doubt, names = Peers().from_first(look_apart)
+    doubt, names = Peers().from_first(partial(_in_child_if_possible, look))
     remember_called(module, names)
     return doubt
 

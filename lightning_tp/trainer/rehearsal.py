@@ -90,18 +90,19 @@ class Rehearsal:
 
     def call(self, module: nn.Module, batch: Any) -> Any:
         """Run the step; what it changes is changed back."""
-        with self.preserved(batch), outer_calls(self.module) as called:
-            out = _called(getattr(module, self.name), batch)
-        self.called |= called
-        return out
+        return self._run(module, batch)
 
     def call_after_hooks(self, module: nn.Module, batch: Any) -> Any:
         """Run the step, and before it the hooks of the module that come before the first one in training."""
+        return self._run(module, batch, HOOKS)
+
+    def _run(self, module: nn.Module, batch: Any, hooks: tuple[str, ...] = ()) -> Any:
         with self.preserved(batch), outer_calls(self.module) as called:
-            for hook in HOOKS:
+            for hook in hooks:
                 with suppress(Exception):
                     getattr(module, hook)(*((batch, 0) if hook == HOOKS[-1] else ()))
-            out = _called(getattr(module, self.name), batch)
+            step = getattr(module, self.name)
+            out = step(*step_arguments(step, batch))
         self.called |= called
         return out
 
@@ -116,10 +117,6 @@ def _restore_attributes(saved: list[tuple[Any, dict[str, Any]]]) -> None:
     for x, attributes in saved:
         vars(x).clear()
         vars(x).update(attributes)
-
-
-def _called(step: Callable[..., Any], batch: Any) -> Any:
-    return step(*step_arguments(step, batch))
 
 
 def step_arguments(step: Callable[..., Any], batch: Any) -> tuple[Any, ...]:

@@ -42,7 +42,6 @@ def _name(mixin: type, cls: type) -> str:
 
 _KEEP_NAME = {
     "_Entry",
-    "_Inner",
     "_Sized",
     "_RewrittenCalls",
     "_UnderCallMode",

@@ -58,8 +58,8 @@ class Position:
     begun: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # see `collective_counts`
 
 
-def position_of(frame: FrameType | None, trainer: Any, *, but: Callback) -> Position:
-    """Read the position of a rank from the innermost frame of its main thread; `but` is the callback that asks."""
+def position_of(frame: FrameType | None, trainer: Any) -> Position:
+    """Read the position of a rank from the innermost frame of its main thread."""
     frames = list(outwards(frame))
     module, step = None, None
     with contextlib.suppress(Exception):  # in whatever state the run is, the rest is worth reporting
@@ -67,7 +67,7 @@ def position_of(frame: FrameType | None, trainer: Any, *, but: Callback) -> Posi
         names = {id(m): name for name, m in trainer.lightning_module.named_modules()}
         modules = [names.get(id(f.f_locals.get("self"))) for f in frames if f.f_code.co_name == "forward"]
         selves = [f.f_locals.get("self") for f in frames]
-        callbacks = [type(x).__name__ for x in selves if isinstance(x, Callback) and x is not but]
+        callbacks = [type(x).__name__ for x in selves if isinstance(x, Callback)]
         module = next((name for name in (*modules, *callbacks) if name), None)
     return Position(_collective(frames), _line(user_frame(frames)), module, step, collective_counts())
 

@@ -30,7 +30,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -68,10 +67,10 @@ class Failure:
 LAUNCHER_DIED = Failure(0, "died", f"its process, or the launcher that holds the store, {DIED}")
 
 
-class Watchdog(Callback):
+class Watchdog:
     """Watch the other ranks during one run of a Trainer, and tell them if this one fails.
 
-    It is not among the Trainer's callbacks, which user code may count. It sees what a stage raises, and the strategy hands it what is raised before.
+    It is none of the Trainer's callbacks, which user code may count. It sees what a stage raises, and the strategy hands it what is raised before.
 
     `num_local` ranks run on this machine, this one is its `local_rank`; `timeout` is that of collectives.
     """
@@ -344,10 +343,10 @@ class Watchdog(Callback):
         return sys._current_frames().get(self.main_thread.ident or 0)
 
     def _where(self, frame: FrameType | None) -> str:
-        return json.dumps(asdict(position_of(frame, self.trainer, but=self)))
+        return json.dumps(asdict(position_of(frame, self.trainer)))
 
     def _report_of_rank_0(self, frame: FrameType | None) -> str:
-        mine = position_of(frame, self.trainer, but=self)
+        mine = position_of(frame, self.trainer)
         return hang_report({0: None, self.rank: mine}, self.rank, self.timeout)
 
     def _hang_report(self, store: dist.Store, at: str = "where") -> str:

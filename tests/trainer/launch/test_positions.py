@@ -105,7 +105,7 @@ def test_who_waits_in_pythons_own_code_is_in_no_collective() -> None:
     thread = threading.Thread(target=lambda: event.wait(20))
     thread.start()
     time.sleep(0.2)
-    found = position_of(sys._current_frames()[thread.ident or 0], None, but=Asks())
+    found = position_of(sys._current_frames()[thread.ident or 0], None)
     event.set()
     thread.join()
     assert found.collective is None
@@ -132,10 +132,6 @@ class Net(L.LightningModule):
         self.inner = Waits()
 
 
-class Asks(L.Callback):
-    pass
-
-
 class Callback(L.Callback):
     def on_train_start(self, waits: Any, *args: Any) -> None:
         waits()
@@ -154,7 +150,7 @@ def test_the_position_of_a_thread(in_callback: bool) -> None:
         assert net.inner.ready.wait(10)
         time.sleep(0.1)
     trainer = SimpleNamespace(global_step=5, lightning_module=net)
-    found = position_of(sys._current_frames()[thread.ident or 0], trainer, but=Asks())
+    found = position_of(sys._current_frames()[thread.ident or 0], trainer)
     net.inner.go.set()
     thread.join()
     assert found.step == 5 and found.module == ("Callback" if in_callback else "inner")
@@ -162,9 +158,9 @@ def test_the_position_of_a_thread(in_callback: bool) -> None:
 
 
 def test_without_a_run_the_line_is_left() -> None:
-    found = position_of(sys._getframe(), None, but=Asks())
+    found = position_of(sys._getframe(), None)
     assert (found.module, found.step) == (None, None) and "position_of(sys._getframe()" in found.line
-    assert position_of(None, None, but=Asks()).line == "an unknown line"
+    assert position_of(None, None).line == "an unknown line"
 
 
 def test_the_collective_is_that_of_torch() -> None:
@@ -173,9 +169,9 @@ def test_the_collective_is_that_of_torch() -> None:
     torchs: dict[str, Any] = {}
     exec(compile(code, dist.__file__, "exec"), torchs)
     found = []
-    torchs["all_reduce"](lambda: found.append(position_of(sys._getframe(1), None, but=Asks()).collective))
+    torchs["all_reduce"](lambda: found.append(position_of(sys._getframe(1), None).collective))
     assert found == ["all_reduce"]
-    group = SimpleNamespace(_allgather_base=lambda: found.append(position_of(sys._getframe(1), None, but=Asks()).collective))
+    group = SimpleNamespace(_allgather_base=lambda: found.append(position_of(sys._getframe(1), None).collective))
     group._allgather_base()
     assert found[1] == "allgather_base"
 
